@@ -1,0 +1,39 @@
+"""Meta-SGD (Li et al. 2017) and its kin as pure functions in JAX."""
+
+from metasgd_jax import learners, losses, nn, tasks
+from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
+from metasgd_jax.evaluation import Estimate, estimate, evaluate
+from metasgd_jax.learners import maml, meta_sgd
+from metasgd_jax.objective import mean_loss, value_and_grad
+from metasgd_jax.training import Progress, TrainState, init, train, train_step
+from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Batch',
+  'Episode',
+  'Estimate',
+  'Learner',
+  'MetaParams',
+  'Model',
+  'Progress',
+  'TaskDistribution',
+  'TrainState',
+  'adapt',
+  'adapt_path',
+  'estimate',
+  'evaluate',
+  'init',
+  'init_alpha',
+  'learners',
+  'losses',
+  'maml',
+  'mean_loss',
+  'meta_sgd',
+  'nn',
+  'tasks',
+  'train',
+  'train_step',
+  'value_and_grad',
+]

@@ -1,0 +1,139 @@
+"""The inner loop: θ′ = θ − α ∘ ∇L(θ), a pure function of one task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from metasgd_jax.types import PyTree
+
+LossFn = Callable[[PyTree, Any], chex.Array]
+
+
+def adapt(
+  theta: PyTree,
+  alpha: PyTree,
+  batch: Any,
+  *,
+  loss_fn: LossFn,
+  steps: int = 1,
+  first_order: bool = False,
+) -> PyTree:
+  """Returns θ adapted to one task.
+
+  θ_{t+1} = θ_t − α ∘ ∇loss_fn(θ_t, batch), for t = 0 … steps − 1: the inner update of Meta-SGD (Li et al. 2017,
+  equation 2). Differentiable in θ and α to any order; with `first_order` the inner gradient is a constant, so that
+  dθ′/dθ = 1 while α still gets its gradient −∇L ∘ dL′.
+
+  Args:
+    theta: any pytree of floating-point arrays.
+    alpha: a pytree of θ's structure, each leaf of θ's shape or a scalar; or a prefix of that structure whose leaves
+      are scalars: `0.01`, or one number a layer. Entries may be negative.
+    batch: the task's support, handed to `loss_fn` as it is.
+    loss_fn: `(θ, batch) → scalar`.
+    steps: inner steps, 0 or more; the paper takes 1 everywhere.
+    first_order: drop the second derivatives.
+
+  Returns:
+    A pytree with θ's structure, shapes and dtypes.
+
+  Raises:
+    ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, or steps < 0.
+  """
+  step = _inner_step(theta, alpha, batch, loss_fn, steps, first_order)
+  theta = jax.tree.map(jnp.asarray, theta)
+  if steps == 1:
+    return step(theta)
+  return jax.lax.scan(lambda t, _: (step(t), None), theta, length=steps)[0]
+
+
+def adapt_path(
+  theta: PyTree,
+  alpha: PyTree,
+  batch: Any,
+  *,
+  loss_fn: LossFn,
+  steps: int = 1,
+  first_order: bool = False,
+) -> PyTree:
+  """Returns θ after 0, 1, …, steps inner steps, stacked on a new leading axis `[steps + 1]`.
+
+  Arguments and errors are `adapt`'s; entry −1 is what `adapt` returns.
+  """
+  step = _inner_step(theta, alpha, batch, loss_fn, steps, first_order)
+
+  def body(t, _):
+    t = step(t)
+    return t, t
+
+  theta = jax.tree.map(jnp.asarray, theta)
+  later = jax.lax.scan(body, theta, length=steps)[1]
+  return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), theta, later)
+
+
+def init_alpha(key: chex.PRNGKey, theta: PyTree, *, low: float = 0.005, high: float = 0.1) -> PyTree:
+  """Returns the starting α: θ's structure and shapes, every entry the same number, drawn once from U[low, high].
+
+  The paper's own start (section 4.1). `low == high` gives a constant.
+
+  Args:
+    key: consumed.
+    theta: the pytree to match.
+    low: the least value drawn.
+    high: the greatest value drawn.
+
+  Raises:
+    ValueError: low > high.
+  """
+  if not low <= high:
+    raise ValueError(f'alpha must start from a range low <= high, got low={low}, high={high}')
+  value = jax.random.uniform(key, (), jnp.float32, low, high)
+  return jax.tree.map(lambda t: jnp.full(jnp.shape(t), value, jnp.result_type(t)), theta)
+
+
+def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
+  if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+    raise ValueError(f'steps must be an integer of at least 0, got {steps!r}')
+  alpha = _broadcast_alpha(alpha, theta)
+
+  def step(t):
+    grads = jax.grad(loss_fn)(t, batch)
+    if first_order:
+      grads = jax.lax.stop_gradient(grads)
+    return jax.tree.map(lambda p, a, g: p - jnp.asarray(a, p.dtype) * g, t, alpha, grads)
+
+  return step
+
+
+def _broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
+  """Returns α with θ's structure; says which leaf is wrong if it cannot."""
+  theta_leaves = tree_flatten_with_path(theta)[0]
+  alpha_leaves = tree_flatten_with_path(alpha)[0]
+  for path, leaf in theta_leaves:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      raise ValueError(
+        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, '
+        'so keep integers and flags out of it'
+      )
+  owners: dict[int, int] = {}
+  for index, (path, leaf) in enumerate(alpha_leaves):
+    covered = [i for i, (p, _) in enumerate(theta_leaves) if p[: len(path)] == path]
+    if not covered:
+      raise ValueError(
+        f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
+      )
+    for i in covered:
+      full_path, t = theta_leaves[i]
+      owners[i] = index
+      if jnp.ndim(leaf) and (len(full_path) > len(path) or jnp.shape(leaf) != jnp.shape(t)):
+        raise ValueError(
+          f'alpha{keystr(path)} has shape {jnp.shape(leaf)} but theta{keystr(full_path)} has shape {jnp.shape(t)}; '
+          'give alpha the same shape, or a scalar'
+        )
+  missing = [keystr(path) for i, (path, _) in enumerate(theta_leaves) if i not in owners]
+  if missing:
+    raise ValueError(f'alpha has no entry for theta{missing[0]}; give it one (0.0 keeps a leaf fixed)')
+  return jax.tree.unflatten(jax.tree.structure(theta), [alpha_leaves[owners[i]][1] for i in range(len(theta_leaves))])

@@ -1,0 +1,135 @@
+"""Omniglot (Lake et al. 2015) through tfds' own builder: 1623 characters, 20 drawings each, as class banks.
+
+TensorFlow is not needed, neither to read nor to prepare the data.
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, prepare
+from metasgd_jax.tasks.few_shot import ClassBank
+
+CHARACTERS, DRAWINGS, SIZE = 1623, 20, 28
+TRAIN_CHARACTERS = 1200
+"""Li et al. 2017, section 4.2: a random 1200 characters to train on, the other 423 to test."""
+
+_VINYALS_VALIDATION = ('Armenian', 'Bengali', 'Early_Aramaic', 'Hebrew', 'Mkhedruli_(Georgian)')
+_VINYALS_TEST = (
+  'Kannada', 'Keble', 'Malayalam', 'Manipuri', 'Mongolian', 'Old_Church_Slavonic_(Cyrillic)', 'Oriya', 'Sylheti',
+  'Syriac_(Serto)', 'Tengwar', 'Tibetan', 'ULOG',
+)  # fmt: skip
+_VINYALS_TEST_GURMUKHI = range(41, 45)  # The split cuts the alphabet Gurmukhi: its characters 42 to 45 are tested on.
+
+class Characters(NamedTuple):
+  """All of Omniglot.
+
+  Attributes:
+    images: `[1623, 20, 28, 28, 1]` uint8; ink is 255, paper 0.
+    alphabets: `[1623]`, the alphabet of each character.
+    numbers: `[1623]`, its number in the alphabet, from 0.
+  """
+
+  images: np.ndarray
+  alphabets: np.ndarray
+  numbers: np.ndarray
+
+
+class Splits(NamedTuple):
+  """Class banks with no character in common; `validation` is empty (C = 0) where a split has none."""
+
+  train: ClassBank
+  validation: ClassBank
+  test: ClassBank
+
+
+def load(
+  data_dir: str | os.PathLike[str],
+  *,
+  archives: str | os.PathLike[str] | None = None,
+  verify_archives: bool = True,
+  report: Report = lambda line: None,
+) -> Characters:
+  """Returns Omniglot from a tfds data directory, preparing it there first where it is not yet.
+
+  Drawings are scaled from 105×105 to 28×28 with Lanczos, as MAML's code does.
+
+  Args:
+    data_dir: tfds' data directory: what contains `omniglot/3.0.0`.
+    archives: a directory with Omniglot's four zip files under their own names; without it they are downloaded.
+    verify_archives: whether the archives must be the registered ones, by checksum.
+    report: called with a line before anything that takes seconds.
+
+  Raises:
+    DatasetError: the directory is missing or cannot be written, an archive is missing, broken or another than the
+      registered one, there is no network, or the data found is not Omniglot in array_record files.
+  """
+  builder = _builder(data_dir)
+  if not builder.data_path.exists():
+    prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
+  return _read(builder, report)
+
+
+def random_split(characters: Characters, *, seed: int = 0) -> Splits:
+  """Returns the paper's kind of split: 1200 characters at random to train on, the other 423 to test."""
+  order = np.random.default_rng(seed).permutation(CHARACTERS)
+  train, test = order[:TRAIN_CHARACTERS], order[TRAIN_CHARACTERS:]
+  return _split(characters, np.sort(train), np.array([], int), np.sort(test))
+
+
+def vinyals_split(characters: Characters) -> Splits:
+  """Returns the split by alphabets that later papers use (Vinyals et al. 2016): 1028 / 172 / 423 characters."""
+  alphabets = characters.alphabets
+  cut = (alphabets == 'Gurmukhi') & np.isin(characters.numbers, _VINYALS_TEST_GURMUKHI)
+  validation = np.isin(alphabets, _VINYALS_VALIDATION)
+  test = np.isin(alphabets, _VINYALS_TEST) | cut
+  return _split(characters, *(np.flatnonzero(m) for m in (~(validation | test), validation, test)))
+
+
+def _split(characters, train, validation, test) -> Splits:
+  return Splits(*(ClassBank(characters.images[rows]) for rows in (train, validation, test)))
+
+
+def _builder(data_dir):
+  import tensorflow_datasets as tfds  # Takes seconds, and is needed by those who load data alone.
+
+  return tfds.builder('omniglot', data_dir=os.fspath(data_dir), file_format='array_record')
+
+
+def _read(builder, report: Report) -> Characters:
+  report(f'reading Omniglot from {builder.data_path}')
+  images = np.zeros((CHARACTERS, DRAWINGS, SIZE, SIZE, 1), np.uint8)
+  alphabets = np.zeros(CHARACTERS, object)
+  numbers = np.zeros(CHARACTERS, int)
+  count = np.zeros(CHARACTERS, int)
+  alphabet_name = builder.info.features['alphabet'].int2str
+  try:
+    sources = [builder.as_data_source(split=split) for split in ('train', 'test')]
+  except (NotImplementedError, ValueError, KeyError, OSError) as e:
+    raise DatasetError(
+      f'{builder.data_path} cannot be read as array_record files ({first_line(e)}); '
+      'prepare Omniglot again in another data_dir'
+    ) from e
+  for source in sources:
+    for example in source:
+      label = int(example['label'])
+      if count[label] < DRAWINGS:
+        images[label, count[label], :, :, 0] = _shrink(example['image'])
+      count[label] += 1
+      alphabets[label] = alphabet_name(int(example['alphabet']))
+      numbers[label] = int(example['alphabet_char_id'])
+  if not np.all(count == DRAWINGS):
+    bad = int(np.flatnonzero(count != DRAWINGS)[0])
+    raise DatasetError(
+      f'{builder.data_path} is not the whole of Omniglot: character {bad} has {count[bad]} drawings where there '
+      f'should be {DRAWINGS}; prepare it again in another data_dir'
+    )
+  return Characters(images, alphabets.astype(str), numbers)
+
+
+def _shrink(image: np.ndarray) -> np.ndarray:
+  # Paper is 1 with one PNG decoder and 255 with another; ink is 0 with all.
+  ink = np.where(image[:, :, 0] > 0, 0, 255).astype(np.uint8)
+  return np.asarray(Image.fromarray(ink).resize((SIZE, SIZE), Image.Resampling.LANCZOS))

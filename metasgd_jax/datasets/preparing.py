@@ -1,0 +1,145 @@
+"""Preparing a tfds builder's zip archives as array_record files, without TensorFlow.
+
+tfds reads array_record files without TensorFlow. To prepare them it calls TensorFlow in two places: to unpack archives,
+so they are unpacked here beforehand, to where tfds looks for them; and in the builder's module, to list directories,
+so that module is lent a stand-in.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Report = Callable[[str], None]
+"""Called with a line of text before something that takes seconds."""
+
+
+class DatasetError(Exception):
+  """A data set cannot be had as asked; the message says why and what to do."""
+
+
+def prepare(
+  builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report
+) -> None:
+  """Downloads, or takes from `archives`, the builder's zip files and prepares the data set in its data directory.
+
+  Args:
+    builder: of tfds, with `file_format='array_record'`, not yet prepared.
+    archives: a directory with the zip files under their own names; None downloads them.
+    verify_archives: whether files from `archives` must have the registered checksums.
+    report: told what goes on.
+
+  Raises:
+    DatasetError: the data directory cannot be written; an archive is missing, broken or another than the registered
+      one; a download fails.
+  """
+  import tensorflow_datasets as tfds
+
+  data_dir = pathlib.Path(os.fspath(builder.data_path)).parents[1]
+  download_dir = data_dir / 'downloads'
+  urls = list(builder.url_infos)
+  if archives is None:
+    _make_writable(data_dir)
+    paths = _download(builder, download_dir, urls, report)
+  else:
+    paths = [_find(pathlib.Path(archives), builder.url_infos[url].filename) for url in urls]
+    for url, path in zip(urls, paths, strict=True):
+      _check(builder, url, path, verify_archives)
+    _make_writable(data_dir)
+  report(f'preparing {builder.name} in {data_dir}, once; it takes about a minute')
+  with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
+    for path in paths:
+      _extract(path, pathlib.Path(extract_dir) / f'ZIP.{path.name}')
+    config = tfds.download.DownloadConfig(
+      extract_dir=extract_dir, manual_dir=None if archives is None else pathlib.Path(archives)
+    )
+    with _without_tensorflow(builder):
+      builder.download_and_prepare(
+        download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
+      )
+
+
+def first_line(e: BaseException) -> str:
+  """Returns the first line of an error's text, or its type's name."""
+  return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def _make_writable(data_dir: pathlib.Path) -> None:
+  try:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=data_dir):
+      pass
+  except OSError as e:
+    raise DatasetError(
+      f'data_dir {data_dir} does not have the data set and cannot be written to prepare it there ({e.strerror}); '
+      'give a data_dir that has it or that can be written'
+    ) from e
+
+
+def _find(archives: pathlib.Path, name: str) -> pathlib.Path:
+  if not archives.is_dir():
+    raise DatasetError(f'the directory of archives {archives} does not exist')
+  path = archives / name
+  if not path.is_file():
+    raise DatasetError(f'{archives} has no {name}; put all of the archives there, under their own names')
+  return path
+
+
+def _check(builder, url: str, path: pathlib.Path, verify: bool) -> None:
+  import tensorflow_datasets as tfds
+
+  if not zipfile.is_zipfile(path):
+    raise DatasetError(f'{path} is not a whole zip file ({path.stat().st_size} bytes); get it again from {url}')
+  found = tfds.core.download.checksums.compute_url_info(path)
+  if verify and found != builder.url_infos[url]:
+    raise DatasetError(
+      f'{path} is not the registered file: its sha256 is {found.checksum}, expected '
+      f'{builder.url_infos[url].checksum}; get it from {url}, or turn verify_archives off if you trust it'
+    )
+  builder.url_infos[url] = found
+
+
+def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Report) -> list[pathlib.Path]:
+  import requests
+  import tensorflow_datasets as tfds
+
+  report(f'downloading {builder.name} to {download_dir}')
+  manager = tfds.download.DownloadManager(
+    download_dir=download_dir, url_infos=dict(builder.url_infos), dataset_name=builder.name
+  )
+  try:
+    return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
+  except (requests.RequestException, tfds.download.DownloadError, OSError) as e:
+    raise DatasetError(
+      f'{builder.name} could not be downloaded ({first_line(e)}); get {", ".join(urls)} elsewhere and give their '
+      'directory as archives'
+    ) from e
+
+
+def _extract(path: pathlib.Path, to: pathlib.Path) -> None:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      archive.extractall(to)
+  except (zipfile.BadZipFile, EOFError, OSError, ValueError) as e:
+    raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
+
+
+@contextlib.contextmanager
+def _without_tensorflow(builder) -> Iterator[None]:
+  """Lends the builder's module a `tf` that can list directories, where TensorFlow is not installed."""
+  module: Any = sys.modules[type(builder).__module__]
+  if importlib.util.find_spec('tensorflow') is not None:
+    yield
+    return
+  original = module.tf
+  module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(listdir=os.listdir)))
+  try:
+    yield
+  finally:
+    module.tf = original

@@ -1,0 +1,194 @@
+"""Meta-training on the device: many meta-iterations in one compiled loop, several seeds side by side."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial
+
+from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
+from metasgd_jax.types import Learner, PyTree, TaskDistribution
+
+
+class TrainState(NamedTuple):
+  """What meta-training carries. Step i is a function of (key, i) and this, so a run resumes from it exactly.
+
+  Attributes:
+    step: meta-iterations done, int32 `[]`, or `[R]` for R runs side by side, as every other leaf then.
+    key: the run's key; never consumed, only folded with the step.
+    meta: the learner's meta-parameters.
+    opt_state: the outer optimiser's.
+  """
+
+  step: chex.Array
+  key: chex.PRNGKey
+  meta: PyTree
+  opt_state: optax.OptState
+
+
+class Progress(NamedTuple):
+  """What a callback sees between chunks.
+
+  Attributes:
+    state: the train state now.
+    step: meta-iterations done, of `total`.
+    total: meta-iterations to do.
+    info: of the chunk just done: `{name: array [n]}`, or `[n, R]` for R runs.
+    seconds: wall time of the loop so far, callbacks and compilation left out.
+  """
+
+  state: TrainState
+  step: int
+  total: int
+  info: dict[str, np.ndarray]
+  seconds: float
+
+
+def init(
+  key: chex.PRNGKey, tasks: TaskDistribution, *, learner: Learner, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Returns the state before the first meta-iteration. For several seeds: `jax.vmap` over keys.
+
+  Args:
+    key: becomes the run's key; the start is drawn from it.
+    tasks: gives one episode, for its shapes.
+    learner: whose meta-parameters are drawn.
+    optimizer: the outer optimiser, over the whole meta pytree.
+  """
+  task_key, init_key = jax.random.split(jax.random.fold_in(key, -1 % 2**32))
+  episode = tasks.episode(tasks.sample(task_key), task_key)
+  meta = learner.init(init_key, episode)
+  return TrainState(jnp.zeros((), jnp.int32), key, meta, optimizer.init(meta))
+
+
+def train_step(
+  state: TrainState,
+  tasks: TaskDistribution,
+  *,
+  learner: Learner,
+  optimizer: optax.GradientTransformation,
+  meta_batch: int,
+  mapping: Mapping = 'vmap',
+) -> tuple[TrainState, dict[str, chex.Array]]:
+  """Returns the state after one meta-iteration of one run, and its info with `loss` added.
+
+  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′): Algorithm 1 of Li et al. 2017, with any optax optimiser for β.
+
+  Args:
+    state: of one run.
+    tasks: T = `meta_batch` of them are drawn, from `(state.key, state.step)`.
+    learner: the learner.
+    optimizer: the outer optimiser.
+    meta_batch: tasks in a meta-iteration.
+    mapping: see `objective.Mapping`.
+  """
+  task_key, learner_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+  episodes = jax.vmap(lambda k: draw_episode(tasks, k))(jax.random.split(task_key, meta_batch))
+  (loss, info), grads = value_and_grad(learner, state.meta, episodes, learner_key, mapping=mapping)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
+  meta = optax.apply_updates(state.meta, updates)
+  return TrainState(state.step + 1, state.key, meta, opt_state), {**info, 'loss': loss}
+
+
+def draw_episode(tasks: TaskDistribution, key: chex.PRNGKey) -> Any:
+  """Returns an episode of a freshly drawn task; consumes key."""
+  sample_key, episode_key = jax.random.split(key)
+  return tasks.episode(tasks.sample(sample_key), episode_key)
+
+
+def train(
+  state: TrainState,
+  tasks: TaskDistribution,
+  *,
+  learner: Learner,
+  optimizer: optax.GradientTransformation,
+  meta_iterations: int,
+  meta_batch: int,
+  mapping: Mapping = 'vmap',
+  chunk: int = 1000,
+  callbacks: Sequence[Callable[[Progress], None]] = (),
+) -> TrainState:
+  """Runs meta-training from `state` until `meta_iterations` are done; returns the last state.
+
+  The loop stays on the device for `chunk` meta-iterations, tasks and all; between chunks each callback is called
+  with a `Progress`. It compiles once: the length of a chunk is a run-time number, so the last, shorter one is the
+  same program.
+
+  Args:
+    state: from `init`, or `jax.vmap(init)` over R keys for R runs side by side.
+    tasks: what to train on.
+    learner: what to train.
+    optimizer: the outer optimiser that `state` was made with.
+    meta_iterations: where to stop, counted from the run's beginning.
+    meta_batch: tasks in a meta-iteration.
+    mapping: how tasks are laid over the machine; see `objective.Mapping`.
+    chunk: meta-iterations between callbacks.
+    callbacks: called in order.
+
+  Raises:
+    ValueError: a count below 1, an unknown mapping, or a state that is already past `meta_iterations`.
+  """
+  check_mapping(mapping)
+  for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}')
+  done = int(np.max(state.step))
+  if done > meta_iterations:
+    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
+  as_arguments = TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in tasks))
+  chunk = min(chunk, meta_iterations)
+  run_chunk = functools.partial(
+    _run_chunk, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, chunk=chunk
+  )
+  if done < meta_iterations:  # Compiled with a chunk of no steps, so that compilation is not timed.
+    jax.block_until_ready(run_chunk(state, as_arguments, 0))
+  seconds = 0.0
+  while done < meta_iterations:
+    n = min(chunk, meta_iterations - done)
+    start = time.perf_counter()
+    state, info = jax.block_until_ready(run_chunk(state, as_arguments, n))
+    seconds += time.perf_counter() - start
+    done += n
+    progress = Progress(state, done, meta_iterations, {k: np.asarray(v)[:n] for k, v in info.items()}, seconds)
+    for callback in callbacks:
+      callback(progress)
+  return state
+
+
+@functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'chunk'))
+def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, chunk):
+  """n ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
+  step = functools.partial(
+    train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping
+  )
+  step = _over_runs(step, state)
+  rooms = jax.tree.map(
+    lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s, tasks)[1], state)
+  )
+
+  def body(i, carry):
+    state, infos = carry
+    state, info = step(state, tasks)
+    return state, jax.tree.map(lambda room, v: room.at[i].set(v), infos, info)
+
+  return jax.lax.fori_loop(0, n, body, (state, rooms))
+
+
+def _over_runs(step, state):
+  """`step` for a state of one run, or of R. One run in a vmap would be three times slower on a CPU, so is unpacked."""
+  if state.step.ndim == 0:
+    return step
+  if state.step.shape[0] > 1:
+    return jax.vmap(step, (0, None))
+
+  def single(state, tasks):
+    out = step(jax.tree.map(lambda a: a[0], state), tasks)
+    return jax.tree.map(lambda a: a[None], out)
+
+  return single

@@ -1,0 +1,87 @@
+"""The data that passes between the parts, and the letters used for its shapes.
+
+Shape letters, the same in every docstring:
+  T tasks in a meta-batch    S support items of a task    Q query items of a task
+  N ways (classes)           K shots (support items per class; for regression, S = K)
+  C classes in a bank        I drawings (images) of a class
+  R training runs side by side (one per seed)             k inner steps
+  H, W, D image height, width, channels
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+
+PyTree = Any
+
+
+class Batch(NamedTuple):
+  """Inputs and targets of one task: `x [S, …]`, `y [S, …]`."""
+
+  x: Any
+  y: Any
+
+
+class Episode(NamedTuple):
+  """One task's data: `support` to adapt on, `query` to be judged on."""
+
+  support: Any
+  query: Any
+
+
+class MetaParams(NamedTuple):
+  """What Meta-SGD learns: θ, the initialisation, and α, a rate and direction for each of its entries.
+
+  Attributes:
+    theta: any pytree of floating-point arrays.
+    alpha: a pytree of θ's structure or a prefix of it; `None` where α is held still and so not learned.
+  """
+
+  theta: PyTree
+  alpha: PyTree
+
+
+class Model(NamedTuple):
+  """A network as two pure functions.
+
+  Attributes:
+    init: `(key, x [B, …]) → θ`; consumes key.
+    apply: `(θ, x [B, …]) → outputs [B, …]`.
+  """
+
+  init: Callable[[chex.PRNGKey, Any], PyTree]
+  apply: Callable[[PyTree, Any], Any]
+
+
+class Learner(NamedTuple):
+  """A few-shot learner as pure functions of one task; callers batch them with `jax.vmap`.
+
+  Attributes:
+    init: `(key, episode) → meta`, any pytree; the episode gives shapes only; consumes key.
+    adapt: `(meta, support, key) → adapted`; consumes key where the learner is stochastic.
+    path: `(meta, support, key) → adapted` after 0, 1, …, k steps, stacked on a leading axis `[k + 1]`.
+    predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
+    loss: `(meta, episode, key) → (scalar, info)`; what the outer optimiser lowers, and a dict of scalars.
+  """
+
+  init: Callable[[chex.PRNGKey, Episode], PyTree]
+  adapt: Callable[[PyTree, Any, chex.PRNGKey], PyTree]
+  path: Callable[[PyTree, Any, chex.PRNGKey], PyTree]
+  predict: Callable[[PyTree, Any], Any]
+  loss: Callable[[PyTree, Episode, chex.PRNGKey], tuple[chex.Array, dict[str, chex.Array]]]
+
+
+class TaskDistribution(NamedTuple):
+  """Tasks as data, drawn on the device.
+
+  Both functions run inside jit. One that holds arrays should be a `jax.tree_util.Partial(function, array)`: the
+  arrays are then arguments of the compiled program; in a closure they would be constants copied into it.
+
+  Attributes:
+    sample: `key → task`, a pytree; consumes key.
+    episode: `(task, key) → Episode`, a draw of the task's support and query; consumes key.
+  """
+
+  sample: Callable[[chex.PRNGKey], PyTree]
+  episode: Callable[[PyTree, chex.PRNGKey], Episode]
