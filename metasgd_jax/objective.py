@@ -24,7 +24,7 @@ def check_mapping(mapping: str) -> None:
 
 
 def mean_loss(
-  learner: Learner, meta: PyTree, episodes: Episode, key: chex.PRNGKey
+  learner: Learner, meta: PyTree, episodes: Episode, keys: chex.PRNGKey
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """Returns (1/T) Σ_i L_query(T_i)(θ_i′) and the mean of every info entry.
 
@@ -35,9 +35,8 @@ def mean_loss(
     learner: the learner.
     meta: its meta-parameters.
     episodes: leaves `[T, …]`.
-    key: split into one for each task; consumed.
+    keys: `[T]`, one a task; consumed.
   """
-  keys = jax.random.split(key, _num_tasks(episodes))
   losses, info = jax.vmap(learner.loss, (None, 0, 0))(meta, episodes, keys)
   return jnp.mean(losses), jax.tree.map(jnp.mean, info)
 
@@ -46,7 +45,7 @@ def value_and_grad(
   learner: Learner,
   meta: PyTree,
   episodes: Episode,
-  key: chex.PRNGKey,
+  keys: chex.PRNGKey,
   *,
   mapping: Mapping = 'vmap',
 ) -> tuple[tuple[chex.Array, dict[str, chex.Array]], PyTree]:
@@ -57,18 +56,13 @@ def value_and_grad(
   """
   check_mapping(mapping)
   if mapping == 'vmap':
-    return jax.value_and_grad(lambda m: mean_loss(learner, m, episodes, key), has_aux=True)(meta)
-  num_tasks = _num_tasks(episodes)
+    return jax.value_and_grad(lambda m: mean_loss(learner, m, episodes, keys), has_aux=True)(meta)
 
   def body(total, task):
-    episode, task_key = task
-    out, grads = jax.value_and_grad(learner.loss, has_aux=True)(meta, episode, task_key)
+    out, grads = jax.value_and_grad(learner.loss, has_aux=True)(meta, *task)
     return jax.tree.map(jnp.add, total, grads), out
 
   zeros = jax.tree.map(jnp.zeros_like, meta)
-  total, outs = jax.lax.scan(body, zeros, (episodes, jax.random.split(key, num_tasks)))
+  total, outs = jax.lax.scan(body, zeros, (episodes, keys))
+  num_tasks = jax.tree.leaves(episodes)[0].shape[0]
   return jax.tree.map(jnp.mean, outs), jax.tree.map(lambda g: g / num_tasks, total)
-
-
-def _num_tasks(episodes: Episode) -> int:
-  return jax.tree.leaves(episodes)[0].shape[0]

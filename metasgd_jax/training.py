@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -88,18 +88,12 @@ def train_step(
     meta_batch: tasks in a meta-iteration.
     mapping: see `objective.Mapping`.
   """
-  task_key, learner_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-  episodes = jax.vmap(lambda k: draw_episode(tasks, k))(jax.random.split(task_key, meta_batch))
-  (loss, info), grads = value_and_grad(learner, state.meta, episodes, learner_key, mapping=mapping)
+  keys = jax.random.split(jax.random.fold_in(state.key, state.step), (3, meta_batch))
+  episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1])
+  (loss, info), grads = value_and_grad(learner, state.meta, episodes, keys[2], mapping=mapping)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
   meta = optax.apply_updates(state.meta, updates)
   return TrainState(state.step + 1, state.key, meta, opt_state), {**info, 'loss': loss}
-
-
-def draw_episode(tasks: TaskDistribution, key: chex.PRNGKey) -> Any:
-  """Returns an episode of a freshly drawn task; consumes key."""
-  sample_key, episode_key = jax.random.split(key)
-  return tasks.episode(tasks.sample(sample_key), episode_key)
 
 
 def train(
@@ -175,7 +169,7 @@ def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, chun
   def body(i, carry):
     state, infos = carry
     state, info = step(state, tasks)
-    return state, jax.tree.map(lambda room, v: room.at[i].set(v), infos, info)
+    return state, jax.tree.map(lambda room, v: jax.lax.dynamic_update_index_in_dim(room, v, i, 0), infos, info)
 
   return jax.lax.fori_loop(0, n, body, (state, rooms))
 

@@ -34,12 +34,12 @@ class GlyphConfig:
 
   size: int = 28
   strokes: int = 3
-  margin: float = 0.15
-  jitter: float = 0.025
+  margin: float = 0.12
+  jitter: float = 0.03
   turn: float = 0.12
   stretch: float = 0.1
   shift: float = 0.03
-  pen: tuple[float, float] = (0.025, 0.045)
+  pen: tuple[float, float] = (0.022, 0.038)
 
   def __post_init__(self):
     for name in ('size', 'strokes'):

@@ -1,0 +1,225 @@
+"""N-way K-shot classification of characters: Tables 2 of Li et al. 2017, and glyphs, which need no download.
+
+    python -m experiments.classification
+    python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_datasets
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+
+import metasgd_jax as ms
+from experiments import options, reporting
+from experiments.options import option
+from metasgd_jax import writers
+from metasgd_jax.datasets import omniglot
+from metasgd_jax.tasks.few_shot import few_shot, rotate_classes
+from metasgd_jax.tasks.glyphs import glyphs
+
+LEARNERS = ('meta_sgd', 'maml')
+NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
+DATASETS = ('glyphs', 'omniglot')
+
+PAPER_TABLE = {  # (learner, way, shot) on Omniglot → accuracy and half-width in percent; Li et al. 2017, Table 2.
+  ('maml', 5, 1): (98.7, 0.4), ('maml', 5, 5): (99.9, 0.1), ('maml', 20, 1): (95.8, 0.3), ('maml', 20, 5): (98.9, 0.2),
+  ('meta_sgd', 5, 1): (99.53, 0.26), ('meta_sgd', 5, 5): (99.93, 0.09),
+  ('meta_sgd', 20, 1): (95.93, 0.38), ('meta_sgd', 20, 5): (98.97, 0.19),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Defaults that a CPU does in minutes; the paper has 15 query drawings, batches of 32, and 60,000 iterations."""
+
+  learner: tuple[str, ...] = option(('meta_sgd',), 'What to train.', choices=LEARNERS)
+  dataset: str = option('glyphs', 'Random characters drawn on the device, or Omniglot.', choices=DATASETS)
+  data_dir: str | None = option(None, "tfds' data directory for Omniglot, prepared or to be prepared.", kind=str)
+  archives: str | None = option(None, "Directory with Omniglot's zip files, to prepare data_dir from.", kind=str)
+  verify_archives: bool = option(True, 'Whether those must have the registered checksums.')
+  split: str = option('random', "Characters: 1200/423 at random, or Vinyals' alphabets.", choices=('random', 'vinyals'))
+  way: int = option(5, 'Classes of a task.', low=2, high=1000)
+  shot: int = option(1, 'Support drawings of a class, in training and in testing.', low=1, high=1000)
+  query: int = option(5, 'Query drawings of a class in training.', low=1, high=1000)
+  inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
+  alpha: float | None = option(
+    None, "MAML's inner rate (0.4 if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).", kind=float
+  )
+  filters: int = option(64, 'Filters of a convolution.', low=1, high=4096)
+  meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
+  meta_iterations: int = option(500, 'Meta-iterations.', low=1)
+  learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser, at the start.', low=1e-12, high=1e3)
+  schedule: str = option('constant', 'Of the learning rate: as it is, or down to 0 as a cosine.', choices=('constant', 'cosine'))
+  seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
+  seed: int = option(0, 'Of the first run and of the split; the next run has the next.', low=0, high=2**31 - 1001)
+  eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
+  eval_query: int = option(15, 'Query drawings of a class in testing.', low=1, high=1000)
+
+  def __post_init__(self):
+    options.check(self)
+    if self.dataset == 'omniglot' and self.data_dir is None:
+      raise ValueError(
+        'dataset omniglot needs data_dir, the directory where tfds keeps or shall keep it, '
+        'such as --data_dir=~/tensorflow_datasets'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a configuration stands for, built and checked.
+
+  Attributes:
+    train: tasks to train on.
+    test: unseen tasks, with as many shots.
+    learners: by name.
+    optimizer: the outer one.
+    mapping: how tasks are laid over the machine.
+  """
+
+  train: ms.TaskDistribution
+  test: ms.TaskDistribution
+  learners: dict[str, ms.Learner]
+  optimizer: optax.GradientTransformation
+  mapping: str
+
+
+def build(config: Config) -> Setup:
+  """Builds tasks, reading the data set, learners and optimiser.
+
+  Raises:
+    ValueError: settings that do not fit the data.
+    DatasetError: the data set cannot be had.
+  """
+  numbers = dict(way=config.way, shot=config.shot)
+  if config.dataset == 'glyphs':
+    train, test = (glyphs(**numbers, query=query) for query in (config.query, config.eval_query))
+  else:
+    data_dir = pathlib.Path(config.data_dir or '').expanduser()
+    characters = omniglot.load(
+      data_dir, archives=config.archives, verify_archives=config.verify_archives, report=print
+    )
+    splits = (
+      omniglot.vinyals_split(characters)
+      if config.split == 'vinyals'
+      else omniglot.random_split(characters, seed=config.seed)
+    )
+    train = few_shot(rotate_classes(splits.train), **numbers, query=config.query)
+    test = few_shot(splits.test, **numbers, query=config.eval_query)
+  rate = config.learning_rate
+  if config.schedule == 'cosine':
+    rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
+  learners = {name: build_learner(name, config) for name in config.learner}
+  return Setup(train, test, learners, optax.adam(rate), 'scan' if jax.default_backend() == 'cpu' else 'vmap')
+
+
+def build_learner(name: str, config: Config) -> ms.Learner:
+  """Returns the learner on the paper's Conv4."""
+  model = ms.nn.from_linen(ms.nn.Conv4(config.way, filters=config.filters))
+  loss, metrics = ms.losses.cross_entropy, {'accuracy': ms.losses.accuracy}
+  steps = config.inner_steps
+  if name == 'maml':
+    return ms.maml(model, loss, alpha=0.4 if config.alpha is None else config.alpha, steps=steps, metrics=metrics)
+  start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
+  return ms.meta_sgd(model, loss, alpha_range=start, steps=steps, metrics=metrics)
+
+
+def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -> list[dict]:
+  """Trains, tests, prints, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
+  setup = setup or build(config)
+  workdir = writers.open_workdir(workdir)
+  writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
+  metrics = writers.MetricsWriter(workdir / 'metrics.jsonl')
+  rows, pictures, curves = [], {}, {}
+  for name, learner in setup.learners.items():
+    meta, curve = _train(name, learner, config, setup, metrics)
+    writers.write_params(workdir / f'params_{name}.msgpack', meta)
+    result = _test(name, learner, meta, config, setup)
+    about_run = {'meta_iterations': config.meta_iterations, 'inner_steps': config.inner_steps, 'metric': 'accuracy'}
+    rows.append(result.row(workdir, about_run))
+    writers.write_json(workdir / 'results.json', {'rows': rows})
+    print(_sentence(name, result, config))
+    curves[NAMES[name]] = curve['accuracy']
+    pictures[f'task_{name}'] = lambda plotting, a=(learner, meta): plotting.episode_sheet(*_example(*a, config, setup))
+    if meta.alpha is not None:
+      alpha = reporting.one_run(meta.alpha, 0)
+      pictures[f'alpha_{name}'] = lambda plotting, alpha=alpha: plotting.alpha_histograms(alpha)
+  pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
+    curves, ylabel='query accuracy on training tasks'
+  )
+  reporting.save_pictures(workdir, pictures)
+  return rows
+
+
+def _train(name, learner, config: Config, setup: Setup, metrics: writers.MetricsWriter):
+  """Trains R runs one after the other; a network as large as this gains nothing from running them side by side."""
+  metas, curves = [], []
+  for r, key in enumerate(reporting.seed_keys(config.seed, config.seeds)):
+    label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
+    recorder = reporting.Recorder(label, metrics)
+    print(f'{label}: compiling', flush=True)
+    state = ms.init(key, setup.train, learner=learner, optimizer=setup.optimizer)
+    state = ms.train(
+      state, setup.train, learner=learner, optimizer=setup.optimizer, meta_iterations=config.meta_iterations,
+      meta_batch=config.meta_batch, mapping=setup.mapping, chunk=min(50, -(-config.meta_iterations // 20)),
+      callbacks=[recorder],
+    )  # fmt: skip
+    metas.append(state.meta)
+    curves.append(recorder.curves)
+  meta = jax.tree.map(lambda *leaves: np.stack(leaves), *metas)
+  return meta, {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
+
+
+def _test_key(config: Config) -> jax.Array:
+  """The same for every learner, so that they are tested on the same tasks."""
+  return jax.random.fold_in(jax.random.key(config.seed), 2**31)
+
+
+def _test(name, learner, meta, config: Config, setup: Setup) -> reporting.Result:
+  print(f'{NAMES[name]}: testing on {config.eval_tasks} unseen tasks', flush=True)
+  values = [
+    ms.evaluate(
+      learner, reporting.one_run(meta, r), setup.test, _test_key(config), metric_fn=ms.losses.accuracy,
+      num_tasks=config.eval_tasks, mapping=setup.mapping,
+    )[:, 0]
+    for r in range(config.seeds)
+  ]  # fmt: skip
+  about = {'dataset': config.dataset, 'learner': name, 'way': config.way, 'shot': config.shot}
+  return reporting.Result(about, np.stack(values))
+
+
+def _sentence(name: str, result: reporting.Result, config: Config) -> str:
+  mean, ci95 = (100 * v for v in result.estimate)
+  before = 100 * result.values[..., 0].mean()
+  paper = PAPER_TABLE.get((name, config.way, config.shot)) if config.dataset == 'omniglot' else None
+  return (
+    f'{NAMES[name]}, {config.dataset}, {config.way}-way {config.shot}-shot: {mean:.2f}% ± {ci95:.2f} after '
+    f'{config.inner_steps} inner step(s), {before:.2f}% before; 95% interval over {config.eval_tasks} unseen tasks; '
+    f'{config.seeds} training run(s) of {config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks; '
+    'batch norm by the batch at hand'
+    + (f'; the paper has {paper[0]} ± {paper[1]} after 60,000 of {32 if config.way == 5 else 16} tasks' if paper else '')
+  )
+
+
+def _example(learner, meta, config: Config, setup: Setup):
+  """One unseen task and the first run's answers: what `plotting.episode_sheet` takes."""
+  task_key, episode_key = jax.random.split(_test_key(config))
+  support, query = setup.test.episode(setup.test.sample(task_key), episode_key)
+  adapted = learner.adapt(reporting.one_run(meta, 0), support, episode_key)
+  return support, query, np.asarray(learner.predict(adapted, query.x))
+
+
+def _prepare() -> Callable[[], None]:
+  config = options.from_flags(Config)
+  workdir = writers.open_workdir(flags.FLAGS.workdir)
+  setup = build(config)
+  return lambda: run(config, workdir, setup) and None
+
+
+if __name__ == '__main__':
+  options.define_flags(Config)
+  flags.DEFINE_string('workdir', 'runs/classification', 'Where config.json, metrics, results and pictures go.')
+  options.main(_prepare)

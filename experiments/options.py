@@ -1,0 +1,107 @@
+"""Configuration in frozen dataclasses; the command line's flags are made from their fields."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+
+from metasgd_jax.datasets import DatasetError
+from metasgd_jax.writers import WorkdirError
+
+C = TypeVar('C')
+
+
+def option(
+  default: Any,
+  help: str,
+  *,
+  low: float | None = None,
+  high: float | None = None,
+  choices: Sequence[str] | None = None,
+  kind: type | None = None,
+) -> Any:
+  """Returns a dataclass field that is a flag as well.
+
+  Args:
+    default: its value when not given. A tuple makes a flag of names with commas between.
+    help: what `--help` says.
+    low: the least value allowed.
+    high: the greatest.
+    choices: the names allowed.
+    kind: bool, int, float or str; the default's type where left out.
+  """
+  meta = dict(help=help, low=low, high=high, choices=choices, kind=kind or type(default))
+  return dataclasses.field(default=default, metadata=meta)
+
+
+def check(config: Any) -> None:
+  """Raises ValueError where a value is out of its option's bounds; for `__post_init__`."""
+  for field in dataclasses.fields(config):
+    value, meta = getattr(config, field.name), field.metadata
+    if value is None:
+      continue
+    low, high, choices = meta['low'], meta['high'], meta['choices']
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+      bounds = f'at least {low}' if high is None else f'from {low} to {high}'
+      raise ValueError(f'{field.name} must be {bounds}, got {value}')
+    if meta['kind'] is tuple and not value:
+      raise ValueError(f'{field.name} needs at least one of {", ".join(choices)}')
+    for name in (value if isinstance(value, tuple) else (value,)) if choices else ():
+      if name not in choices:
+        raise ValueError(f'{field.name} must be one of {", ".join(choices)}, got {name!r}')
+
+
+def define_flags(config_class: type) -> None:
+  """Defines a flag for each field of the dataclass."""
+  for field in dataclasses.fields(config_class):
+    meta, default = field.metadata, field.default
+    kind, choices, text = meta['kind'], meta['choices'], meta['help']
+    bounds = dict(lower_bound=meta['low'], upper_bound=meta['high'])
+    if kind is bool:
+      flags.DEFINE_bool(field.name, default, text)
+    elif kind is int:
+      flags.DEFINE_integer(field.name, default, text, **bounds)
+    elif kind is float:
+      flags.DEFINE_float(field.name, default, text, **bounds)
+    elif kind is tuple:
+      flags.DEFINE_list(field.name, list(default), f'{text} One or more of {", ".join(choices)}, with commas between.')
+      known = set(choices)
+      flags.register_validator(
+        field.name, known.issuperset, message=f'each must be one of {", ".join(choices)}'
+      )
+    elif choices:
+      flags.DEFINE_enum(field.name, default, list(choices), text)
+    else:
+      flags.DEFINE_string(field.name, default, text)
+
+
+def from_flags(config_class: type[C]) -> C:
+  """Returns the configuration that the command line asks for."""
+  values = {}
+  for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    value = flags.FLAGS[field.name].value
+    values[field.name] = tuple(value) if isinstance(value, list) else value
+  return config_class(**values)
+
+
+def main(prepare: Callable[[], Callable[[], None]]) -> None:
+  """Runs an experiment from the command line.
+
+  Args:
+    prepare: reads the flags, builds and checks everything, and returns the run itself. A mistake of the user's ends
+      it in one sentence; an error in the run is ours and keeps its traceback.
+  """
+
+  def start(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f'unknown argument {argv[1]!r}; options look like --name=value')
+    try:
+      run = prepare()
+    except (ValueError, DatasetError, WorkdirError) as e:
+      sys.exit(f'error: {e}')
+    run()
+
+  logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
+  app.run(start)

@@ -1,0 +1,112 @@
+"""What both experiments do with a run: record it, keep its figures as rows, and draw it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax import writers
+from metasgd_jax.evaluation import Estimate, estimate
+from metasgd_jax.training import Progress
+from metasgd_jax.types import PyTree
+
+
+def seed_keys(seed: int, seeds: int) -> jax.Array:
+  """Returns the keys `[R]` of R = `seeds` runs: run r is the one that `--seed={seed + r} --seeds=1` makes."""
+  return jax.vmap(jax.random.key)(seed + jnp.arange(seeds))
+
+
+def one_run(tree: PyTree, run: int) -> PyTree:
+  """Returns run `run` of a tree whose leaves have R runs in front."""
+  return jax.tree.map(lambda leaf: leaf[run], tree)
+
+
+def negative_share(alpha: PyTree) -> float:
+  """Returns the share of α's entries below zero."""
+  leaves = jax.tree.leaves(alpha)
+  return float(sum(jnp.sum(a < 0) for a in leaves) / sum(a.size for a in leaves))
+
+
+class Recorder:
+  """A callback of `train`: a progress line, a line of metrics.jsonl a chunk, and the curves to draw afterwards.
+
+  Attributes:
+    curves: `{name: (steps [n], values [n, R])}`, of each info entry; a value is its chunk's mean.
+  """
+
+  def __init__(self, label: str, metrics: writers.MetricsWriter):
+    """`label` names the run in the progress line and in metrics.jsonl."""
+    self._label, self._metrics = label, metrics
+    self._line = writers.ProgressLine(label)
+    self._steps: list[int] = []
+    self._values: dict[str, list[np.ndarray]] = {}
+
+  def __call__(self, progress: Progress) -> None:
+    means = {name: np.mean(values, axis=0) for name, values in progress.info.items()}
+    self._steps.append(progress.step)
+    for name, value in means.items():
+      self._values.setdefault(name, []).append(np.atleast_1d(value))
+    extra = {}
+    if getattr(progress.state.meta, 'alpha', None) is not None:
+      extra['alpha_negative'] = negative_share(progress.state.meta.alpha)
+    self._metrics.write(label=self._label, step=progress.step, seconds=progress.seconds, **means, **extra)
+    self._line.show(
+      progress.step, progress.total, progress.seconds, **{n: float(np.mean(v)) for n, v in sorted(means.items())}
+    )
+
+  @property
+  def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: (np.array(self._steps), np.array(values)) for name, values in self._values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One figure of a table, and where it comes from.
+
+  Attributes:
+    about: learner, shots and so on: the columns that tell rows apart.
+    values: `[R, tasks, k + 1]`, each task's metric after 0 … k inner steps.
+  """
+
+  about: dict[str, Any]
+  values: np.ndarray
+
+  @property
+  def estimate(self) -> Estimate:
+    """After the last step: the mean over tasks of the mean over runs, and its interval over tasks."""
+    return estimate(self.values[..., -1].mean(0))
+
+  def row(self, directory: pathlib.Path, about_run: dict[str, Any]) -> dict[str, Any]:
+    """Writes the values to a file of their own; returns the row for results.json."""
+    name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
+    writers.write_array(directory / name, self.values)
+    over_runs = estimate(self.values[..., -1].mean(1))
+    return {
+      **self.about,
+      'tasks': self.values.shape[1],
+      'seeds': self.values.shape[0],
+      'mean': self.estimate.mean,
+      'ci95': self.estimate.ci95,
+      'ci95_over_seeds': over_runs.ci95,
+      'mean_by_step': self.values.mean((0, 1)),
+      'per_task_file': name,
+      **about_run,
+      **writers.provenance(),
+    }
+
+
+def save_pictures(workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]]) -> None:
+  """Draws each figure, `plotting → Figure`, to workdir/NAME.png; without matplotlib it says what to install."""
+  try:
+    from metasgd_jax import plotting
+  except ImportError:
+    print("no pictures: matplotlib is missing; pip install 'metasgd_jax[plots]' (or -e '.[plots]' from a clone)")
+    return
+  for name, draw in pictures.items():
+    with writers.atomic(workdir / f'{name}.png') as file:
+      draw(plotting).savefig(file, format='png', dpi=110)
+  print('pictures: ' + ', '.join(str(workdir / f'{name}.png') for name in pictures))

@@ -1,0 +1,148 @@
+"""Pictures of meta-learning. The only place that imports matplotlib; each function returns a Figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from metasgd_jax.types import Batch, PyTree
+
+_BLUE, _ORANGE, _GREY = '#2166ac', '#d6604d', '#777777'
+
+
+class Fit(NamedTuple):
+  """One learner's fit of one curve.
+
+  Attributes:
+    name: of the learner.
+    before: its prediction with θ, `[P]`, at the picture's P inputs.
+    after: its prediction with θ′, `[P]`.
+  """
+
+  name: str
+  before: np.ndarray
+  after: np.ndarray
+
+
+def adaptation_curves(
+  x: np.ndarray, truths: Sequence[np.ndarray], supports: Sequence[Batch], fits: Sequence[Sequence[Fit]]
+) -> Figure:
+  """Draws Figure 3 of Li et al. 2017: a column a curve, a row a learner; truth, support, and fit before and after.
+
+  Args:
+    x: `[P]`, inputs.
+    truths: for each column, `[P]`.
+    supports: for each column, x and y `[K, 1]`.
+    fits: for each column, a `Fit` for each row.
+  """
+  rows, columns = len(fits[0]), len(fits)
+  figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout='constrained')
+  axes = figure.subplots(rows, columns, sharex=True, sharey='col', squeeze=False)
+  for column, (truth, support) in enumerate(zip(truths, supports, strict=True)):
+    for row, fit in enumerate(fits[column]):
+      ax = axes[row, column]
+      error = float(np.mean((fit.after - truth) ** 2))
+      ax.plot(x, truth, color=_GREY, linewidth=1, label='truth')
+      ax.plot(x, fit.before, color=_ORANGE, linestyle=':', label='before')
+      ax.plot(x, fit.after, color=_BLUE, linewidth=2, label='after one step')
+      ax.plot(np.ravel(support.x), np.ravel(support.y), 'k^', markersize=6, label='support')
+      ax.set_title(f'{fit.name}, MSE {error:.2f}', fontsize=10)
+      if row == rows - 1:
+        ax.set_xlabel('x')
+      if column == 0:
+        ax.set_ylabel('y')
+  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
+  return figure
+
+
+def alpha_histograms(alpha: PyTree) -> Figure:
+  """Draws how the entries of α are distributed in each layer, and the share of them below zero.
+
+  Args:
+    alpha: of one run.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(alpha)
+  columns = min(4, len(leaves))
+  rows = -(-len(leaves) // columns)
+  figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout='constrained')
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for ax, (path, leaf) in zip(axes, leaves, strict=False):
+    entries = np.ravel(np.asarray(leaf, np.float64))
+    # A few entries in a thousand may lie far out; they would squeeze the others into one bar.
+    low, high = np.quantile(entries, [0.002, 0.998])
+    room = max(high - low, 1e-6) * 0.05
+    bins = np.linspace(low - room, high + room, 41)
+    ax.hist(entries[entries < 0], bins, color=_ORANGE)
+    ax.hist(entries[entries >= 0], bins, color=_BLUE)
+    ax.axvline(0, color='black', linewidth=0.8)
+    ax.set_title(f'{jax.tree_util.keystr(path, simple=True, separator="/")}: {np.mean(entries < 0):.0%} < 0', fontsize=9)
+    ax.set_yticks([])
+    ax.locator_params(axis='x', nbins=5)
+    ax.tick_params(labelsize=8)
+  for ax in axes[len(leaves) :]:
+    ax.set_axis_off()
+  total = np.concatenate([np.ravel(np.asarray(leaf)) for _, leaf in leaves])
+  figure.suptitle(f'learned α: {np.mean(total < 0):.1%} of {total.size:,} entries are negative', fontsize=11)
+  return figure
+
+
+def learning_curves(
+  curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool = False
+) -> Figure:
+  """Draws a quantity against meta-iterations: the mean over runs as a line, the runs' range as a band.
+
+  Args:
+    curves: `{label: (steps [n], values [n, R])}`.
+    ylabel: the quantity, with its unit.
+    log: whether its axis is logarithmic.
+  """
+  figure = Figure(figsize=(7, 4), layout='constrained')
+  ax = figure.subplots()
+  colours = mpl.colormaps['tab10'].colors
+  for colour, (label, (steps, values)) in zip(colours * len(curves), curves.items(), strict=False):
+    ax.plot(steps, values.mean(1), color=colour, label=label)
+    ax.fill_between(steps, values.min(1), values.max(1), color=colour, alpha=0.25, linewidth=0)
+  if log:
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(ScalarFormatter())
+  ax.set_xlabel('meta-iterations')
+  ax.set_ylabel(ylabel)
+  ax.grid(alpha=0.3)
+  ax.legend(frameon=False)
+  return figure
+
+
+def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
+  """Draws one few-shot task: a row a class, its support on the left, its query on the right, wrong answers in red.
+
+  Args:
+    support: x `[N·K, H, W, D]` in 0 to 1, y `[N·K]`.
+    query: x `[N·Q, H, W, D]`, y `[N·Q]`.
+    logits: `[N·Q, N]`, the answers after adaptation.
+  """
+  way = logits.shape[-1]
+  shot, queries = len(support.y) // way, min(len(query.y) // way, 10)
+  answers = np.argmax(logits, -1)
+  figure = Figure(figsize=(0.8 * (shot + queries) + 0.6, 0.95 * way + 0.6), layout='constrained')
+  axes = figure.subplots(way, shot + queries, squeeze=False)
+  for label in range(way):
+    pictures: list[tuple[Any, str, str]] = [(x, 'support', 'black') for x in support.x[support.y == label]]
+    chosen = np.flatnonzero(np.asarray(query.y) == label)[:queries]
+    pictures += [(query.x[i], f'{answers[i]}', _BLUE if answers[i] == label else 'red') for i in chosen]
+    for ax, (image, text, colour) in zip(axes[label], pictures, strict=True):
+      image = np.asarray(image)
+      ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray_r', vmin=0, vmax=1)
+      ax.set_title(text, fontsize=7, color=colour, pad=2)
+      ax.set_xticks([])
+      ax.set_yticks([])
+      for spine in ax.spines.values():
+        spine.set_color(colour)
+    axes[label, 0].set_ylabel(f'class {label}', fontsize=8)
+  share = float(np.mean(answers == np.asarray(query.y)))
+  figure.suptitle(f'{share:.0%} of {len(query.y)} query drawings right; each shows the answer given', fontsize=9)
+  return figure
