@@ -1,4 +1,4 @@
-"""N-way K-shot classification of characters: Tables 2 of Li et al. 2017, and glyphs, which need no download.
+"""N-way K-shot classification of characters: Table 2 of Li et al. 2017, and glyphs, which need no download.
 
     python -m experiments.classification
     python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_datasets
@@ -16,13 +16,13 @@ from absl import flags
 import metasgd_jax as ms
 from experiments import options, reporting
 from experiments.options import option
+from experiments.reporting import NAMES, test_key
 from metasgd_jax import writers
 from metasgd_jax.datasets import omniglot
 from metasgd_jax.tasks.few_shot import few_shot, rotate_classes
 from metasgd_jax.tasks.glyphs import glyphs
 
 LEARNERS = ('meta_sgd', 'maml')
-NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 DATASETS = ('glyphs', 'omniglot')
 
 PAPER_TABLE = {  # (learner, way, shot) on Omniglot → accuracy and half-width in percent; Li et al. 2017, Table 2.
@@ -58,6 +58,8 @@ class Config:
   seed: int = option(0, 'Of the first run and of the split; the next run has the next.', low=0, high=2**31 - 1001)
   eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
   eval_query: int = option(15, 'Query drawings of a class in testing.', low=1, high=1000)
+
+  tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
     options.check(self)
@@ -132,7 +134,7 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
   setup = setup or build(config)
   workdir = writers.open_workdir(workdir)
   writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
-  metrics = writers.MetricsWriter(workdir / 'metrics.jsonl')
+  metrics = reporting.open_metrics(workdir, config.tensorboard)
   rows, pictures, curves = [], {}, {}
   for name, learner in setup.learners.items():
     meta, curve = _train(name, learner, config, setup, metrics)
@@ -154,7 +156,7 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
   return rows
 
 
-def _train(name, learner, config: Config, setup: Setup, metrics: writers.MetricsWriter):
+def _train(name, learner, config: Config, setup: Setup, metrics: list[writers.Writer]):
   """Trains R runs one after the other; a network as large as this gains nothing from running them side by side."""
   metas, curves = [], []
   for r, key in enumerate(reporting.seed_keys(config.seed, config.seeds)):
@@ -173,16 +175,11 @@ def _train(name, learner, config: Config, setup: Setup, metrics: writers.Metrics
   return meta, {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
 
 
-def _test_key(config: Config) -> jax.Array:
-  """The same for every learner, so that they are tested on the same tasks."""
-  return jax.random.fold_in(jax.random.key(config.seed), 2**31)
-
-
 def _test(name, learner, meta, config: Config, setup: Setup) -> reporting.Result:
   print(f'{NAMES[name]}: testing on {config.eval_tasks} unseen tasks', flush=True)
   values = [
     ms.evaluate(
-      learner, reporting.one_run(meta, r), setup.test, _test_key(config), metric_fn=ms.losses.accuracy,
+      learner, reporting.one_run(meta, r), setup.test, test_key(config.seed), metric_fn=ms.losses.accuracy,
       num_tasks=config.eval_tasks, mapping=setup.mapping,
     )[:, 0]
     for r in range(config.seeds)
@@ -206,7 +203,7 @@ def _sentence(name: str, result: reporting.Result, config: Config) -> str:
 
 def _example(learner, meta, config: Config, setup: Setup):
   """One unseen task and the first run's answers: what `plotting.episode_sheet` takes."""
-  task_key, episode_key = jax.random.split(_test_key(config))
+  task_key, episode_key = jax.random.split(test_key(config.seed))
   support, query = setup.test.episode(setup.test.sample(task_key), episode_key)
   adapted = learner.adapt(reporting.one_run(meta, 0), support, episode_key)
   return support, query, np.asarray(learner.predict(adapted, query.x))

@@ -16,12 +16,12 @@ from absl import flags
 import metasgd_jax as ms
 from experiments import options, reporting
 from experiments.options import option
+from experiments.reporting import NAMES, test_key
 from metasgd_jax import writers
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
 LEARNERS = ('meta_sgd', 'maml')
 DATASETS = {'sinusoids': PAPER, 'sinusoids_maml': MAML}
-NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 TEST_SHOTS = (5, 10, 20)
 
 PAPER_TABLE = {  # (learner, shots in training) → mean and half-width at 5, 10 and 20 shots; Li et al. 2017, Table 1.
@@ -55,6 +55,8 @@ class Config:
   eval_tasks: int = option(100, 'Unseen curves to test on.', low=2, high=100_000)
   eval_repeats: int = option(100, 'Draws of support and query points a curve.', low=1, high=10_000)
   eval_query: int = option(100, 'Query points in testing.', low=1, high=10_000)
+
+  tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
     options.check(self)
@@ -91,7 +93,7 @@ def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json."""
   workdir = writers.open_workdir(workdir)
   writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
-  metrics = writers.MetricsWriter(workdir / 'metrics.jsonl')
+  metrics = reporting.open_metrics(workdir, config.tensorboard)
   trained = [_train(name, shot, config, metrics) for name, shot in config.runs]
   results = [_test(t, shot, config) for t in trained for shot in TEST_SHOTS]
   about_run = {'meta_iterations': config.meta_iterations, 'inner_steps': config.inner_steps, 'metric': 'MSE'}
@@ -104,7 +106,7 @@ def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   return rows
 
 
-def _train(name: str, shot: int, config: Config, metrics: writers.MetricsWriter) -> Trained:
+def _train(name: str, shot: int, config: Config, metrics: list[writers.Writer]) -> Trained:
   tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.query)
   learner, optimizer = build_learner(name, config), optax.adam(config.learning_rate)
   keys = reporting.seed_keys(config.seed, config.seeds)
@@ -117,16 +119,11 @@ def _train(name: str, shot: int, config: Config, metrics: writers.MetricsWriter)
   return Trained(name, shot, learner, state.meta, recorder.curves)
 
 
-def _test_key(config: Config) -> jax.Array:
-  """The same for every learner, so that they are tested on the same curves and points."""
-  return jax.random.fold_in(jax.random.key(config.seed), 2**31)
-
-
 def _test(trained: Trained, shot: int, config: Config) -> reporting.Result:
   tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query)
   values = [
     ms.evaluate(
-      trained.learner, reporting.one_run(trained.meta, r), tasks, _test_key(config),
+      trained.learner, reporting.one_run(trained.meta, r), tasks, test_key(config.seed),
       metric_fn=ms.losses.mean_squared_error, num_tasks=config.eval_tasks, repeats=config.eval_repeats,
     ).mean(1)
     for r in range(config.seeds)
@@ -184,7 +181,7 @@ def _example_fits(group: list[Trained], shot: int, config: Config):
   tasks = sinusoid(DATASETS[config.dataset], shot=shot)
   x = np.linspace(-5.0, 5.0, 200, dtype=np.float32)
   truths, supports, fits = [], [], []
-  for key in jax.random.split(_test_key(config), 3):
+  for key in jax.random.split(test_key(config.seed), 3):
     task = tasks.sample(key)
     support = tasks.episode(task, key).support
     column = []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,18 @@ from metasgd_jax.training import Progress
 from metasgd_jax.types import PyTree
 
 
+NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
+"""Learners by the names that people know."""
+
+
 def seed_keys(seed: int, seeds: int) -> jax.Array:
   """Returns the keys `[R]` of R = `seeds` runs: run r is the one that `--seed={seed + r} --seeds=1` makes."""
   return jax.vmap(jax.random.key)(seed + jnp.arange(seeds))
+
+
+def test_key(seed: int) -> jax.Array:
+  """Returns the key of all tests: the same for every learner, so that they are judged on the same tasks."""
+  return jax.random.fold_in(jax.random.key(seed), 2**31)
 
 
 def one_run(tree: PyTree, run: int) -> PyTree:
@@ -31,15 +40,21 @@ def negative_share(alpha: PyTree) -> float:
   return float(sum(jnp.sum(a < 0) for a in leaves) / sum(a.size for a in leaves))
 
 
+def open_metrics(workdir: pathlib.Path, tensorboard: bool) -> list[writers.Writer]:
+  """Returns the writers of a run's metrics: metrics.jsonl, and TensorBoard's event files where they are wanted."""
+  found: list[writers.Writer] = [writers.MetricsWriter(workdir / 'metrics.jsonl')]
+  return [*found, writers.TensorBoardWriter(workdir)] if tensorboard else found
+
+
 class Recorder:
-  """A callback of `train`: a progress line, a line of metrics.jsonl a chunk, and the curves to draw afterwards.
+  """A callback of `train`: a progress line, a line of metrics a chunk, and the curves to draw afterwards.
 
   Attributes:
     curves: `{name: (steps [n], values [n, R])}`, of each info entry; a value is its chunk's mean.
   """
 
-  def __init__(self, label: str, metrics: writers.MetricsWriter):
-    """`label` names the run in the progress line and in metrics.jsonl."""
+  def __init__(self, label: str, metrics: Sequence[writers.Writer]):
+    """`label` names the run in the progress line and in the metrics."""
     self._label, self._metrics = label, metrics
     self._line = writers.ProgressLine(label)
     self._steps: list[int] = []
@@ -53,7 +68,8 @@ class Recorder:
     extra = {}
     if getattr(progress.state.meta, 'alpha', None) is not None:
       extra['alpha_negative'] = negative_share(progress.state.meta.alpha)
-    self._metrics.write(label=self._label, step=progress.step, seconds=progress.seconds, **means, **extra)
+    for writer in self._metrics:
+      writer.write(self._label, progress.step, {'seconds': progress.seconds, **means, **extra})
     self._line.show(
       progress.step, progress.total, progress.seconds, **{n: float(np.mean(v)) for n, v in sorted(means.items())}
     )

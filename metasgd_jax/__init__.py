@@ -7,8 +7,8 @@ from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.objective import mean_loss, value_and_grad
 from metasgd_jax.training import Progress, TrainState, init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution
+from metasgd_jax.version import __version__
 
-__version__ = '0.1.0'
 
 __all__ = [
   'Batch',
@@ -20,6 +20,7 @@ __all__ = [
   'Progress',
   'TaskDistribution',
   'TrainState',
+  '__version__',
   'adapt',
   'adapt_path',
   'estimate',

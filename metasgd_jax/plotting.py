@@ -48,7 +48,7 @@ def adaptation_curves(
       error = float(np.mean((fit.after - truth) ** 2))
       ax.plot(x, truth, color=_GREY, linewidth=1, label='truth')
       ax.plot(x, fit.before, color=_ORANGE, linestyle=':', label='before')
-      ax.plot(x, fit.after, color=_BLUE, linewidth=2, label='after one step')
+      ax.plot(x, fit.after, color=_BLUE, linewidth=2, label='after')
       ax.plot(np.ravel(support.x), np.ravel(support.y), 'k^', markersize=6, label='support')
       ax.set_title(f'{fit.name}, MSE {error:.2f}', fontsize=10)
       if row == rows - 1:

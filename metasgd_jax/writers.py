@@ -9,8 +9,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, Protocol
 
 import flax.serialization
 import jax
@@ -110,18 +110,50 @@ def provenance() -> dict[str, Any]:
   return {'versions': versions, 'device': device}
 
 
+class Writer(Protocol):
+  """Takes a run's metrics as they come."""
+
+  def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
+    """Takes the values of one moment.
+
+    Args:
+      label: the run's name.
+      step: meta-iterations done.
+      values: numbers, or arrays `[R]` with one of each of R runs.
+    """
+
+
 class MetricsWriter:
-  """Appends lines of JSON to a file, each with a step, for programs to read while a run goes on."""
+  """A `Writer` that appends lines of JSON to a file."""
 
   def __init__(self, path: PathLike):
     """Starts the file anew."""
     self._path = pathlib.Path(path)
     self._path.write_text('')
 
-  def write(self, **values: Any) -> None:
+  def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends one line."""
+    line = _plain({'label': label, 'step': step, **values})
     with self._path.open('a') as file:
-      file.write(json.dumps(_plain(values), allow_nan=False) + '\n')
+      file.write(json.dumps(line, allow_nan=False) + '\n')
+
+
+class TensorBoardWriter:
+  """A `Writer` of TensorBoard's event files, by tensorboardX, which does not need TensorFlow."""
+
+  def __init__(self, directory: PathLike):
+    """Raises WorkdirError if tensorboardX is missing."""
+    try:
+      import tensorboardX
+    except ImportError as e:
+      raise WorkdirError("no tensorboardX for --tensorboard; pip install 'metasgd_jax[tensorboard]'") from e
+    self._writer = tensorboardX.SummaryWriter(os.fspath(directory))
+
+  def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
+    """Adds a scalar for each value, the mean over runs, as LABEL/NAME."""
+    for name, value in values.items():
+      self._writer.add_scalar(f'{label}/{name}', float(np.mean(value)), step)
+    self._writer.flush()
 
 
 class ProgressLine:

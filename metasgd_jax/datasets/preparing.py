@@ -44,13 +44,13 @@ def prepare(
   data_dir = pathlib.Path(os.fspath(builder.data_path)).parents[1]
   download_dir = data_dir / 'downloads'
   urls = list(builder.url_infos)
+  found = {}
   if archives is None:
     _make_writable(data_dir)
     paths = _download(builder, download_dir, urls, report)
   else:
     paths = [_find(pathlib.Path(archives), builder.url_infos[url].filename) for url in urls]
-    for url, path in zip(urls, paths, strict=True):
-      _check(builder, url, path, verify_archives)
+    found = {url: _check(builder, url, path, verify_archives) for url, path in zip(urls, paths, strict=True)}
     _make_writable(data_dir)
   report(f'preparing {builder.name} in {data_dir}, once; it takes about a minute')
   with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
@@ -59,10 +59,15 @@ def prepare(
     config = tfds.download.DownloadConfig(
       extract_dir=extract_dir, manual_dir=None if archives is None else pathlib.Path(archives)
     )
-    with _without_tensorflow(builder):
-      builder.download_and_prepare(
-        download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
-      )
+    try:
+      with _without_tensorflow(builder), _registered(builder.url_infos, found):
+        builder.download_and_prepare(
+          download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
+        )
+    except (ValueError, AssertionError, IndexError) as e:
+      raise DatasetError(
+        f'the archives do not hold the whole of {builder.name}, or not in its layout ({first_line(e)}); get them again'
+      ) from e
 
 
 def first_line(e: BaseException) -> str:
@@ -91,7 +96,8 @@ def _find(archives: pathlib.Path, name: str) -> pathlib.Path:
   return path
 
 
-def _check(builder, url: str, path: pathlib.Path, verify: bool) -> None:
+def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
+  """Returns what tfds calls the file's UrlInfo: its size and checksum."""
   import tensorflow_datasets as tfds
 
   if not zipfile.is_zipfile(path):
@@ -102,12 +108,13 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> None:
       f'{path} is not the registered file: its sha256 is {found.checksum}, expected '
       f'{builder.url_infos[url].checksum}; get it from {url}, or turn verify_archives off if you trust it'
     )
-  builder.url_infos[url] = found
+  return found
 
 
 def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Report) -> list[pathlib.Path]:
   import requests
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download import download_manager
 
   report(f'downloading {builder.name} to {download_dir}')
   manager = tfds.download.DownloadManager(
@@ -115,7 +122,7 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
   )
   try:
     return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
-  except (requests.RequestException, tfds.download.DownloadError, OSError) as e:
+  except (requests.RequestException, tfds.download.DownloadError, download_manager.NonMatchingChecksumError, OSError) as e:
     raise DatasetError(
       f'{builder.name} could not be downloaded ({first_line(e)}); get {", ".join(urls)} elsewhere and give their '
       'directory as archives'
@@ -128,6 +135,17 @@ def _extract(path: pathlib.Path, to: pathlib.Path) -> None:
       archive.extractall(to)
   except (zipfile.BadZipFile, EOFError, OSError, ValueError) as e:
     raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
+
+
+@contextlib.contextmanager
+def _registered(url_infos: dict[str, Any], found: dict[str, Any]) -> Iterator[None]:
+  """Lends the builder the checksums of files that the user vouches for; it is shared by all builders, so put back."""
+  original = dict(url_infos)
+  url_infos.update(found)
+  try:
+    yield
+  finally:
+    url_infos.update(original)
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class Conv(nn.Module):
     kernel = self.param('kernel', self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
     x = conv(x, kernel, strides=self.strides, padding=self.padding)
     if self.use_bias:
-      x = x + self.param('bias', nn.initializers.zeros, (self.features,))
+      x = x + self.param('bias', nn.initializers.zeros, (self.features,)).reshape(1, 1, 1, -1)
     return x
 
 
@@ -111,11 +111,12 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     """`[B, …, D]` → the same shape."""
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     axes = tuple(range(x.ndim - 1))
-    centred = x - jnp.mean(x, axes)
-    variance = jnp.mean(jnp.square(centred), axes)
+    channels = (1,) * len(axes) + (x.shape[-1],)
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],)).reshape(channels)
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],)).reshape(channels)
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
     return centred * (lax.rsqrt(variance + self.epsilon) * scale) + bias
 
 

@@ -85,10 +85,11 @@ def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
   start, along = curve[:, :-1].reshape(-1, 2), jnp.diff(curve, axis=1).reshape(-1, 2)
   centres = (jnp.arange(size) + 0.5) / size
   # From each pixel to each straight piece; x and y apart, since [size, size, pieces, 2] would be written out whole.
-  px, py = centres[None, :, None] - start[:, 0], centres[:, None, None] - start[:, 1]
-  length2 = jnp.maximum(along[:, 0] ** 2 + along[:, 1] ** 2, 1e-12)
-  part = jnp.clip((px * along[:, 0] + py * along[:, 1]) / length2, 0.0, 1.0)
-  distance2 = (px - part * along[:, 0]) ** 2 + (py - part * along[:, 1]) ** 2
+  (start_x, start_y), (along_x, along_y) = start.T[:, None, None], along.T[:, None, None]
+  px, py = centres[None, :, None] - start_x, centres[:, None, None] - start_y
+  length2 = jnp.maximum(along_x**2 + along_y**2, 1e-12)
+  part = jnp.clip((px * along_x + py * along_y) / length2, 0.0, 1.0)
+  distance2 = (px - part * along_x) ** 2 + (py - part * along_y) ** 2
   distance = jnp.sqrt(jnp.min(distance2, axis=-1))
   return jnp.clip((pen - distance) * size + 0.5, 0.0, 1.0)
 
@@ -105,8 +106,9 @@ def _draw(points, key, config):
   points = points + config.jitter * jax.random.normal(jitter_key, points.shape)
   cos, sin = jnp.cos(config.turn * turn), jnp.sin(config.turn * turn)
   hand = jnp.array([[cos, -sin], [sin, cos]]) @ jnp.array([[1.0, config.turn * shear], [0.0, 1.0]])
-  hand = hand * jnp.exp(config.stretch * jnp.array([stretch_x, stretch_y]))
-  points = (points - 0.5) @ hand.T + 0.5 + config.shift * jnp.array([shift_x, shift_y])
+  hand = hand * jnp.exp(config.stretch * jnp.array([[stretch_x, stretch_y]]))
+  centre = 0.5 + config.shift * jnp.array([shift_x, shift_y])
+  points = (points - 0.5) @ hand.T + centre.reshape(1, 1, 2)
   pen = jax.random.uniform(pen_key, (), jnp.float32, *config.pen)
   return render(points, pen, config.size)[..., None]
 

@@ -1,0 +1,44 @@
+# make demo   Meta-SGD beside MAML on sine curves, as in the paper's Table 1 and Figure 3
+# make test   the tests
+# make lint   style and types
+# make bench  ours against its peers; needs the extra `bench`
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+JOBS ?= 2
+
+.PHONY: demo test lint bench lowest clean
+
+demo: $(VENV)/plots
+	$(BIN)/python -m experiments.regression --workdir=runs/demo
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.sinusoids
+
+# The tests with the oldest versions that pyproject.toml allows.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip --disable-pip-version-check -q install -c constraints-lowest.txt -e '.[test]'
+	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal
+
+clean:
+	rm -rf $(VENV) .venv-lowest runs
+
+# One file for each extra that is installed; a change of what is asked for installs anew.
+$(VENV)/%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing metasgd_jax[$*] in $(VENV), about a minute the first time'
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

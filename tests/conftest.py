@@ -1,0 +1,29 @@
+"""Settings of all tests: shapes are never broadcast by accident, and a warning is an error."""
+
+import os
+import pathlib
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
+
+
+def pytest_configure(config):
+  config.addinivalue_line('filterwarnings', 'error')
+  # tensorflow-datasets' own: at import, and where it looks for a faster decoder.
+  for module in ('tensorflow_datasets', 'etils', 'google', 'promise', 'importlib_resources'):
+    config.addinivalue_line('filterwarnings', rf'ignore::Warning:{module}')
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+  """The folder of data sets beside the project, where there is one."""
+  if not SHARED.is_dir():
+    pytest.skip(f'needs Omniglot in {SHARED.parent.name}/{SHARED.name} beside the project, which is not there')
+  return SHARED

@@ -1,0 +1,51 @@
+"""Small problems that several tests share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metasgd_jax as ms
+
+
+def sinusoid_learner(build=ms.meta_sgd, hidden=(40, 40), **kwargs):
+  model = ms.nn.from_linen(ms.nn.MLP(hidden, stddev=0.5))
+  return build(model, ms.losses.mean_squared_error, **kwargs)
+
+
+def conv_learner(build=ms.meta_sgd, way=5, filters=4, hidden=8, **kwargs):
+  model = ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden))
+  return build(model, ms.losses.cross_entropy, metrics={'accuracy': ms.losses.accuracy}, **kwargs)
+
+
+def episodes(tasks, count, seed=0):
+  """`count` episodes stacked: leaves `[T, …]`."""
+  sample_keys, episode_keys = jax.random.split(jax.random.key(seed), (2, count))
+  return jax.jit(lambda: jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(sample_keys), episode_keys))()
+
+
+def random_bank(classes=8, instances=6, size=8, seed=0):
+  """A class bank in which no two drawings are equal."""
+  images = np.random.default_rng(seed).integers(0, 256, (classes, instances, size, size, 1), np.uint8)
+  return ms.tasks.ClassBank(images)
+
+
+def to_float64(tree):
+  return jax.tree.map(
+    lambda a: jnp.asarray(np.asarray(a), jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+  )
+
+
+def relative_error(a, b):
+  """|a − b| / |b| over all leaves together."""
+  a, b = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))
+  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+
+
+def assert_trees_close(a, b, **tolerance):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(lambda x, y: assert_close(x, y, **tolerance), a, b)

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from problems import conv_learner, random_bank, sinusoid_learner
+
+import metasgd_jax as ms
+
+TASKS = ms.tasks.sinusoid(query=20)
+
+
+def evaluate(learner, meta, seed=0, tasks=TASKS, metric_fn=ms.losses.mean_squared_error, **kwargs):
+  return ms.evaluate(learner, meta, tasks, jax.random.key(seed), metric_fn=metric_fn, **kwargs)
+
+
+def meta_of(learner, tasks=TASKS):
+  return ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optax.identity()).meta
+
+
+def test_a_value_for_every_task_repeat_and_step():
+  learner = sinusoid_learner(steps=3)
+  meta = meta_of(learner)
+  values = evaluate(learner, meta, num_tasks=4, repeats=2)
+  assert values.shape == (4, 2, 4)
+  sample_key, repeat_key = jax.random.split(jax.random.split(jax.random.key(0), 4)[1])
+  task = TASKS.sample(sample_key)
+  episode_key, adapt_key = jax.random.split(jax.random.split(repeat_key, 2)[1])
+  episode = TASKS.episode(task, episode_key)
+  for step in range(4):
+    adapted = sinusoid_learner(steps=step).adapt(meta, episode.support, adapt_key)
+    expected = np.mean((np.asarray(learner.predict(adapted, episode.query.x)) - episode.query.y) ** 2)
+    np.testing.assert_allclose(values[1, 1, step], expected, rtol=1e-4)
+
+
+def test_mappings_are_equal():
+  learner = conv_learner(way=3)
+  tasks = ms.tasks.few_shot(random_bank(size=16), way=3, shot=1, query=3)
+  meta = meta_of(learner, tasks)
+  by = {
+    mapping: evaluate(learner, meta, tasks=tasks, metric_fn=ms.losses.cross_entropy, num_tasks=5, mapping=mapping)
+    for mapping in ('vmap', 'scan')
+  }
+  np.testing.assert_allclose(by['vmap'], by['scan'], rtol=1e-4)
+
+
+def test_the_key_alone_says_which_tasks():
+  """Two learners are judged on the same tasks: before adaptation equal parameters give equal values."""
+  fast, slow = sinusoid_learner(alpha_range=(0.1, 0.1)), sinusoid_learner(ms.maml, alpha=0.001)
+  meta = meta_of(fast)
+  a = evaluate(fast, meta, num_tasks=10)
+  b = evaluate(slow, meta._replace(alpha=None), num_tasks=10)
+  np.testing.assert_allclose(a[..., 0], b[..., 0], rtol=1e-6)
+  assert not np.allclose(a[..., 1], b[..., 1])
+  assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
+
+
+@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1)])
+def test_counts_below_one(option, value):
+  with pytest.raises(ValueError, match=f'{option} must be at least 1, got {value}'):
+    evaluate(sinusoid_learner(), None, **{option: value})
+
+
+class TestEstimate:
+  def test_equals_scipys_t_interval(self):
+    values = np.random.default_rng(0).gamma(2.0, size=30)
+    mean, ci95 = ms.estimate(values)
+    low, high = scipy.stats.t.interval(0.95, 29, values.mean(), scipy.stats.sem(values))
+    np.testing.assert_allclose([mean - ci95, mean + ci95], [low, high], rtol=1e-12)
+
+  def test_covers_the_truth_95_times_in_100(self):
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (4000, 5))
+    estimates = [ms.estimate(d) for d in draws]
+    assert abs(np.mean([abs(e.mean - 3.0) <= e.ci95 for e in estimates]) - 0.95) < 0.01
+
+  def test_one_value_has_no_interval(self):
+    assert ms.estimate(np.array([2.0])) == (2.0, float('inf'))
+
+  def test_jax_arrays_and_text(self):
+    assert str(ms.estimate(jnp.array([1.0, 2.0, 3.0]))) == '2.00±2.48'
+
+  @pytest.mark.parametrize('shape', [(0,), (3, 2), ()])
+  def test_wrong_ranks(self, shape):
+    with pytest.raises(ValueError, match=r'one value a task, \[n\] with n >= 1, got shape'):
+      ms.estimate(np.zeros(shape))

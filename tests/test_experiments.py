@@ -1,0 +1,180 @@
+"""The experiments, at a small size: what they leave in the work directory, and what they say to a mistake."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import classification, options, regression
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SMALL = dict(meta_iterations=40, eval_tasks=6, eval_repeats=3)
+
+
+@pytest.fixture(scope='module')
+def regression_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('regression')
+  config = regression.Config(seeds=2, tensorboard=True, **SMALL)
+  return workdir, regression.run(config, workdir)
+
+
+@pytest.fixture(scope='module')
+def classification_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('classification')
+  config = classification.Config(
+    learner=('meta_sgd', 'maml'), way=3, query=2, filters=4, meta_iterations=3, eval_tasks=5, eval_query=2, seeds=2
+  )
+  return workdir, classification.run(config, workdir)
+
+
+@pytest.mark.parametrize('kind', ['regression_run', 'classification_run'])
+def test_results_say_what_was_run(kind, request):
+  workdir, rows = request.getfixturevalue(kind)
+  read = json.loads((workdir / 'results.json').read_text())['rows']
+  assert len(read) == len(rows)
+  config = json.loads((workdir / 'config.json').read_text())
+  for row in read:
+    shots = ('train_shot', 'test_shot') if kind == 'regression_run' else ('way', 'shot')
+    for name in ('learner', 'dataset', *shots):
+      assert name in row
+    assert row['inner_steps'] == 1
+    assert row['meta_iterations'] == config['meta_iterations']
+    assert (row['tasks'], row['seeds']) == (config['eval_tasks'], 2)
+    assert row['device']['platform'] == jax.default_backend()
+    assert row['versions']['jax'] == jax.__version__
+    values = np.load(workdir / row['per_task_file'])
+    assert values.shape == (2, row['tasks'], 2)
+    np.testing.assert_allclose(row['mean'], values[..., -1].mean(), rtol=1e-6)
+    assert 0 < row['ci95'] < 10 * row['mean'] + 1
+    np.testing.assert_allclose(row['mean_by_step'], values.mean((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['regression_run', 'classification_run'])
+def test_metrics_have_a_line_a_chunk(kind, request):
+  workdir, _ = request.getfixturevalue(kind)
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert {'label', 'step', 'seconds', 'loss'} <= set(lines[0])
+  meta_sgd = [line for line in lines if line['label'].startswith('Meta-SGD')]
+  assert 0 <= meta_sgd[-1]['alpha_negative'] <= 1
+  assert meta_sgd[-1]['step'] == json.loads((workdir / 'config.json').read_text())['meta_iterations']
+
+
+@pytest.mark.parametrize('kind', ['regression_run', 'classification_run'])
+def test_pictures_are_drawn(kind, request):
+  workdir, _ = request.getfixturevalue(kind)
+  names = {'curves_5shot', 'alpha_meta_sgd_5shot'} if kind == 'regression_run' else {'alpha_meta_sgd', 'task_maml'}
+  for name in names | {'learning_curves'}:
+    assert (workdir / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_tensorboard_is_written(regression_run):
+  assert list(regression_run[0].glob('events.out.tfevents.*'))
+
+
+def test_learners_are_tested_on_the_same_tasks(regression_run):
+  """Two runs of the same learner under two names must agree; here, in the tasks that θ alone sees."""
+  config = regression.Config(**SMALL)
+  trained = regression._train('maml', 5, config, [])
+  a, b = (regression._test(trained, 10, config).values for _ in range(2))
+  assert np.array_equal(a, b)
+
+
+def test_a_seed_alone_gives_what_it_gives_beside_others(tmp_path, regression_run):
+  alone = regression.Config(seeds=1, seed=1, **SMALL)
+  beside = regression.Config(seeds=2, seed=0, **SMALL)
+  a, b = (regression._train('meta_sgd', 5, config, []).meta for config in (alone, beside))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y[1], rtol=1e-3, atol=1e-5), a, b)
+
+
+def test_the_table_has_the_papers_cells(tmp_path, capsys):
+  regression.run(regression.Config(table1=True, seeds=1, **SMALL | dict(meta_iterations=2)), tmp_path)
+  out = capsys.readouterr().out
+  assert len(json.loads((tmp_path / 'results.json').read_text())['rows']) == 18
+  for mean, ci95 in [cell for row in regression.PAPER_TABLE.values() for cell in row]:
+    assert f'{mean:.2f}±{ci95:.2f}' in out
+
+
+def test_a_sentence_gives_the_figure(classification_run, capsys, tmp_path):
+  config = classification.Config(way=3, query=2, filters=4, meta_iterations=2, eval_tasks=5, eval_query=2)
+  rows = classification.run(config, tmp_path)
+  out = capsys.readouterr().out
+  assert f'Meta-SGD, glyphs, 3-way 1-shot: {100 * rows[0]["mean"]:.2f}% ±' in out
+  assert 'over 5 unseen tasks' in out
+
+
+@pytest.mark.parametrize(
+  ('config', 'values', 'message'),
+  [
+    (regression.Config, dict(meta_iterations=0), 'meta_iterations must be at least 1, got 0'),
+    (regression.Config, dict(learner=('sgd',)), "learner must be one of meta_sgd, maml, got 'sgd'"),
+    (regression.Config, dict(learner=()), 'learner needs at least one of meta_sgd, maml'),
+    (regression.Config, dict(learning_rate=float('nan')), 'learning_rate must be from .*, got nan'),
+    (classification.Config, dict(way=1), 'way must be from 2 to 1000, got 1'),
+    (classification.Config, dict(dataset='mnist'), "dataset must be one of glyphs, omniglot, got 'mnist'"),
+    (classification.Config, dict(dataset='omniglot'), 'dataset omniglot needs data_dir'),
+  ],
+)
+def test_bounds_hold_in_colab_too(config, values, message):
+  with pytest.raises(ValueError, match=message):
+    config(**values)
+
+
+def command(module, *flags, cwd=ROOT):
+  return subprocess.run(
+    [sys.executable, '-m', f'experiments.{module}', *flags], capture_output=True, text=True, cwd=cwd, check=False
+  )
+
+
+@pytest.mark.parametrize(
+  ('module', 'flags', 'message'),
+  [
+    ('regression', ['--learner=sgd'], "flag --learner=sgd: each must be one of meta_sgd, maml"),
+    ('regression', ['--meta_iterations=0'], 'flag --meta_iterations=0: 0 is not an integer in the range'),
+    ('regression', ['--workdir={file}/x'], 'error: workdir {file}/x cannot be written (Not a directory)'),
+    ('regression', ['meta_sgd'], "unknown argument 'meta_sgd'; options look like --name=value"),
+    ('classification', ['--dataset=mnist'], "flag --dataset=mnist: value should be one of <glyphs|omniglot>"),
+    ('classification', ['--dataset=omniglot'], 'error: dataset omniglot needs data_dir'),
+    ('classification', ['--dataset=omniglot', '--data_dir={file}/x'], 'error: data_dir {file}/x does not have the data set'),
+  ],
+)
+def test_a_mistake_gets_one_sentence(module, flags, message, tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  flags = [flag.format(file=file) for flag in flags]
+  if not any('workdir' in flag for flag in flags):
+    flags.append(f'--workdir={tmp_path}/w')
+  done = command(module, *flags)
+  assert done.returncode != 0
+  assert message.format(file=file) in ' '.join((done.stdout + done.stderr).split())
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('module', ['regression', 'classification'])
+def test_help_names_every_option(module):
+  out = command(module, '--help').stdout
+  config = {'regression': regression.Config, 'classification': classification.Config}[module]
+  for name in [*config.__dataclass_fields__, 'workdir']:
+    assert f'--{name}:' in out or f'--[no]{name}:' in out
+
+
+def test_a_run_from_the_command_line(tmp_path):
+  flags = ['--meta_iterations=3', '--seeds=1', '--learner=maml', '--eval_tasks=3', '--eval_repeats=2', f'--workdir={tmp_path}']
+  done = command('regression', *flags)
+  assert done.returncode == 0, done.stderr
+  assert 'mean squared error after 1 inner step(s)' in done.stdout
+  assert 'MAML 5-shot  3/3' in done.stderr
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+  def run():
+    raise ValueError('a defect')
+
+  monkeypatch.setattr(options.app, 'run', lambda start: start(['name']))
+  with pytest.raises(ValueError, match='a defect'):
+    options.main(lambda: run)
+  with pytest.raises(SystemExit, match='error: a mistake'):
+    options.main(lambda: (_ for _ in ()).throw(ValueError('a mistake')))

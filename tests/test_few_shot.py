@@ -1,0 +1,158 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import episodes, random_bank
+
+from metasgd_jax.tasks import ClassBank, few_shot, glyphs, rotate_classes
+
+WAY, SHOT, QUERY = 4, 2, 3
+
+
+def numbered_bank(classes=7, instances=6):
+  """Drawing i of class c is an image all of whose pixels are c·instances + i."""
+  images = np.zeros((classes, instances, 4, 4, 1), np.uint8)
+  images += np.arange(classes * instances, dtype=np.uint8).reshape(classes, instances, 1, 1, 1)
+  return ClassBank(images)
+
+
+def drawn(batch):
+  """Which drawing each item is, from `numbered_bank`'s pixels."""
+  return np.rint(np.asarray(batch.x)[..., 0, 0, 0] * 255).astype(int)
+
+
+@pytest.fixture(scope='module')
+def many():
+  return episodes(few_shot(numbered_bank(), way=WAY, shot=SHOT, query=QUERY), 400)
+
+
+def test_shapes_and_range(many):
+  assert many.support.x.shape == (400, WAY * SHOT, 4, 4, 1)
+  assert many.query.x.shape == (400, WAY * QUERY, 4, 4, 1)
+  assert many.support.x.dtype == jnp.float32
+  assert many.query.y.dtype == jnp.int32
+  bright = few_shot(ClassBank(np.full((3, 3, 2, 2, 1), 255, np.uint8)), way=2, shot=1, query=1)
+  assert float(jnp.max(episodes(bright, 1).support.x)) == 1.0
+
+
+def test_no_drawing_is_used_twice(many):
+  for support, query in zip(drawn(many.support), drawn(many.query), strict=True):
+    assert len({*support, *query}) == WAY * (SHOT + QUERY)
+
+
+def test_each_class_has_its_shots_and_one_label(many):
+  for i in range(50):
+    of_label = collections.defaultdict(set)
+    for part, count in ((many.support, SHOT), (many.query, QUERY)):
+      labels = np.asarray(part.y[i])
+      assert np.array_equal(np.bincount(labels), [count] * WAY)
+      for label, item in zip(labels, drawn(part)[i], strict=True):
+        of_label[label].add(item // 6)
+    assert all(len(classes) == 1 for classes in of_label.values())
+    assert len(set.union(*of_label.values())) == WAY
+
+
+def test_labels_tell_nothing_of_the_class(many):
+  """Classes with fixed or sorted labels could be learned by heart, without adapting at all."""
+  counts = np.zeros((7, WAY))
+  for classes, labels in zip(drawn(many.query) // 6, np.asarray(many.query.y), strict=True):
+    np.add.at(counts, (classes, labels), 1 / QUERY)
+  assert counts.min() > 0.55 * counts.mean()
+
+
+def test_order_tells_nothing_of_the_label(many):
+  """With batch norm, and with learners that read in sequence, items in the labels' order would leak them."""
+  for part in (many.support, many.query):
+    labels = np.asarray(part.y)
+    shares = np.stack([(labels == label).mean(0) for label in range(WAY)])
+    assert np.abs(shares - 1 / WAY).max() < 0.1
+
+
+def test_every_drawing_is_as_likely(many):
+  counts = np.bincount(np.concatenate([drawn(many.support).ravel(), drawn(many.query).ravel()]), minlength=42)
+  assert counts.min() > 0.6 * counts.mean()
+
+
+def test_an_episode_is_a_function_of_its_keys():
+  tasks = few_shot(random_bank(), way=3, shot=1, query=1)
+  task = tasks.sample(jax.random.key(0))
+  same = [tasks.episode(task, jax.random.key(1)) for _ in range(2)]
+  other = tasks.episode(task, jax.random.key(2))
+  assert np.array_equal(same[0].query.x, same[1].query.x)
+  assert not np.array_equal(same[0].query.x, other.query.x)
+
+
+def test_all_ways_and_all_drawings_can_be_asked_for():
+  batch = episodes(few_shot(numbered_bank(3, 4), way=3, shot=1, query=3), 1)
+  assert sorted([*drawn(batch.support)[0], *drawn(batch.query)[0]]) == list(range(12))
+
+
+def test_rotations_are_classes_of_their_own():
+  bank = random_bank(classes=3)
+  turned = rotate_classes(bank).images
+  assert turned.shape == (12, *bank.images.shape[1:])
+  for r in range(4):
+    for c in range(3):
+      assert np.array_equal(turned[r * 3 + c, 2, :, :, 0], np.rot90(bank.images[c, 2, :, :, 0], r))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(way=9), r'way=9 asks for more classes than the bank has \(8\)'),
+    (dict(shot=4, query=3), r'shot \+ query = 4 \+ 3 = 7 is more than the 6 drawings of a class'),
+    (dict(way=1), 'way must be at least 2, got 1'),
+    (dict(shot=0), 'shot must be at least 1, got 0'),
+    (dict(query=0), 'query must be at least 1, got 0'),
+  ],
+)
+def test_numbers_that_do_not_fit(options, message):
+  with pytest.raises(ValueError, match=message):
+    few_shot(random_bank(), **(dict(way=5, shot=1, query=2) | options))
+
+
+def test_a_bank_of_another_rank_or_dtype():
+  with pytest.raises(ValueError, match=r'images \[C, I, H, W, D\], got shape \(8, 6, 8, 8\)'):
+    few_shot(ClassBank(random_bank().images[..., 0]), way=5, shot=1, query=2)
+  with pytest.raises(ValueError, match='uint8 images .*, got float32'):
+    few_shot(ClassBank(random_bank().images.astype(np.float32)), way=5, shot=1, query=2)
+
+
+def test_images_that_cannot_be_turned():
+  with pytest.raises(ValueError, match=r'only square images .* got \(4, 5\)'):
+    rotate_classes(ClassBank(np.zeros((2, 2, 4, 5, 1), np.uint8)))
+
+
+class TestGlyphs:
+  def test_shapes_and_range(self):
+    batch = episodes(glyphs(way=3, shot=2, query=4), 2)
+    assert batch.support.x.shape == (2, 6, 28, 28, 1)
+    assert batch.query.y.shape == (2, 12)
+    assert 0 == float(jnp.min(batch.query.x)) < float(jnp.max(batch.query.x)) == 1
+
+  def test_drawings_of_a_character_differ_but_less_than_characters_do(self):
+    batch = jax.tree.map(lambda a: a[0], episodes(glyphs(way=10, shot=1, query=8), 1))
+    x, y = np.asarray(batch.query.x).reshape(80, -1), np.asarray(batch.query.y)
+    distance = np.linalg.norm(x[:, None] - x[None], axis=-1)
+    same = (y[:, None] == y[None]) & ~np.eye(80, dtype=bool)
+    assert distance[~np.eye(80, dtype=bool)].min() > 0.5
+    assert distance[same].mean() < 0.9 * distance[y[:, None] != y[None]].mean()
+
+  def test_every_drawing_has_ink_and_paper(self):
+    batch = episodes(glyphs(way=5, shot=1, query=5), 20)
+    ink = np.asarray(batch.query.x).mean((2, 3, 4))
+    assert 0.01 < ink.min()
+    assert ink.max() < 0.5
+
+  def test_labels_and_order(self):
+    batch = episodes(glyphs(way=4, shot=1, query=2), 200)
+    for part in batch:
+      labels = np.asarray(part.y)
+      shares = np.stack([(labels == label).mean(0) for label in range(4)])
+      assert np.abs(shares - 1 / 4).max() < 0.12
+
+  def test_numbers_that_do_not_fit(self):
+    with pytest.raises(ValueError, match='way must be at least 2, got 1'):
+      glyphs(way=1, shot=1, query=1)

@@ -1,0 +1,82 @@
+"""Who may import whom, so that a part can be lifted into another pipeline without the others."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'metasgd_jax'
+MODULES = sorted(PACKAGE.rglob('*.py'))
+
+ONLY_HERE = {  # library → where alone it may be imported
+  'tensorflow_datasets': ('datasets/',),
+  'matplotlib': ('plotting.py',),
+  'flax': ('nn/', 'learners/', 'writers.py'),
+  'tensorboardX': ('writers.py',),
+}
+MAY_IMPORT = {  # part → parts of the package that it may use
+  'types': set(),
+  'version': set(),
+  'losses': set(),
+  'adaptation': {'types'},
+  'objective': {'types', 'adaptation'},
+  'training': {'types', 'objective'},
+  'evaluation': {'types', 'objective'},
+  'writers': {'types'},
+  'plotting': {'types'},
+  'tasks': {'types', 'tasks'},
+  'nn': {'types', 'nn'},
+  'learners': {'types', 'adaptation', 'learners'},
+  'datasets': {'types', 'tasks', 'datasets'},
+}
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: imports are absolute'
+      yield node.module
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def part_of(path):
+  name = path.relative_to(PACKAGE).parts[0]
+  return name.removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_each_module_imports_only_what_it_may(path):
+  place = path.relative_to(PACKAGE).as_posix()
+  for name in imports(path):
+    library, _, rest = name.partition('.')
+    if library in ONLY_HERE:
+      assert place.startswith(ONLY_HERE[library]), f'{place} imports {library}'
+    assert library not in ('experiments', 'tests', 'benchmarks'), f'{place} imports {name}'
+    if library == 'metasgd_jax' and rest and place != '__init__.py':
+      assert rest.split('.')[0] in MAY_IMPORT[part_of(path)], f'{place} imports {name}'
+
+
+def test_importing_the_package_leaves_the_slow_and_the_optional_alone():
+  code = (
+    'import sys, metasgd_jax; from jax._src import xla_bridge as b; '
+    "print([m for m in ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'tensorboardX') if m in sys.modules], "
+    'b.backends_are_initialized())'
+  )
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+  assert out.stdout.strip() == '[] False'
+
+
+def test_public_names_have_docstrings():
+  import metasgd_jax as ms
+
+  for module in (ms, ms.nn, ms.tasks, ms.learners):
+    for name in module.__all__:
+      thing = getattr(module, name)
+      if callable(thing):
+        assert thing.__doc__, f'{module.__name__}.{name}'
+        assert 'Alias for field' not in thing.__doc__

@@ -1,0 +1,259 @@
+"""Omniglot through tfds: prepared, from archives, over a network; and what is said when it cannot be had.
+
+The archives here are made up, in Omniglot's layout and number, so that no data set is needed; two tests at the end
+read the real one where it lies beside the project.
+"""
+
+import contextlib
+import functools
+import http.server
+import io
+import shutil
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metasgd_jax.datasets import DatasetError, omniglot
+
+ALPHABETS = [f'Alphabet_{i:02d}' for i in range(50)]
+NAMES = ('images_background', 'images_evaluation', 'images_background_small1', 'images_background_small2')
+
+
+def png(label):
+  """A drawing whose ink tells its label: a bar of the label's height, as 1-bit PNG like the real ones."""
+  pixels = np.ones((105, 105), bool)
+  pixels[: 5 + label % 100, 20:40] = False
+  pixels[: 5 + label // 100, 60:80] = False
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, 'PNG')
+  return file.getvalue()
+
+
+def write_archive(path, labels):
+  with zipfile.ZipFile(path, 'w') as archive:
+    for label in labels:
+      alphabet, number = ALPHABETS[label % 50], label // 50 + 1
+      data = png(label)
+      for drawing in range(1, 21):
+        archive.writestr(f'{path.stem}/{alphabet}/character{number:02d}/{label + 1:04d}_{drawing:02d}.png', data)
+
+
+@pytest.fixture(scope='module')
+def archives(tmp_path_factory):
+  """The four archives, made up; tfds knows them by other checksums."""
+  directory = tmp_path_factory.mktemp('archives')
+  parts = (range(964), range(964, 1623), range(5), range(5, 10))
+  for name, labels in zip(NAMES, parts, strict=True):
+    write_archive(directory / f'{name}.zip', labels)
+  return directory
+
+
+@pytest.fixture(scope='module')
+def prepared(archives, tmp_path_factory):
+  data_dir = tmp_path_factory.mktemp('prepared')
+  lines = []
+  characters = omniglot.load(data_dir, archives=archives, verify_archives=False, report=lines.append)
+  assert any('preparing omniglot' in line for line in lines)
+  return data_dir, characters
+
+
+def expected_image(label):
+  ink = np.array(Image.open(io.BytesIO(png(label)))) == 0
+  return np.asarray(Image.fromarray(255 * ink.astype(np.uint8)).resize((28, 28), Image.Resampling.LANCZOS))
+
+
+def test_prepares_from_archives(prepared):
+  data_dir, characters = prepared
+  assert characters.images.shape == (1623, 20, 28, 28, 1)
+  for label in (0, 963, 964, 1622):
+    for drawing in (0, 19):
+      assert np.array_equal(characters.images[label, drawing, :, :, 0], expected_image(label))
+    assert characters.alphabets[label] == ALPHABETS[label % 50]
+    assert characters.numbers[label] == label // 50
+  assert not list(data_dir.glob('.extracted-*'))
+
+
+def test_reads_what_is_prepared_without_archives(prepared):
+  again = omniglot.load(prepared[0])
+  assert np.array_equal(again.images, prepared[1].images)
+
+
+def test_ink_is_255_whatever_the_decoder_makes_of_paper():
+  one_bit = np.array([[[1], [0]]] * 2, np.uint8).repeat(3, -1)
+  assert np.array_equal(omniglot._shrink(one_bit), omniglot._shrink(255 * one_bit))
+  black = np.zeros((105, 105, 3), np.uint8)
+  assert omniglot._shrink(black).min() == 255
+
+
+@contextlib.contextmanager
+def serving(directory):
+  quiet = type('Quiet', (http.server.SimpleHTTPRequestHandler,), {'log_message': lambda *args: None})
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(quiet, directory=directory))
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  try:
+    yield f'http://127.0.0.1:{server.server_port}'
+  finally:
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def from_network(monkeypatch):
+  """Makes the builder's addresses point at a server; the checksums are those of the files in `registered`."""
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.image_classification import omniglot as module
+
+  def redirect(base, registered):
+    urls = {key: f'{base}/{name}.zip' for key, name in zip(('train', 'eval', 'small1', 'small2'), NAMES, strict=True)}
+    infos = {
+      url: tfds.core.download.checksums.compute_url_info(registered / f'{name}.zip')
+      for url, name in zip(urls.values(), NAMES, strict=True)
+    }
+    monkeypatch.setattr(module, '_DL_URLS', urls)
+    monkeypatch.setattr(module.Omniglot, 'url_infos', infos)
+
+  return redirect
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+def test_downloads_and_prepares(archives, prepared, from_network, tmp_path):
+  with serving(archives) as base:
+    from_network(base, archives)
+    characters = omniglot.load(tmp_path / 'new' / 'data')
+  assert np.array_equal(characters.images, prepared[1].images)
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+def test_a_download_that_is_another_file(archives, from_network, tmp_path):
+  shutil.copytree(archives, tmp_path / 'other')
+  with (tmp_path / 'other' / f'{NAMES[2]}.zip').open('ab') as file:
+    file.write(b'x')
+  with serving(tmp_path / 'other') as base:
+    from_network(base, archives)
+    with pytest.raises(DatasetError, match='omniglot could not be downloaded .*give their directory as archives'):
+      omniglot.load(tmp_path / 'data')
+  assert not (tmp_path / 'data' / 'omniglot').exists()
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+def test_no_network(archives, from_network, tmp_path):
+  with serving(archives) as base:
+    pass
+  from_network(base, archives)
+  with pytest.raises(DatasetError, match='omniglot could not be downloaded .*give their directory as archives'):
+    omniglot.load(tmp_path / 'data')
+
+
+class TestBadArchives:
+  def load(self, tmp_path, archives, **options):
+    return omniglot.load(tmp_path / 'data', archives=archives, **options)
+
+  def test_no_directory(self, tmp_path):
+    with pytest.raises(DatasetError, match='the directory of archives .*nowhere does not exist'):
+      self.load(tmp_path, tmp_path / 'nowhere')
+
+  def test_one_is_missing(self, tmp_path, archives):
+    (tmp_path / 'some').mkdir()
+    shutil.copy(archives / f'{NAMES[0]}.zip', tmp_path / 'some')
+    with pytest.raises(DatasetError, match=r'some has no images_\w+.zip; put all of the archives there'):
+      self.load(tmp_path, tmp_path / 'some')
+
+  def test_not_the_registered_file(self, tmp_path, archives):
+    with pytest.raises(DatasetError, match=r'is not the registered file: its sha256 is \w{64}, .* turn verify_archives off'):
+      self.load(tmp_path, archives)
+
+  @pytest.mark.parametrize('kept', [0, 1000, -30])
+  def test_cut_short(self, tmp_path, archives, kept):
+    shutil.copytree(archives, tmp_path / 'cut')
+    path = tmp_path / 'cut' / f'{NAMES[3]}.zip'
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DatasetError, match=r'small2.zip is not a whole zip file \(\d+ bytes\); get it again'):
+      self.load(tmp_path, tmp_path / 'cut', verify_archives=False)
+
+  def test_a_byte_is_wrong(self, tmp_path, archives):
+    shutil.copytree(archives, tmp_path / 'bad')
+    path = tmp_path / 'bad' / f'{NAMES[3]}.zip'
+    data = bytearray(path.read_bytes())
+    at = data.index(b'IDAT') + 20
+    data[at] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r'small2.zip is broken \(Bad CRC-32 .*get it again'):
+      self.load(tmp_path, tmp_path / 'bad', verify_archives=False)
+    assert not list((tmp_path / 'data').glob('.extracted-*'))
+
+  def test_characters_are_missing(self, tmp_path, archives):
+    shutil.copytree(archives, tmp_path / 'few')
+    write_archive(tmp_path / 'few' / f'{NAMES[1]}.zip', range(964, 1000))
+    with pytest.raises(DatasetError, match='the archives do not hold the whole of omniglot'):
+      self.load(tmp_path, tmp_path / 'few', verify_archives=False)
+
+  def test_checksums_are_not_forgotten_after_trusting_other_files(self, prepared, tmp_path, archives):
+    """tfds keeps them for all builders of a process."""
+    with pytest.raises(DatasetError, match='is not the registered file'):
+      self.load(tmp_path, archives)
+
+
+def test_a_data_dir_that_cannot_be_made(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(DatasetError, match=r'data_dir .*file/data does not have the data set and cannot be written'):
+    omniglot.load(tmp_path / 'file' / 'data')
+
+
+def test_drawings_are_missing(prepared, tmp_path, monkeypatch):
+  monkeypatch.setattr(omniglot, 'DRAWINGS', 21)
+  with pytest.raises(DatasetError, match='not the whole of Omniglot: character 0 has 20 drawings where .* 21'):
+    omniglot.load(prepared[0])
+
+
+def test_a_prepared_file_is_broken(prepared, tmp_path):
+  shutil.copytree(prepared[0] / 'omniglot', tmp_path / 'omniglot')
+  for path in (tmp_path / 'omniglot' / '3.0.0').glob('omniglot-train*'):
+    path.write_bytes(path.read_bytes()[:100_000])
+  with pytest.raises(DatasetError, match='prepare .* in another data_dir'):
+    omniglot.load(tmp_path)
+
+
+class TestSplits:
+  @pytest.fixture
+  def characters(self):
+    images = np.zeros((1623, 1, 1, 1, 1), np.uint8).astype(np.uint16)
+    images += np.arange(1623, dtype=np.uint16).reshape(-1, 1, 1, 1, 1)
+    return omniglot.Characters(images, np.array(['A'] * 1623), np.zeros(1623, int))
+
+  def test_random(self, characters):
+    splits = omniglot.random_split(characters)
+    train, validation, test = (np.ravel(s.images).tolist() for s in splits)
+    assert (len(train), len(validation), len(test)) == (1200, 0, 423)
+    assert set(train) | set(test) == set(range(1623))
+    assert np.ravel(omniglot.random_split(characters, seed=1).test.images).tolist() != test
+    assert np.ravel(omniglot.random_split(characters).test.images).tolist() == test
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')
+class TestReal:
+  @pytest.fixture(scope='class')
+  def characters(self, shared_data):
+    return omniglot.load(shared_data / 'omniglot' / 'tfds')
+
+  def test_archives_give_what_is_prepared(self, characters, shared_data, tmp_path):
+    again = omniglot.load(tmp_path, archives=shared_data / 'omniglot' / 'zips', verify_archives=False)
+    assert np.array_equal(np.sort(again.images.reshape(1623, 20, -1), 1), np.sort(characters.images.reshape(1623, 20, -1), 1))
+    assert np.array_equal(again.alphabets, characters.alphabets)
+
+  def test_drawings_have_ink_on_paper(self, characters):
+    ink = characters.images.mean((2, 3, 4)) / 255
+    assert 0.005 < ink.min()
+    assert ink.max() < 0.4
+    assert characters.images.max() == 255
+
+  def test_vinyals_split_is_the_published_one(self, characters, shared_data):
+    names = [f'{a}/character{n + 1:02d}' for a, n in zip(characters.alphabets, characters.numbers, strict=True)]
+    indexed = characters._replace(images=np.arange(1623).reshape(-1, 1, 1, 1, 1))
+    for part, bank in omniglot.vinyals_split(indexed)._asdict().items():
+      stem = {'train': 'train', 'validation': 'val', 'test': 'test'}[part]
+      path = next((shared_data / 'splits' / 'omniglot_vinyals').glob(f'{stem}*'))
+      expected = {'/'.join(line.split('/')[:2]) for line in path.read_text().split()}
+      assert {names[i] for i in np.ravel(bank.images)} == expected

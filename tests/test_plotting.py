@@ -1,0 +1,48 @@
+import io
+
+import numpy as np
+
+import metasgd_jax as ms
+from metasgd_jax import plotting
+
+
+def drawn(figure):
+  """Draws the figure, and returns its texts."""
+  figure.savefig(io.BytesIO(), format='png')
+  titles = [ax.get_title() for ax in figure.axes]
+  return [t for t in titles if t] + ([figure.get_suptitle()] if figure.get_suptitle() else [])
+
+
+def test_adaptation_curves_shows_each_learners_error():
+  x = np.linspace(-1, 1, 20)
+  support = ms.Batch(np.zeros((2, 1)), np.zeros((2, 1)))
+  fits = [[plotting.Fit('Meta-SGD', x, x + 1), plotting.Fit('MAML', x, x - 2)]] * 3
+  figure = plotting.adaptation_curves(x, [x] * 3, [support] * 3, fits)
+  assert drawn(figure) == ['Meta-SGD, MSE 1.00'] * 3 + ['MAML, MSE 4.00'] * 3
+  assert [t.get_text() for t in figure.legends[0].texts] == ['truth', 'before', 'after', 'support']
+
+
+def test_alpha_histograms_give_the_negative_share_of_each_layer():
+  alpha = {'a': {'bias': np.array([0.1, -0.1]), 'kernel': np.full((2, 3), 0.1)}, 'b': np.float32(-1)}
+  texts = drawn(plotting.alpha_histograms(alpha))
+  assert texts == ['a/bias: 50% < 0', 'a/kernel: 0% < 0', 'b: 100% < 0', 'learned α: 22.2% of 9 entries are negative']
+
+
+def test_learning_curves_have_a_line_for_each_label():
+  steps, values = np.arange(1, 4), np.array([[3.0, 4.0], [2.0, 2.5], [1.0, 1.2]])
+  figure = plotting.learning_curves({'A': (steps, values), 'B': (steps, values / 2)}, ylabel='MSE', log=True)
+  drawn(figure)
+  lines = figure.axes[0].lines
+  assert [line.get_label() for line in lines] == ['A', 'B']
+  np.testing.assert_allclose(lines[0].get_ydata(), [3.5, 2.25, 1.1])
+
+
+def test_episode_sheet_marks_what_is_wrong():
+  labels = np.array([0, 1, 0, 1])
+  query = ms.Batch(np.zeros((4, 5, 5, 1)), labels)
+  support = ms.Batch(np.ones((2, 5, 5, 1)), np.array([1, 0]))
+  logits = np.eye(2)[[0, 0, 0, 1]]
+  figure = plotting.episode_sheet(support, query, logits)
+  texts = drawn(figure)
+  assert texts == ['support', '0', '0', 'support', '0', '1', '75% of 4 query drawings right; each shows the answer given']
+  assert [ax.title.get_color() for ax in figure.axes] == ['black', '#2166ac', '#2166ac', 'black', 'red', '#2166ac']

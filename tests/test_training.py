@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_trees_close, sinusoid_learner
+
+import metasgd_jax as ms
+from metasgd_jax import training
+
+TASKS = ms.tasks.sinusoid()
+LEARNER = sinusoid_learner(hidden=(8,))
+ADAM = optax.adam(1e-2)
+
+
+def start(seed=0, learner=LEARNER, optimizer=ADAM):
+  return ms.init(jax.random.key(seed), TASKS, learner=learner, optimizer=optimizer)
+
+
+def train(state, iterations, learner=LEARNER, optimizer=ADAM, **kwargs):
+  options = dict(meta_batch=4, chunk=10) | kwargs
+  return ms.train(state, TASKS, learner=learner, optimizer=optimizer, meta_iterations=iterations, **options)
+
+
+def runs(seeds, **kwargs):
+  return jax.vmap(lambda key: ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM))(
+    jax.vmap(jax.random.key)(jnp.asarray(seeds))
+  )
+
+
+def without_key(state):
+  return state._replace(key=jax.random.key_data(state.key))
+
+
+def test_equals_steps_taken_one_by_one():
+  state = start()
+  step = jax.jit(lambda s: ms.train_step(s, TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=4))
+  losses, infos = [], []
+  expected = state
+  for _ in range(25):
+    expected, info = step(expected)
+    losses.append(float(info['loss']))
+  got = train(state, 25, callbacks=[lambda p: infos.append(p.info['loss'])])
+  assert_trees_close(without_key(got), without_key(expected), rtol=1e-4, atol=1e-5)
+  assert [len(i) for i in infos] == [10, 10, 5]
+  np.testing.assert_allclose(np.concatenate(infos), losses, rtol=1e-4)
+
+
+def test_step_i_depends_on_the_seed_and_i_alone():
+  """So a run that stops and goes on ends bitwise where one that never stopped does."""
+  whole = train(start(), 30)
+  resumed = train(train(start(), 10), 30)
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, without_key(resumed), without_key(whole))))
+
+
+def test_tasks_differ_from_step_to_step_and_seed_to_seed():
+  frozen = optax.set_to_zero()
+  losses = []
+  for seed in (0, 1):
+    state = start(optimizer=frozen)._replace(key=jax.random.key(seed))
+    train(state, 20, optimizer=frozen, callbacks=[lambda p: losses.extend(p.info['loss'].tolist())])
+  assert len(set(losses)) == 40
+
+
+def test_seeds_side_by_side_equal_each_alone():
+  together = train(runs([3, 4, 5]), 20)
+  for r, seed in enumerate((3, 4, 5)):
+    for alone in (start(seed), jax.tree.map(lambda a: a[None], start(seed))):
+      got = train(alone, 20)
+      got = got if got.step.ndim == 0 else jax.tree.map(lambda a: a[0], got)
+      expected = jax.tree.map(lambda a, r=r: a[r], together)
+      assert_trees_close(without_key(got), without_key(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_once():
+  before = training._run_chunk._cache_size()
+  seen = []
+  optimizer = optax.sgd(1e-3)
+  train(start(optimizer=optimizer), 35, optimizer=optimizer, callbacks=[
+    lambda p: seen.append(training._run_chunk._cache_size() - before)
+  ])  # fmt: skip
+  assert seen == [1, 1, 1, 1]
+
+
+def test_a_bank_is_an_argument_of_the_program_and_not_a_constant():
+  images = np.random.default_rng(0).integers(0, 256, (50, 20, 28, 28, 1), np.uint8)
+  tasks = ms.tasks.few_shot(ms.tasks.ClassBank(images), way=5, shot=1, query=2)
+  text = jax.jit(lambda t, k: t.episode(t.sample(k), k)).lower(tasks, jax.random.key(0)).as_text()
+  assert len(text) < 200_000
+  assert 'tensor<50x20x28x28x1xui8>' in text
+
+
+def test_progress_tells_where_a_run_is():
+  seen = []
+  train(start(), 25, callbacks=[seen.append])
+  assert [(p.step, p.total) for p in seen] == [(10, 25), (20, 25), (25, 25)]
+  assert [int(p.state.step) for p in seen] == [10, 20, 25]
+  assert 0 < seen[0].seconds < seen[1].seconds < seen[2].seconds
+
+
+def test_nothing_is_done_when_all_is_done():
+  state = train(start(), 10)
+  seen = []
+  assert train(state, 10, callbacks=[seen.append]) is state
+  assert not seen
+
+
+def test_alpha_may_have_an_optimiser_of_its_own():
+  optimizer = optax.partition(
+    {'theta': optax.adam(1e-2), 'alpha': optax.set_to_zero()}, ms.MetaParams('theta', 'alpha')
+  )
+  state = start(optimizer=optimizer)
+  got = train(state, 10, optimizer=optimizer)
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, got.meta.alpha, state.meta.alpha)))
+  assert not np.array_equal(got.meta.theta['Dense_0']['kernel'], state.meta.theta['Dense_0']['kernel'])
+
+
+def test_weight_decay_cannot_move_mamls_rate():
+  learner, optimizer = sinusoid_learner(ms.maml, hidden=(8,), alpha=0.05), optax.adamw(1e-2, weight_decay=0.5)
+  state = train(start(learner=learner, optimizer=optimizer), 10, learner=learner, optimizer=optimizer)
+  assert state.meta.alpha is None
+  support = TASKS.episode(TASKS.sample(jax.random.key(0)), jax.random.key(1)).support
+  loss_fn = lambda t, b: jnp.mean((learner.predict(t, b.x) - b.y) ** 2)
+  assert_trees_close(
+    learner.adapt(state.meta, support, None), ms.adapt(state.meta.theta, 0.05, support, loss_fn=loss_fn)
+  )
+
+
+def test_strict_dtype_promotion_is_possible_around_optax():
+  """Under 'strict' optax.adam fails, so only its update may be wrapped; the rest must keep dtypes."""
+  with jax.numpy_dtype_promotion('strict'):
+    episode = TASKS.episode(TASKS.sample(jax.random.key(0)), jax.random.key(1))
+    meta = LEARNER.init(jax.random.key(2), episode)
+    batch = jax.tree.map(lambda a: a[None], episode)
+    (loss, _), grads = ms.value_and_grad(LEARNER, meta, batch, jax.random.split(jax.random.key(3), 1))
+  assert loss.dtype == jnp.float32
+  assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+
+
+def test_golden_run():
+  """The first losses of a run; a change here changes every published figure and must be meant."""
+  losses = []
+  train(start(), 5, callbacks=[lambda p: losses.extend(p.info['loss'].tolist())])
+  np.testing.assert_allclose(losses, GOLDEN, rtol=1e-3)
+
+
+GOLDEN = [0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize('name', ['meta_iterations', 'meta_batch', 'chunk'])
+def test_counts_below_one(name):
+  options = dict(meta_iterations=5, meta_batch=4, chunk=10) | {name: 0}
+  with pytest.raises(ValueError, match=f'{name} must be at least 1, got 0'):
+    ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, **options)
+
+
+def test_a_state_that_is_past_the_end():
+  with pytest.raises(ValueError, match='the state has done 10 meta-iterations, more than meta_iterations=5'):
+    train(train(start(), 10), 5)
+
+
+def test_an_unknown_mapping():
+  with pytest.raises(ValueError, match="mapping must be one of .*, got 'pmap'"):
+    train(start(), 5, mapping='pmap')

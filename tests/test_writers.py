@@ -1,0 +1,105 @@
+import io
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metasgd_jax import writers
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+  path = tmp_path / 'results.json'
+  writers.write_json(path, {'a': 1})
+  with pytest.raises(RuntimeError, match='half'), writers.atomic(path) as file:
+    file.write(b'{"a": ')
+    raise RuntimeError('half-way')
+  assert json.loads(path.read_text()) == {'a': 1}
+  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+def test_json_of_arrays_and_infinities(tmp_path):
+  value = {'mean': np.float32(0.5), 'ci': float('inf'), 'steps': jnp.arange(2), 'path': pathlib.Path('x'), 'n': np.int64(3)}
+  writers.write_json(tmp_path / 'a.json', value)
+  assert json.loads((tmp_path / 'a.json').read_text()) == {'mean': 0.5, 'ci': None, 'steps': [0, 1], 'path': 'x', 'n': 3}
+
+
+def test_params_come_back(tmp_path):
+  params = {'a': np.arange(6.0).reshape(2, 3), 'b': {'c': np.float32(2)}}
+  writers.write_params(tmp_path / 'p', params)
+  like = {'a': np.zeros((2, 3)), 'b': {'c': np.float32(0)}}
+  back = writers.read_params(tmp_path / 'p', like)
+  assert np.array_equal(back['a'], params['a'])
+  assert back['b']['c'] == 2
+
+
+@pytest.mark.parametrize(
+  ('data', 'like', 'message'),
+  [
+    (None, {'a': np.zeros((3, 2))}, r"has shape \(2, 3\) for \['a'\], expected \(3, 2\)"),
+    (None, {'z': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+    (b'\x81', {'a': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+    (b'', {'a': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+  ],
+)
+def test_params_that_are_not_those(tmp_path, data, like, message):
+  writers.write_params(tmp_path / 'p', {'a': np.zeros((2, 3))})
+  if data is not None:
+    (tmp_path / 'p').write_bytes(data)
+  with pytest.raises(ValueError, match=message):
+    writers.read_params(tmp_path / 'p', like)
+
+
+def test_a_workdir_is_made(tmp_path):
+  assert writers.open_workdir(tmp_path / 'a' / 'b').is_dir()
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(writers.WorkdirError, match=r'workdir .*file cannot be written \(.*\); give another --workdir'):
+    writers.open_workdir(tmp_path / 'file')
+
+
+def test_progress_on_a_terminal_stays_in_its_line():
+  out = Terminal()
+  line = writers.ProgressLine('MAML', out=out)
+  line._last -= 1
+  line.show(500, 1000, 2.0, loss=0.123456)
+  line.show(600, 1000, 2.4)  # At once after the other, so left out.
+  line.show(1000, 1000, 4.0)
+  assert out.getvalue() == (
+    '\r\x1b[KMAML  500/1,000  loss 0.1235  250 it/s  2 s left\r\x1b[KMAML  1,000/1,000  250 it/s  took 4 s\n'
+  )
+
+
+def test_progress_in_a_file_is_a_line_now_and_then():
+  out = io.StringIO()
+  line = writers.ProgressLine('MAML', out=out)
+  for step in range(1, 101):
+    line.show(step, 100, step / 2)
+  assert out.getvalue() == 'MAML  100/100  2.00 it/s  took 50 s\n'
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [(0.4, '0 s'), (59.4, '59 s'), (200, '3 min 20 s'), (18_720, '5 h 12 min')])
+def test_durations(seconds, text):
+  assert writers.duration(seconds) == text
+
+
+def test_metrics_are_a_line_each(tmp_path):
+  writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
+  writer.write('MAML', 10, {'loss': np.array([0.5, np.nan])})
+  writer.write('MAML', 20, {'loss': np.float32(0.25)})
+  lines = [json.loads(line) for line in (tmp_path / 'm.jsonl').read_text().splitlines()]
+  assert lines == [{'label': 'MAML', 'step': 10, 'loss': [0.5, None]}, {'label': 'MAML', 'step': 20, 'loss': 0.25}]
+
+
+def test_provenance_names_versions_and_device():
+  about = writers.provenance()
+  assert {'python', 'jax', 'optax', 'flax', 'metasgd_jax'} <= set(about['versions'])
+  assert about['device']['kind']
