@@ -136,7 +136,6 @@ def train(
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
   as_arguments = TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in tasks))
-  chunk = min(chunk, meta_iterations)
   run_chunk = functools.partial(
     _run_chunk, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, chunk=chunk
   )
