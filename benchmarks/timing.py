@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def rates(programs: Mapping[str, Callable[[int], None]], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, list[float]]:
+def rates(
+  programs: Mapping[str, Callable[[int], None]], *, seconds: float = 2.0, rounds: int = 7
+) -> dict[str, list[float]]:
   """Returns each program's iterations per second in each round.
 
   Args:
@@ -40,5 +42,7 @@ def table(found: Mapping[str, list[float]], ours: str) -> str:
   lines = ['| program | iterations/s, median | least to greatest | ours / it |', '| --- | --- | --- | --- |']
   for name, values in found.items():
     ratio = statistics.median(a / b for a, b in zip(found[ours], values, strict=True))
-    lines.append(f'| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.1f} |')
+    lines.append(
+      f'| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.1f} |'
+    )
   return '\n'.join(lines)

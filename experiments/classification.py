@@ -1,12 +1,14 @@
 """N-way K-shot classification of characters: Table 2 of Li et al. 2017, and glyphs, which need no download.
 
-    python -m experiments.classification
-    python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_datasets
+python -m experiments.classification
+python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_datasets
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +55,9 @@ class Config:
   meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
   meta_iterations: int = option(500, 'Meta-iterations.', low=1)
   learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser, at the start.', low=1e-12, high=1e3)
-  schedule: str = option('constant', 'Of the learning rate: as it is, or down to 0 as a cosine.', choices=('constant', 'cosine'))
+  schedule: str = option(
+    'constant', 'Of the learning rate: as it is, or down to 0 as a cosine.', choices=('constant', 'cosine')
+  )
   seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
   seed: int = option(0, 'Of the first run and of the split; the next run has the next.', low=0, high=2**31 - 1001)
   eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
@@ -86,7 +90,7 @@ class Setup:
   test: ms.TaskDistribution
   learners: dict[str, ms.Learner]
   optimizer: optax.GradientTransformation
-  mapping: str
+  mapping: ms.Mapping
 
 
 def build(config: Config) -> Setup:
@@ -96,21 +100,19 @@ def build(config: Config) -> Setup:
     ValueError: settings that do not fit the data.
     DatasetError: the data set cannot be had.
   """
-  numbers = dict(way=config.way, shot=config.shot)
+  way, shot = config.way, config.shot
   if config.dataset == 'glyphs':
-    train, test = (glyphs(**numbers, query=query) for query in (config.query, config.eval_query))
+    train, test = (glyphs(way=way, shot=shot, query=query) for query in (config.query, config.eval_query))
   else:
     data_dir = pathlib.Path(config.data_dir or '').expanduser()
-    characters = omniglot.load(
-      data_dir, archives=config.archives, verify_archives=config.verify_archives, report=print
-    )
+    characters = omniglot.load(data_dir, archives=config.archives, verify_archives=config.verify_archives, report=print)
     splits = (
       omniglot.vinyals_split(characters)
       if config.split == 'vinyals'
       else omniglot.random_split(characters, seed=config.seed)
     )
-    train = few_shot(rotate_classes(splits.train), **numbers, query=config.query)
-    test = few_shot(splits.test, **numbers, query=config.eval_query)
+    train = few_shot(rotate_classes(splits.train), way=way, shot=shot, query=config.query)
+    test = few_shot(splits.test, way=way, shot=shot, query=config.eval_query)
   rate = config.learning_rate
   if config.schedule == 'cosine':
     rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
@@ -135,7 +137,8 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
   workdir = writers.open_workdir(workdir)
   writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
   metrics = reporting.open_metrics(workdir, config.tensorboard)
-  rows, pictures, curves = [], {}, {}
+  rows, curves = [], {}
+  pictures: dict[str, Callable[[Any], Any]] = {}
   for name, learner in setup.learners.items():
     meta, curve = _train(name, learner, config, setup, metrics)
     writers.write_params(workdir / f'params_{name}.msgpack', meta)
@@ -145,10 +148,9 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
     writers.write_json(workdir / 'results.json', {'rows': rows})
     print(_sentence(name, result, config))
     curves[NAMES[name]] = curve['accuracy']
-    pictures[f'task_{name}'] = lambda plotting, a=(learner, meta): plotting.episode_sheet(*_example(*a, config, setup))
+    pictures[f'task_{name}'] = functools.partial(_draw_task, learner, meta, config, setup)
     if meta.alpha is not None:
-      alpha = reporting.one_run(meta.alpha, 0)
-      pictures[f'alpha_{name}'] = lambda plotting, alpha=alpha: plotting.alpha_histograms(alpha)
+      pictures[f'alpha_{name}'] = functools.partial(reporting.draw_alpha, meta.alpha)
   pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
     curves, ylabel='query accuracy on training tasks'
   )
@@ -197,23 +199,25 @@ def _sentence(name: str, result: reporting.Result, config: Config) -> str:
     f'{config.inner_steps} inner step(s), {before:.2f}% before; 95% interval over {config.eval_tasks} unseen tasks; '
     f'{config.seeds} training run(s) of {config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks; '
     'batch norm by the batch at hand'
-    + (f'; the paper has {paper[0]} ± {paper[1]} after 60,000 of {32 if config.way == 5 else 16} tasks' if paper else '')
+    + (
+      f'; the paper has {paper[0]} ± {paper[1]} after 60,000 of {32 if config.way == 5 else 16} tasks' if paper else ''
+    )
   )
 
 
-def _example(learner, meta, config: Config, setup: Setup):
-  """One unseen task and the first run's answers: what `plotting.episode_sheet` takes."""
+def _draw_task(learner, meta, config: Config, setup: Setup, plotting):
+  """One unseen task and the first run's answers."""
   task_key, episode_key = jax.random.split(test_key(config.seed))
   support, query = setup.test.episode(setup.test.sample(task_key), episode_key)
   adapted = learner.adapt(reporting.one_run(meta, 0), support, episode_key)
-  return support, query, np.asarray(learner.predict(adapted, query.x))
+  return plotting.episode_sheet(support, query, np.asarray(learner.predict(adapted, query.x)))
 
 
-def _prepare() -> Callable[[], None]:
+def _prepare() -> Callable[[], object]:
   config = options.from_flags(Config)
   workdir = writers.open_workdir(flags.FLAGS.workdir)
   setup = build(config)
-  return lambda: run(config, workdir, setup) and None
+  return lambda: run(config, workdir, setup)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from absl import app, flags, logging
 
@@ -15,7 +15,7 @@ C = TypeVar('C')
 
 def option(
   default: Any,
-  help: str,
+  about: str,
   *,
   low: float | None = None,
   high: float | None = None,
@@ -26,13 +26,13 @@ def option(
 
   Args:
     default: its value when not given. A tuple makes a flag of names with commas between.
-    help: what `--help` says.
+    about: what `--help` says of it.
     low: the least value allowed.
     high: the greatest.
     choices: the names allowed.
     kind: bool, int, float or str; the default's type where left out.
   """
-  meta = dict(help=help, low=low, high=high, choices=choices, kind=kind or type(default))
+  meta = dict(about=about, low=low, high=high, choices=choices, kind=kind or type(default))
   return dataclasses.field(default=default, metadata=meta)
 
 
@@ -56,8 +56,8 @@ def check(config: Any) -> None:
 def define_flags(config_class: type) -> None:
   """Defines a flag for each field of the dataclass."""
   for field in dataclasses.fields(config_class):
-    meta, default = field.metadata, field.default
-    kind, choices, text = meta['kind'], meta['choices'], meta['help']
+    meta, default = field.metadata, cast(Any, field.default)
+    kind, choices, text = meta['kind'], meta['choices'], meta['about']
     bounds = dict(lower_bound=meta['low'], upper_bound=meta['high'])
     if kind is bool:
       flags.DEFINE_bool(field.name, default, text)
@@ -68,9 +68,7 @@ def define_flags(config_class: type) -> None:
     elif kind is tuple:
       flags.DEFINE_list(field.name, list(default), f'{text} One or more of {", ".join(choices)}, with commas between.')
       known = set(choices)
-      flags.register_validator(
-        field.name, known.issuperset, message=f'each must be one of {", ".join(choices)}'
-      )
+      flags.register_validator(field.name, known.issuperset, message=f'each must be one of {", ".join(choices)}')
     elif choices:
       flags.DEFINE_enum(field.name, default, list(choices), text)
     else:
@@ -86,7 +84,7 @@ def from_flags(config_class: type[C]) -> C:
   return config_class(**values)
 
 
-def main(prepare: Callable[[], Callable[[], None]]) -> None:
+def main(prepare: Callable[[], Callable[[], object]]) -> None:
   """Runs an experiment from the command line.
 
   Args:

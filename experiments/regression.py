@@ -1,12 +1,13 @@
 """Few-shot regression on sine curves: Table 1 and Figure 3 of Li et al. 2017.
 
-    python -m experiments.regression             Meta-SGD and MAML, trained on 5 shots, beside the paper's figures
-    python -m experiments.regression --table1    all of Table 1
+python -m experiments.regression             Meta-SGD and MAML, trained on 5 shots, beside the paper's figures
+python -m experiments.regression --table1    all of Table 1
 """
 
 import dataclasses
-import pathlib
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -152,21 +153,20 @@ def _table(results: list[reporting.Result], config: Config) -> str:
     if {(n, shot) for n in LEARNERS} <= set(config.runs):
       line = f'{f"{shot}-shot":<11}{"MAML − Meta-SGD, same curves":<10}:  '
       pairs = [[by_cell[n, shot, s].values[..., -1].mean(0) for n in ('maml', 'meta_sgd')] for s in TEST_SHOTS]
-      lines.append(line + '   '.join(f'{s}-shot {ms.estimate(a - b)!s}' for s, (a, b) in zip(TEST_SHOTS, pairs, strict=True)))
+      lines.append(
+        line + '   '.join(f'{s}-shot {ms.estimate(a - b)!s}' for s, (a, b) in zip(TEST_SHOTS, pairs, strict=True))
+      )
   return '\n'.join(lines)
 
 
-def _pictures(trained: list[Trained], config: Config) -> dict[str, Callable]:
-  pictures = {}
+def _pictures(trained: list[Trained], config: Config) -> dict[str, Callable[[Any], Any]]:
+  pictures: dict[str, Callable[[Any], Any]] = {}
   for shot in dict.fromkeys(t.shot for t in trained):
     group = [t for t in trained if t.shot == shot]
-    pictures[f'curves_{shot}shot'] = lambda plotting, group=group, shot=shot: plotting.adaptation_curves(
-      *_example_fits(group, shot, config)
-    )
+    pictures[f'curves_{shot}shot'] = functools.partial(_draw_fits, group, shot, config)
     for t in group:
       if t.meta.alpha is not None:
-        alpha = reporting.one_run(t.meta.alpha, 0)
-        pictures[f'alpha_{t.name}_{shot}shot'] = lambda plotting, alpha=alpha: plotting.alpha_histograms(alpha)
+        pictures[f'alpha_{t.name}_{shot}shot'] = functools.partial(reporting.draw_alpha, t.meta.alpha)
   curves = {f'{NAMES[t.name]}, {t.shot}-shot': t.curves['loss'] for t in trained}
   pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
     curves, ylabel='query MSE, mean of the chunk', log=True
@@ -174,10 +174,8 @@ def _pictures(trained: list[Trained], config: Config) -> dict[str, Callable]:
   return pictures
 
 
-def _example_fits(group: list[Trained], shot: int, config: Config):
-  """Three unseen curves: what `plotting.adaptation_curves` takes, for the first run of each learner."""
-  from metasgd_jax.plotting import Fit
-
+def _draw_fits(group: list[Trained], shot: int, config: Config, plotting):
+  """Figure 3 with three unseen curves and the first run of each learner."""
   tasks = sinusoid(DATASETS[config.dataset], shot=shot)
   x = np.linspace(-5.0, 5.0, 200, dtype=np.float32)
   truths, supports, fits = [], [], []
@@ -188,17 +186,17 @@ def _example_fits(group: list[Trained], shot: int, config: Config):
     for t in group:
       path = t.learner.path(reporting.one_run(t.meta, 0), support, key)
       before, after = (t.learner.predict(reporting.one_run(path, step), x[:, None])[:, 0] for step in (0, -1))
-      column.append(Fit(NAMES[t.name], np.asarray(before), np.asarray(after)))
+      column.append(plotting.Fit(NAMES[t.name], np.asarray(before), np.asarray(after)))
     truths.append(np.asarray(task(x)))
     supports.append(support)
     fits.append(column)
-  return x, truths, supports, fits
+  return plotting.adaptation_curves(x, truths, supports, fits)
 
 
-def _prepare() -> Callable[[], None]:
+def _prepare() -> Callable[[], object]:
   config = options.from_flags(Config)
-  workdir = writers.open_workdir(pathlib.Path(flags.FLAGS.workdir))
-  return lambda: run(config, workdir) and None
+  workdir = writers.open_workdir(flags.FLAGS.workdir)
+  return lambda: run(config, workdir)
 
 
 if __name__ == '__main__':

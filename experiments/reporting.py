@@ -14,7 +14,6 @@ from metasgd_jax.evaluation import Estimate, estimate
 from metasgd_jax.training import Progress
 from metasgd_jax.types import PyTree
 
-
 NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 """Learners by the names that people know."""
 
@@ -49,8 +48,7 @@ def open_metrics(workdir: pathlib.Path, tensorboard: bool) -> list[writers.Write
 class Recorder:
   """A callback of `train`: a progress line, a line of metrics a chunk, and the curves to draw afterwards.
 
-  Attributes:
-    curves: `{name: (steps [n], values [n, R])}`, of each info entry; a value is its chunk's mean.
+  `curves` is `{name: (steps [n], values [n, R])}`, of each info entry; a value is its chunk's mean.
   """
 
   def __init__(self, label: str, metrics: Sequence[writers.Writer]):
@@ -61,6 +59,7 @@ class Recorder:
     self._values: dict[str, list[np.ndarray]] = {}
 
   def __call__(self, progress: Progress) -> None:
+    """Takes a chunk."""
     means = {name: np.mean(values, axis=0) for name, values in progress.info.items()}
     self._steps.append(progress.step)
     for name, value in means.items():
@@ -76,6 +75,7 @@ class Recorder:
 
   @property
   def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What was recorded so far."""
     return {name: (np.array(self._steps), np.array(values)) for name, values in self._values.items()}
 
 
@@ -113,6 +113,11 @@ class Result:
       **about_run,
       **writers.provenance(),
     }
+
+
+def draw_alpha(alpha: PyTree, plotting):
+  """Draws the α of the first of R runs; for `save_pictures`."""
+  return plotting.alpha_histograms(one_run(alpha, 0))
 
 
 def save_pictures(workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]]) -> None:

@@ -4,17 +4,17 @@ from metasgd_jax import learners, losses, nn, tasks
 from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
 from metasgd_jax.evaluation import Estimate, estimate, evaluate
 from metasgd_jax.learners import maml, meta_sgd
-from metasgd_jax.objective import mean_loss, value_and_grad
+from metasgd_jax.objective import Mapping, mean_loss, value_and_grad
 from metasgd_jax.training import Progress, TrainState, init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution
 from metasgd_jax.version import __version__
-
 
 __all__ = [
   'Batch',
   'Episode',
   'Estimate',
   'Learner',
+  'Mapping',
   'MetaParams',
   'Model',
   'Progress',

@@ -60,9 +60,7 @@ def evaluate(
       raise ValueError(f'{name} must be at least 1, got {value}')
   as_arguments = TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in tasks))
   keys = jax.random.split(key, num_tasks)
-  values = _evaluate(
-    meta, as_arguments, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, mapping=mapping
-  )
+  values = _evaluate(meta, as_arguments, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, mapping=mapping)
   return np.asarray(values)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
@@ -79,7 +78,9 @@ def alpha_histograms(alpha: PyTree) -> Figure:
     ax.hist(entries[entries < 0], bins, color=_ORANGE)
     ax.hist(entries[entries >= 0], bins, color=_BLUE)
     ax.axvline(0, color='black', linewidth=0.8)
-    ax.set_title(f'{jax.tree_util.keystr(path, simple=True, separator="/")}: {np.mean(entries < 0):.0%} < 0', fontsize=9)
+    ax.set_title(
+      f'{jax.tree_util.keystr(path, simple=True, separator="/")}: {np.mean(entries < 0):.0%} < 0', fontsize=9
+    )
     ax.set_yticks([])
     ax.locator_params(axis='x', nbins=5)
     ax.tick_params(labelsize=8)
@@ -90,9 +91,7 @@ def alpha_histograms(alpha: PyTree) -> Figure:
   return figure
 
 
-def learning_curves(
-  curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool = False
-) -> Figure:
+def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool = False) -> Figure:
   """Draws a quantity against meta-iterations: the mean over runs as a line, the runs' range as a band.
 
   Args:
@@ -102,8 +101,8 @@ def learning_curves(
   """
   figure = Figure(figsize=(7, 4), layout='constrained')
   ax = figure.subplots()
-  colours = mpl.colormaps['tab10'].colors
-  for colour, (label, (steps, values)) in zip(colours * len(curves), curves.items(), strict=False):
+  for i, (label, (steps, values)) in enumerate(curves.items()):
+    colour = f'C{i}'
     ax.plot(steps, values.mean(1), color=colour, label=label)
     ax.fill_between(steps, values.min(1), values.max(1), color=colour, alpha=0.25, linewidth=0)
   if log:

@@ -156,10 +156,8 @@ def train(
 
 @functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'chunk'))
 def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, chunk):
-  """n ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
-  step = functools.partial(
-    train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping
-  )
+  """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
+  step = functools.partial(train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping)
   step = _over_runs(step, state)
   rooms = jax.tree.map(
     lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s, tasks)[1], state)

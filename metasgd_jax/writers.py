@@ -52,9 +52,9 @@ def atomic(path: PathLike) -> Iterator[IO[bytes]]:
       yield file
       file.flush()
       os.fchmod(file.fileno(), 0o644)
-      os.replace(file.name, path)
+      pathlib.Path(file.name).replace(path)
     except BaseException:
-      os.unlink(file.name)
+      pathlib.Path(file.name).unlink()
       raise
 
 

@@ -76,9 +76,7 @@ def test_a_prefix_gets_the_sum_of_its_entries_gradients(problem):
 
 def test_first_order_drops_the_second_derivative_and_still_trains_alpha(problem):
   theta, alpha, batch = problem
-  outer = lambda first_order, t, a: loss_fn(
-    ms.adapt(t, a, batch, loss_fn=loss_fn, first_order=first_order), batch
-  )
+  outer = lambda first_order, t, a: loss_fn(ms.adapt(t, a, batch, loss_fn=loss_fn, first_order=first_order), batch)
   inner = jax.grad(loss_fn)(theta, batch)
   at_adapted = jax.grad(loss_fn)(ms.adapt(theta, alpha, batch, loss_fn=loss_fn), batch)
   d_theta, d_alpha = jax.grad(functools.partial(outer, True), argnums=(0, 1))(theta, alpha)
@@ -136,7 +134,9 @@ class TestBadInput:
       self.adapt(problem, {**problem[1], 'middle': 0.1})
 
   def test_a_prefix_must_be_a_scalar(self, problem):
-    with pytest.raises(ValueError, match=r"alpha\['in'\] has shape \(4,\) but .*; give alpha the same shape, or a scalar"):
+    with pytest.raises(
+      ValueError, match=r"alpha\['in'\] has shape \(4,\) but .*; give alpha the same shape, or a scalar"
+    ):
       self.adapt(problem, {'in': jnp.ones(4), 'out': 0.1})
 
   def test_integers_in_theta(self, problem):

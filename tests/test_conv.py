@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_trees_close, relative_error
 from jax import lax
+from problems import assert_trees_close, relative_error
 
 import metasgd_jax as ms
 
@@ -94,7 +94,7 @@ def test_max_pool_of_equal_values_sends_the_gradient_to_one():
 
 
 def test_compiled_pooling_gradient_after_batch_norm_equals_float64():
-  """The setting in which comparing with the maximum lost gradients: normalisation is computed twice, and rounded apart."""
+  """Where comparing with the maximum lost gradients: normalisation is computed twice, and rounded apart."""
 
   def meta(x, scale):
     norm = lambda s, x: (x - jnp.mean(x)) * lax.rsqrt(jnp.var(x) + 1e-3) * s
@@ -114,7 +114,9 @@ def test_batch_norm_equals_flax_by_the_batch_at_hand():
   ours = ms.nn.BatchNorm().apply({'params': {'scale': scale, 'bias': bias}}, x)
   flax_norm = nn.BatchNorm(use_running_average=False, epsilon=1e-3)
   stats = {'mean': jnp.zeros(4), 'var': jnp.ones(4)}
-  theirs, _ = flax_norm.apply({'params': {'scale': scale, 'bias': bias}, 'batch_stats': stats}, x, mutable=['batch_stats'])
+  theirs, _ = flax_norm.apply(
+    {'params': {'scale': scale, 'bias': bias}, 'batch_stats': stats}, x, mutable=['batch_stats']
+  )
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -132,13 +132,17 @@ def command(module, *flags, cwd=ROOT):
 @pytest.mark.parametrize(
   ('module', 'flags', 'message'),
   [
-    ('regression', ['--learner=sgd'], "flag --learner=sgd: each must be one of meta_sgd, maml"),
+    ('regression', ['--learner=sgd'], 'flag --learner=sgd: each must be one of meta_sgd, maml'),
     ('regression', ['--meta_iterations=0'], 'flag --meta_iterations=0: 0 is not an integer in the range'),
     ('regression', ['--workdir={file}/x'], 'error: workdir {file}/x cannot be written (Not a directory)'),
     ('regression', ['meta_sgd'], "unknown argument 'meta_sgd'; options look like --name=value"),
-    ('classification', ['--dataset=mnist'], "flag --dataset=mnist: value should be one of <glyphs|omniglot>"),
+    ('classification', ['--dataset=mnist'], 'flag --dataset=mnist: value should be one of <glyphs|omniglot>'),
     ('classification', ['--dataset=omniglot'], 'error: dataset omniglot needs data_dir'),
-    ('classification', ['--dataset=omniglot', '--data_dir={file}/x'], 'error: data_dir {file}/x does not have the data set'),
+    (
+      'classification',
+      ['--dataset=omniglot', '--data_dir={file}/x'],
+      'error: data_dir {file}/x does not have the data set',
+    ),
   ],
 )
 def test_a_mistake_gets_one_sentence(module, flags, message, tmp_path):
@@ -162,7 +166,14 @@ def test_help_names_every_option(module):
 
 
 def test_a_run_from_the_command_line(tmp_path):
-  flags = ['--meta_iterations=3', '--seeds=1', '--learner=maml', '--eval_tasks=3', '--eval_repeats=2', f'--workdir={tmp_path}']
+  flags = [
+    '--meta_iterations=3',
+    '--seeds=1',
+    '--learner=maml',
+    '--eval_tasks=3',
+    '--eval_repeats=2',
+    f'--workdir={tmp_path}',
+  ]
   done = command('regression', *flags)
   assert done.returncode == 0, done.stderr
   assert 'mean squared error after 1 inner step(s)' in done.stdout

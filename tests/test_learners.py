@@ -83,9 +83,13 @@ def test_training_lowers_the_loss_on_unseen_tasks(case):
   optimizer = optax.adam(3e-3)
   state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
   metric = ms.losses.cross_entropy if images else ms.losses.mean_squared_error
-  loss = lambda meta: ms.evaluate(learner, meta, tasks, jax.random.key(9), metric_fn=metric, num_tasks=100)[..., -1].mean()
+  loss = lambda meta: ms.evaluate(learner, meta, tasks, jax.random.key(9), metric_fn=metric, num_tasks=100)[
+    ..., -1
+  ].mean()
   before = loss(state.meta)
-  state = ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=150 if images else 500, meta_batch=4)
+  state = ms.train(
+    state, tasks, learner=learner, optimizer=optimizer, meta_iterations=150 if images else 500, meta_batch=4
+  )
   assert loss(state.meta) < 0.9 * before
 
 
@@ -107,7 +111,11 @@ def test_maml_is_meta_sgd_with_alpha_held():
   [
     (ms.meta_sgd, dict(steps=-1), 'steps must be at least 0, got -1'),
     (ms.maml, dict(steps=-1), 'steps must be at least 0, got -1'),
-    (ms.meta_sgd, dict(alpha_range=(0.2, 0.1)), r'alpha_range must be \(low, high\) with low <= high, got \(0.2, 0.1\)'),
+    (
+      ms.meta_sgd,
+      dict(alpha_range=(0.2, 0.1)),
+      r'alpha_range must be \(low, high\) with low <= high, got \(0.2, 0.1\)',
+    ),
   ],
 )
 def test_bad_options(build, options, message):

@@ -86,7 +86,7 @@ class NumpyNet:
     for i, (w, b) in enumerate(layers):
       out = activations[-1] @ w + b
       activations.append(np.maximum(out, 0) if i < len(layers) - 1 else out)
-    return activations[:-1] + [activations[-1]], activations[-1]
+    return activations, activations[-1]
 
   @staticmethod
   def _backward(layers, activations, delta):
@@ -99,7 +99,9 @@ class NumpyNet:
 
 def numpy_meta_gradient(theta, alpha, support, query, steps):
   """Meta-SGD's meta-gradient of one task, by the chain rule written out; layers are lists of (w, b)."""
-  combine = lambda f, *lists: [tuple(f(*leaves) for leaves in zip(*layer, strict=True)) for layer in zip(*lists, strict=True)]
+  combine = lambda f, *lists: [
+    tuple(f(*leaves) for leaves in zip(*layer, strict=True)) for layer in zip(*lists, strict=True)
+  ]
   at, path = theta, []
   for _ in range(steps):
     grads = support.grad(at)
@@ -142,7 +144,7 @@ def test_finite_differences_through_conv4(steps):
   tasks = ms.tasks.glyphs(way=3, shot=2, query=2)
   episode = jax.tree.map(lambda a: a[0], episodes(tasks, 1))
   meta = learner.init(jax.random.key(1), episode)
-  rng = np.random.default_rng(0)
+  rng, h = np.random.default_rng(0), 1e-7
   with jax.enable_x64(True):
     meta, episode = to_float64(meta), to_float64(episode)
     loss = jax.jit(lambda m: learner.loss(m, episode, None)[0])
@@ -150,7 +152,6 @@ def test_finite_differences_through_conv4(steps):
     for part in ('theta', 'alpha'):
       for _ in range(3):
         direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), getattr(meta, part))
-        h = 1e-7
         moved = lambda sign, part=part, direction=direction: meta._replace(
           **{part: jax.tree.map(lambda a, d: a + sign * h * d, getattr(meta, part), direction)}
         )

@@ -19,7 +19,9 @@ def test_mappings_are_equal_and_equal_a_loop(kind):
   outs = [one(meta, jax.tree.map(lambda a, i=i: a[i], batch), keys[i]) for i in range(3)]
   looped = jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), 0), *outs)
   for mapping in ('vmap', 'scan'):
-    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))(meta, batch, keys)
+    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))(
+      meta, batch, keys
+    )
     assert_trees_close(got, looped, rtol=1e-4, atol=1e-6)
   loss, info = jax.jit(lambda m, e, k: ms.mean_loss(learner, m, e, k))(meta, batch, keys)
   np.testing.assert_allclose(loss, looped[0][0], rtol=1e-5)

@@ -44,5 +44,13 @@ def test_episode_sheet_marks_what_is_wrong():
   logits = np.eye(2)[[0, 0, 0, 1]]
   figure = plotting.episode_sheet(support, query, logits)
   texts = drawn(figure)
-  assert texts == ['support', '0', '0', 'support', '0', '1', '75% of 4 query drawings right; each shows the answer given']
+  assert texts == [
+    'support',
+    '0',
+    '0',
+    'support',
+    '0',
+    '1',
+    '75% of 4 query drawings right; each shows the answer given',
+  ]
   assert [ax.title.get_color() for ax in figure.axes] == ['black', '#2166ac', '#2166ac', 'black', 'red', '#2166ac']

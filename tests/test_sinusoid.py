@@ -21,7 +21,9 @@ def test_curves_are_uniform_in_the_papers_ranges(config, ranges):
     assert low <= values.min()
     assert values.max() <= high * (1 + 1e-6)
     quartiles = np.quantile(values, [0.25, 0.5, 0.75])
-    np.testing.assert_allclose(quartiles, low + (high - low) * np.array([0.25, 0.5, 0.75]), atol=0.04 * (high - low) + 1e-6)
+    np.testing.assert_allclose(
+      quartiles, low + (high - low) * np.array([0.25, 0.5, 0.75]), atol=0.04 * (high - low) + 1e-6
+    )
 
 
 def test_points_lie_on_the_curve():

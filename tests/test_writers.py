@@ -25,9 +25,21 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
 
 
 def test_json_of_arrays_and_infinities(tmp_path):
-  value = {'mean': np.float32(0.5), 'ci': float('inf'), 'steps': jnp.arange(2), 'path': pathlib.Path('x'), 'n': np.int64(3)}
+  value = {
+    'mean': np.float32(0.5),
+    'ci': float('inf'),
+    'steps': jnp.arange(2),
+    'path': pathlib.Path('x'),
+    'n': np.int64(3),
+  }
   writers.write_json(tmp_path / 'a.json', value)
-  assert json.loads((tmp_path / 'a.json').read_text()) == {'mean': 0.5, 'ci': None, 'steps': [0, 1], 'path': 'x', 'n': 3}
+  assert json.loads((tmp_path / 'a.json').read_text()) == {
+    'mean': 0.5,
+    'ci': None,
+    'steps': [0, 1],
+    'path': 'x',
+    'n': 3,
+  }
 
 
 def test_params_come_back(tmp_path):
@@ -86,7 +98,9 @@ def test_progress_in_a_file_is_a_line_now_and_then():
   assert out.getvalue() == 'MAML  100/100  2.00 it/s  took 50 s\n'
 
 
-@pytest.mark.parametrize(('seconds', 'text'), [(0.4, '0 s'), (59.4, '59 s'), (200, '3 min 20 s'), (18_720, '5 h 12 min')])
+@pytest.mark.parametrize(
+  ('seconds', 'text'), [(0.4, '0 s'), (59.4, '59 s'), (200, '3 min 20 s'), (18_720, '5 h 12 min')]
+)
 def test_durations(seconds, text):
   assert writers.duration(seconds) == text
 

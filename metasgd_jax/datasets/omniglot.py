@@ -23,6 +23,7 @@ _VINYALS_TEST = (
 )  # fmt: skip
 _VINYALS_TEST_GURMUKHI = range(41, 45)  # The split cuts the alphabet Gurmukhi: its characters 42 to 45 are tested on.
 
+
 class Characters(NamedTuple):
   """All of Omniglot.
 

@@ -24,9 +24,7 @@ class DatasetError(Exception):
   """A data set cannot be had as asked; the message says why and what to do."""
 
 
-def prepare(
-  builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report
-) -> None:
+def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
   """Downloads, or takes from `archives`, the builder's zip files and prepares the data set in its data directory.
 
   Args:
@@ -122,7 +120,12 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
   )
   try:
     return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
-  except (requests.RequestException, tfds.download.DownloadError, download_manager.NonMatchingChecksumError, OSError) as e:
+  except (
+    requests.RequestException,
+    tfds.download.DownloadError,
+    download_manager.NonMatchingChecksumError,
+    OSError,
+  ) as e:
     raise DatasetError(
       f'{builder.name} could not be downloaded ({first_line(e)}); get {", ".join(urls)} elsewhere and give their '
       'directory as archives'

@@ -59,7 +59,7 @@ def meta_sgd(
     alpha = init_alpha(alpha_key, theta, low=low, high=high) if held_alpha is None else None
     return MetaParams(theta, alpha)
 
-  inner = dict(loss_fn=support_loss, steps=steps, first_order=first_order)
+  inner: dict[str, Any] = dict(loss_fn=support_loss, steps=steps, first_order=first_order)
 
   def adapt_(meta: MetaParams, support: Batch, key=None) -> PyTree:
     del key

@@ -17,7 +17,9 @@ from jax import lax
 Padding = str | Sequence[tuple[int, int]]
 
 
-def conv(x: chex.Array, kernel: chex.Array, *, strides: Sequence[int] = (1, 1), padding: Padding = 'SAME') -> chex.Array:
+def conv(
+  x: chex.Array, kernel: chex.Array, *, strides: Sequence[int] = (1, 1), padding: Padding = 'SAME'
+) -> chex.Array:
   """Returns the 2-D cross-correlation of x with kernel, as `lax.conv_general_dilated` in NHWC, HWIO.
 
   Args:

@@ -49,7 +49,7 @@ class GlyphConfig:
       raise ValueError(f'pen must be a range 0 < low <= high, got {self.pen}')
 
 
-def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: int) -> TaskDistribution:  # noqa: B008
+def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: int) -> TaskDistribution:
   """Builds the distribution; a task is its N characters' control points `[N, strokes, 4, 2]`.
 
   Every task has new characters. An episode is as in `few_shot`: x `[N·K, size, size, 1]` float32 in 0 to 1, labels
