@@ -15,7 +15,7 @@ demo: $(VENV)/plots
 	$(BIN)/python -m experiments.regression --workdir=runs/demo
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ bench: $(VENV)/bench
 lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip --disable-pip-version-check -q install -c constraints-lowest.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal
+	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) .venv-lowest runs

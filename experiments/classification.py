@@ -209,8 +209,8 @@ def _draw_task(learner, meta, config: Config, setup: Setup, plotting):
   """One unseen task and the first run's answers."""
   task_key, episode_key = jax.random.split(test_key(config.seed))
   support, query = setup.test.episode(setup.test.sample(task_key), episode_key)
-  adapted = learner.adapt(reporting.one_run(meta, 0), support, episode_key)
-  return plotting.episode_sheet(support, query, np.asarray(learner.predict(adapted, query.x)))
+  answer = jax.jit(lambda meta: learner.predict(learner.adapt(meta, support, episode_key), query.x))
+  return plotting.episode_sheet(support, query, np.asarray(answer(reporting.one_run(meta, 0))))
 
 
 def _prepare() -> Callable[[], object]:

@@ -12,6 +12,8 @@ from metasgd_jax.writers import WorkdirError
 
 C = TypeVar('C')
 
+flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment that defines them.
+
 
 def option(
   default: Any,
@@ -96,10 +98,13 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unknown argument {argv[1]!r}; options look like --name=value')
     try:
-      run = prepare()
-    except (ValueError, DatasetError, WorkdirError) as e:
+      try:
+        run = prepare()
+      except ValueError as e:
+        sys.exit(f'error: {e}')
+      run()
+    except (DatasetError, WorkdirError) as e:
       sys.exit(f'error: {e}')
-    run()
 
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   app.run(start)

@@ -95,7 +95,9 @@ def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   workdir = writers.open_workdir(workdir)
   writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
   metrics = reporting.open_metrics(workdir, config.tensorboard)
-  trained = [_train(name, shot, config, metrics) for name, shot in config.runs]
+  learners = {name: build_learner(name, config) for name in LEARNERS}
+  optimizer = optax.adam(config.learning_rate)
+  trained = [_train(name, shot, learners[name], optimizer, config, metrics) for name, shot in config.runs]
   results = [_test(t, shot, config) for t in trained for shot in TEST_SHOTS]
   about_run = {'meta_iterations': config.meta_iterations, 'inner_steps': config.inner_steps, 'metric': 'MSE'}
   rows = [result.row(workdir, about_run) for result in results]
@@ -107,11 +109,9 @@ def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   return rows
 
 
-def _train(name: str, shot: int, config: Config, metrics: list[writers.Writer]) -> Trained:
+def _train(name, shot, learner, optimizer, config: Config, metrics: list[writers.Writer]) -> Trained:
   tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.query)
-  learner, optimizer = build_learner(name, config), optax.adam(config.learning_rate)
-  keys = reporting.seed_keys(config.seed, config.seeds)
-  state = jax.vmap(lambda key: ms.init(key, tasks, learner=learner, optimizer=optimizer))(keys)
+  state = ms.init(reporting.seed_keys(config.seed, config.seeds), tasks, learner=learner, optimizer=optimizer)
   recorder = reporting.Recorder(f'{NAMES[name]} {shot}-shot', metrics)
   state = ms.train(
     state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations,
@@ -184,13 +184,19 @@ def _draw_fits(group: list[Trained], shot: int, config: Config, plotting):
     support = tasks.episode(task, key).support
     column = []
     for t in group:
-      path = t.learner.path(reporting.one_run(t.meta, 0), support, key)
-      before, after = (t.learner.predict(reporting.one_run(path, step), x[:, None])[:, 0] for step in (0, -1))
-      column.append(plotting.Fit(NAMES[t.name], np.asarray(before), np.asarray(after)))
+      fit = functools.partial(_fit_path, t.learner)
+      predictions = np.asarray(jax.jit(fit)(reporting.one_run(t.meta, 0), support, x, key))
+      column.append(plotting.Fit(NAMES[t.name], predictions[0], predictions[-1]))
     truths.append(np.asarray(task(x)))
     supports.append(support)
     fits.append(column)
   return plotting.adaptation_curves(x, truths, supports, fits)
+
+
+def _fit_path(learner, meta, support, x, key):
+  """Predictions after 0 … k inner steps, `[k + 1, P]`, at x `[P]`."""
+  path = learner.path(meta, support, key)
+  return jax.vmap(learner.predict, (0, None))(path, x[:, None])[..., 0]
 
 
 def _prepare() -> Callable[[], object]:

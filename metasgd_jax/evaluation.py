@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.tree_util import Partial
 
 from metasgd_jax.objective import Mapping, check_mapping
 from metasgd_jax.types import Learner, PyTree, TaskDistribution
@@ -58,9 +57,10 @@ def evaluate(
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
     if value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}')
-  as_arguments = TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in tasks))
   keys = jax.random.split(key, num_tasks)
-  values = _evaluate(meta, as_arguments, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, mapping=mapping)
+  values = _evaluate(
+    meta, tasks.as_arguments(), keys, learner=learner, metric_fn=metric_fn, repeats=repeats, mapping=mapping
+  )
   return np.asarray(values)
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial
 
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
 from metasgd_jax.types import Learner, PyTree, TaskDistribution
@@ -53,14 +52,22 @@ class Progress(NamedTuple):
 def init(
   key: chex.PRNGKey, tasks: TaskDistribution, *, learner: Learner, optimizer: optax.GradientTransformation
 ) -> TrainState:
-  """Returns the state before the first meta-iteration. For several seeds: `jax.vmap` over keys.
+  """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
 
   Args:
-    key: becomes the run's key; the start is drawn from it.
+    key: `[]` or `[R]`; becomes the run's key, and the start is drawn from it.
     tasks: gives one episode, for its shapes.
     learner: whose meta-parameters are drawn.
     optimizer: the outer optimiser, over the whole meta pytree.
   """
+  start = functools.partial(_init, learner=learner, optimizer=optimizer)
+  if key.ndim:
+    start = jax.vmap(start, (0, None))
+  return start(key, tasks.as_arguments())
+
+
+@functools.partial(jax.jit, static_argnames=('learner', 'optimizer'))
+def _init(key, tasks, *, learner, optimizer):
   task_key, init_key = jax.random.split(jax.random.fold_in(key, -1 % 2**32))
   episode = tasks.episode(tasks.sample(task_key), task_key)
   meta = learner.init(init_key, episode)
@@ -115,7 +122,7 @@ def train(
   same program.
 
   Args:
-    state: from `init`, or `jax.vmap(init)` over R keys for R runs side by side.
+    state: from `init`, of one run or of R.
     tasks: what to train on.
     learner: what to train.
     optimizer: the outer optimiser that `state` was made with.
@@ -135,17 +142,17 @@ def train(
   done = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
-  as_arguments = TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in tasks))
+  tasks = tasks.as_arguments()
   run_chunk = functools.partial(
     _run_chunk, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, chunk=chunk
   )
   if done < meta_iterations:  # Compiled with a chunk of no steps, so that compilation is not timed.
-    jax.block_until_ready(run_chunk(state, as_arguments, 0))
+    jax.block_until_ready(run_chunk(state, tasks, 0))
   seconds = 0.0
   while done < meta_iterations:
     n = min(chunk, meta_iterations - done)
     start = time.perf_counter()
-    state, info = jax.block_until_ready(run_chunk(state, as_arguments, n))
+    state, info = jax.block_until_ready(run_chunk(state, tasks, n))
     seconds += time.perf_counter() - start
     done += n
     progress = Progress(state, done, meta_iterations, {k: np.asarray(v)[:n] for k, v in info.items()}, seconds)

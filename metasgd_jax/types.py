@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+from jax.tree_util import Partial
 
 PyTree = Any
 
@@ -85,3 +86,7 @@ class TaskDistribution(NamedTuple):
 
   sample: Callable[[chex.PRNGKey], PyTree]
   episode: Callable[[PyTree, chex.PRNGKey], Episode]
+
+  def as_arguments(self) -> 'TaskDistribution':
+    """Returns the same as a pytree that a jitted function takes; arrays in closures stay constants."""
+    return TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in self))

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +10,25 @@ import numpy as np
 import metasgd_jax as ms
 
 
+class SmallConvNet(nn.Module):
+  """One block of Conv4 and a dense layer: compiles in a fraction of Conv4's time."""
+
+  way: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = ms.nn.Conv(4, use_bias=False)(x)
+    x = nn.relu(ms.nn.max_pool(ms.nn.BatchNorm()(x)))
+    return nn.Dense(self.way)(x.reshape(x.shape[0], -1))
+
+
 def sinusoid_learner(build=ms.meta_sgd, hidden=(40, 40), **kwargs):
-  model = ms.nn.from_linen(ms.nn.MLP(hidden, stddev=0.5))
+  model = ms.nn.from_linen(ms.nn.MLP(hidden, stddev=0.2))
   return build(model, ms.losses.mean_squared_error, **kwargs)
 
 
-def conv_learner(build=ms.meta_sgd, way=5, filters=4, hidden=8, **kwargs):
-  model = ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden))
+def conv_learner(build=ms.meta_sgd, way=5, network=SmallConvNet, **kwargs):
+  model = ms.nn.from_linen(network(way))
   return build(model, ms.losses.cross_entropy, metrics={'accuracy': ms.losses.accuracy}, **kwargs)
 
 

@@ -140,7 +140,9 @@ def test_independent_numpy(steps):
 
 @pytest.mark.parametrize('steps', STEPS)
 def test_finite_differences_through_conv4(steps):
-  learner = conv_learner(filters=3, hidden=6, steps=steps, alpha_range=(0.1, 0.1))
+  learner = conv_learner(
+    way=3, network=lambda way: ms.nn.Conv4(way, filters=3, hidden=6), steps=steps, alpha_range=(0.1, 0.1)
+  )
   tasks = ms.tasks.glyphs(way=3, shot=2, query=2)
   episode = jax.tree.map(lambda a: a[0], episodes(tasks, 1))
   meta = learner.init(jax.random.key(1), episode)
@@ -164,7 +166,7 @@ def test_finite_differences_through_conv4(steps):
 @pytest.mark.parametrize('mapping', ['vmap', 'scan'])
 def test_compiled_float32_conv4_equals_float64(mapping):
   """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
-  learner = conv_learner(filters=64, hidden=32, alpha_range=(0.1, 0.1))
+  learner = conv_learner(network=ms.nn.Conv4, alpha_range=(0.1, 0.1))
   tasks = episodes(ms.tasks.glyphs(way=5, shot=1, query=3), 2)
   meta = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], tasks))
   keys = jax.random.split(jax.random.key(0), 2)

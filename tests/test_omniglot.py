@@ -234,28 +234,26 @@ class TestSplits:
     assert np.ravel(omniglot.random_split(characters).test.images).tolist() == test
 
 
-@pytest.mark.filterwarnings('ignore::ResourceWarning')
+@pytest.fixture(scope='module')
+def real(shared_data):
+  return omniglot.load(shared_data / 'omniglot' / 'tfds')
+
+
 class TestReal:
-  @pytest.fixture(scope='class')
-  def characters(self, shared_data):
-    return omniglot.load(shared_data / 'omniglot' / 'tfds')
-
-  def test_archives_give_what_is_prepared(self, characters, shared_data, tmp_path):
+  def test_archives_give_what_is_prepared(self, real, shared_data, tmp_path):
     again = omniglot.load(tmp_path, archives=shared_data / 'omniglot' / 'zips', verify_archives=False)
-    assert np.array_equal(
-      np.sort(again.images.reshape(1623, 20, -1), 1), np.sort(characters.images.reshape(1623, 20, -1), 1)
-    )
-    assert np.array_equal(again.alphabets, characters.alphabets)
+    assert np.array_equal(np.sort(again.images.reshape(1623, 20, -1), 1), np.sort(real.images.reshape(1623, 20, -1), 1))
+    assert np.array_equal(again.alphabets, real.alphabets)
 
-  def test_drawings_have_ink_on_paper(self, characters):
-    ink = characters.images.mean((2, 3, 4)) / 255
+  def test_drawings_have_ink_on_paper(self, real):
+    ink = real.images.mean((2, 3, 4)) / 255
     assert ink.min() > 0.005
     assert ink.max() < 0.4
-    assert characters.images.max() == 255
+    assert real.images.max() == 255
 
-  def test_vinyals_split_is_the_published_one(self, characters, shared_data):
-    names = [f'{a}/character{n + 1:02d}' for a, n in zip(characters.alphabets, characters.numbers, strict=True)]
-    indexed = characters._replace(images=np.arange(1623).reshape(-1, 1, 1, 1, 1))
+  def test_vinyals_split_is_the_published_one(self, real, shared_data):
+    names = [f'{a}/character{n + 1:02d}' for a, n in zip(real.alphabets, real.numbers, strict=True)]
+    indexed = real._replace(images=np.arange(1623).reshape(-1, 1, 1, 1, 1))
     for part, bank in omniglot.vinyals_split(indexed)._asdict().items():
       stem = {'train': 'train', 'validation': 'val', 'test': 'test'}[part]
       path = next((shared_data / 'splits' / 'omniglot_vinyals').glob(f'{stem}*'))

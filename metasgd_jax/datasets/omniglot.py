@@ -107,20 +107,19 @@ def _read(builder, report: Report) -> Characters:
   count = np.zeros(CHARACTERS, int)
   alphabet_name = builder.info.features['alphabet'].int2str
   try:
-    sources = [builder.as_data_source(split=split) for split in ('train', 'test')]
-  except (NotImplementedError, ValueError, KeyError, OSError) as e:
+    for split in ('train', 'test'):
+      for example in builder.as_data_source(split=split):
+        label = int(example['label'])
+        if count[label] < DRAWINGS:
+          images[label, count[label], :, :, 0] = _shrink(example['image'])
+        count[label] += 1
+        alphabets[label] = alphabet_name(int(example['alphabet']))
+        numbers[label] = int(example['alphabet_char_id'])
+  except (NotImplementedError, ValueError, KeyError, IndexError, OSError, RuntimeError) as e:
     raise DatasetError(
-      f'{builder.data_path} cannot be read as array_record files ({first_line(e)}); '
-      'prepare Omniglot again in another data_dir'
+      f'{builder.data_path} cannot be read as array_record files of Omniglot ({first_line(e)}); '
+      'prepare it again in another data_dir'
     ) from e
-  for source in sources:
-    for example in source:
-      label = int(example['label'])
-      if count[label] < DRAWINGS:
-        images[label, count[label], :, :, 0] = _shrink(example['image'])
-      count[label] += 1
-      alphabets[label] = alphabet_name(int(example['alphabet']))
-      numbers[label] = int(example['alphabet_char_id'])
   if not np.all(count == DRAWINGS):
     bad = int(np.flatnonzero(count != DRAWINGS)[0])
     raise DatasetError(

@@ -119,6 +119,7 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
     download_dir=download_dir, url_infos=dict(builder.url_infos), dataset_name=builder.name
   )
   try:
+    requests.head(urls[0], timeout=20)  # tfds would try for minutes before it says that there is no network.
     return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
   except (
     requests.RequestException,
