@@ -207,10 +207,15 @@ def _sentence(name: str, result: reporting.Result, config: Config) -> str:
 
 def _draw_task(learner, meta, config: Config, setup: Setup, plotting):
   """One unseen task and the first run's answers."""
-  task_key, episode_key = jax.random.split(test_key(config.seed))
-  support, query = setup.test.episode(setup.test.sample(task_key), episode_key)
-  answer = jax.jit(lambda meta: learner.predict(learner.adapt(meta, support, episode_key), query.x))
-  return plotting.episode_sheet(support, query, np.asarray(answer(reporting.one_run(meta, 0))))
+
+  @jax.jit
+  def answered(meta, tasks, key):
+    task_key, episode_key, adapt_key = jax.random.split(key, 3)
+    support, query = tasks.episode(tasks.sample(task_key), episode_key)
+    return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
+
+  found = answered(reporting.one_run(meta, 0), setup.test.as_arguments(), test_key(config.seed))
+  return plotting.episode_sheet(*jax.device_get(found))
 
 
 def _prepare() -> Callable[[], object]:

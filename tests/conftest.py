@@ -10,6 +10,7 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_disable_most_optimizations', True)  # Compiling is most of the suite's time; see `optimized`.
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
@@ -19,6 +20,14 @@ def pytest_configure(config):
   # tensorflow-datasets' own: at import, and where it looks for a faster decoder.
   for module in ('tensorflow_datasets', 'etils', 'google', 'promise', 'importlib_resources'):
     config.addinivalue_line('filterwarnings', rf'ignore::Warning:{module}')
+
+
+@pytest.fixture
+def optimized():
+  """Compiles as users do, for tests of what fusion and reordering do to numbers."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='session')

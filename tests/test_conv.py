@@ -93,7 +93,7 @@ def test_max_pool_of_equal_values_sends_the_gradient_to_one():
   assert np.array_equal(grads, np.tile([[1, 0], [0, 0]], (2, 2)))
 
 
-def test_compiled_pooling_gradient_after_batch_norm_equals_float64():
+def test_compiled_pooling_gradient_after_batch_norm_equals_float64(optimized):
   """Where comparing with the maximum lost gradients: normalisation is computed twice, and rounded apart."""
 
   def meta(x, scale):

@@ -164,7 +164,7 @@ def test_finite_differences_through_conv4(steps):
 
 
 @pytest.mark.parametrize('mapping', ['vmap', 'scan'])
-def test_compiled_float32_conv4_equals_float64(mapping):
+def test_compiled_float32_conv4_equals_float64(mapping, optimized):
   """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
   learner = conv_learner(network=ms.nn.Conv4, alpha_range=(0.1, 0.1))
   tasks = episodes(ms.tasks.glyphs(way=5, shot=1, query=3), 2)
@@ -186,7 +186,7 @@ def test_compiled_float32_conv4_equals_float64(mapping):
         assert relative_error(getattr(single, part)[name], leaf) < 1e-3, (part, name)
 
 
-def test_sharding_the_tasks_changes_nothing():
+def test_sharding_the_tasks_changes_nothing(optimized):
   """Each task must adapt on its own support alone, on whichever device it is."""
   if jax.device_count() < 2:
     pytest.fail('the tests need two devices; on a CPU conftest.py asks for them')

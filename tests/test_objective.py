@@ -8,7 +8,7 @@ import metasgd_jax as ms
 
 
 @pytest.mark.parametrize('kind', ['sinusoid', 'conv'])
-def test_mappings_are_equal_and_equal_a_loop(kind):
+def test_mappings_are_equal_and_equal_a_loop(kind, optimized):
   if kind == 'sinusoid':
     learner, tasks = sinusoid_learner(steps=2), ms.tasks.sinusoid()
   else:
