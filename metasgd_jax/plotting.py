@@ -73,8 +73,7 @@ def alpha_histograms(alpha: PyTree) -> Figure:
     entries = np.ravel(np.asarray(leaf, np.float64))
     # A few entries in a thousand may lie far out; they would squeeze the others into one bar.
     low, high = np.quantile(entries, [0.002, 0.998])
-    room = max(high - low, 1e-6) * 0.05
-    bins = np.linspace(low - room, high + room, 41)
+    bins = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
     ax.hist(entries[entries < 0], bins, color=_ORANGE)
     ax.hist(entries[entries >= 0], bins, color=_BLUE)
     ax.axvline(0, color='black', linewidth=0.8)
