@@ -18,7 +18,7 @@ from absl import flags
 import metasgd_jax as ms
 from experiments import options, reporting
 from experiments.options import option
-from experiments.reporting import NAMES, test_key
+from experiments.reporting import NAMES, test_keys
 from metasgd_jax import writers
 from metasgd_jax.datasets import omniglot
 from metasgd_jax.tasks.few_shot import few_shot, rotate_classes
@@ -36,7 +36,7 @@ PAPER_TABLE = {  # (learner, way, shot) on Omniglot → accuracy and half-width 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Defaults that a CPU does in minutes; the paper has 15 query drawings, batches of 32, and 60,000 iterations."""
+  """Defaults that a CPU does in minutes; the paper has 15 query drawings, MAML batches of 32 and 60,000 iterations."""
 
   learner: tuple[str, ...] = option(('meta_sgd',), 'What to train.', choices=LEARNERS)
   dataset: str = option('glyphs', 'Random characters drawn on the device, or Omniglot.', choices=DATASETS)
@@ -49,17 +49,20 @@ class Config:
   query: int = option(5, 'Query drawings of a class in training.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
   alpha: float | None = option(
-    None, "MAML's inner rate (0.4 if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).", kind=float
-  )
+    None, "MAML's inner rate (0.4 if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).",
+    low=-100.0, high=100.0, kind=float,
+  )  # fmt: skip
   filters: int = option(64, 'Filters of a convolution.', low=1, high=4096)
   meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
-  meta_iterations: int = option(500, 'Meta-iterations.', low=1)
+  meta_iterations: int = option(500, 'Meta-iterations.', low=1, high=2**31 - 1)
   learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser, at the start.', low=1e-12, high=1e3)
   schedule: str = option(
     'constant', 'Of the learning rate: as it is, or down to 0 as a cosine.', choices=('constant', 'cosine')
   )
   seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
-  seed: int = option(0, 'Of the first run and of the split; the next run has the next.', low=0, high=2**31 - 1001)
+  seed: int = option(0, 'Of the first run; the next has the next.', low=0, high=2**31 - 1001)
+  split_seed: int = option(0, 'Of the random split.', low=0, high=2**31 - 1)
+  eval_seed: int = option(0, 'Of the tasks to test on.', low=0, high=2**31 - 1)
   eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
   eval_query: int = option(15, 'Query drawings of a class in testing.', low=1, high=1000)
 
@@ -109,7 +112,7 @@ def build(config: Config) -> Setup:
     splits = (
       omniglot.vinyals_split(characters)
       if config.split == 'vinyals'
-      else omniglot.random_split(characters, seed=config.seed)
+      else omniglot.random_split(characters, seed=config.split_seed)
     )
     train = few_shot(rotate_classes(splits.train), way=way, shot=shot, query=config.query)
     test = few_shot(splits.test, way=way, shot=shot, query=config.eval_query)
@@ -135,15 +138,17 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
   workdir = writers.open_workdir(workdir)
-  writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
-  metrics = reporting.open_metrics(workdir, config.tensorboard)
+  metrics = reporting.start(workdir, config)
   rows, curves = [], {}
   pictures: dict[str, Callable[[Any], Any]] = {}
   for name, learner in setup.learners.items():
     meta, curve = _train(name, learner, config, setup, metrics)
     writers.write_params(workdir / f'params_{name}.msgpack', meta)
     result = _test(name, learner, meta, config, setup)
-    about_run = {'meta_iterations': config.meta_iterations, 'inner_steps': config.inner_steps, 'metric': 'accuracy'}
+    about_run = {
+      'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
+      'query': config.query, 'eval_query': config.eval_query, 'transductive': True, 'metric': 'accuracy',
+    }  # fmt: skip
     rows.append(result.row(workdir, about_run))
     writers.write_json(workdir / 'results.json', {'rows': rows})
     print(_sentence(name, result, config))
@@ -181,7 +186,7 @@ def _test(name, learner, meta, config: Config, setup: Setup) -> reporting.Result
   print(f'{NAMES[name]}: testing on {config.eval_tasks} unseen tasks', flush=True)
   values = [
     ms.evaluate(
-      learner, reporting.one_run(meta, r), setup.test, test_key(config.seed), metric_fn=ms.losses.accuracy,
+      learner, reporting.one_run(meta, r), setup.test, test_keys(config.eval_seed)[0], metric_fn=ms.losses.accuracy,
       num_tasks=config.eval_tasks, mapping=setup.mapping,
     )[:, 0]
     for r in range(config.seeds)
@@ -193,10 +198,12 @@ def _test(name, learner, meta, config: Config, setup: Setup) -> reporting.Result
 def _sentence(name: str, result: reporting.Result, config: Config) -> str:
   mean, ci95 = (100 * v for v in result.estimate)
   before = 100 * result.values[..., 0].mean()
+  over_runs = f', ±{100 * result.over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
   paper = PAPER_TABLE.get((name, config.way, config.shot)) if config.dataset == 'omniglot' else None
   return (
     f'{NAMES[name]}, {config.dataset}, {config.way}-way {config.shot}-shot: {mean:.2f}% ± {ci95:.2f} after '
-    f'{config.inner_steps} inner step(s), {before:.2f}% before; 95% interval over {config.eval_tasks} unseen tasks; '
+    f'{config.inner_steps} inner step(s), {before:.2f}% before; '
+    f'95% interval over {config.eval_tasks} unseen tasks{over_runs}; '
     f'{config.seeds} training run(s) of {config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks; '
     'batch norm by the batch at hand'
     + (
@@ -214,7 +221,7 @@ def _draw_task(learner, meta, config: Config, setup: Setup, plotting):
     support, query = tasks.episode(tasks.sample(task_key), episode_key)
     return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
 
-  found = answered(reporting.one_run(meta, 0), setup.test.as_arguments(), test_key(config.seed))
+  found = answered(reporting.one_run(meta, 0), setup.test.as_arguments(), test_keys(config.eval_seed)[1])
   return plotting.episode_sheet(*jax.device_get(found))
 
 

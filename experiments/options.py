@@ -7,8 +7,9 @@ from typing import Any, TypeVar, cast
 
 from absl import app, flags, logging
 
+from experiments.reporting import TrainingError
 from metasgd_jax.datasets import DatasetError
-from metasgd_jax.writers import WorkdirError
+from metasgd_jax.writers import WriterError
 
 C = TypeVar('C')
 
@@ -41,18 +42,22 @@ def option(
 def check(config: Any) -> None:
   """Raises ValueError where a value is out of its option's bounds; for `__post_init__`."""
   for field in dataclasses.fields(config):
-    value, meta = getattr(config, field.name), field.metadata
-    if value is None:
+    name, meta = field.name, field.metadata
+    value: Any = getattr(config, name)
+    if value is None and field.default is None:
       continue
-    low, high, choices = meta['low'], meta['high'], meta['choices']
+    kind, low, high, choices = meta['kind'], meta['low'], meta['high'], meta['choices']
+    kinds: Any = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+      raise ValueError(f'{name} must be of type {kind.__name__}, got {value!r}')
     if (low is not None and not value >= low) or (high is not None and not value <= high):
       bounds = f'at least {low}' if high is None else f'from {low} to {high}'
-      raise ValueError(f'{field.name} must be {bounds}, got {value}')
-    if meta['kind'] is tuple and not value:
-      raise ValueError(f'{field.name} needs at least one of {", ".join(choices)}')
-    for name in (value if isinstance(value, tuple) else (value,)) if choices else ():
-      if name not in choices:
-        raise ValueError(f'{field.name} must be one of {", ".join(choices)}, got {name!r}')
+      raise ValueError(f'{name} must be {bounds}, got {value}')
+    if kind is tuple and (not value or len(set(value)) < len(value)):
+      raise ValueError(f'{name} must be some of {", ".join(choices)}, each once, got {value}')
+    for item in (value if kind is tuple else (value,)) if choices else ():
+      if item not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {item!r}')
 
 
 def define_flags(config_class: type) -> None:
@@ -103,7 +108,7 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
       except ValueError as e:
         sys.exit(f'error: {e}')
       run()
-    except (DatasetError, WorkdirError) as e:
+    except (DatasetError, TrainingError, WriterError) as e:
       sys.exit(f'error: {e}')
 
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.

@@ -17,7 +17,7 @@ from absl import flags
 import metasgd_jax as ms
 from experiments import options, reporting
 from experiments.options import option
-from experiments.reporting import NAMES, test_key
+from experiments.reporting import NAMES, test_keys
 from metasgd_jax import writers
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
@@ -33,6 +33,8 @@ PAPER_TABLE = {  # (learner, shots in training) → mean and half-width at 5, 10
   ('maml', 20): ((1.29, 0.20), (0.76, 0.12), (0.48, 0.08)),
   ('meta_sgd', 20): ((1.01, 0.17), (0.54, 0.08), (0.31, 0.05)),
 }
+SECOND_HAND = {(shot, test_shot) for shot in (10, 20) for test_shot in (5, 10)}
+"""Cells of which we saw no quotation that names the paper; printed with a star."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Config:
   table1: bool = option(False, 'Train both learners on 5, 10 and 20 shots, whatever --learner and --shot say.')
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
   alpha: float | None = option(
-    None, "MAML's inner rate (0.01 if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).", kind=float
-  )
+    None, "MAML's inner rate (0.01 if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).",
+    low=-100.0, high=100.0, kind=float,
+  )  # fmt: skip
   meta_batch: int = option(4, 'Curves in a meta-iteration.', low=1, high=10_000)
-  meta_iterations: int = option(60_000, 'Meta-iterations.', low=1)
+  meta_iterations: int = option(60_000, 'Meta-iterations.', low=1, high=2**31 - 1)
   learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser.', low=1e-12, high=1e3)
   seeds: int = option(3, 'Training runs, side by side.', low=1, high=1000)
   seed: int = option(0, 'Of the first run; the next has the next.', low=0, high=2**31 - 1001)
+  eval_seed: int = option(0, 'Of the curves and points to test on.', low=0, high=2**31 - 1)
   eval_tasks: int = option(100, 'Unseen curves to test on.', low=2, high=100_000)
   eval_repeats: int = option(100, 'Draws of support and query points a curve.', low=1, high=10_000)
   eval_query: int = option(100, 'Query points in testing.', low=1, high=10_000)
@@ -93,17 +97,24 @@ def build_learner(name: str, config: Config) -> ms.Learner:
 def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json."""
   workdir = writers.open_workdir(workdir)
-  writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
-  metrics = reporting.open_metrics(workdir, config.tensorboard)
+  metrics = reporting.start(workdir, config)
   learners = {name: build_learner(name, config) for name in LEARNERS}
   optimizer = optax.adam(config.learning_rate)
-  trained = [_train(name, shot, learners[name], optimizer, config, metrics) for name, shot in config.runs]
-  results = [_test(t, shot, config) for t in trained for shot in TEST_SHOTS]
-  about_run = {'meta_iterations': config.meta_iterations, 'inner_steps': config.inner_steps, 'metric': 'MSE'}
-  rows = [result.row(workdir, about_run) for result in results]
-  writers.write_json(workdir / 'results.json', {'rows': rows})
-  for t in trained:
-    writers.write_params(workdir / f'params_{t.name}_{t.shot}shot.msgpack', t.meta)
+  tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
+  about_run = {
+    'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
+    'query': config.query, 'eval_query': config.eval_query, 'eval_repeats': config.eval_repeats, 'metric': 'MSE',
+  }  # fmt: skip
+  trained: list[Trained] = []
+  results: list[reporting.Result] = []
+  rows: list[dict] = []
+  for name, shot in config.runs:
+    trained.append(_train(name, shot, learners[name], optimizer, config, metrics))
+    writers.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
+    found = [_test(trained[-1], test_shot, tasks, config) for test_shot, tasks in tests.items()]
+    rows += [result.row(workdir, about_run) for result in found]
+    results += found
+    writers.write_json(workdir / 'results.json', {'rows': rows})
   print(_table(results, config))
   reporting.save_pictures(workdir, _pictures(trained, config))
   return rows
@@ -120,11 +131,10 @@ def _train(name, shot, learner, optimizer, config: Config, metrics: list[writers
   return Trained(name, shot, learner, state.meta, recorder.curves)
 
 
-def _test(trained: Trained, shot: int, config: Config) -> reporting.Result:
-  tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query)
+def _test(trained: Trained, shot: int, tasks: ms.TaskDistribution, config: Config) -> reporting.Result:
   values = [
     ms.evaluate(
-      trained.learner, reporting.one_run(trained.meta, r), tasks, test_key(config.seed),
+      trained.learner, reporting.one_run(trained.meta, r), tasks, test_keys(config.eval_seed)[0],
       metric_fn=ms.losses.mean_squared_error, num_tasks=config.eval_tasks, repeats=config.eval_repeats,
     ).mean(1)
     for r in range(config.seeds)
@@ -135,27 +145,36 @@ def _test(trained: Trained, shot: int, config: Config) -> reporting.Result:
 
 def _table(results: list[reporting.Result], config: Config) -> str:
   """Mean squared errors as text, each beside the paper's where it has one."""
-  in_paper = config.dataset == 'sinusoids'
   lines = [
     f'mean squared error after {config.inner_steps} inner step(s): mean ± 95% interval over {config.eval_tasks} unseen '
     f'curves; {config.seeds} training run(s) of {config.meta_iterations:,} meta-iterations',
     f'{"trained on":<11}{"learner":<10}' + ''.join(f'{f"{s}-shot test":<14}{"paper":<14}' for s in TEST_SHOTS),
   ]
   by_cell = {(r.about['learner'], r.about['train_shot'], r.about['test_shot']): r for r in results}
+  papers = PAPER_TABLE if config.dataset == 'sinusoids' else {}
   for name, shot in config.runs:
     line = f'{f"{shot}-shot":<11}{NAMES[name]:<10}'
-    for i, test_shot in enumerate(TEST_SHOTS):
-      paper = PAPER_TABLE.get((name, shot)) if in_paper else None
+    for test_shot, paper in zip(TEST_SHOTS, papers.get((name, shot), (None,) * 3), strict=True):
+      star = '*' if (shot, test_shot) in SECOND_HAND else ''
       line += f'{by_cell[name, shot, test_shot].estimate!s:<14}'
-      line += f'{ms.Estimate(*paper[i])!s:<14}' if paper else f'{"-":<14}'
+      line += f'{f"{ms.Estimate(*paper)}{star}" if paper else "-":<14}'
     lines.append(line)
+  if papers and any(shot in (10, 20) for _, shot in config.runs):
+    lines.append('* second-hand: no quotation that names the paper was at hand')
+  if config.seeds > 1:
+    lines.append('95% interval of the mean over training runs:')
+    for name, shot in config.runs:
+      spans = [f'{s}-shot ±{by_cell[name, shot, s].over_runs.ci95:.2f}' for s in TEST_SHOTS]
+      lines.append(f'{f"{shot}-shot":<11}{NAMES[name]:<10}{"   ".join(spans)}')
   for shot in dict.fromkeys(shot for _, shot in config.runs):
     if {(n, shot) for n in LEARNERS} <= set(config.runs):
-      line = f'{f"{shot}-shot":<11}{"MAML − Meta-SGD, same curves":<10}:  '
-      pairs = [[by_cell[n, shot, s].values[..., -1].mean(0) for n in ('maml', 'meta_sgd')] for s in TEST_SHOTS]
-      lines.append(
-        line + '   '.join(f'{s}-shot {ms.estimate(a - b)!s}' for s, (a, b) in zip(TEST_SHOTS, pairs, strict=True))
-      )
+      lines.append(f'MAML − Meta-SGD, trained on {shot} shots, on the same curves:')
+      for test_shot in TEST_SHOTS:
+        maml, meta_sgd = (by_cell[n, shot, test_shot].values[..., -1] for n in ('maml', 'meta_sgd'))
+        lines.append(
+          f'           {test_shot}-shot test {ms.estimate((maml - meta_sgd).mean(0))} over curves'
+          + (f', ±{ms.estimate((maml - meta_sgd).mean(1)).ci95:.2f} over training runs' if config.seeds > 1 else '')
+        )
   return '\n'.join(lines)
 
 
@@ -179,13 +198,14 @@ def _draw_fits(group: list[Trained], shot: int, config: Config, plotting):
   tasks = sinusoid(DATASETS[config.dataset], shot=shot)
   x = np.linspace(-5.0, 5.0, 200, dtype=np.float32)
   truths, supports, fits = [], [], []
-  for key in jax.random.split(test_key(config.seed), 3):
-    task = tasks.sample(key)
-    support = tasks.episode(task, key).support
+  for key in jax.random.split(test_keys(config.eval_seed)[1], 3):
+    task_key, episode_key, adapt_key = jax.random.split(key, 3)
+    task = tasks.sample(task_key)
+    support = tasks.episode(task, episode_key).support
     column = []
     for t in group:
       fit = functools.partial(_fit_path, t.learner)
-      predictions = np.asarray(jax.jit(fit)(reporting.one_run(t.meta, 0), support, x, key))
+      predictions = np.asarray(jax.jit(fit)(reporting.one_run(t.meta, 0), support, x, adapt_key))
       column.append(plotting.Fit(NAMES[t.name], predictions[0], predictions[-1]))
     truths.append(np.asarray(task(x)))
     supports.append(support)

@@ -19,13 +19,14 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 
 
 def seed_keys(seed: int, seeds: int) -> jax.Array:
-  """Returns the keys `[R]` of R = `seeds` runs: run r is the one that `--seed={seed + r} --seeds=1` makes."""
+  """Returns the keys `[R]` of R = `seeds` runs: run r trains as `--seed={seed + r} --seeds=1` does."""
   return jax.vmap(jax.random.key)(seed + jnp.arange(seeds))
 
 
-def test_key(seed: int) -> jax.Array:
-  """Returns the key of all tests: the same for every learner, so that they are judged on the same tasks."""
-  return jax.random.fold_in(jax.random.key(seed), 2**31)
+def test_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys of tests and of pictures: the same for every learner, so that all are judged on the same tasks."""
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31))
+  return keys[0], keys[1]
 
 
 def one_run(tree: PyTree, run: int) -> PyTree:
@@ -39,10 +40,23 @@ def negative_share(alpha: PyTree) -> float:
   return float(sum(jnp.sum(a < 0) for a in leaves) / sum(a.size for a in leaves))
 
 
-def open_metrics(workdir: pathlib.Path, tensorboard: bool) -> list[writers.Writer]:
-  """Returns the writers of a run's metrics: metrics.jsonl, and TensorBoard's event files where they are wanted."""
+def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
+  """Clears what an earlier run of the same experiment left, writes config.json, returns the writers of metrics.
+
+  Args:
+    workdir: of this run.
+    config: a dataclass; its `tensorboard` says whether event files are wanted beside metrics.jsonl.
+  """
+  for pattern in ('results.json', 'per_task_*.npy', 'params_*.msgpack', '*.png'):
+    for path in workdir.glob(pattern):
+      path.unlink()
+  writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
   found: list[writers.Writer] = [writers.MetricsWriter(workdir / 'metrics.jsonl')]
-  return [*found, writers.TensorBoardWriter(workdir)] if tensorboard else found
+  return [*found, writers.TensorBoardWriter(workdir)] if config.tensorboard else found
+
+
+class TrainingError(Exception):
+  """Training cannot go on; the message says why and what to do."""
 
 
 class Recorder:
@@ -61,6 +75,12 @@ class Recorder:
   def __call__(self, progress: Progress) -> None:
     """Takes a chunk."""
     means = {name: np.mean(values, axis=0) for name, values in progress.info.items()}
+    if not np.all(np.isfinite(means['loss'])):
+      runs = np.flatnonzero(~np.isfinite(np.atleast_1d(means['loss']))).tolist()
+      raise TrainingError(
+        f'{self._label}: the loss of run {", ".join(map(str, runs))} (from 0) is no longer finite by meta-iteration '
+        f'{progress.step}; lower --alpha, --learning_rate or --inner_steps'
+      )
     self._steps.append(progress.step)
     for name, value in means.items():
       self._values.setdefault(name, []).append(np.atleast_1d(value))
@@ -70,7 +90,11 @@ class Recorder:
     for writer in self._metrics:
       writer.write(self._label, progress.step, {'seconds': progress.seconds, **means, **extra})
     self._line.show(
-      progress.step, progress.total, progress.seconds, **{n: float(np.mean(v)) for n, v in sorted(means.items())}
+      progress.step,
+      progress.total,
+      progress.seconds,
+      progress.rate,
+      **{n: float(np.mean(v)) for n, v in sorted(means.items())},
     )
 
   @property
@@ -92,6 +116,11 @@ class Result:
   values: np.ndarray
 
   @property
+  def over_runs(self) -> Estimate:
+    """After the last step: the mean over runs of the mean over tasks, and its interval over runs."""
+    return estimate(self.values[..., -1].mean(1))
+
+  @property
   def estimate(self) -> Estimate:
     """After the last step: the mean over tasks of the mean over runs, and its interval over tasks."""
     return estimate(self.values[..., -1].mean(0))
@@ -100,14 +129,13 @@ class Result:
     """Writes the values to a file of their own; returns the row for results.json."""
     name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
     writers.write_array(directory / name, self.values)
-    over_runs = estimate(self.values[..., -1].mean(1))
     return {
       **self.about,
       'tasks': self.values.shape[1],
       'seeds': self.values.shape[0],
       'mean': self.estimate.mean,
       'ci95': self.estimate.ci95,
-      'ci95_over_seeds': over_runs.ci95,
+      'ci95_over_seeds': self.over_runs.ci95,
       'mean_by_step': self.values.mean((0, 1)),
       'per_task_file': name,
       **about_run,

@@ -1,16 +1,21 @@
 """The inner loop: θ′ = θ − α ∘ ∇L(θ), a pure function of one task."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from metasgd_jax.types import PyTree
 
 LossFn = Callable[[PyTree, Any], chex.Array]
+
+Per = Literal['entry', 'leaf', 'all']
+"""What has a rate of its own in α."""
 
 
 def adapt(
@@ -47,7 +52,7 @@ def adapt(
   theta = jax.tree.map(jnp.asarray, theta)
   if steps == 1:
     return step(theta)
-  return jax.lax.scan(lambda t, _: (step(t), None), theta, length=steps)[0]
+  return jax.lax.scan(lambda t, _: (step(t), None), theta, length=int(steps))[0]
 
 
 def adapt_path(
@@ -70,34 +75,53 @@ def adapt_path(
     return t, t
 
   theta = jax.tree.map(jnp.asarray, theta)
-  later = jax.lax.scan(body, theta, length=steps)[1]
+  later = jax.lax.scan(body, theta, length=int(steps))[1]
   return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), theta, later)
 
 
-def init_alpha(key: chex.PRNGKey, theta: PyTree, *, low: float = 0.005, high: float = 0.1) -> PyTree:
-  """Returns the starting α: θ's structure and shapes, every entry the same number, drawn once from U[low, high].
+def init_alpha(
+  key: chex.PRNGKey, theta: PyTree, *, low: float = 0.005, high: float = 0.1, per: Per = 'entry'
+) -> PyTree:
+  """Returns the starting α, every entry the same number, drawn once from U[low, high].
 
-  The paper's own start (section 4.1). `low == high` gives a constant.
+  The paper's own start for regression (section 4.1). `low == high` gives a constant.
 
   Args:
     key: consumed.
     theta: the pytree to match.
     low: the least value drawn.
     high: the greatest value drawn.
+    per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
 
   Raises:
-    ValueError: low > high.
+    ValueError: low > high, a bound that is not finite, or an unknown `per`.
   """
-  if not low <= high:
-    raise ValueError(f'alpha must start from a range low <= high, got low={low}, high={high}')
+  check_alpha_range(low, high)
+  if per not in get_args(Per):
+    raise ValueError(f'per must be one of {get_args(Per)}, got {per!r}')
   value = jax.random.uniform(key, (), jnp.float32, low, high)
+  if per == 'all':
+    return value
+  if per == 'leaf':
+    return jax.tree.map(lambda t: value.astype(jnp.result_type(t)), theta)
   return jax.tree.map(lambda t: jnp.full(jnp.shape(t), value, jnp.result_type(t)), theta)
 
 
-def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
-  if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+def check_alpha_range(low: float, high: float) -> None:
+  """Raises ValueError unless −∞ < low ≤ high < ∞."""
+  if not -math.inf < low <= high < math.inf:
+    raise ValueError(f'alpha must start from a finite range low <= high, got low={low}, high={high}')
+
+
+def check_steps(steps: int) -> None:
+  """Raises ValueError unless steps is an integer of at least 0."""
+  if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
     raise ValueError(f'steps must be an integer of at least 0, got {steps!r}')
-  alpha = _broadcast_alpha(alpha, theta)
+
+
+def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
+  check_steps(steps)
+  alpha = broadcast_alpha(alpha, theta)
 
   def step(t):
     grads = jax.grad(loss_fn)(t, batch)
@@ -108,8 +132,12 @@ def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
   return step
 
 
-def _broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
-  """Returns α with θ's structure; says which leaf is wrong if it cannot."""
+def broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
+  """Returns α, a prefix of θ's structure, with the whole of it; each leaf has θ's shape or is a scalar.
+
+  Raises:
+    ValueError: as `adapt`, naming the leaf.
+  """
   theta_leaves = tree_flatten_with_path(theta)[0]
   alpha_leaves = tree_flatten_with_path(alpha)[0]
   for path, leaf in theta_leaves:

@@ -34,6 +34,7 @@ def evaluate(
   num_tasks: int = 600,
   repeats: int = 1,
   mapping: Mapping = 'vmap',
+  at_once: int = 32,
 ) -> np.ndarray:
   """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
 
@@ -49,23 +50,33 @@ def evaluate(
     num_tasks: T.
     repeats: episodes drawn of each task.
     mapping: how tasks are laid over the machine.
+    at_once: with 'vmap', the most tasks laid out at the same time (the greatest divisor of num_tasks up to it is
+      taken); bounds the memory.
 
   Raises:
-    ValueError: num_tasks or repeats below 1, or an unknown mapping.
+    ValueError: num_tasks, repeats or at_once below 1, or an unknown mapping.
   """
   check_mapping(mapping)
-  for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
+  for name, value in (('num_tasks', num_tasks), ('repeats', repeats), ('at_once', at_once)):
     if value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}')
   keys = jax.random.split(key, num_tasks)
+  group = max(n for n in range(1, min(at_once, num_tasks) + 1) if num_tasks % n == 0)
   values = _evaluate(
-    meta, tasks.as_arguments(), keys, learner=learner, metric_fn=metric_fn, repeats=repeats, mapping=mapping
+    meta,
+    tasks.as_arguments(),
+    keys,
+    learner=learner,
+    metric_fn=metric_fn,
+    repeats=repeats,
+    mapping=mapping,
+    group=group,
   )
   return np.asarray(values)
 
 
-@functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'mapping'))
-def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, mapping):
+@functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'mapping', 'group'))
+def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, mapping, group):
   def one_episode(task, key):
     episode_key, adapt_key = jax.random.split(key)
     episode = tasks.episode(task, episode_key)
@@ -81,7 +92,7 @@ def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, mapping):
     task = tasks.sample(sample_key)
     return jax.vmap(one_episode, (None, 0))(task, jax.random.split(repeat_key, repeats))
 
-  return jax.vmap(one_task)(keys) if mapping == 'vmap' else jax.lax.map(one_task, keys)
+  return jax.lax.map(one_task, keys, batch_size=group if mapping == 'vmap' else None)
 
 
 def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:

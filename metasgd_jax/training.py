@@ -39,7 +39,8 @@ class Progress(NamedTuple):
     step: meta-iterations done, of `total`.
     total: meta-iterations to do.
     info: of the chunk just done: `{name: array [n]}`, or `[n, R]` for R runs.
-    seconds: wall time of the loop so far, callbacks and compilation left out.
+    seconds: wall time of this call's loop so far, callbacks and compilation left out.
+    rate: meta-iterations a second, over those seconds.
   """
 
   state: TrainState
@@ -47,6 +48,7 @@ class Progress(NamedTuple):
   total: int
   info: dict[str, np.ndarray]
   seconds: float
+  rate: float
 
 
 def init(
@@ -59,7 +61,12 @@ def init(
     tasks: gives one episode, for its shapes.
     learner: whose meta-parameters are drawn.
     optimizer: the outer optimiser, over the whole meta pytree.
+
+  Raises:
+    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; what the learner raises.
   """
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
+    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {key.dtype}{list(key.shape)}')
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
@@ -68,8 +75,8 @@ def init(
 
 @functools.partial(jax.jit, static_argnames=('learner', 'optimizer'))
 def _init(key, tasks, *, learner, optimizer):
-  task_key, init_key = jax.random.split(jax.random.fold_in(key, -1 % 2**32))
-  episode = tasks.episode(tasks.sample(task_key), task_key)
+  task_key, episode_key, init_key = jax.random.split(jax.random.fold_in(key, -1 % 2**32), 3)
+  episode = tasks.episode(tasks.sample(task_key), episode_key)
   meta = learner.init(init_key, episode)
   return TrainState(jnp.zeros((), jnp.int32), key, meta, optimizer.init(meta))
 
@@ -139,7 +146,9 @@ def train(
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
     if value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}')
-  done = int(np.max(state.step))
+  if np.ptp(state.step):
+    raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
+  done = before = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
   tasks = tasks.as_arguments()
@@ -155,7 +164,8 @@ def train(
     state, info = jax.block_until_ready(run_chunk(state, tasks, n))
     seconds += time.perf_counter() - start
     done += n
-    progress = Progress(state, done, meta_iterations, {k: np.asarray(v)[:n] for k, v in info.items()}, seconds)
+    info = {name: np.asarray(values)[:n] for name, values in info.items()}
+    progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
     for callback in callbacks:
       callback(progress)
   return state

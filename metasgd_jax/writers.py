@@ -1,4 +1,4 @@
-"""What a run leaves behind: a progress line, metrics.jsonl, JSON files and parameters, never half-written."""
+"""What a run leaves behind: JSON, arrays and parameters, never half-written; metrics as they come; a progress line."""
 
 import contextlib
 import importlib.metadata
@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, Protocol
 
 import flax.serialization
@@ -23,15 +23,15 @@ PathLike = str | os.PathLike[str]
 _PACKAGES = ('metasgd_jax', 'jax', 'jaxlib', 'optax', 'flax', 'chex', 'numpy', 'tensorflow-datasets')
 
 
-class WorkdirError(Exception):
-  """A directory cannot be written; the message says why and what to do."""
+class WriterError(Exception):
+  """Something cannot be written; the message says why and what to do."""
 
 
 def open_workdir(path: PathLike) -> pathlib.Path:
   """Returns the directory, made if need be, after writing to it once to see that it can be.
 
   Raises:
-    WorkdirError: it cannot be made or written.
+    WriterError: it cannot be made or written.
   """
   workdir = pathlib.Path(path).expanduser()
   try:
@@ -39,7 +39,7 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as e:
-    raise WorkdirError(f'workdir {workdir} cannot be written ({e.strerror}); give another --workdir') from e
+    raise WriterError(f'workdir {workdir} cannot be written ({e.strerror}); give another --workdir') from e
   return workdir
 
 
@@ -51,6 +51,7 @@ def atomic(path: PathLike) -> Iterator[IO[bytes]]:
     try:
       yield file
       file.flush()
+      os.fsync(file.fileno())
       os.fchmod(file.fileno(), 0o644)
       pathlib.Path(file.name).replace(path)
     except BaseException:
@@ -142,11 +143,11 @@ class TensorBoardWriter:
   """A `Writer` of TensorBoard's event files, by tensorboardX, which does not need TensorFlow."""
 
   def __init__(self, directory: PathLike):
-    """Raises WorkdirError if tensorboardX is missing."""
+    """Raises WriterError if tensorboardX is missing."""
     try:
       import tensorboardX
     except ImportError as e:
-      raise WorkdirError("no tensorboardX for --tensorboard; pip install 'metasgd_jax[tensorboard]'") from e
+      raise WriterError("no tensorboardX for --tensorboard; pip install 'metasgd_jax[tensorboard]'") from e
     self._writer = tensorboardX.SummaryWriter(os.fspath(directory))
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
@@ -159,20 +160,41 @@ class TensorBoardWriter:
 class ProgressLine:
   """Prints how far a run is, its rate and the time left: in place on a terminal, else a line now and then."""
 
-  def __init__(self, label: str, *, every: float = 10.0, out: IO[str] | None = None):
-    """`label` begins the line; `every` is the seconds between lines where the output is not a terminal."""
-    self._label = label
+  def __init__(
+    self,
+    label: str,
+    *,
+    every: float = 10.0,
+    out: IO[str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts the line.
+
+    Args:
+      label: begins it.
+      every: seconds between lines where the output is not a terminal.
+      out: where to; standard error if not given.
+      clock: gives the time in seconds.
+    """
+    self._label, self._clock = label, clock
     self._out = out or sys.stderr
     self._every = 0.2 if self._out.isatty() else every
-    self._last = time.monotonic()
+    self._last = clock()
 
-  def show(self, step: int, total: int, seconds: float, **values: float) -> None:
-    """Prints, unless it did so a moment ago; always when step is total."""
-    now = time.monotonic()
+  def show(self, step: int, total: int, seconds: float, rate: float, **values: float) -> None:
+    """Prints, unless it did so a moment ago; always when step is total.
+
+    Args:
+      step: meta-iterations done.
+      total: meta-iterations to do.
+      seconds: what was spent on them in this call.
+      rate: meta-iterations a second.
+      values: shown by name.
+    """
+    now = self._clock()
     if step < total and now - self._last < self._every:
       return
     self._last = now
-    rate = step / seconds if seconds > 0 else float('inf')
     text = f'{self._label}  {step:,}/{total:,}'
     text += ''.join(f'  {name} {value:.4g}' for name, value in values.items())
     text += f'  {rate:,.0f} it/s' if rate >= 10 else f'  {rate:.2f} it/s'

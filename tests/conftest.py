@@ -15,13 +15,6 @@ jax.config.update('jax_disable_most_optimizations', True)  # Compiling is most o
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
 
-def pytest_configure(config):
-  config.addinivalue_line('filterwarnings', 'error')
-  # tensorflow-datasets' own: at import, and where it looks for a faster decoder.
-  for module in ('tensorflow_datasets', 'etils', 'google', 'promise', 'importlib_resources'):
-    config.addinivalue_line('filterwarnings', rf'ignore::Warning:{module}')
-
-
 @pytest.fixture
 def optimized():
   """Compiles as users do, for tests of what fusion and reordering do to numbers."""

@@ -170,7 +170,7 @@ class TestInitAlpha:
     assert {float(v) for a in jax.tree.leaves(alpha) for v in np.ravel(a)} == {0.25}
 
   def test_an_empty_range(self, problem):
-    with pytest.raises(ValueError, match=r'low <= high, got low=0.2, high=0.1'):
+    with pytest.raises(ValueError, match='low <= high, got low=0.2, high=0.1'):
       ms.init_alpha(jax.random.key(0), problem[0], low=0.2, high=0.1)
 
 

@@ -120,7 +120,22 @@ def test_batch_norm_equals_flax_by_the_batch_at_hand():
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_shapes_that_do_not_fit():
+  with pytest.raises(ValueError, match=r'conv takes x \[B, H, W, D\] .* got \(8, 8, 3\) and'):
+    ms.nn.conv(jnp.zeros((8, 8, 3)), jnp.zeros((3, 3, 3, 4)))
+  with pytest.raises(ValueError, match=r'kernel \(3, 3, 1, 4\) is larger than the padded images \(1, 2, 8, 1\)'):
+    ms.nn.conv(jnp.zeros((1, 2, 8, 1)), jnp.zeros((3, 3, 1, 4)), padding='VALID')
+  with pytest.raises(ValueError, match=r'max_pool takes images .* of at least 2x2, got \(1, 1, 8, 1\)'):
+    ms.nn.max_pool(jnp.zeros((1, 1, 8, 1)))
+
+
 class TestNetworks:
+  def test_inputs_that_do_not_fit(self):
+    with pytest.raises(ValueError, match=r'Conv4 .* of at least 16x16, got \(1, 8, 8, 1\)'):
+      ms.nn.from_linen(ms.nn.Conv4(5)).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    with pytest.raises(ValueError, match=r'MLP takes inputs \[B, D\], got \(5,\); reshape them'):
+      ms.nn.from_linen(ms.nn.MLP()).init(jax.random.key(0), jnp.zeros(5))
+
   def test_conv4_is_the_papers(self):
     x = jnp.zeros((2, 28, 28, 1))
     theta = ms.nn.from_linen(ms.nn.Conv4(5)).init(jax.random.key(0), x)

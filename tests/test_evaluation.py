@@ -7,7 +7,9 @@ import scipy.stats
 from problems import conv_learner, random_bank, sinusoid_learner
 
 import metasgd_jax as ms
+from metasgd_jax import evaluation
 
+pytestmark = pytest.mark.usefixtures('optimized')
 TASKS = ms.tasks.sinusoid(query=20)
 
 
@@ -45,6 +47,23 @@ def test_mappings_are_equal():
   np.testing.assert_allclose(by['vmap'], by['scan'], rtol=1e-4)
 
 
+@pytest.mark.parametrize('at_once', [1, 4, 100])
+def test_groups_change_nothing(at_once):
+  learner = sinusoid_learner()
+  meta = meta_of(learner)
+  whole, grouped = (evaluate(learner, meta, num_tasks=6, at_once=n) for n in (6, at_once))
+  np.testing.assert_allclose(grouped, whole, rtol=1e-5)
+
+
+def test_another_run_of_the_same_learner_does_not_compile_again():
+  learner = sinusoid_learner()
+  meta = meta_of(learner)
+  evaluate(learner, meta, num_tasks=5)
+  size = evaluation._evaluate._cache_size()
+  evaluate(learner, jax.tree.map(lambda a: a + 1, meta), seed=3, num_tasks=5)
+  assert evaluation._evaluate._cache_size() == size
+
+
 def test_the_key_alone_says_which_tasks():
   """Two learners are judged on the same tasks: before adaptation equal parameters give equal values."""
   fast, slow = sinusoid_learner(alpha_range=(0.1, 0.1)), sinusoid_learner(ms.maml, alpha=0.001)
@@ -56,7 +75,7 @@ def test_the_key_alone_says_which_tasks():
   assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
 
 
-@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1)])
+@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1), ('at_once', 0)])
 def test_counts_below_one(option, value):
   with pytest.raises(ValueError, match=f'{option} must be at least 1, got {value}'):
     evaluate(sinusoid_learner(), None, **{option: value})

@@ -6,12 +6,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import classification, options, regression
+from experiments import classification, options, regression, reporting
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = dict(meta_iterations=40, eval_tasks=6, eval_repeats=3)
@@ -77,6 +78,25 @@ def test_pictures_are_drawn(kind, request):
     assert (workdir / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_an_earlier_run_leaves_nothing_in_a_later_ones_results(tmp_path):
+  for name in ('results.json', 'per_task_x.npy', 'params_x.msgpack', 'x.png'):
+    (tmp_path / name).write_text('old')
+  (tmp_path / 'notes.txt').write_text('mine')
+  reporting.start(tmp_path, regression.Config())
+  assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'metrics.jsonl', 'notes.txt'}
+
+
+def test_pictures_show_draws_of_the_task_distribution(monkeypatch):
+  """With a key used twice, the points' places would be functions of the curve."""
+  drawn = []
+  plotting = types.SimpleNamespace(adaptation_curves=lambda x, truths, supports, fits: drawn.append((truths, supports)))
+  for seed in range(40):
+    regression._draw_fits([], 5, regression.Config(eval_seed=seed), plotting)
+  tops = np.array([[np.abs(t).max() for t in truths] for truths, _ in drawn]).ravel()
+  first = np.array([[float(s.x[0, 0]) for s in supports] for _, supports in drawn]).ravel()
+  assert abs(np.corrcoef(tops, first)[0, 1]) < 0.35
+
+
 def test_tensorboard_is_written(regression_run):
   assert list(regression_run[0].glob('events.out.tfevents.*'))
 
@@ -116,9 +136,15 @@ def test_a_sentence_gives_the_figure(classification_run):
 @pytest.mark.parametrize(
   ('config', 'values', 'message'),
   [
-    (regression.Config, dict(meta_iterations=0), 'meta_iterations must be at least 1, got 0'),
+    (regression.Config, dict(meta_iterations=0), 'meta_iterations must be from 1 to .*, got 0'),
     (regression.Config, dict(learner=('sgd',)), "learner must be one of meta_sgd, maml, got 'sgd'"),
-    (regression.Config, dict(learner=()), 'learner needs at least one of meta_sgd, maml'),
+    (regression.Config, dict(learner=()), r'learner must be some of meta_sgd, maml, each once, got \(\)'),
+    (regression.Config, dict(learner=('maml', 'maml')), 'each once'),
+    (regression.Config, dict(learner='maml'), "learner must be of type tuple, got 'maml'"),
+    (regression.Config, dict(shot=5.5), 'shot must be of type int, got 5.5'),
+    (regression.Config, dict(shot=True), 'shot must be of type int, got True'),
+    (regression.Config, dict(alpha=float('nan')), 'alpha must be from -100.0 to 100.0, got nan'),
+    (classification.Config, dict(seeds='3'), "seeds must be of type int, got '3'"),
     (regression.Config, dict(learning_rate=float('nan')), 'learning_rate must be from .*, got nan'),
     (classification.Config, dict(way=1), 'way must be from 2 to 1000, got 1'),
     (classification.Config, dict(dataset='mnist'), "dataset must be one of glyphs, omniglot, got 'mnist'"),
@@ -140,8 +166,10 @@ def command(module, *flags, cwd=ROOT):
   ('module', 'flags', 'message'),
   [
     ('regression', ['--learner=sgd'], "flag --learner=['sgd']: each must be one of meta_sgd, maml"),
-    ('regression', ['--meta_iterations=0'], 'flag --meta_iterations=0: 0 is not a positive integer'),
+    ('regression', ['--meta_iterations=0'], 'flag --meta_iterations=0: 0 is not an integer in the range [1, '),
     ('regression', ['--workdir={file}/x'], 'error: workdir {file}/x cannot be written (Not a directory)'),
+    ('regression', ['--alpha=nan'], 'error: alpha must be from -100.0 to 100.0, got nan'),
+    ('regression', ['--inner_steps=30', '--alpha=5', '--learner=maml'], 'error: MAML 5-shot: the loss of run 0'),
     ('regression', ['meta_sgd'], "unknown argument 'meta_sgd'; options look like --name=value"),
     ('classification', ['--dataset=mnist'], 'flag --dataset=mnist: value should be one of <glyphs|omniglot>'),
     ('classification', ['--dataset=omniglot'], 'error: dataset omniglot needs data_dir'),

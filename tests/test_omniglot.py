@@ -8,6 +8,7 @@ import contextlib
 import functools
 import http.server
 import io
+import pathlib
 import shutil
 import threading
 import types
@@ -33,8 +34,8 @@ def png(label):
   return file.getvalue()
 
 
-def write_archive(path, labels):
-  with zipfile.ZipFile(path, 'w') as archive:
+def write_archive(path, labels, compression=zipfile.ZIP_STORED):
+  with zipfile.ZipFile(path, 'w', compression) as archive:
     for label in labels:
       alphabet, number = ALPHABETS[label % 50], label // 50 + 1
       data = png(label)
@@ -130,11 +131,14 @@ def from_network(monkeypatch):
 
 
 @pytest.mark.filterwarnings('ignore::ResourceWarning')
-def test_downloads_and_prepares(archives, prepared, from_network, tmp_path):
+def test_downloads_and_prepares(archives, prepared, from_network, tmp_path, monkeypatch):
   with serving(archives) as base:
     from_network(base, archives)
-    characters = omniglot.load(tmp_path / 'new' / 'data')
-  assert np.array_equal(characters.images, prepared[1].images)
+    monkeypatch.setattr(omniglot, '_read', lambda builder, report: builder.data_path)
+    found = omniglot.load(tmp_path / 'new' / 'data')
+  for path in prepared[0].glob('omniglot/*/*array_record*'):
+    assert (pathlib.Path(found) / path.name).read_bytes() == path.read_bytes()
+  assert len(list(prepared[0].glob('omniglot/*/*array_record*'))) == 4
 
 
 @pytest.mark.filterwarnings('ignore::ResourceWarning')
@@ -144,7 +148,9 @@ def test_a_download_that_is_another_file(few, from_network, tmp_path):
     file.write(b'x')
   with serving(tmp_path / 'other') as base:
     from_network(base, few)
-    with pytest.raises(DatasetError, match='omniglot could not be downloaded .*give their directory as archives'):
+    with pytest.raises(
+      DatasetError, match='does not exist, and omniglot could not be downloaded .*give their directory as archives'
+    ):
       omniglot.load(tmp_path / 'data')
   assert not (tmp_path / 'data' / 'omniglot').exists()
 
@@ -153,7 +159,9 @@ def test_no_network(few, from_network, tmp_path):
   with serving(few) as base:
     pass
   from_network(base, few)
-  with pytest.raises(DatasetError, match='omniglot could not be downloaded .*give their directory as archives'):
+  with pytest.raises(
+    DatasetError, match='does not exist, and omniglot could not be downloaded .*give their directory as archives'
+  ):
     omniglot.load(tmp_path / 'data')
 
 
@@ -164,6 +172,11 @@ class TestBadArchives:
   def test_no_directory(self, tmp_path):
     with pytest.raises(DatasetError, match='the directory of archives .*nowhere does not exist'):
       self.load(tmp_path, tmp_path / 'nowhere')
+
+  def test_home_is_understood(self, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(DatasetError, match=f'the directory of archives {tmp_path}/zips does not exist'):
+      self.load(tmp_path, '~/zips')
 
   def test_one_is_missing(self, tmp_path, archives):
     (tmp_path / 'some').mkdir()
@@ -184,12 +197,15 @@ class TestBadArchives:
     with pytest.raises(DatasetError, match=r'small2.zip is not a whole zip file \(\d+ bytes\); get it again'):
       self.load(tmp_path, few, verify_archives=False)
 
-  def test_a_byte_is_wrong(self, tmp_path, few):
+  @pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+  def test_bytes_are_wrong(self, tmp_path, few, compression):
     path = few / f'{NAMES[3]}.zip'
+    write_archive(path, range(9, 12), compression)
     data = bytearray(path.read_bytes())
-    data[data.index(b'IDAT') + 20] ^= 0xFF
+    for at in range(100, 200):
+      data[at] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match=r'small2.zip is broken \(Bad CRC-32 .*get it again'):
+    with pytest.raises(DatasetError, match=r'small2.zip is broken \(.*\); get it again'):
       self.load(tmp_path, few, verify_archives=False)
     assert not list((tmp_path / 'data').glob('.extracted-*'))
 

@@ -8,6 +8,8 @@ from problems import assert_trees_close, sinusoid_learner
 import metasgd_jax as ms
 from metasgd_jax import training
 
+pytestmark = pytest.mark.usefixtures('optimized')
+
 TASKS = ms.tasks.sinusoid()
 LEARNER = sinusoid_learner(hidden=(8,))
 ADAM = optax.adam(1e-2)
@@ -96,6 +98,13 @@ def test_progress_tells_where_a_run_is():
   assert 0 < seen[0].seconds < seen[1].seconds < seen[2].seconds
 
 
+def test_the_rate_of_a_resumed_run_is_that_of_its_own_steps():
+  seen = []
+  train(train(start(), 10), 30, callbacks=[seen.append])
+  assert [p.step for p in seen] == [20, 30]
+  np.testing.assert_allclose([p.rate * p.seconds for p in seen], [10, 20])
+
+
 def test_nothing_is_done_when_all_is_done():
   state = train(start(), 10)
   seen = []
@@ -142,7 +151,7 @@ def test_golden_run():
   np.testing.assert_allclose(losses, GOLDEN, rtol=1e-3)
 
 
-GOLDEN = [1.5965, 6.0385, 5.1361, 7.501, 7.1196]
+GOLDEN = [1.6542, 6.244, 5.2074, 7.8259, 7.2635]
 
 
 @pytest.mark.parametrize('name', ['meta_iterations', 'meta_batch', 'chunk'])
@@ -155,6 +164,29 @@ def test_counts_below_one(name):
 def test_a_state_that_is_past_the_end():
   with pytest.raises(ValueError, match='the state has done 10 meta-iterations, more than meta_iterations=5'):
     train(train(start(), 10), 5)
+
+
+def test_runs_that_are_not_at_the_same_step():
+  state = runs([0, 1])
+  with pytest.raises(ValueError, match=r'as many meta-iterations, got \[0 3\]'):
+    train(state._replace(step=jnp.array([0, 3])), 5)
+
+
+@pytest.mark.parametrize('key', [jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), (2, 2))])
+def test_a_key_of_another_kind(key):
+  with pytest.raises(ValueError, match=r'key must be jax.random.key\(seed\), or an array \[R\] of such, got'):
+    ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)
+
+
+@pytest.mark.parametrize('per', ['leaf', 'all'])
+def test_a_rate_for_each_leaf_or_one_for_all_is_learned(per):
+  learner = sinusoid_learner(hidden=(8,), alpha_per=per)
+  state = start(learner=learner)
+  rates = jax.tree.leaves(state.meta.alpha)
+  assert len(rates) == (4 if per == 'leaf' else 1)
+  assert {r.shape for r in rates} == {()}
+  trained = jax.tree.leaves(train(state, 20, learner=learner).meta.alpha)
+  assert all(float(a) != float(b) for a, b in zip(rates, trained, strict=True))
 
 
 def test_an_unknown_mapping():

@@ -74,28 +74,29 @@ def test_a_workdir_is_made(tmp_path):
 
 def test_a_workdir_that_is_a_file(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(writers.WorkdirError, match=r'workdir .*file cannot be written \(.*\); give another --workdir'):
+  with pytest.raises(writers.WriterError, match=r'workdir .*file cannot be written \(.*\); give another --workdir'):
     writers.open_workdir(tmp_path / 'file')
 
 
 def test_progress_on_a_terminal_stays_in_its_line():
-  out = Terminal()
-  line = writers.ProgressLine('MAML', out=out)
-  line._last -= 1
-  line.show(500, 1000, 2.0, loss=0.123456)
-  line.show(600, 1000, 2.4)  # At once after the other, so left out.
-  line.show(1000, 1000, 4.0)
+  out, now = Terminal(), iter([0.0, 1.0, 1.1, 1.2])
+  line = writers.ProgressLine('MAML', out=out, clock=lambda: next(now))
+  line.show(500, 1000, 2.0, 250.0, loss=0.123456)
+  line.show(600, 1000, 2.4, 250.0)  # Too soon after the other, so left out.
+  line.show(1000, 1000, 4.0, 250.0)
   assert out.getvalue() == (
     '\r\x1b[KMAML  500/1,000  loss 0.1235  250 it/s  2 s left\r\x1b[KMAML  1,000/1,000  250 it/s  took 4 s\n'
   )
 
 
 def test_progress_in_a_file_is_a_line_now_and_then():
-  out = io.StringIO()
-  line = writers.ProgressLine('MAML', out=out)
+  out, now = io.StringIO(), iter(range(101))
+  line = writers.ProgressLine('MAML', out=out, every=40, clock=lambda: next(now))
   for step in range(1, 101):
-    line.show(step, 100, step / 2)
-  assert out.getvalue() == 'MAML  100/100  2.00 it/s  took 50 s\n'
+    line.show(step, 100, step / 2, 2.0)
+  assert out.getvalue() == (
+    'MAML  40/100  2.00 it/s  30 s left\nMAML  80/100  2.00 it/s  10 s left\nMAML  100/100  2.00 it/s  took 50 s\n'
+  )
 
 
 @pytest.mark.parametrize(

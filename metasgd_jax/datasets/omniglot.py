@@ -4,6 +4,7 @@ TensorFlow is not needed, neither to read nor to prepare the data.
 """
 
 import os
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ def load(
   Drawings are scaled from 105×105 to 28×28 with Lanczos, as MAML's code does.
 
   Args:
-    data_dir: tfds' data directory: what contains `omniglot/3.0.0`.
+    data_dir: tfds' data directory: what contains `omniglot/3.0.0`. `~` is the home directory, here and in archives.
     archives: a directory with Omniglot's four zip files under their own names; without it they are downloaded.
     verify_archives: whether the archives must be the registered ones, by checksum.
     report: called with a line before anything that takes seconds.
@@ -67,7 +68,8 @@ def load(
     DatasetError: the directory is missing or cannot be written, an archive is missing, broken or another than the
       registered one, there is no network, or the data found is not Omniglot in array_record files.
   """
-  builder = _builder(data_dir)
+  builder = _builder(pathlib.Path(data_dir).expanduser())
+  archives = None if archives is None else pathlib.Path(archives).expanduser()
   if not builder.data_path.exists():
     prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
   return _read(builder, report)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import types
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,8 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
         builder.download_and_prepare(
           download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
         )
+    except OSError as e:
+      raise DatasetError(f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)})') from e
     except (ValueError, AssertionError, IndexError) as e:
       raise DatasetError(
         f'the archives do not hold the whole of {builder.name}, or not in its layout ({first_line(e)}); get them again'
@@ -104,7 +107,8 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
   if verify and found != builder.url_infos[url]:
     raise DatasetError(
       f'{path} is not the registered file: its sha256 is {found.checksum}, expected '
-      f'{builder.url_infos[url].checksum}; get it from {url}, or turn verify_archives off if you trust it'
+      f'{builder.url_infos[url].checksum}; get it from {url}, or, if you trust it, turn verify_archives off '
+      '(--noverify_archives)'
     )
   return found
 
@@ -128,8 +132,8 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
     OSError,
   ) as e:
     raise DatasetError(
-      f'{builder.name} could not be downloaded ({first_line(e)}); get {", ".join(urls)} elsewhere and give their '
-      'directory as archives'
+      f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
+      f'check data_dir, or get {", ".join(urls)} elsewhere and give their directory as archives'
     ) from e
 
 
@@ -137,7 +141,9 @@ def _extract(path: pathlib.Path, to: pathlib.Path) -> None:
   try:
     with zipfile.ZipFile(path) as archive:
       archive.extractall(to)
-  except (zipfile.BadZipFile, EOFError, OSError, ValueError) as e:
+  except OSError as e:
+    raise DatasetError(f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make room, or free the way') from e
+  except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
     raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
 
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
-from metasgd_jax.learners.meta_sgd import Metric, meta_sgd
-from metasgd_jax.types import Learner, Model, PyTree
+import jax
+
+from metasgd_jax.adaptation import broadcast_alpha
+from metasgd_jax.learners.meta_sgd import Metric, gradient_learner
+from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree
 
 
 def maml(
@@ -21,9 +24,23 @@ def maml(
     model: the network.
     loss_fn: `(outputs, targets) → scalar`.
     alpha: the inner rate: a number, or a pytree as `adapt` takes it. 0.01 is MAML's for sinusoids, which Table 1 of
-      Li et al. uses; for 5-way Omniglot MAML has 0.4.
+      Li et al. uses; for 5-way Omniglot MAML has 0.4. It is no part of `meta`, whose alpha is `None`, so that no
+      optimiser and no weight decay can move it.
     steps: inner steps.
     first_order: drop the second derivatives (FOMAML).
     metrics: as in `meta_sgd`.
+
+  Raises:
+    ValueError: alpha is `None`; as `meta_sgd`. From `init`: alpha does not fit θ, naming the leaf.
   """
-  return meta_sgd(model, loss_fn, steps=steps, first_order=first_order, held_alpha=alpha, metrics=metrics)
+  if alpha is None:
+    raise ValueError('alpha must be a number or a pytree of numbers, got None; meta_sgd learns it')
+
+  def init(key, episode: Episode) -> MetaParams:
+    theta = model.init(jax.random.split(key)[0], episode.support.x)
+    broadcast_alpha(alpha, theta)
+    return MetaParams(theta, None)
+
+  return gradient_learner(
+    model, loss_fn, init, lambda meta: alpha, steps=steps, first_order=first_order, metrics=metrics
+  )

@@ -32,15 +32,18 @@ def conv(
     `[B, H', W', F]`.
 
   Raises:
-    ValueError: kernel's D is not x's.
+    ValueError: ranks other than 4, kernel's D is not x's, or a kernel larger than the padded image.
   """
-  chex.assert_rank([x, kernel], 4)
+  if x.ndim != 4 or kernel.ndim != 4:
+    raise ValueError(f'conv takes x [B, H, W, D] and kernel [h, w, D, F], got {x.shape} and {kernel.shape}')
   height, width, depth, features = kernel.shape
   if x.shape[-1] != depth:
     raise ValueError(f'kernel {kernel.shape} expects {depth} channels, got images of shape {x.shape}')
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(x.shape[1:3], (height, width), tuple(strides), padding)
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  if height > x.shape[1] or width > x.shape[2]:
+    raise ValueError(f'kernel {kernel.shape} is larger than the padded images {x.shape}; pad more, or give larger ones')
   rows, columns = strides
   out_h = (x.shape[1] - height) // rows + 1
   out_w = (x.shape[2] - width) // columns + 1
@@ -56,7 +59,8 @@ def max_pool(x: chex.Array, *, window: Sequence[int] = (2, 2)) -> chex.Array:
   """Returns the maximum over windows that do not overlap; a remainder at the edge is left out.
 
   `where(a >= b, a, b)` sends the whole gradient to the first of equal values, whatever XLA fuses around it.
-  Comparing x with its maximum does not: the two sides may be rounded apart, and the gradient is lost.
+  Comparing x with its maximum does not: the two sides may be rounded apart, and the gradient is lost. A NaN may be
+  passed over.
 
   Args:
     x: `[B, H, W, D]`.
@@ -64,9 +68,13 @@ def max_pool(x: chex.Array, *, window: Sequence[int] = (2, 2)) -> chex.Array:
 
   Returns:
     `[B, H // h, W // w, D]`.
+
+  Raises:
+    ValueError: images of another rank, or smaller than the window.
   """
-  chex.assert_rank(x, 4)
   h, w = window
+  if x.ndim != 4 or x.shape[1] < h or x.shape[2] < w:
+    raise ValueError(f'max_pool takes images [B, H, W, D] of at least {h}x{w}, got {x.shape}')
   rows, columns = x.shape[1] // h * h, x.shape[2] // w * w
   slices = [x[:, i:rows:h, j:columns:w] for i in range(h) for j in range(w)]
   return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), slices)
@@ -120,6 +128,3 @@ class BatchNorm(nn.Module):
     centred = x - jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
     return centred * (lax.rsqrt(variance + self.epsilon) * scale) + bias
-
-
-__all__ = ['BatchNorm', 'Conv', 'conv', 'max_pool']

@@ -27,7 +27,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, D]` → `[B, outputs]`."""
+    """`[B, D]` → `[B, outputs]`; raises ValueError for other ranks."""
+    if x.ndim != 2:
+      raise ValueError(f'MLP takes inputs [B, D], got {x.shape}; reshape them')
     initial = nn.initializers.truncated_normal(self.stddev)
     for units in self.hidden:
       x = nn.relu(nn.Dense(units, kernel_init=initial)(x))
@@ -39,7 +41,8 @@ class Conv4(nn.Module):
 
   The paper's classifier (section 4.2): 64 filters and a fully connected layer of 32 on Omniglot, 32 filters and none
   on mini-ImageNet. The convolutions have no bias, since batch norm would cancel it. The ReLU after the layer of 32 is
-  our reading: the paper does not state it. ReLU and max-pool commute, so pooling goes first, on a quarter of the work.
+  our reading: the paper does not state it; so are Glorot's weights for the convolutions, which are MAML's. ReLU and
+  max-pool commute, so pooling goes first, on a quarter of the work.
 
   Attributes:
     way: N.
@@ -53,7 +56,9 @@ class Conv4(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, way]`."""
+    """`[B, H, W, D]` → `[B, way]`; raises ValueError for other ranks and for images under 16×16."""
+    if x.ndim != 4 or min(x.shape[1:3]) < 16:
+      raise ValueError(f'Conv4 halves images four times, so takes [B, H, W, D] of at least 16x16, got {x.shape}')
     for _ in range(4):
       x = Conv(self.filters, use_bias=False, kernel_init=nn.initializers.glorot_uniform())(x)
       x = nn.relu(max_pool(BatchNorm()(x)))

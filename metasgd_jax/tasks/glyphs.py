@@ -18,8 +18,7 @@ _CURVE_POINTS = 12  # Straight pieces of a stroke, less one; at 28 pixels more c
 class GlyphConfig:
   """How characters and drawings of them vary. Lengths are in widths of the image.
 
-  Chosen by eye, so that two drawings of a character look like two hands writing it, and so that the tasks are about as
-  hard as Omniglot's at the same number of ways and shots.
+  Chosen by eye, so that two drawings of a character look like two hands writing it.
 
   Attributes:
     size: height and width of the image, in pixels.
