@@ -46,7 +46,8 @@ def adapt(
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
-    ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, or steps < 0.
+    ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, steps that are no count,
+      or a loss that is not a scalar.
   """
   step = _inner_step(theta, alpha, batch, loss_fn, steps, first_order)
   theta = jax.tree.map(jnp.asarray, theta)
@@ -123,8 +124,14 @@ def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
   check_steps(steps)
   alpha = broadcast_alpha(alpha, theta)
 
+  def scalar_loss(t):
+    loss = loss_fn(t, batch)
+    if jnp.ndim(loss):
+      raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
+    return loss
+
   def step(t):
-    grads = jax.grad(loss_fn)(t, batch)
+    grads = jax.grad(scalar_loss)(t)
     if first_order:
       grads = jax.lax.stop_gradient(grads)
     return jax.tree.map(lambda p, a, g: p - jnp.asarray(a, p.dtype) * g, t, alpha, grads)

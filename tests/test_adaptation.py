@@ -148,6 +148,10 @@ class TestBadInput:
     with pytest.raises(ValueError, match=f'steps must be an integer of at least 0, got {steps!r}'):
       self.adapt(problem, 0.1, steps=steps)
 
+  def test_a_loss_for_each_item(self, problem):
+    with pytest.raises(ValueError, match=r'loss_fn must return a scalar, got shape \(6,\); take its mean or sum'):
+      ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: jnp.sum(b.x @ t['in']['w'], 1))
+
   def test_says_so_under_jit_too(self, problem):
     with pytest.raises(ValueError, match='alpha has no entry'):
       jax.jit(lambda t, a, b: ms.adapt(t, a, b, loss_fn=loss_fn))(problem[0], {'in': 0.1}, problem[2])
