@@ -199,7 +199,11 @@ def _sentence(name: str, result: reporting.Result, config: Config) -> str:
   mean, ci95 = (100 * v for v in result.estimate)
   before = 100 * result.values[..., 0].mean()
   over_runs = f', ±{100 * result.over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
-  paper = PAPER_TABLE.get((name, config.way, config.shot)) if config.dataset == 'omniglot' else None
+  paper = (
+    PAPER_TABLE.get((name, config.way, config.shot))
+    if config.dataset == 'omniglot' and config.inner_steps == 1
+    else None
+  )
   return (
     f'{NAMES[name]}, {config.dataset}, {config.way}-way {config.shot}-shot: {mean:.2f}% ± {ci95:.2f} after '
     f'{config.inner_steps} inner step(s), {before:.2f}% before; '
@@ -234,5 +238,9 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   options.define_flags(Config)
-  flags.DEFINE_string('workdir', 'runs/classification', 'Where config.json, metrics, results and pictures go.')
+  flags.DEFINE_string(
+    'workdir',
+    'runs/classification',
+    'Where config.json, metrics, results and pictures go; an earlier run there is replaced.',
+  )
   options.main(_prepare)

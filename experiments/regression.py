@@ -126,7 +126,8 @@ def _train(name, shot, learner, optimizer, config: Config, metrics: list[writers
   recorder = reporting.Recorder(f'{NAMES[name]} {shot}-shot', metrics)
   state = ms.train(
     state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations,
-    meta_batch=config.meta_batch, callbacks=[recorder],
+    meta_batch=config.meta_batch,
+    chunk=min(1000, -(-config.meta_iterations // 20)), callbacks=[recorder],
   )  # fmt: skip
   return Trained(name, shot, learner, state.meta, recorder.curves)
 
@@ -151,7 +152,7 @@ def _table(results: list[reporting.Result], config: Config) -> str:
     f'{"trained on":<11}{"learner":<10}' + ''.join(f'{f"{s}-shot test":<14}{"paper":<14}' for s in TEST_SHOTS),
   ]
   by_cell = {(r.about['learner'], r.about['train_shot'], r.about['test_shot']): r for r in results}
-  papers = PAPER_TABLE if config.dataset == 'sinusoids' else {}
+  papers = PAPER_TABLE if config.dataset == 'sinusoids' and config.inner_steps == 1 else {}
   for name, shot in config.runs:
     line = f'{f"{shot}-shot":<11}{NAMES[name]:<10}'
     for test_shot, paper in zip(TEST_SHOTS, papers.get((name, shot), (None,) * 3), strict=True):
@@ -227,5 +228,9 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   options.define_flags(Config)
-  flags.DEFINE_string('workdir', 'runs/regression', 'Where config.json, metrics, results and pictures go.')
+  flags.DEFINE_string(
+    'workdir',
+    'runs/regression',
+    'Where config.json, metrics, results and pictures go; an earlier run there is replaced.',
+  )
   options.main(_prepare)

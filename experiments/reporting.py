@@ -18,6 +18,12 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 """Learners by the names that people know."""
 
 
+_OWN_FILES = (
+  'results.json', 'per_task_*.npy', 'params_*.msgpack',
+  'curves_*.png', 'alpha_*.png', 'task_*.png', 'learning_curves.png',
+)  # fmt: skip
+
+
 def seed_keys(seed: int, seeds: int) -> jax.Array:
   """Returns the keys `[R]` of R = `seeds` runs: run r trains as `--seed={seed + r} --seeds=1` does."""
   return jax.vmap(jax.random.key)(seed + jnp.arange(seeds))
@@ -41,15 +47,19 @@ def negative_share(alpha: PyTree) -> float:
 
 
 def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
-  """Clears what an earlier run of the same experiment left, writes config.json, returns the writers of metrics.
+  """Clears what an earlier run left, if one did, writes config.json, returns the writers of metrics.
+
+  A directory without config.json is nobody's run; nothing in it is removed. Of a run's directory, only files go whose
+  names experiments give.
 
   Args:
     workdir: of this run.
     config: a dataclass; its `tensorboard` says whether event files are wanted beside metrics.jsonl.
   """
-  for pattern in ('results.json', 'per_task_*.npy', 'params_*.msgpack', '*.png'):
-    for path in workdir.glob(pattern):
-      path.unlink()
+  if (workdir / 'config.json').exists():
+    for pattern in _OWN_FILES:
+      for path in workdir.glob(pattern):
+        path.unlink()
   writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
   found: list[writers.Writer] = [writers.MetricsWriter(workdir / 'metrics.jsonl')]
   return [*found, writers.TensorBoardWriter(workdir)] if config.tensorboard else found

@@ -126,6 +126,8 @@ def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
 
   def scalar_loss(t):
     loss = loss_fn(t, batch)
+    if not hasattr(loss, 'dtype') and not isinstance(loss, float):
+      raise ValueError(f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out')
     if jnp.ndim(loss):
       raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
     return loss

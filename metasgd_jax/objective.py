@@ -12,8 +12,8 @@ Mapping = Literal['vmap', 'scan']
 """How a batch of tasks is laid over the machine.
 
 `vmap`: all at once; what an accelerator, or a small network, wants.
-`scan`: one task at a time, gradients summed; memory of a single task, and on a CPU several times faster for
-convolutions, whose intermediates then stay in cache.
+`scan`: one task at a time, gradients summed; memory of a single task, and on a CPU faster for convolutions (1.4 times,
+measured), whose intermediates then stay in cache.
 """
 
 

@@ -65,8 +65,9 @@ def init(
   Raises:
     ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; what the learner raises.
   """
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
-    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {key.dtype}{list(key.shape)}')
+  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
+  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
+    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
@@ -140,12 +141,13 @@ def train(
     callbacks: called in order.
 
   Raises:
-    ValueError: a count below 1, an unknown mapping, or a state that is already past `meta_iterations`.
+    ValueError: a count that is no integer of at least 1, an unknown mapping, runs at different steps, or a state that
+      is already past `meta_iterations`.
   """
   check_mapping(mapping)
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}')
+    if not isinstance(value, int | np.integer) or value < 1:
+      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
   if np.ptp(state.step):
     raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
   done = before = int(np.max(state.step))

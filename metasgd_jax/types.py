@@ -76,8 +76,9 @@ class Learner(NamedTuple):
 class TaskDistribution(NamedTuple):
   """Tasks as data, drawn on the device.
 
-  Both functions run inside jit. One that holds arrays should be a `jax.tree_util.Partial(function, array)`: the
-  arrays are then arguments of the compiled program; in a closure they would be constants copied into it.
+  Both functions run inside jit, traced once: all randomness must come from the key, since NumPy's would be a constant.
+  One that holds arrays should be a `jax.tree_util.Partial(function, array)`: the arrays are then arguments of the
+  compiled program; in a closure they would be constants copied into it.
 
   Attributes:
     sample: `key → task`, a pytree; consumes key.

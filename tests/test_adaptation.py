@@ -152,6 +152,10 @@ class TestBadInput:
     with pytest.raises(ValueError, match=r'loss_fn must return a scalar, got shape \(6,\); take its mean or sum'):
       ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: jnp.sum(b.x @ t['in']['w'], 1))
 
+  def test_auxiliary_outputs(self, problem):
+    with pytest.raises(ValueError, match='must return a scalar, got tuple; leave auxiliary outputs out'):
+      ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: (loss_fn(t, b), {}))
+
   def test_says_so_under_jit_too(self, problem):
     with pytest.raises(ValueError, match='alpha has no entry'):
       jax.jit(lambda t, a, b: ms.adapt(t, a, b, loss_fn=loss_fn))(problem[0], {'in': 0.1}, problem[2])

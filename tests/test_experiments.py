@@ -79,11 +79,13 @@ def test_pictures_are_drawn(kind, request):
 
 
 def test_an_earlier_run_leaves_nothing_in_a_later_ones_results(tmp_path):
-  for name in ('results.json', 'per_task_x.npy', 'params_x.msgpack', 'x.png'):
+  old = {'results.json', 'per_task_x.npy', 'params_x.msgpack', 'alpha_x.png', 'learning_curves.png'}
+  for name in (*old, 'holiday.png'):
     (tmp_path / name).write_text('old')
-  (tmp_path / 'notes.txt').write_text('mine')
   reporting.start(tmp_path, regression.Config())
-  assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'metrics.jsonl', 'notes.txt'}
+  assert old <= {p.name for p in tmp_path.iterdir()}, 'a directory that is no run was cleared'
+  reporting.start(tmp_path, regression.Config())
+  assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'metrics.jsonl', 'holiday.png'}
 
 
 def test_pictures_show_draws_of_the_task_distribution(monkeypatch):

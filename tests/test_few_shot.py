@@ -120,6 +120,11 @@ def test_a_bank_of_another_rank_or_dtype():
     few_shot(ClassBank(random_bank().images.astype(np.float32)), way=5, shot=1, query=2)
 
 
+def test_a_bare_array():
+  with pytest.raises(ValueError, match=r'few_shot takes a ClassBank, got ndarray; wrap images'):
+    few_shot(random_bank().images, way=5, shot=1, query=2)
+
+
 def test_images_that_cannot_be_turned():
   with pytest.raises(ValueError, match=r'only square images .* got \(4, 5\)'):
     rotate_classes(ClassBank(np.zeros((2, 2, 4, 5, 1), np.uint8)))

@@ -157,7 +157,7 @@ GOLDEN = [1.6542, 6.244, 5.2074, 7.8259, 7.2635]
 @pytest.mark.parametrize('name', ['meta_iterations', 'meta_batch', 'chunk'])
 def test_counts_below_one(name):
   options = dict(meta_iterations=5, meta_batch=4, chunk=10) | {name: 0}
-  with pytest.raises(ValueError, match=f'{name} must be at least 1, got 0'):
+  with pytest.raises(ValueError, match=f'{name} must be an integer of at least 1, got 0'):
     ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, **options)
 
 
@@ -172,7 +172,7 @@ def test_runs_that_are_not_at_the_same_step():
     train(state._replace(step=jnp.array([0, 3])), 5)
 
 
-@pytest.mark.parametrize('key', [jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), (2, 2))])
+@pytest.mark.parametrize('key', [0, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), (2, 2))])
 def test_a_key_of_another_kind(key):
   with pytest.raises(ValueError, match=r'key must be jax.random.key\(seed\), or an array \[R\] of such, got'):
     ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)

@@ -35,6 +35,8 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
     ValueError: a bank of another rank or dtype, more ways than classes, K + query more than a class has, or a
       number below its least.
   """
+  if not isinstance(bank, ClassBank):
+    raise ValueError(f'few_shot takes a ClassBank, got {type(bank).__name__}; wrap images [C, I, H, W, D] in ClassBank')
   images = bank.images
   if np.ndim(images) != 5:
     raise ValueError(f'a class bank has images [C, I, H, W, D], got shape {np.shape(images)}')
