@@ -6,7 +6,6 @@ python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -107,8 +106,9 @@ def build(config: Config) -> Setup:
   if config.dataset == 'glyphs':
     train, test = (glyphs(way=way, shot=shot, query=query) for query in (config.query, config.eval_query))
   else:
-    data_dir = pathlib.Path(config.data_dir or '').expanduser()
-    characters = omniglot.load(data_dir, archives=config.archives, verify_archives=config.verify_archives, report=print)
+    characters = omniglot.load(
+      config.data_dir or '', archives=config.archives, verify_archives=config.verify_archives, report=print
+    )
     splits = (
       omniglot.vinyals_split(characters)
       if config.split == 'vinyals'
