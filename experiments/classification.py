@@ -209,10 +209,7 @@ def _sentence(name: str, result: reporting.Result, config: Config) -> str:
     f'{config.inner_steps} inner step(s), {before:.2f}% before; '
     f'95% interval over {config.eval_tasks} unseen tasks{over_runs}; '
     f'{config.seeds} training run(s) of {config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks; '
-    'batch norm by the batch at hand'
-    + (
-      f'; the paper has {paper[0]} ± {paper[1]} after 60,000 of {32 if config.way == 5 else 16} tasks' if paper else ''
-    )
+    'batch norm by the batch at hand' + (f'; the paper has {paper[0]} ± {paper[1]}' if paper else '')
   )
 
 
