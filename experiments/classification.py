@@ -18,7 +18,7 @@ import metasgd_jax as ms
 from experiments import options, reporting
 from experiments.options import option
 from experiments.reporting import NAMES, test_keys
-from metasgd_jax import writers
+from metasgd_jax import sharding, writers
 from metasgd_jax.datasets import omniglot
 from metasgd_jax.tasks.few_shot import few_shot, rotate_classes
 from metasgd_jax.tasks.glyphs import glyphs
@@ -85,14 +85,12 @@ class Setup:
     test: unseen tasks, with as many shots.
     learners: by name.
     optimizer: the outer one.
-    mapping: how tasks are laid over the machine.
   """
 
   train: ms.TaskDistribution
   test: ms.TaskDistribution
   learners: dict[str, ms.Learner]
   optimizer: optax.GradientTransformation
-  mapping: ms.Mapping
 
 
 def build(config: Config) -> Setup:
@@ -120,7 +118,7 @@ def build(config: Config) -> Setup:
   if config.schedule == 'cosine':
     rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
   learners = {name: build_learner(name, config) for name in config.learner}
-  return Setup(train, test, learners, optax.adam(rate), 'scan' if jax.default_backend() == 'cpu' else 'vmap')
+  return Setup(train, test, learners, optax.adam(rate))
 
 
 def build_learner(name: str, config: Config) -> ms.Learner:
@@ -173,8 +171,8 @@ def _train(name, learner, config: Config, setup: Setup, metrics: list[writers.Wr
     state = ms.init(key, setup.train, learner=learner, optimizer=setup.optimizer)
     state = ms.train(
       state, setup.train, learner=learner, optimizer=setup.optimizer, meta_iterations=config.meta_iterations,
-      meta_batch=config.meta_batch, mapping=setup.mapping, chunk=min(50, -(-config.meta_iterations // 20)),
-      callbacks=[recorder],
+      meta_batch=config.meta_batch, mesh=sharding.task_mesh(config.meta_batch),
+      chunk=min(50, -(-config.meta_iterations // 20)), callbacks=[recorder],
     )  # fmt: skip
     metas.append(state.meta)
     curves.append(recorder.curves)
@@ -187,7 +185,7 @@ def _test(name, learner, meta, config: Config, setup: Setup) -> reporting.Result
   values = [
     ms.evaluate(
       learner, reporting.one_run(meta, r), setup.test, test_keys(config.eval_seed)[0], metric_fn=ms.losses.accuracy,
-      num_tasks=config.eval_tasks, mapping=setup.mapping,
+      num_tasks=config.eval_tasks, mesh=sharding.task_mesh(config.eval_tasks),
     )[:, 0]
     for r in range(config.seeds)
   ]  # fmt: skip

@@ -1,18 +1,27 @@
 """Configuration in frozen dataclasses; the command line's flags are made from their fields."""
 
 import dataclasses
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
+import jax
 from absl import app, flags, logging
 
 from experiments.reporting import TrainingError
+from metasgd_jax import sharding
 from metasgd_jax.datasets import DatasetError
 from metasgd_jax.writers import WriterError
 
 C = TypeVar('C')
 
+flags.DEFINE_string(
+  'compilation_cache',
+  str(pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'metasgd_jax'),
+  'Where compiled programs are kept for the next run; empty for nowhere.',
+)
 flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment that defines them.
 
 
@@ -102,6 +111,7 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
   def start(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unknown argument {argv[1]!r}; options look like --name=value')
+    _start_jax(flags.FLAGS.compilation_cache)
     try:
       try:
         run = prepare()
@@ -113,3 +123,10 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
 
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   app.run(start)
+
+
+def _start_jax(cache: str) -> None:
+  """All cores of a CPU, and compiled programs kept, unless JAX's own settings say otherwise."""
+  sharding.cpu_cores_as_devices()
+  if cache and not getattr(jax.config, 'jax_compilation_cache_dir', None):
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(cache).expanduser()))

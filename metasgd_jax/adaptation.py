@@ -10,12 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from metasgd_jax.descent import descend
 from metasgd_jax.types import PyTree
 
 LossFn = Callable[[PyTree, Any], chex.Array]
 
 Per = Literal['entry', 'leaf', 'all']
 """What has a rate of its own in α."""
+
+Backward = Literal['reverse', 'recompute', 'forward']
+"""How the gradient of the outer loss goes back through the inner steps; all three give the same, to rounding.
+
+With v = dL/dθ_{t+1}, H_t the Hessian and g_t the gradient of the support loss at θ_t, a step back is
+v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v, the chain rule of θ_{t+1} = θ_t − α ∘ g_t.
+
+`reverse`: reverse mode over reverse mode; every step's intermediates are kept, so memory grows with the steps.
+`recompute`: the same, with a step's intermediates computed again when it is its turn; of each step θ_t alone is kept.
+`forward`: H_t (α ∘ v) by forward mode over the gradient, which keeps nothing but θ_t either. No forward mode through
+  the result.
+"""
 
 
 def adapt(
@@ -26,6 +39,7 @@ def adapt(
   loss_fn: LossFn,
   steps: int = 1,
   first_order: bool = False,
+  backward: Backward = 'reverse',
 ) -> PyTree:
   """Returns θ adapted to one task.
 
@@ -41,16 +55,24 @@ def adapt(
     loss_fn: `(θ, batch) → scalar`.
     steps: inner steps, 0 or more; the paper takes 1 everywhere.
     first_order: drop the second derivatives.
+    backward: how derivatives of the result go back through the steps; see `Backward`.
 
   Returns:
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
     ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, steps that are no count,
-      or a loss that is not a scalar.
+      an unknown `backward`, or a loss that is not a scalar.
   """
-  step = _inner_step(theta, alpha, batch, loss_fn, steps, first_order)
+  check_backward(backward)
+  check_steps(steps)
+  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order)
   theta = jax.tree.map(jnp.asarray, theta)
+  if backward == 'forward' and not first_order:
+    return descend(grad, int(steps), theta, rates)
+  step = _step(grad, rates)
+  if backward == 'recompute':
+    step = jax.checkpoint(step, prevent_cse=steps == 1)
   if steps == 1:
     return step(theta)
   return jax.lax.scan(lambda t, _: (step(t), None), theta, length=int(steps))[0]
@@ -67,9 +89,10 @@ def adapt_path(
 ) -> PyTree:
   """Returns θ after 0, 1, …, steps inner steps, stacked on a new leading axis `[steps + 1]`.
 
-  Arguments and errors are `adapt`'s; entry −1 is what `adapt` returns.
+  Arguments and errors are `adapt`'s, but for `backward`; entry −1 is what `adapt` returns.
   """
-  step = _inner_step(theta, alpha, batch, loss_fn, steps, first_order)
+  check_steps(steps)
+  step = _step(*_inner_gradient(theta, alpha, batch, loss_fn, first_order))
 
   def body(t, _):
     t = step(t)
@@ -120,8 +143,14 @@ def check_steps(steps: int) -> None:
     raise ValueError(f'steps must be an integer of at least 0, got {steps!r}')
 
 
-def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
-  check_steps(steps)
+def check_backward(backward: str) -> None:
+  """Raises ValueError unless `backward` is a `Backward`."""
+  if backward not in get_args(Backward):
+    raise ValueError(f'backward must be one of {get_args(Backward)}, got {backward!r}')
+
+
+def _inner_gradient(theta, alpha, batch, loss_fn, first_order):
+  """The gradient of the support loss as a function of θ, and α with the whole of θ's structure."""
   alpha = broadcast_alpha(alpha, theta)
 
   def scalar_loss(t):
@@ -132,13 +161,15 @@ def _inner_step(theta, alpha, batch, loss_fn, steps, first_order):
       raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
     return loss
 
-  def step(t):
+  def grad(t):
     grads = jax.grad(scalar_loss)(t)
-    if first_order:
-      grads = jax.lax.stop_gradient(grads)
-    return jax.tree.map(lambda p, a, g: p - jnp.asarray(a, p.dtype) * g, t, alpha, grads)
+    return jax.lax.stop_gradient(grads) if first_order else grads
 
-  return step
+  return grad, jax.tree.map(lambda p, a: jnp.asarray(a, jnp.result_type(p)), theta, alpha)
+
+
+def _step(grad, alpha):
+  return lambda theta: jax.tree.map(lambda t, a, g: t - a * g, theta, alpha, grad(theta))
 
 
 def broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:

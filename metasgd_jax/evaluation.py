@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax.sharding import Mesh
 
-from metasgd_jax.objective import Mapping, check_mapping
+from metasgd_jax import sharding
+from metasgd_jax.objective import Mapping, check_mapping, tasks_at_once
 from metasgd_jax.types import Learner, PyTree, TaskDistribution
+
+AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for otherwise; bounds the memory.
 
 
 class Estimate(NamedTuple):
@@ -33,8 +37,8 @@ def evaluate(
   metric_fn: Callable[[Any, Any], chex.Array],
   num_tasks: int = 600,
   repeats: int = 1,
-  mapping: Mapping = 'vmap',
-  at_once: int = 32,
+  mapping: Mapping = 'auto',
+  mesh: Mesh | None = None,
 ) -> np.ndarray:
   """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
 
@@ -49,50 +53,50 @@ def evaluate(
     metric_fn: `(outputs [Q, …], targets [Q, …]) → scalar`, on the query.
     num_tasks: T.
     repeats: episodes drawn of each task.
-    mapping: how tasks are laid over the machine.
-    at_once: with 'vmap', the most tasks laid out at the same time (the greatest divisor of num_tasks up to it is
-      taken); bounds the memory.
+    mapping: how tasks are laid over a device, see `objective.Mapping`; of `vmap`, and of groups that do not come out
+      even, the greatest divisor up to 32, or up to the group, is laid out at once.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(num_tasks)`; one device where left out.
 
   Raises:
-    ValueError: num_tasks, repeats or at_once below 1, or an unknown mapping.
+    ValueError: num_tasks or repeats below 1, an unknown mapping, or tasks that cannot be shared evenly.
   """
   check_mapping(mapping)
-  for name, value in (('num_tasks', num_tasks), ('repeats', repeats), ('at_once', at_once)):
+  for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
     if value < 1:
       raise ValueError(f'{name} must be at least 1, got {value}')
+  sharding.check_mesh(mesh, num_tasks)
   keys = jax.random.split(key, num_tasks)
-  group = max(n for n in range(1, min(at_once, num_tasks) + 1) if num_tasks % n == 0)
-  values = _evaluate(
-    meta,
-    tasks.as_arguments(),
-    keys,
-    learner=learner,
-    metric_fn=metric_fn,
-    repeats=repeats,
-    mapping=mapping,
-    group=group,
-  )
+  here = num_tasks if mesh is None else num_tasks // mesh.size
+  most = mapping if isinstance(mapping, int) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
+  group = max(n for n in range(1, min(most, here) + 1) if here % n == 0)
+  meta, tasks = sharding.on_all(mesh, (meta, tasks.as_arguments()))
+  values = _evaluate(meta, tasks, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
   return np.asarray(values)
 
 
-@functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'mapping', 'group'))
-def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, mapping, group):
-  def one_episode(task, key):
-    episode_key, adapt_key = jax.random.split(key)
-    episode = tasks.episode(task, episode_key)
-    path = learner.path(meta, episode.support, adapt_key)
+@functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'group', 'mesh'))
+def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, group, mesh):
+  def of_tasks(shared, keys):
+    meta, tasks = shared
 
-    def judge(adapted):
-      return metric_fn(learner.predict(adapted, episode.query.x), episode.query.y)
+    def one_episode(task, key):
+      episode_key, adapt_key = jax.random.split(key)
+      episode = tasks.episode(task, episode_key)
+      path = learner.path(meta, episode.support, adapt_key)
 
-    return jax.vmap(judge)(path) if mapping == 'vmap' else jax.lax.map(judge, path)
+      def judge(adapted):
+        return metric_fn(learner.predict(adapted, episode.query.x), episode.query.y)
 
-  def one_task(key):
-    sample_key, repeat_key = jax.random.split(key)
-    task = tasks.sample(sample_key)
-    return jax.vmap(one_episode, (None, 0))(task, jax.random.split(repeat_key, repeats))
+      return jax.vmap(judge)(path) if group > 1 else jax.lax.map(judge, path)
 
-  return jax.lax.map(one_task, keys, batch_size=group if mapping == 'vmap' else None)
+    def one_task(key):
+      sample_key, repeat_key = jax.random.split(key)
+      task = tasks.sample(sample_key)
+      return jax.vmap(one_episode, (None, 0))(task, jax.random.split(repeat_key, repeats))
+
+    return jax.lax.map(one_task, keys, batch_size=group if group > 1 else None)
+
+  return sharding.share_tasks(of_tasks, mesh, average=False)((meta, tasks), keys)
 
 
 def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:

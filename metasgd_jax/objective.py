@@ -1,6 +1,6 @@
 """The outer objective: the mean query loss over a batch of tasks, and its gradient."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import chex
 import jax
@@ -8,19 +8,41 @@ import jax.numpy as jnp
 
 from metasgd_jax.types import Episode, Learner, PyTree
 
-Mapping = Literal['vmap', 'scan']
-"""How a batch of tasks is laid over the machine.
+Mapping = Literal['auto', 'vmap', 'scan'] | int
+"""How a batch of tasks is laid over one device; every way gives the same numbers, to rounding.
 
-`vmap`: all at once; what an accelerator, or a small network, wants.
-`scan`: one task at a time, gradients summed; memory of a single task, and on a CPU faster for convolutions (1.4 times,
-measured), whose intermediates then stay in cache.
+`vmap`: all at once. What an accelerator, or a small network, wants; memory grows with the tasks.
+`scan`: one after the other, gradients summed; the memory of a single task, which then stays in a CPU's cache.
+an integer g: groups of g at once, one group after the other; the memory of g tasks.
+`auto`: `scan` on a CPU for meta-parameters of `LARGE` entries or more, `vmap` otherwise.
 """
 
+LARGE = 20_000
+"""Entries of meta-parameters from which one task after the other is faster on a CPU (benchmarks/RESULTS.md)."""
 
-def check_mapping(mapping: str) -> None:
+
+def check_mapping(mapping: Mapping) -> None:
   """Raises ValueError unless `mapping` is a `Mapping`."""
-  if mapping not in get_args(Mapping):
-    raise ValueError(f'mapping must be one of {get_args(Mapping)}, got {mapping!r}')
+  if isinstance(mapping, int) and not isinstance(mapping, bool) and mapping >= 1:
+    return
+  if mapping not in ('auto', 'vmap', 'scan') or isinstance(mapping, bool):
+    raise ValueError(f"mapping must be 'auto', 'vmap', 'scan' or a number of tasks of at least 1, got {mapping!r}")
+
+
+def tasks_at_once(mapping: Mapping, meta: PyTree, num_tasks: int) -> int:
+  """Returns how many of a device's `num_tasks` are laid out at the same time: 1 to num_tasks.
+
+  Raises:
+    ValueError: an unknown mapping, or groups that num_tasks is no multiple of.
+  """
+  check_mapping(mapping)
+  if mapping == 'auto':
+    entries = sum(leaf.size for leaf in jax.tree.leaves(meta))
+    mapping = 'scan' if jax.default_backend() == 'cpu' and entries >= LARGE else 'vmap'
+  group = num_tasks if mapping == 'vmap' else 1 if mapping == 'scan' else mapping
+  if group > num_tasks or num_tasks % group:
+    raise ValueError(f'{num_tasks} tasks on a device cannot be split into groups of mapping={group}; take a divisor')
+  return group
 
 
 def mean_loss(
@@ -47,22 +69,37 @@ def value_and_grad(
   episodes: Episode,
   keys: chex.PRNGKey,
   *,
-  mapping: Mapping = 'vmap',
+  mapping: Mapping = 'auto',
 ) -> tuple[tuple[chex.Array, dict[str, chex.Array]], PyTree]:
-  """Returns `((loss, info), d loss / d meta)` of `mean_loss`; every mapping gives the same numbers to rounding.
+  """Returns `((loss, info), d loss / d meta)` of `mean_loss`.
+
+  Args:
+    learner: the learner.
+    meta: its meta-parameters.
+    episodes: leaves `[T, …]`.
+    keys: `[T]`, one a task; consumed.
+    mapping: how tasks are laid over the device; see `Mapping`.
 
   Raises:
-    ValueError: an unknown mapping.
+    ValueError: an unknown mapping, or groups that T is no multiple of.
   """
   check_mapping(mapping)
-  if mapping == 'vmap':
+  num_tasks = jax.tree.leaves(episodes)[0].shape[0]
+  group = tasks_at_once(mapping, meta, num_tasks)
+  if group == num_tasks > 1:
     return jax.value_and_grad(lambda m: mean_loss(learner, m, episodes, keys), has_aux=True)(meta)
 
-  def body(total, task):
-    out, grads = jax.value_and_grad(learner.loss, has_aux=True)(meta, *task)
+  def of_group(tasks):
+    if group > 1:
+      return jax.value_and_grad(lambda m: mean_loss(learner, m, *tasks), has_aux=True)(meta)
+    return jax.value_and_grad(learner.loss, has_aux=True)(meta, *tasks)
+
+  def body(total, tasks):
+    out, grads = of_group(tasks)
     return jax.tree.map(jnp.add, total, grads), out
 
-  zeros = jax.tree.map(jnp.zeros_like, meta)
-  total, outs = jax.lax.scan(body, zeros, (episodes, keys))
-  num_tasks = jax.tree.leaves(episodes)[0].shape[0]
-  return jax.tree.map(jnp.mean, outs), jax.tree.map(lambda g: g / num_tasks, total)
+  groups = (episodes, keys)
+  if group > 1:
+    groups = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), groups)
+  total, outs = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, meta), groups)
+  return jax.tree.map(jnp.mean, outs), jax.tree.map(lambda g: g / (num_tasks // group), total)

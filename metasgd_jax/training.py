@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from metasgd_jax import sharding
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
 from metasgd_jax.types import Learner, PyTree, TaskDistribution
 
@@ -89,7 +91,8 @@ def train_step(
   learner: Learner,
   optimizer: optax.GradientTransformation,
   meta_batch: int,
-  mapping: Mapping = 'vmap',
+  mapping: Mapping = 'auto',
+  mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
@@ -102,10 +105,22 @@ def train_step(
     optimizer: the outer optimiser.
     meta_batch: tasks in a meta-iteration.
     mapping: see `objective.Mapping`.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out.
+
+  Raises:
+    ValueError: an unknown mapping, or tasks that cannot be shared evenly.
   """
+  sharding.check_mesh(mesh, meta_batch)
   keys = jax.random.split(jax.random.fold_in(state.key, state.step), (3, meta_batch))
-  episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1])
-  (loss, info), grads = value_and_grad(learner, state.meta, episodes, keys[2], mapping=mapping)
+
+  def of_tasks(shared, keys):
+    meta, tasks = shared
+    sample_keys, episode_keys, adapt_keys = keys
+    episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(sample_keys), episode_keys)
+    return value_and_grad(learner, meta, episodes, adapt_keys, mapping=mapping)
+
+  of_all = sharding.share_tasks(of_tasks, mesh, average=True)
+  (loss, info), grads = of_all((state.meta, tasks.as_arguments()), tuple(keys))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
   meta = optax.apply_updates(state.meta, updates)
   return TrainState(state.step + 1, state.key, meta, opt_state), {**info, 'loss': loss}
@@ -119,7 +134,8 @@ def train(
   optimizer: optax.GradientTransformation,
   meta_iterations: int,
   meta_batch: int,
-  mapping: Mapping = 'vmap',
+  mapping: Mapping = 'auto',
+  mesh: Mesh | None = None,
   chunk: int = 1000,
   callbacks: Sequence[Callable[[Progress], None]] = (),
 ) -> TrainState:
@@ -136,29 +152,39 @@ def train(
     optimizer: the outer optimiser that `state` was made with.
     meta_iterations: where to stop, counted from the run's beginning.
     meta_batch: tasks in a meta-iteration.
-    mapping: how tasks are laid over the machine; see `objective.Mapping`.
+    mapping: how tasks are laid over a device; see `objective.Mapping`.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out. The state
+      comes back on the first.
     chunk: meta-iterations between callbacks.
     callbacks: called in order.
 
   Raises:
-    ValueError: a count that is no integer of at least 1, an unknown mapping, runs at different steps, or a state that
-      is already past `meta_iterations`.
+    ValueError: a count that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
+      runs at different steps, or a state that is already past `meta_iterations`.
   """
   check_mapping(mapping)
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
     if not isinstance(value, int | np.integer) or value < 1:
       raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+  sharding.check_mesh(mesh, meta_batch)
   if np.ptp(state.step):
     raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
   done = before = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
-  tasks = tasks.as_arguments()
+  if done == meta_iterations:
+    return state
+  state, tasks = sharding.on_all(mesh, (state, tasks.as_arguments()))
   run_chunk = functools.partial(
-    _run_chunk, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, chunk=chunk
+    _run_chunk,
+    learner=learner,
+    optimizer=optimizer,
+    meta_batch=meta_batch,
+    mapping=mapping,
+    mesh=mesh,
+    chunk=chunk,
   )
-  if done < meta_iterations:  # Compiled with a chunk of no steps, so that compilation is not timed.
-    jax.block_until_ready(run_chunk(state, tasks, 0))
+  jax.block_until_ready(run_chunk(state, tasks, 0))  # Compiled with a chunk of no steps, so that this is not timed.
   seconds = 0.0
   while done < meta_iterations:
     n = min(chunk, meta_iterations - done)
@@ -170,13 +196,15 @@ def train(
     progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
     for callback in callbacks:
       callback(progress)
-  return state
+  return state if mesh is None else jax.device_put(state, mesh.devices.flat[0])
 
 
-@functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'chunk'))
-def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, chunk):
+@functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'chunk'))
+def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh, chunk):
   """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
-  step = functools.partial(train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping)
+  step = functools.partial(
+    train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh
+  )
   step = _over_runs(step, state)
   rooms = jax.tree.map(
     lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s, tasks)[1], state)

@@ -17,8 +17,7 @@ class SmallConvNet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = ms.nn.Conv(4, use_bias=False)(x)
-    x = nn.relu(ms.nn.max_pool(ms.nn.BatchNorm()(x)))
+    x = ms.nn.ConvBlock(4)(x)
     return nn.Dense(self.way)(x.reshape(x.shape[0], -1))
 
 

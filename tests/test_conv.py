@@ -1,6 +1,7 @@
-"""conv, max_pool and BatchNorm against lax and flax, to second order, in float64."""
+"""Convolution, pooling and their block against lax and flax, to second order, in float64."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,66 +12,163 @@ from jax import lax
 from problems import assert_trees_close, relative_error
 
 import metasgd_jax as ms
+from metasgd_jax.nn import bilinear, block
 
-FORMS = [
-  ((3, 3), (1, 1), 'SAME'),
-  ((3, 3), (1, 1), 'VALID'),
-  ((3, 3), (2, 2), 'SAME'),
-  ((1, 1), (1, 1), 'SAME'),
-  ((5, 2), (1, 1), 'SAME'),
-  ((2, 3), (2, 1), ((1, 0), (2, 1))),
+FORMS = [  # kernel size, strides, padding, dilation of the images, of the kernel
+  ((3, 3), (1, 1), 'SAME', None, None),
+  ((3, 3), (1, 1), 'VALID', None, None),
+  ((3, 3), (2, 2), 'SAME', None, None),
+  ((1, 1), (1, 1), 'SAME', None, None),
+  ((5, 2), (1, 1), 'SAME_LOWER', None, (1, 2)),
+  ((2, 3), (2, 1), ((1, 0), (2, 1)), None, (2, 1)),
+  ((3, 3), (3, 3), ((-1, 0), (0, 2)), None, None),
+  ((3, 2), (1, 2), ((2, 1), (0, 3)), (2, 3), (1, 2)),
 ]
+WINDOW = ('size', 'strides', 'padding', 'x_dilation', 'kernel_dilation')
+NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 
-def lax_conv(x, kernel, *, strides, padding):
-  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+def options(strides, padding, x_dilation, kernel_dilation):
+  return dict(
+    window_strides=strides, padding=padding, lhs_dilation=x_dilation, rhs_dilation=kernel_dilation,
+    dimension_numbers=NHWC,
+  )  # fmt: skip
 
 
 def to_second_order(f):
-  """The value of a scalar made of f(x, kernel), its gradient, and the gradient of that gradient's square."""
+  """The value of a scalar made of f(x, kernel), its gradient, that of the gradient's square, and its derivative."""
   scalar = lambda x, kernel: jnp.sum(jnp.sin(f(x, kernel)))
   first = jax.grad(scalar, argnums=(0, 1))
   second = jax.grad(lambda *a: sum(jnp.sum(g**2) for g in first(*a)), argnums=(0, 1))
-  return lambda *a: (f(*a), first(*a), second(*a))
+  return lambda *a: (f(*a), first(*a), second(*a), jax.jvp(first, a, a)[1])
 
 
-@pytest.mark.parametrize(('size', 'strides', 'padding'), FORMS)
-def test_conv_equals_lax_to_second_order(size, strides, padding):
-  rng = np.random.default_rng(0)
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@pytest.mark.parametrize(WINDOW, FORMS)
+def test_conv_equals_lax_to_second_order(size, strides, padding, x_dilation, kernel_dilation):
+  keywords = options(strides, padding, x_dilation, kernel_dilation)
   with jax.enable_x64(True):
-    x, kernel = jnp.asarray(rng.normal(size=(2, 7, 6, 3))), jnp.asarray(rng.normal(size=(*size, 3, 4)))
+    x, kernel = normal(2, 7, 6, 3), normal(*size, 3, 4, seed=1)
     ours, theirs = (
-      jax.jit(to_second_order(functools.partial(conv, strides=strides, padding=padding)))(x, kernel)
-      for conv in (ms.nn.conv, lax_conv)
+      jax.jit(to_second_order(functools.partial(conv, **keywords)))(x, kernel)
+      for conv in (ms.nn.conv_general_dilated, lax.conv_general_dilated)
     )
     assert_trees_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_conv_equals_lax_with_a_kernel_for_each_task():
-  rng = np.random.default_rng(0)
+@pytest.mark.parametrize('shared', ['neither', 'images', 'kernel'])
+def test_conv_equals_lax_with_a_kernel_for_each_task(shared):
+  keywords = options((1, 1), 'SAME', None, None)
   with jax.enable_x64(True):
-    x, kernels = jnp.asarray(rng.normal(size=(3, 2, 6, 6, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 2, 4)))
+    x, kernel = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4, seed=1)
+    x, axes = (x[0], (None, 0)) if shared == 'images' else (x, (0, 0))
+    kernel, axes = (kernel[0], (0, None)) if shared == 'kernel' else (kernel, axes)
     ours, theirs = (
-      jax.jit(jax.vmap(to_second_order(functools.partial(conv, strides=(1, 1), padding='SAME'))))(x, kernels)
-      for conv in (ms.nn.conv, lax_conv)
+      jax.jit(jax.vmap(to_second_order(functools.partial(conv, **keywords)), axes))(x, kernel)
+      for conv in (ms.nn.conv_general_dilated, lax.conv_general_dilated)
     )
     assert_trees_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(('size', 'strides', 'padding'), FORMS)
-def test_a_checkpoint_moves_between_conv_and_flax(size, strides, padding):
-  options = dict(features=5, kernel_size=size, strides=strides, padding=padding)
-  ours, theirs = ms.nn.Conv(**options), nn.Conv(**options)
-  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+@pytest.mark.parametrize(WINDOW, FORMS)
+@pytest.mark.parametrize('tasks', [1, 3])
+def test_the_forms_of_all_platforms_are_equal(tasks, size, strides, padding, x_dilation, kernel_dilation):
+  """A CPU's forms and those for other platforms, both run here; 20 images make the kernel's gradient come in parts."""
+  if isinstance(padding, str):
+    reach = [(n - 1) * d + 1 for n, d in zip(size, kernel_dilation or (1, 1), strict=True)]
+    padding = lax.padtype_to_pads((7, 6), reach, strides, padding)
+  window = bilinear.Window(strides, tuple(padding), x_dilation or (1, 1), kernel_dilation or (1, 1))
+  with jax.enable_x64(True):
+    x, kernel = normal(tasks, 20, 7, 6, 3), normal(tasks, *size, 3, 4, seed=1)
+    y = bilinear._conv_on_cpu(x, kernel, window=window, precision=None)
+    assert_trees_close(bilinear._conv_by_patches(x, kernel, window=window, precision=None), y, rtol=1e-10, atol=1e-10)
+    gradients = [
+      form(x, jnp.sin(y), window=window, size=size, precision=None)
+      for form in (bilinear._kernel_gradient_on_cpu, bilinear._kernel_gradient_by_patches)
+    ]
+    assert_trees_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def convolutions(text):
+  """The layouts of the convolutions in a program's text, and how many have groups."""
+  layouts = set(re.findall(r'dim_numbers = (\[[^>]*>[^,]*?\]), window', text))
+  return layouts, len(re.findall(r'feature_group_count = (?!1 )', text))
+
+
+def test_convolutions_stay_in_the_fast_layout_at_every_order_and_under_vmap():
+  second = to_second_order(functools.partial(ms.nn.conv_general_dilated, **options((1, 1), 'SAME', None, None)))
+  x, kernel = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
+  for f, operands in ((second, (x[0], kernel[0])), (jax.vmap(second), (x, kernel))):
+    layouts, grouped = convolutions(jax.jit(f).lower(*operands).as_text())
+    assert layouts == {'[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'}
+    assert not grouped
+  by_lax = jax.vmap(to_second_order(functools.partial(lax.conv_general_dilated, **options((1, 1), 'SAME', None, None))))
+  assert convolutions(jax.jit(by_lax).lower(x, kernel).as_text())[1]  # What it is there to avoid.
+
+
+@pytest.mark.parametrize('numbers', [None, NHWC, ('NCHW', 'OIHW', 'NHWC'), ('HWNC', 'HWOI', 'CNWH')])
+def test_any_layout(numbers):
+  x, kernel = normal(4, 6, 5, 3), normal(3, 2, 6, 6)
+  spec = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
+  kernel = kernel[tuple(slice(x.shape[spec.lhs_spec[1]]) if d == spec.rhs_spec[1] else slice(None) for d in range(4))]
+  arguments = (x, kernel, (1, 2), 'SAME', None, None, numbers)
+  np.testing.assert_allclose(
+    ms.nn.conv_general_dilated(*arguments), lax.conv_general_dilated(*arguments), rtol=1e-4, atol=1e-4
+  )
+
+
+CONVS = [
+  dict(features=6, kernel_size=(3, 3)),
+  dict(features=6, kernel_size=(3, 3), strides=2, padding='VALID', use_bias=False),
+  dict(features=6, kernel_size=(3, 2), kernel_dilation=(2, 1), padding='CIRCULAR'),
+  dict(features=6, kernel_size=(3, 3), input_dilation=2, padding=1),
+  dict(features=6, kernel_size=(3, 3), padding='REFLECT', mask=np.tril(np.ones((3, 3, 3, 6)))),
+  dict(features=6, kernel_size=(3, 3), feature_group_count=3),
+]
+
+
+@pytest.mark.parametrize('arguments', CONVS)
+def test_a_checkpoint_moves_between_conv_and_flax(arguments):
+  check_checkpoint(arguments, (2, 8, 8, 3))
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'shape'),
+  [
+    (dict(features=4, kernel_size=(3,), padding='CAUSAL'), (2, 8, 3)),
+    (dict(features=4, kernel_size=(3, 3)), (8, 8, 3)),
+    (dict(features=4, kernel_size=(3, 3)), (2, 3, 8, 8, 3)),
+    (dict(features=4, kernel_size=(2, 2, 2)), (2, 4, 4, 4, 3)),
+  ],
+)
+def test_a_checkpoint_moves_in_other_dimensions(arguments, shape):
+  check_checkpoint(arguments, shape)
+
+
+def check_checkpoint(arguments, shape):
+  ours, theirs = ms.nn.Conv(**arguments), nn.Conv(**arguments)
+  x = jax.random.normal(jax.random.key(0), shape)
   params = theirs.init(jax.random.key(1), x)
-  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
   assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
-  np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-5, atol=1e-5)
+  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
+  np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-4, atol=1e-4)
+
+
+def test_conv_in_bfloat16_sums_in_float32():
+  x, kernel = (normal(*s).astype(jnp.bfloat16) for s in ((40, 14, 14, 16), (3, 3, 16, 16)))
+  f = functools.partial(ms.nn.conv_general_dilated, **options((1, 1), 'SAME', None, None))
+  got = jax.jit(jax.grad(lambda k: jnp.sum(jnp.square(f(x, k).astype(jnp.float32)))))(kernel)
+  expected = jax.grad(lambda k: jnp.sum(f(x.astype(jnp.float32), k) ** 2))(kernel.astype(jnp.float32))
+  assert got.dtype == jnp.bfloat16
+  assert relative_error(got.astype(jnp.float32), expected) < 5e-3  # bfloat16 has 8 bits: 2e-3 each way.
 
 
 def test_conv_with_other_channels():
-  with pytest.raises(ValueError, match=r'kernel \(3, 3, 2, 4\) expects 2 channels, got images of shape \(1, 8, 8, 3\)'):
-    ms.nn.conv(jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 2, 4)))
+  with pytest.raises(TypeError, match='feature dimension size'):
+    ms.nn.conv_general_dilated(jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 2, 4)), (1, 1), 'SAME', dimension_numbers=NHWC)
 
 
 @pytest.mark.parametrize('shape', [(2, 8, 8, 3), (2, 7, 9, 3)])
@@ -79,17 +177,22 @@ def test_max_pool_equals_flax_to_second_order(shape, window):
   x = jnp.asarray(np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape) / 7, jnp.float32)
 
   def value_and_gradients(pool):
-    scalar = lambda x: jnp.sum(jnp.sin(pool(x)))
-    return pool(x), jax.grad(scalar)(x), jax.grad(lambda x: jnp.sum(jax.grad(scalar)(x) ** 2))(x)
+    scalar = lambda x: jnp.sum(jnp.sin(pool(x, window, window)))
+    grad = jax.grad(scalar)
+    return pool(x, window, window), grad(x), jax.grad(lambda x: jnp.sum(grad(x) ** 2))(x), jax.jvp(grad, [x], [x])[1]
 
-  ours = value_and_gradients(lambda x: ms.nn.max_pool(x, window=window))
-  theirs = value_and_gradients(lambda x: nn.max_pool(x, window, window))
-  assert_trees_close(ours, theirs)
+  assert_trees_close(value_and_gradients(ms.nn.max_pool), value_and_gradients(nn.max_pool))
+
+
+@pytest.mark.parametrize('arguments', [((2, 2),), ((3, 3), (2, 2), 'SAME'), ((2, 2), (2, 2), ((1, 1), (0, 0)))])
+def test_max_pool_with_windows_that_overlap_or_padding_is_flax(arguments):
+  x = normal(2, 7, 9, 3)
+  assert np.array_equal(ms.nn.max_pool(x, *arguments), nn.max_pool(x, *arguments))
 
 
 def test_max_pool_of_equal_values_sends_the_gradient_to_one():
   x = jnp.ones((1, 4, 4, 1))
-  grads = jax.grad(lambda x: jnp.sum(ms.nn.max_pool(x)))(x)[0, :, :, 0]
+  grads = jax.grad(lambda x: jnp.sum(ms.nn.max_pool(x, (2, 2), (2, 2))))(x)[0, :, :, 0]
   assert np.array_equal(grads, np.tile([[1, 0], [0, 0]], (2, 2)))
 
 
@@ -97,9 +200,10 @@ def test_compiled_pooling_gradient_after_batch_norm_equals_float64(optimized):
   """Where comparing with the maximum lost gradients: normalisation is computed twice, and rounded apart."""
 
   def meta(x, scale):
+    pool = lambda x: ms.nn.max_pool(x, (2, 2), (2, 2))
     norm = lambda s, x: (x - jnp.mean(x)) * lax.rsqrt(jnp.var(x) + 1e-3) * s
-    inner = lambda s: jnp.mean(ms.nn.max_pool(jnp.maximum(norm(s, x), 0)) ** 3)
-    return jnp.mean(ms.nn.max_pool(norm(scale - 0.4 * jax.grad(inner)(scale), x)) ** 2)
+    inner = lambda s: jnp.mean(pool(jnp.maximum(norm(s, x), 0)) ** 3)
+    return jnp.mean(pool(norm(scale - 0.4 * jax.grad(inner)(scale), x)) ** 2)
 
   x = jax.random.normal(jax.random.key(0), (16, 28, 28, 8))
   single = jax.jit(jax.grad(meta, argnums=(0, 1)))(x, jnp.float32(1.3))
@@ -120,13 +224,58 @@ def test_batch_norm_equals_flax_by_the_batch_at_hand():
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def plain_block(x, kernel, scale, bias):
+  """The block as it is usually written."""
+  y = lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)
+  y = y - jnp.mean(y, (0, 1, 2), keepdims=True)
+  y = y * lax.rsqrt(jnp.mean(y**2, (0, 1, 2), keepdims=True) + 1e-3) * scale.reshape(1, 1, 1, -1)
+  return nn.max_pool(nn.relu(y + bias.reshape(1, 1, 1, -1)), (2, 2), (2, 2))
+
+
+@pytest.mark.parametrize('parts', [1, 3])
+def test_conv_block_equals_the_plain_layers_to_second_order(parts):
+  """Also in channels whose scale is negative, where batch norm turns the order around."""
+  with jax.enable_x64(True):
+    x, kernel = normal(6, 7, 8, 2), normal(3, 3, 2, 4, seed=1)
+    norm = jnp.array([0.5, -1.5, 2.0, -0.1]), jnp.array([0.1, 0.5, -0.2, 0.3])
+    results = []
+    for block in (functools.partial(ms.nn.conv_block, parts=parts), plain_block):
+      scalar = lambda *a, block=block: jnp.sum(jnp.sin(block(*a)))
+      first = jax.grad(scalar, argnums=(0, 1, 2, 3))
+      second = jax.grad(lambda *a, first=first: sum(jnp.sum(g**2) for g in first(*a)), argnums=(0, 1, 2, 3))
+      operands = (x, kernel, *norm)
+      results.append(jax.jit(lambda b=block, f=first, s=second, a=operands: (b(*a), f(*a), s(*a)))())
+    assert_trees_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_conv_block_in_parts_keeps_no_convolution():
+  x, kernel, one = jnp.zeros((60, 28, 28, 1)), jnp.zeros((3, 3, 1, 64)), jnp.ones(64)
+
+  def memory(parts):
+    loss = lambda k: jnp.sum(ms.nn.conv_block(x, k, one, one, parts=parts) ** 2)
+    return jax.jit(jax.grad(loss)).lower(kernel).compile().memory_analysis().temp_size_in_bytes
+
+  assert memory(6) < 0.5 * memory(1)
+
+
+def test_parts_are_for_cheap_first_layers():
+  assert block.default_parts((75, 28, 28, 1), (3, 3, 1, 64)) == 5
+  assert block.default_parts((5, 28, 28, 1), (3, 3, 1, 64)) == 1
+  assert block.default_parts((75, 14, 14, 64), (3, 3, 64, 64)) == 1
+  assert block.default_parts((79, 28, 28, 1), (3, 3, 1, 64)) == 1  # No divisor.
+  with pytest.raises(ValueError, match='parts must be a divisor of the number of images, 5, got 2'):
+    ms.nn.conv_block(jnp.zeros((5, 8, 8, 1)), jnp.zeros((3, 3, 1, 4)), jnp.ones(4), jnp.ones(4), parts=2)
+
+
 def test_shapes_that_do_not_fit():
-  with pytest.raises(ValueError, match=r'conv takes x \[B, H, W, D\] .* got \(8, 8, 3\) and'):
-    ms.nn.conv(jnp.zeros((8, 8, 3)), jnp.zeros((3, 3, 3, 4)))
+  with pytest.raises(TypeError, match='conv_general_dilated lhs and rhs must have equal numbers of dimensions'):
+    ms.nn.conv_general_dilated(jnp.zeros((8, 8, 3)), jnp.zeros((3, 3, 3, 4)), (1, 1), 'SAME')
   with pytest.raises(ValueError, match=r'kernel \(3, 3, 1, 4\) is larger than the padded images \(1, 2, 8, 1\)'):
-    ms.nn.conv(jnp.zeros((1, 2, 8, 1)), jnp.zeros((3, 3, 1, 4)), padding='VALID')
+    ms.nn.conv_general_dilated(
+      jnp.zeros((1, 2, 8, 1)), jnp.zeros((3, 3, 1, 4)), (1, 1), 'VALID', dimension_numbers=NHWC
+    )
   with pytest.raises(ValueError, match=r'max_pool takes images .* of at least 2x2, got \(1, 1, 8, 1\)'):
-    ms.nn.max_pool(jnp.zeros((1, 1, 8, 1)))
+    ms.nn.max_pool(jnp.zeros((1, 1, 8, 1)), (2, 2), (2, 2))
 
 
 class TestNetworks:
@@ -140,15 +289,25 @@ class TestNetworks:
     x = jnp.zeros((2, 28, 28, 1))
     theta = ms.nn.from_linen(ms.nn.Conv4(5)).init(jax.random.key(0), x)
     shapes = jax.tree.map(jnp.shape, theta)
-    assert shapes['Conv_0']['kernel'] == (3, 3, 1, 64)
-    assert [shapes[f'Conv_{i}']['kernel'] for i in (1, 2, 3)] == [(3, 3, 64, 64)] * 3
+    assert shapes['ConvBlock_0'] == {'kernel': (3, 3, 1, 64), 'scale': (64,), 'bias': (64,)}
+    assert [shapes[f'ConvBlock_{i}']['kernel'] for i in (1, 2, 3)] == [(3, 3, 64, 64)] * 3
     assert shapes['Dense_0']['kernel'] == (64, 32)
     assert shapes['Dense_1'] == {'kernel': (32, 5), 'bias': (5,)}
 
-  def test_conv4_pools_where_relu_would_come_first(self):
-    """ReLU and max-pool commute; the order here is the cheaper one."""
-    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
-    assert np.array_equal(nn.relu(ms.nn.max_pool(x)), ms.nn.max_pool(nn.relu(x)))
+  def test_conv4_in_bfloat16_keeps_theta_its_gradient_and_the_logits_in_float32(self, optimized):
+    x = jax.random.normal(jax.random.key(0), (10, 16, 16, 1))
+    single, half = (ms.nn.from_linen(ms.nn.Conv4(5, filters=16, dtype=dtype)) for dtype in (None, jnp.bfloat16))
+    theta = single.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, half.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, theta)
+    labels = jnp.arange(10) % 5
+    losses = [
+      jax.jit(jax.value_and_grad(lambda t, m=m: ms.losses.cross_entropy(m.apply(t, x), labels)))(theta)
+      for m in (single, half)
+    ]
+    assert {leaf.dtype for leaf in jax.tree.leaves(losses[1])} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(losses[1][0], losses[0][0], rtol=2e-2)
+    assert 1e-4 < relative_error(losses[1][1], losses[0][1]) < 0.1  # It rounds, but not more than bfloat16 does.
+    assert 'bf16' in jax.jit(half.apply).lower(theta, x).as_text()
 
   def test_mlp_is_the_papers(self):
     theta = ms.nn.from_linen(ms.nn.MLP()).init(jax.random.key(0), jnp.zeros((1, 1)))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
-from metasgd_jax.adaptation import broadcast_alpha
+from metasgd_jax.adaptation import Backward, broadcast_alpha
 from metasgd_jax.learners.meta_sgd import Metric, gradient_learner
 from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree
 
@@ -16,6 +16,7 @@ def maml(
   alpha: PyTree = 0.01,
   steps: int = 1,
   first_order: bool = False,
+  backward: Backward = 'reverse',
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
   """Builds the MAML learner: θ′ = θ − α ∇L_support(θ), with θ alone learned (Finn et al. 2017, Algorithm 1).
@@ -28,6 +29,7 @@ def maml(
       optimiser and no weight decay can move it.
     steps: inner steps.
     first_order: drop the second derivatives (FOMAML).
+    backward: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
   Raises:
@@ -42,5 +44,5 @@ def maml(
     return MetaParams(theta, None)
 
   return gradient_learner(
-    model, loss_fn, init, lambda meta: alpha, steps=steps, first_order=first_order, metrics=metrics
+    model, loss_fn, init, lambda meta: alpha, steps=steps, first_order=first_order, backward=backward, metrics=metrics
   )

@@ -6,7 +6,16 @@ from typing import Any, get_args
 import chex
 import jax
 
-from metasgd_jax.adaptation import Per, adapt, adapt_path, check_alpha_range, check_steps, init_alpha
+from metasgd_jax.adaptation import (
+  Backward,
+  Per,
+  adapt,
+  adapt_path,
+  check_alpha_range,
+  check_backward,
+  check_steps,
+  init_alpha,
+)
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, PyTree
 
 Metric = Callable[[Any, Any], chex.Array]
@@ -18,6 +27,7 @@ def meta_sgd(
   *,
   steps: int = 1,
   first_order: bool = False,
+  backward: Backward = 'reverse',
   alpha_range: tuple[float, float] = (0.005, 0.1),
   alpha_per: Per = 'entry',
   metrics: Mapping[str, Metric] | None = None,
@@ -35,12 +45,14 @@ def meta_sgd(
     loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
     steps: inner steps; the paper's 1.
     first_order: drop the second derivatives.
+    backward: how the outer gradient goes through the inner steps; see `adaptation.Backward`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
     alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
     metrics: `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, or a metric named 'loss'.
+    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown backward, or a metric
+      named 'loss'.
   """
   low, high = alpha_range
   check_alpha_range(low, high)
@@ -53,7 +65,14 @@ def meta_sgd(
     return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per))
 
   return gradient_learner(
-    model, loss_fn, init, lambda meta: meta.alpha, steps=steps, first_order=first_order, metrics=metrics
+    model,
+    loss_fn,
+    init,
+    lambda meta: meta.alpha,
+    steps=steps,
+    first_order=first_order,
+    backward=backward,
+    metrics=metrics,
   )
 
 
@@ -65,6 +84,7 @@ def gradient_learner(
   *,
   steps: int,
   first_order: bool,
+  backward: Backward,
   metrics: Mapping[str, Metric] | None,
 ) -> Learner:
   """Builds a learner that adapts by `adapt`; `meta_sgd` and `maml` differ in where α comes from.
@@ -76,12 +96,14 @@ def gradient_learner(
     alpha_of: `meta → α`.
     steps: inner steps.
     first_order: drop the second derivatives.
+    backward: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, or a metric named 'loss'.
+    ValueError: steps that are no count, an unknown backward, or a metric named 'loss'.
   """
   check_steps(steps)
+  check_backward(backward)
   metrics = dict(metrics or {})
   if 'loss' in metrics:
     raise ValueError("a metric cannot be named 'loss', which is loss_fn's own name in info; give it another")
@@ -92,7 +114,7 @@ def gradient_learner(
 
   def adapt_(meta: MetaParams, support: Batch, key=None) -> PyTree:
     del key  # Nothing here is random.
-    return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, **inner)
+    return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, backward=backward, **inner)
 
   def path(meta: MetaParams, support: Batch, key=None) -> PyTree:
     del key

@@ -1,6 +1,17 @@
-"""Networks that stay fast under second derivatives."""
+"""Networks, and layers that are fast under second derivatives."""
 
-from metasgd_jax.nn.conv import BatchNorm, Conv, conv, max_pool
+from metasgd_jax.nn.block import BatchNorm, ConvBlock, conv_block
+from metasgd_jax.nn.conv import Conv, conv_general_dilated, max_pool
 from metasgd_jax.nn.networks import MLP, Conv4, from_linen
 
-__all__ = ['MLP', 'BatchNorm', 'Conv', 'Conv4', 'conv', 'from_linen', 'max_pool']
+__all__ = [
+  'MLP',
+  'BatchNorm',
+  'Conv',
+  'Conv4',
+  'ConvBlock',
+  'conv_block',
+  'conv_general_dilated',
+  'from_linen',
+  'max_pool',
+]

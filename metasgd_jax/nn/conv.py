@@ -1,130 +1,158 @@
-"""Convolution and pooling that stay matrix products under vmap over kernels and under second derivatives.
+"""Convolution that stays fast under vmap over kernels and under second derivatives; a drop-in for lax and flax."""
 
-`lax.conv` with a kernel for each task becomes a grouped convolution, whose second derivatives XLA's CPU back end runs
-with generic loops; `reduce_window`'s gradient is slow too. Here a convolution is a matrix product over patches, and
-pooling is a maximum over slices, so derivatives of every order are products, slices and pads.
-"""
-
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-Padding = str | Sequence[tuple[int, int]]
+from metasgd_jax.nn import bilinear
 
 
-def conv(
-  x: chex.Array, kernel: chex.Array, *, strides: Sequence[int] = (1, 1), padding: Padding = 'SAME'
+def conv_general_dilated(
+  lhs: chex.Array,
+  rhs: chex.Array,
+  window_strides: Sequence[int],
+  padding: str | Sequence[tuple[int, int]],
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: Any = None,
+  feature_group_count: int = 1,
+  batch_group_count: int = 1,
+  precision: Any = None,
+  preferred_element_type: Any = None,
 ) -> chex.Array:
-  """Returns the 2-D cross-correlation of x with kernel, as `lax.conv_general_dilated` in NHWC, HWIO.
+  """Returns what `jax.lax.conv_general_dilated` does, with the same arguments.
+
+  In one or two spatial dimensions, in any layout, with any strides, padding and dilation, it and its derivatives of
+  every order, forward and reverse, are convolutions in the one layout that is fast (see `nn.bilinear`). With groups, in
+  three dimensions, or with another preferred_element_type it is lax's own, whose second derivatives are slow on a CPU.
 
   Args:
-    x: `[B, H, W, D]`.
-    kernel: `[h, w, D, F]`.
-    strides: along H and W.
-    padding: 'SAME', 'VALID', or (before, after) for H and W.
+    lhs: images, `[B, D, H, W]` unless dimension_numbers says otherwise, as 'NHWC' does.
+    rhs: kernel, `[F, D, h, w]` unless it says otherwise.
+    window_strides: along each spatial dimension.
+    padding: 'SAME', 'SAME_LOWER', 'VALID', or (before, after) for each spatial dimension.
+    lhs_dilation: of the images; transposed convolution.
+    rhs_dilation: of the kernel; atrous convolution.
+    dimension_numbers: as lax takes them.
+    feature_group_count: as in lax.
+    batch_group_count: as in lax.
+    precision: as in lax.
+    preferred_element_type: as in lax.
 
   Returns:
-    `[B, H', W', F]`.
+    `[B, F, H', W']`, or as dimension_numbers says.
 
   Raises:
-    ValueError: ranks other than 4, kernel's D is not x's, or a kernel larger than the padded image.
+    ValueError: a kernel larger than the padded images.
+    TypeError: shapes that do not fit, as lax says it.
   """
-  if x.ndim != 4 or kernel.ndim != 4:
-    raise ValueError(f'conv takes x [B, H, W, D] and kernel [h, w, D, F], got {x.shape} and {kernel.shape}')
-  height, width, depth, features = kernel.shape
-  if x.shape[-1] != depth:
-    raise ValueError(f'kernel {kernel.shape} expects {depth} channels, got images of shape {x.shape}')
+
+  def by_lax(lhs, rhs):
+    return lax.conv_general_dilated(
+      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+      feature_group_count, batch_group_count, precision, preferred_element_type,
+    )  # fmt: skip
+
+  out = jax.eval_shape(by_lax, lhs, rhs)  # Lax's checks.
+  if not all(out.shape):
+    raise ValueError(
+      f'kernel {rhs.shape} is larger than the padded images {lhs.shape}, or one is empty; pad more, or give larger ones'
+    )
+  spatial = lhs.ndim - 2
+  if feature_group_count != 1 or batch_group_count != 1 or preferred_element_type is not None or spatial not in (1, 2):
+    return by_lax(lhs, rhs)
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
+  x, k = jnp.transpose(lhs, (batch, *image, depth)), jnp.transpose(rhs, (*kernel, inputs, features))
+  strides, x_dilation = tuple(window_strides), tuple(lhs_dilation or (1,) * spatial)
+  kernel_dilation = tuple(rhs_dilation or (1,) * spatial)
   if isinstance(padding, str):
-    padding = lax.padtype_to_pads(x.shape[1:3], (height, width), tuple(strides), padding)
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  if height > x.shape[1] or width > x.shape[2]:
-    raise ValueError(f'kernel {kernel.shape} is larger than the padded images {x.shape}; pad more, or give larger ones')
-  rows, columns = strides
-  out_h = (x.shape[1] - height) // rows + 1
-  out_w = (x.shape[2] - width) // columns + 1
-  patches = [
-    x[:, i : i + (out_h - 1) * rows + 1 : rows, j : j + (out_w - 1) * columns + 1 : columns]
-    for i in range(height)
-    for j in range(width)
-  ]
-  return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, features)
+    reach = [(n - 1) * d + 1 for n, d in zip(k.shape[:-2], kernel_dilation, strict=True)]
+    padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+  edges = tuple((int(low), int(high)) for low, high in padding)
+  if spatial == 1:
+    x, k = x[:, None], k[None]
+    strides, x_dilation, kernel_dilation = (1, *strides), (1, *x_dilation), (1, *kernel_dilation)
+    edges = ((0, 0), *edges)
+  y = bilinear.conv(x, k, bilinear.Window(strides, edges, x_dilation, kernel_dilation), precision)
+  if spatial == 1:
+    y = y[:, 0]
+  place = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])  # Of B, space and F in the output.
+  return jnp.transpose(y, tuple(place.index(i) for i in range(y.ndim)))
 
 
-def max_pool(x: chex.Array, *, window: Sequence[int] = (2, 2)) -> chex.Array:
-  """Returns the maximum over windows that do not overlap; a remainder at the edge is left out.
+class Conv(nn.Conv):
+  """`flax.linen.Conv` through `conv_general_dilated`: the same arguments, parameters and results.
 
-  `where(a >= b, a, b)` sends the whole gradient to the first of equal values, whatever XLA fuses around it.
-  Comparing x with its maximum does not: the two sides may be rounded apart, and the gradient is lost. A NaN may be
-  passed over.
+  Also with its padding 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes. Groups and three dimensions are as slow as
+  flax's own.
+  """
+
+  conv_general_dilated: Callable[..., Any] | None = conv_general_dilated
+
+
+def max_pool(
+  inputs: chex.Array,
+  window_shape: Sequence[int],
+  strides: Sequence[int] | None = None,
+  padding: str | Sequence[tuple[int, int]] = 'VALID',
+) -> chex.Array:
+  """Returns what `flax.linen.max_pool` does, with the same arguments.
+
+  Images under windows that do not overlap (strides equal to the window, padding 'VALID') are pooled by comparing
+  slices; the winner of each window is remembered, and derivatives of every order pick by it. All else is flax's own,
+  whose derivatives are slow. Of equal values the first one wins, in row-major order. A NaN may be passed over. A winner
+  is not found by comparing values with their maximum: XLA may compute the two in different fusions that round apart,
+  and the gradient is lost.
 
   Args:
-    x: `[B, H, W, D]`.
-    window: (h, w), which is the stride as well.
+    inputs: `[B, H, W, D]`, or as flax takes them.
+    window_shape: (h, w).
+    strides: flax's default is (1, 1).
+    padding: as in flax.
 
   Returns:
-    `[B, H // h, W // w, D]`.
+    `[B, H // h, W // w, D]` in the fast case: a remainder at the edge is left out.
 
   Raises:
-    ValueError: images of another rank, or smaller than the window.
+    ValueError: images smaller than the window.
   """
-  h, w = window
-  if x.ndim != 4 or x.shape[1] < h or x.shape[2] < w:
-    raise ValueError(f'max_pool takes images [B, H, W, D] of at least {h}x{w}, got {x.shape}')
-  rows, columns = x.shape[1] // h * h, x.shape[2] // w * w
-  slices = [x[:, i:rows:h, j:columns:w] for i in range(h) for j in range(w)]
-  return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), slices)
+  window = tuple(window_shape)
+  if inputs.ndim != 4 or len(window) != 2 or padding != 'VALID' or strides is None or tuple(strides) != window:
+    return nn.max_pool(inputs, window, strides, padding)
+  (batch, height, width, depth), (h, w) = inputs.shape, window
+  if height < h or width < w:
+    raise ValueError(f'max_pool takes images [B, H, W, D] of at least {h}x{w}, got {inputs.shape}')
+  rows, columns = height // h, width // w
+  return _pool(inputs[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, depth))
 
 
-class Conv(nn.Module):
-  """`flax.linen.Conv` for 2-D, through `conv`; the same parameters under the same names.
-
-  Attributes:
-    features: F.
-    kernel_size: (h, w).
-    strides: along H and W.
-    padding: as `conv`.
-    use_bias: whether to add a bias `[F]`.
-    kernel_init: of the kernel `[h, w, D, F]`.
-  """
-
-  features: int
-  kernel_size: Sequence[int] = (3, 3)
-  strides: Sequence[int] = (1, 1)
-  padding: Padding = 'SAME'
-  use_bias: bool = True
-  kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
-
-  @nn.compact
-  def __call__(self, x):
-    """`[B, H, W, D]` → `[B, H', W', F]`."""
-    kernel = self.param('kernel', self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
-    x = conv(x, kernel, strides=self.strides, padding=self.padding)
-    if self.use_bias:
-      x = x + self.param('bias', nn.initializers.zeros, (self.features,)).reshape(1, 1, 1, -1)
-    return x
+@jax.custom_jvp
+def _pool(x):
+  """`[B, H, h, W, w, D]` → `[B, H, W, D]`."""
+  return _winner(x)[0]
 
 
-class BatchNorm(nn.Module):
-  """Normalises each channel by the statistics of the batch at hand, in training and at test (transductive).
+@_pool.defjvp
+def _pool_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  value, index = _winner(x)
+  h, w = x.shape[2], x.shape[4]
+  places = jnp.arange(h * w, dtype=index.dtype).reshape(1, 1, h, 1, w, 1)
+  won = index[:, :, None, :, None] == places
+  return value, jnp.sum(jnp.where(won, dx, jnp.zeros((), dx.dtype)), (2, 4))
 
-  scale ∘ (x − mean) / √(var + ε) + bias, over all axes but the last; no running averages. As MAML's code does; the
-  query items of a task are thus normalised together. ε = 1e-3 is the default of the layer that MAML's code uses.
-  """
 
-  epsilon: float = 1e-3
-
-  @nn.compact
-  def __call__(self, x):
-    """`[B, …, D]` → the same shape."""
-    axes = tuple(range(x.ndim - 1))
-    channels = (1,) * len(axes) + (x.shape[-1],)
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],)).reshape(channels)
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],)).reshape(channels)
-    centred = x - jnp.mean(x, axes, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-    return centred * (lax.rsqrt(variance + self.epsilon) * scale) + bias
+def _winner(x):
+  h, w = x.shape[2], x.shape[4]
+  value, index = x[:, :, 0, :, 0], jnp.zeros((), jnp.int32)
+  for place in range(1, h * w):
+    other = x[:, :, place // w, :, place % w]
+    stays = value >= other
+    value, index = jnp.where(stays, value, other), jnp.where(stays, index, place)
+  return value, jnp.broadcast_to(index, value.shape)

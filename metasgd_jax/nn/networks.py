@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
-from metasgd_jax.nn.conv import BatchNorm, Conv, max_pool
+from metasgd_jax.nn.block import ConvBlock
 from metasgd_jax.types import Model
 
 
@@ -41,18 +42,20 @@ class Conv4(nn.Module):
 
   The paper's classifier (section 4.2): 64 filters and a fully connected layer of 32 on Omniglot, 32 filters and none
   on mini-ImageNet. The convolutions have no bias, since batch norm would cancel it. The ReLU after the layer of 32 is
-  our reading: the paper does not state it; so are Glorot's weights for the convolutions, which are MAML's. ReLU and
-  max-pool commute, so pooling goes first, on a quarter of the work.
+  our reading: the paper does not state it; so are Glorot's weights for the convolutions, which are MAML's.
 
   Attributes:
     way: N.
     filters: of each block.
     hidden: units of the fully connected layer; 0 leaves it out.
+    dtype: of the activations; θ's where left out. With bfloat16, θ, its gradient, all sums, batch norm's statistics and
+      the logits stay float32.
   """
 
   way: int = 5
   filters: int = 64
   hidden: int = 32
+  dtype: chex.ArrayDType | None = None
 
   @nn.compact
   def __call__(self, x):
@@ -60,12 +63,12 @@ class Conv4(nn.Module):
     if x.ndim != 4 or min(x.shape[1:3]) < 16:
       raise ValueError(f'Conv4 halves images four times, so takes [B, H, W, D] of at least 16x16, got {x.shape}')
     for _ in range(4):
-      x = Conv(self.filters, use_bias=False, kernel_init=nn.initializers.glorot_uniform())(x)
-      x = nn.relu(max_pool(BatchNorm()(x)))
+      x = ConvBlock(self.filters, dtype=self.dtype)(x)
     x = x.reshape(x.shape[0], -1)
     if self.hidden:
-      x = nn.relu(nn.Dense(self.hidden)(x))
-    return nn.Dense(self.way)(x)
+      x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
+    logits = nn.Dense(self.way, dtype=self.dtype)(x)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def from_linen(module: nn.Module) -> Model:

@@ -1,0 +1,221 @@
+"""A convolution and its kernel's gradient as two bilinear primitives, closed under differentiation.
+
+y = conv(x, κ) is bilinear, and so is κ̄ = kernel_gradient(x, ȳ); the input's gradient is a conv of ȳ with κ turned
+around. Every derivative of either, of any order, forward or reverse, is one of the two again:
+
+    conv(x, κ)              d/dx: conv(ȳ, turned κ)        d/dκ: kernel_gradient(x, ȳ)
+    kernel_gradient(x, ȳ)   d/dx: conv(ȳ, turned κ̄)        d/dȳ: conv(x, κ̄)
+
+So how either is computed is chosen here and nowhere else, when a program is lowered for a platform;
+benchmarks/RESULTS.md has the figures.
+
+- CPU: each task's convolution in the layout NHWC, HWIO → NHWC, operands transposed by hand. XLA brings convolutions
+  into that layout at the entry of a program only; in the body of a loop any other is tens of times slower. The
+  kernel's gradient contracts 16 images at a time, so that the operand that is read again and again stays in cache.
+- elsewhere: one task as above; several, each with its own kernel, as one batched matrix product over patches.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+IMAGES_AT_ONCE = 16  # Of a kernel's gradient on a CPU; 16 float32 fill a vector register of 512 bits.
+
+
+class Window(NamedTuple):
+  """How a kernel moves over an image, as in `lax.conv_general_dilated`; each along H and W."""
+
+  strides: tuple[int, ...] = (1, 1)
+  padding: tuple[tuple[int, int], ...] = ((0, 0), (0, 0))
+  x_dilation: tuple[int, ...] = (1, 1)
+  kernel_dilation: tuple[int, ...] = (1, 1)
+
+  def outputs(self, image, kernel) -> tuple[int, ...]:
+    """Returns the output's height and width, for those of the image and the kernel."""
+    return tuple(
+      (_dilated(n, xd) + low + high - _dilated(k, kd)) // s + 1
+      for n, k, s, (low, high), xd, kd in zip(image, kernel, *self, strict=True)
+    )
+
+
+def conv(x, kernel, window: Window, precision=None):
+  """Returns the cross-correlation of images `[B, H, W, D]` with a kernel `[h, w, D, F]`: `[B, H', W', F]`."""
+  return conv_p.bind(x[None], kernel[None], window=window, precision=precision)[0]
+
+
+def _dilated(n, dilation):
+  return (n - 1) * dilation + 1 if n else 0
+
+
+# What follows has a task axis in front, T, so that vmap over tasks stays inside: x [T, B, H, W, D], kernel
+# [T, h, w, D, F], y [T, B, H', W', F].
+
+
+def _conv_shape(x, kernel, *, window, precision):
+  del precision
+  return x.update(shape=(*x.shape[:2], *window.outputs(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1]))
+
+
+def _kernel_gradient_shape(x, y, *, window, size, precision):
+  del window, precision
+  return x.update(shape=(x.shape[0], *size, x.shape[-1], y.shape[-1]))
+
+
+def _input_gradient(y, kernel, x, window, precision):
+  """The conv of ȳ with the kernel turned by half a circle, which gives an array of x's height and width."""
+  padding = []
+  sizes = zip(x.aval.shape[2:4], kernel.shape[1:3], y.shape[2:4], *window, strict=True)
+  for n, k, out, s, (low, _), xd, kd in sizes:
+    before = _dilated(k, kd) - 1 - low
+    padding.append((before, _dilated(n, xd) + _dilated(k, kd) - 1 - _dilated(out, s) - before))
+  turned = jnp.swapaxes(kernel[:, ::-1, ::-1], -1, -2)
+  back = Window(window.x_dilation, tuple(padding), window.strides, window.kernel_dilation)
+  return conv_p.bind(y, turned, window=back, precision=precision)
+
+
+def _conv_to_x(y, x, kernel, *, window, precision):
+  return _input_gradient(y, kernel, x, window, precision)
+
+
+def _conv_to_kernel(y, x, kernel, *, window, precision):
+  size = kernel.aval.shape[1:3]
+  return kernel_gradient_p.bind(x, y, window=window, size=size, precision=precision)
+
+
+def _kernel_gradient_to_x(kernel, x, y, *, window, size, precision):
+  del size
+  return _input_gradient(y, kernel, x, window, precision)
+
+
+def _kernel_gradient_to_y(kernel, x, y, *, window, size, precision):
+  del y, size
+  return conv_p.bind(x, kernel, window=window, precision=precision)
+
+
+def _batch(primitive, operands, axes, **options):
+  """A vmapped axis joins the images where the kernel is shared, and the tasks otherwise."""
+  size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
+  if primitive is conv_p and axes[1] is None:
+    x = jnp.moveaxis(operands[0], axes[0], 1)
+    tasks, _, images = x.shape[:3]
+    y = conv_p.bind(x.reshape(tasks, size * images, *x.shape[3:]), operands[1], **options)
+    return y.reshape(tasks, size, images, *y.shape[2:]), 1
+  moved = [
+    jnp.broadcast_to(a[None], (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+    for a, axis in zip(operands, axes, strict=True)
+  ]
+  out = primitive.bind(*(a.reshape(-1, *a.shape[2:]) for a in moved), **options)
+  return out.reshape(size, -1, *out.shape[1:]), 0
+
+
+# The forms.
+
+
+def _lax_conv(x, kernel, window, precision):
+  """One task's, summed in float32 at the least."""
+  sums = jnp.promote_types(x.dtype, jnp.float32)
+  y = lax.conv_general_dilated(
+    x, kernel, window.strides, window.padding, window.x_dilation, window.kernel_dilation, LAYOUT,
+    precision=precision, preferred_element_type=sums,
+  )  # fmt: skip
+  return y.astype(x.dtype)
+
+
+def _lax_kernel_gradient(x, y, window, size, precision):
+  """One task's: a conv of images whose channels are the batch, with ȳ as the kernel, in steps of the dilation."""
+  padding = []
+  for n, k, out, s, (low, _), xd, kd in zip(x.shape[1:3], size, y.shape[1:3], *window, strict=True):
+    padding.append((low, _dilated(k, kd) - 1 + _dilated(out, s) - _dilated(n, xd) - low))
+  turned = Window(window.kernel_dilation, tuple(padding), window.x_dilation, window.strides)
+  out = _lax_conv(jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(y, (1, 2, 0, 3)), turned, precision)
+  return jnp.transpose(out, (1, 2, 0, 3))
+
+
+def _kernel_gradient_in_parts(x, y, window, size, precision):
+  gradient = functools.partial(_lax_kernel_gradient, window=window, size=size, precision=precision)
+  images = x.shape[0]
+  if images <= IMAGES_AT_ONCE:
+    return gradient(x, y)
+  rest = -images % IMAGES_AT_ONCE  # Images of zeros, which add nothing.
+  parts = [jnp.pad(a, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(-1, IMAGES_AT_ONCE, *a.shape[1:]) for a in (x, y)]
+  sums = jnp.promote_types(x.dtype, jnp.float32)
+  total = jnp.zeros((*size, x.shape[-1], y.shape[-1]), sums)
+  return lax.scan(lambda total, part: (total + gradient(*part), None), total, tuple(parts))[0].astype(x.dtype)
+
+
+def _over_tasks(form, *operands):
+  """One task after the other; one alone without a loop."""
+  if operands[0].shape[0] == 1:
+    return form(*(a[0] for a in operands))[None]
+  return lax.map(lambda task: form(*task), operands)
+
+
+def _conv_on_cpu(x, kernel, *, window, precision):
+  return _over_tasks(lambda x, kernel: _lax_conv(x, kernel, window, precision), x, kernel)
+
+
+def _kernel_gradient_on_cpu(x, y, *, window, size, precision):
+  return _over_tasks(lambda x, y: _kernel_gradient_in_parts(x, y, window, size, precision), x, y)
+
+
+def _patches(x, window, size):
+  """`[T, B·H'·W', h·w·D]`."""
+  edges = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.x_dilation, strict=True)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), *edges, (0, 0, 0)))
+  out_h, out_w = Window(window.strides, kernel_dilation=window.kernel_dilation).outputs(x.shape[2:4], size)
+  slices = []
+  for i in range(size[0]):
+    for j in range(size[1]):
+      top, left = i * window.kernel_dilation[0], j * window.kernel_dilation[1]
+      bottom, right = top + (out_h - 1) * window.strides[0] + 1, left + (out_w - 1) * window.strides[1] + 1
+      slices.append(x[:, :, top : bottom : window.strides[0], left : right : window.strides[1]])
+  patches = jnp.concatenate(slices, -1)
+  return patches.reshape(x.shape[0], -1, patches.shape[-1])
+
+
+def _conv_by_patches(x, kernel, *, window, precision):
+  if x.shape[0] == 1:
+    return _lax_conv(x[0], kernel[0], window, precision)[None]
+  tasks, *size, _, features = kernel.shape
+  sums = jnp.promote_types(x.dtype, jnp.float32)
+  flat = kernel.reshape(tasks, -1, features)
+  y = jnp.einsum('tpk,tkf->tpf', _patches(x, window, size), flat, precision=precision, preferred_element_type=sums)
+  return y.astype(x.dtype).reshape(tasks, x.shape[1], *window.outputs(x.shape[2:4], size), features)
+
+
+def _kernel_gradient_by_patches(x, y, *, window, size, precision):
+  if x.shape[0] == 1:
+    return _lax_kernel_gradient(x[0], y[0], window, size, precision)[None]
+  tasks, features = x.shape[0], y.shape[-1]
+  sums = jnp.promote_types(x.dtype, jnp.float32)
+  flat = y.reshape(tasks, -1, features)
+  out = jnp.einsum('tpk,tpf->tkf', _patches(x, window, size), flat, precision=precision, preferred_element_type=sums)
+  return out.astype(x.dtype).reshape(tasks, *size, x.shape[-1], features)
+
+
+def _primitive(name, shape, to_first, to_second, on_cpu, elsewhere):
+  primitive = Primitive(name)
+  primitive.def_abstract_eval(shape)
+
+  @primitive.def_impl
+  def compiled(first, second, **options):
+    return jax.jit(functools.partial(primitive.bind, **options))(first, second)
+
+  ad.defbilinear(primitive, to_first, to_second)
+  batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+  mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+  mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
+  return primitive
+
+
+conv_p = _primitive('metasgd_conv', _conv_shape, _conv_to_x, _conv_to_kernel, _conv_on_cpu, _conv_by_patches)
+kernel_gradient_p = _primitive(
+  'metasgd_conv_kernel_gradient', _kernel_gradient_shape, _kernel_gradient_to_x, _kernel_gradient_to_y,
+  _kernel_gradient_on_cpu, _kernel_gradient_by_patches,
+)  # fmt: skip
