@@ -185,3 +185,75 @@ class TestInitAlpha:
 def test_meta_params_keep_theta_before_alpha():
   leaves = jax.tree.leaves(ms.MetaParams(theta=jnp.zeros(1), alpha=jnp.ones(2)))
   assert [leaf.shape for leaf in leaves] == [(1,), (2,)]
+
+
+class TestBackward:
+  """The three ways back through the inner steps are one and the same."""
+
+  @pytest.mark.parametrize('steps', [0, 1, 3])
+  @pytest.mark.parametrize('alpha', ['whole', 'scalar', 'prefix'])
+  @pytest.mark.parametrize('backward', ['recompute', 'forward'])
+  def test_equals_reverse_mode_also_in_the_support_and_in_what_the_loss_closes_over(self, backward, alpha, steps):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+      theta = {'w': jnp.asarray(rng.normal(size=(3, 2))), 'b': jnp.asarray(rng.normal(size=2))}
+      support = ms.Batch(jnp.asarray(rng.normal(size=(5, 3))), jnp.arange(5) % 2)
+      rates = {
+        'whole': jax.tree.map(lambda t: jnp.asarray(rng.normal(size=t.shape)), theta),
+        'scalar': jnp.float64(0.3),
+        'prefix': {'w': jnp.float64(0.3), 'b': jnp.asarray(rng.normal(size=2))},
+      }[alpha]
+      temperature = jnp.float64(1.7)
+
+      def outer(theta, rates, x, temperature, backward):
+        loss_fn = lambda t, batch: ms.losses.cross_entropy(
+          jnp.tanh(batch.x @ t['w'] + t['b'][None]) * temperature, batch.y
+        )
+        adapted = ms.adapt(theta, rates, support._replace(x=x), loss_fn=loss_fn, steps=steps, backward=backward)
+        return loss_fn(adapted, support._replace(x=2 * x + 1))
+
+      gradients = [
+        jax.jit(jax.grad(functools.partial(outer, backward=b), argnums=(0, 1, 2, 3)))(
+          theta, rates, support.x, temperature
+        )
+        for b in ('reverse', backward)
+      ]
+      assert_trees_close(*gradients, rtol=1e-10, atol=1e-12)
+
+  def test_first_order(self, problem):
+    theta, alpha, batch = problem
+    gradients = [
+      jax.grad(
+        lambda t, b=b: loss_fn(ms.adapt(t, alpha, batch, loss_fn=loss_fn, first_order=True, steps=2, backward=b), batch)
+      )(theta)
+      for b in ('reverse', 'recompute', 'forward')
+    ]
+    assert_trees_close(gradients[0], gradients[1])
+    assert_trees_close(gradients[0], gradients[2])
+
+  def test_memory_does_not_grow_with_the_steps(self):
+    """A hundred activations of each item for each entry of θ, so that the path of θ counts for little."""
+    theta, support = {'w': jnp.ones((8, 8))}, ms.Batch(jnp.ones((2000, 8)), jnp.ones((2000, 8)))
+
+    def loss_fn(t, batch):
+      x = batch.x
+      for _ in range(6):
+        x = jnp.sin(x @ t['w'])
+      return jnp.mean((x - batch.y) ** 2)
+
+    def memory(steps, backward):
+      loss = lambda t, a: loss_fn(ms.adapt(t, a, support, loss_fn=loss_fn, steps=steps, backward=backward), support)
+      compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(theta, theta).compile()
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    for backward in ('recompute', 'forward'):
+      assert memory(32, backward) < 1.1 * memory(2, backward)
+    assert memory(32, 'reverse') > 5 * memory(2, 'reverse')
+
+  def test_an_unknown_way(self, problem):
+    theta, alpha, batch = problem
+    message = r"backward must be one of \('reverse', 'recompute', 'forward'\), got 'implicit'"
+    with pytest.raises(ValueError, match=message):
+      ms.adapt(theta, alpha, batch, loss_fn=loss_fn, backward='implicit')
+    with pytest.raises(ValueError, match=message):
+      ms.maml(None, loss_fn, backward='implicit')

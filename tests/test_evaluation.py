@@ -47,12 +47,19 @@ def test_mappings_are_equal():
   np.testing.assert_allclose(by['vmap'], by['scan'], rtol=1e-4)
 
 
-@pytest.mark.parametrize('at_once', [1, 4, 100])
-def test_groups_change_nothing(at_once):
+@pytest.mark.parametrize('group', [1, 4, 100])
+def test_groups_change_nothing(group):
   learner = sinusoid_learner()
   meta = meta_of(learner)
-  whole, grouped = (evaluate(learner, meta, num_tasks=6, at_once=n) for n in (6, at_once))
+  whole, grouped = (evaluate(learner, meta, num_tasks=6, mapping=mapping) for mapping in ('vmap', group))
   np.testing.assert_allclose(grouped, whole, rtol=1e-5)
+
+
+def test_devices_change_nothing():
+  learner = sinusoid_learner()
+  meta = meta_of(learner)
+  whole, shared = (evaluate(learner, meta, num_tasks=6, repeats=2, mesh=m) for m in (None, ms.sharding.task_mesh(6)))
+  np.testing.assert_allclose(shared, whole, rtol=1e-5)
 
 
 def test_another_run_of_the_same_learner_does_not_compile_again():
@@ -75,7 +82,7 @@ def test_the_key_alone_says_which_tasks():
   assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
 
 
-@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1), ('at_once', 0)])
+@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1)])
 def test_counts_below_one(option, value):
   with pytest.raises(ValueError, match=f'{option} must be at least 1, got {value}'):
     evaluate(sinusoid_learner(), None, **{option: value})

@@ -1,0 +1,102 @@
+"""Tasks over two devices: as one device has it, whatever JAX does with what is the same everywhere."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+from problems import assert_trees_close, conv_learner, episodes, random_bank, sinusoid_learner
+
+import metasgd_jax as ms
+
+TASKS = ms.tasks.sinusoid()
+ADAM = optax.adam(1e-2)
+
+
+@pytest.mark.parametrize('kind', ['sinusoid', 'conv'])
+@pytest.mark.parametrize('mapping', ['vmap', 'scan'])
+def test_training_over_devices_equals_one_device(kind, mapping, optimized):
+  if kind == 'sinusoid':
+    learner, tasks = sinusoid_learner(hidden=(8,)), TASKS
+  else:
+    learner, tasks = conv_learner(), ms.tasks.few_shot(random_bank(size=16), way=5, shot=1, query=2)
+  state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=ADAM)
+  seen = []
+  train = lambda mesh: ms.train(
+    state, tasks, learner=learner, optimizer=ADAM, meta_iterations=4, meta_batch=4, mapping=mapping, mesh=mesh, chunk=3,
+    callbacks=[lambda p: seen.append(p.info['loss'])],
+  )  # fmt: skip
+  mesh = ms.sharding.task_mesh(4)
+  assert mesh.size == 2
+  alone, shared = train(None), train(mesh)
+  assert_trees_close(alone.meta, shared.meta, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(np.concatenate(seen[:2]), np.concatenate(seen[2:]), rtol=1e-4)
+  assert len(jax.tree.leaves(shared.meta)[0].devices()) == 1
+
+
+def test_each_device_adapts_to_its_own_tasks():
+  """The trap: inside shard_map, with θ the same everywhere, jax.grad sums the inner gradients over the devices."""
+  mesh = ms.sharding.task_mesh(4)
+  inner = lambda theta, x: jax.grad(lambda t: jnp.sum(t * x))(theta)
+  tasks = jnp.arange(1.0, 5.0)
+
+  def of_tasks(theta, tasks):
+    return jax.lax.map(lambda x: inner(theta, x), tasks)
+
+  got = jax.jit(ms.sharding.share_tasks(of_tasks, mesh, average=False))(jnp.float32(1.0), tasks)
+  assert np.array_equal(got, tasks)
+  trapped = jax.shard_map(
+    of_tasks, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec('tasks')), out_specs=PartitionSpec('tasks')
+  )
+  assert not np.array_equal(jax.jit(trapped)(jnp.float32(1.0), tasks), tasks)
+
+
+def test_a_users_own_gradient_over_devices():
+  learner, mesh = sinusoid_learner(), ms.sharding.task_mesh(4)
+  batch, keys = episodes(TASKS, 4), jax.random.split(jax.random.key(7), 4)
+  meta = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], batch))
+  f = lambda meta, tasks: ms.value_and_grad(learner, meta, *tasks)
+  assert_trees_close(
+    jax.device_get(jax.jit(ms.sharding.share_tasks(f, mesh, average=True))(meta, (batch, keys))),
+    jax.device_get(f(meta, (batch, keys))),
+    rtol=1e-4, atol=1e-6,
+  )  # fmt: skip
+
+
+def test_runs_side_by_side_over_devices():
+  learner = sinusoid_learner(hidden=(8,))
+  state = ms.init(jax.random.split(jax.random.key(0), 3), TASKS, learner=learner, optimizer=ADAM)
+  results = [
+    ms.train(state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=5, meta_batch=4, mesh=mesh)
+    for mesh in (None, ms.sharding.task_mesh(4))
+  ]
+  assert_trees_close(*(r.meta for r in results), rtol=1e-3, atol=1e-5)
+
+
+def test_a_mesh_has_as_many_devices_as_share_the_tasks():
+  assert ms.sharding.task_mesh(5) is None
+  mesh = ms.sharding.task_mesh(2)
+  with pytest.raises(ValueError, match='3 tasks cannot be shared evenly by 2 devices; take a multiple of 2'):
+    ms.train(
+      ms.init(jax.random.key(0), TASKS, learner=sinusoid_learner(), optimizer=ADAM), TASKS,
+      learner=sinusoid_learner(), optimizer=ADAM, meta_iterations=1, meta_batch=3, mesh=mesh,
+    )  # fmt: skip
+  both = jax.make_mesh((1, 2), ('a', 'b'))
+  with pytest.raises(ValueError, match=r"mesh must have one axis, for tasks, got \('a', 'b'\)"):
+    ms.sharding.check_mesh(both, 2)
+
+
+def test_cores_become_devices_unless_their_number_is_set():
+  code = (
+    'import jax, metasgd_jax as ms; {}; ms.sharding.cpu_cores_as_devices(); '
+    'import os; print(jax.device_count("cpu") == len(os.sched_getaffinity(0)), jax.device_count("cpu"))'
+  )
+  run = lambda before: subprocess.run(
+    [sys.executable, '-c', code.format(before)], capture_output=True, text=True, check=True
+  ).stdout.split()
+  assert run('pass')[0] == 'True'
+  assert run("jax.config.update('jax_num_cpu_devices', 3)")[1] == '3'
