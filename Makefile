@@ -24,6 +24,8 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.sinusoids
+	$(BIN)/python -m benchmarks.omniglot
+	$(BIN)/python -m benchmarks.growth
 
 # The tests with the oldest versions that pyproject.toml allows.
 lowest:

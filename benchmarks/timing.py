@@ -1,5 +1,6 @@
 """Rates of several programs, measured in turn so that what else a machine does falls on all of them alike."""
 
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ def rates(
   Args:
     programs: `{name: run}`; `run(n)` does n iterations and returns when they are done. Each runs once beforehand, to
       compile and warm up, and its rate then sets its n.
-    seconds: about how long a program's turn takes.
+    seconds: about how long a program's turn takes; one iteration at the least.
     rounds: turns of each.
   """
   counts = {}
@@ -37,12 +38,38 @@ def rates(
   return found
 
 
-def table(found: Mapping[str, list[float]], ours: str) -> str:
-  """Returns Markdown: each program's median rate, its range, and the median over rounds of ours divided by it."""
-  lines = ['| program | iterations/s, median | least to greatest | ours / it |', '| --- | --- | --- | --- |']
+def ratio(found: Mapping[str, list[float]], a: str, b: str) -> float:
+  """Returns the median over rounds of a's rate divided by b's."""
+  return statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
+
+
+def table(found: Mapping[str, list[float]], ours: str, more: Mapping[str, Mapping[str, str]] | None = None) -> str:
+  """Returns Markdown: each program's median rate, its range, the median over rounds of ours divided by it, and more.
+
+  Args:
+    found: from `rates`.
+    ours: the program to divide by the others.
+    more: `{heading: {program: cell}}`.
+  """
+  more = more or {}
+  headings = ['program', 'iterations/s, median', 'least to greatest', 'ours / it', *more]
+  lines = ['| ' + ' | '.join(headings) + ' |', '|' + ' --- |' * len(headings)]
+  show = lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.3g}'
   for name, values in found.items():
-    ratio = statistics.median(a / b for a, b in zip(found[ours], values, strict=True))
-    lines.append(
-      f'| {name} | {statistics.median(values):,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio:.1f} |'
-    )
+    cells = [name, show(statistics.median(values)), f'{show(min(values))} to {show(max(values))}']
+    cells += [f'{ratio(found, ours, name):.2f}', *(column.get(name, '') for column in more.values())]
+    lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
+
+
+def peak_while(run: Callable[[], None]) -> tuple[float, float]:
+  """Returns this process's peak of resident memory in MiB, while `run` runs and since the process began (Linux)."""
+  before = _peak()
+  pathlib.Path('/proc/self/clear_refs').write_text('5')
+  run()
+  return _peak(), max(before, _peak())
+
+
+def _peak() -> float:
+  status = pathlib.Path('/proc/self/status').read_text()
+  return int(status.split('VmHWM:')[1].split()[0]) / 1024

@@ -48,7 +48,8 @@ def conv_general_dilated(
     `[B, F, H', W']`, or as dimension_numbers says.
 
   Raises:
-    ValueError: a kernel larger than the padded images; shapes that do not fit, as lax says it.
+    ValueError: a kernel larger than the padded images.
+    ValueError, TypeError: shapes that do not fit, as lax says it.
   """
 
   def by_lax(lhs, rhs):

@@ -1,0 +1,97 @@
+"""Conv4-64 on Omniglot's shapes: our programs, plain JAX's, and how much work they do."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metasgd_jax as ms
+from benchmarks import ours
+
+QUERY, INSTANCES = 15, 20
+OURS, PLAIN = 'metasgd_jax', 'plain JAX (nn.Conv, vmap)'
+VARIANTS = (
+  f'{OURS}, one device',
+  f"{OURS}, one device, mapping='vmap'",
+  f'{OURS}, one device, mapping=4',
+  f"{OURS}, backward='forward'",
+  f"{OURS}, backward='recompute'",
+  f'{OURS}, bfloat16',
+)
+
+
+class PlainConv4(nn.Module):
+  """Conv4 as one would write it with flax; its parameters have the names of ours."""
+
+  way: int
+
+  @nn.compact
+  def __call__(self, x):
+    """`[B, H, W, D]` → `[B, way]`."""
+    for i in range(4):
+      x = PlainBlock(64, name=f'ConvBlock_{i}')(x)
+    x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
+    return nn.Dense(self.way)(x)
+
+
+class PlainBlock(nn.Module):
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    """`[B, H, W, D]` → `[B, H // 2, W // 2, features]`."""
+    kernel = self.param('kernel', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.features))
+    scale = self.param('scale', nn.initializers.ones, (self.features,))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    x = nn.standardize(x, axis=(0, 1, 2), epsilon=1e-3) * scale + bias
+    return nn.relu(nn.max_pool(x, (2, 2), (2, 2)))
+
+
+def learner(network, **options) -> ms.Learner:
+  """Meta-SGD on a network."""
+  return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha_range=(ours.ALPHA,) * 2, **options)
+
+
+def task_distribution(way: int, shot: int) -> ms.TaskDistribution:
+  """Tasks of noise."""
+  images = np.random.default_rng(0).integers(0, 256, (200, INSTANCES, 28, 28, 1), np.uint8)
+  return ms.tasks.few_shot(ms.tasks.ClassBank(images), way=way, shot=shot, query=QUERY)
+
+
+def work(way: int, shot: int, tasks: int, filters: int = 64, side: int = 28) -> float:
+  """Returns the FLOP of a meta-iteration's convolutions, done directly: 2·9·D·F for each output.
+
+  A layer's query pass has three of the forward's size (forward, and the gradients of the kernel and the input); its
+  support pass nine: three, and each of these has derivatives by both of its operands. The first layer's input needs
+  none, which leaves two and four.
+  """
+  total = 0.0
+  for i in range(4):
+    one_image = side**2 * 2 * 9 * (filters if i else 1) * filters
+    total += one_image * way * (QUERY * (3 if i else 2) + shot * (9 if i else 4))
+    side //= 2
+  return total * tasks
+
+
+def our_runs(way: int, shot: int, tasks: int, names) -> dict:
+  """Returns those of our programs, and plain JAX's, that are among the names."""
+  build = functools.partial(ours.Run, tasks=task_distribution(way, shot), num_tasks=tasks, chunk=20)
+  net = ms.nn.Conv4(way)
+  half = ms.nn.Conv4(way, dtype=jnp.bfloat16)
+  makers = (
+    lambda: build(learner(net)),
+    lambda: build(learner(net), mapping='vmap'),
+    lambda: build(learner(net), mapping=4),
+    lambda: build(learner(net, backward='forward'), devices=True),
+    lambda: build(learner(net, backward='recompute'), devices=True),
+    lambda: build(learner(half), devices=True),
+  )
+  known = {
+    OURS: lambda: build(learner(net), devices=True),
+    **dict(zip(VARIANTS, makers, strict=True)),
+    PLAIN: lambda: build(learner(PlainConv4(way)), mapping='vmap'),
+  }
+  return {name: make() for name, make in known.items() if name in names}

@@ -1,0 +1,125 @@
+"""How time and memory of a meta-gradient grow with tasks, ways, shots, inner steps and filters; a table and a picture.
+
+    python -m benchmarks.growth
+
+From 5-way 1-shot with 5 query drawings, 4 tasks, Conv4 with 32 filters and one step, one thing is varied at a time, on
+one device. Memory is what XLA sets aside for a program's intermediates. The exponent is of the line through the points
+from the middle on, in logarithms: 1 is a straight line, 0 is flat.
+"""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import metasgd_jax as ms
+from benchmarks import ours
+from metasgd_jax import writers
+from metasgd_jax.adaptation import Backward
+
+PICTURE = 'benchmarks/growth.png'
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A program to measure."""
+
+  tasks: int = 4
+  way: int = 5
+  shot: int = 1
+  steps: int = 1
+  filters: int = 32
+  mapping: ms.Mapping = 'scan'
+  backward: Backward = 'reverse'
+
+
+LINES: tuple[
+  tuple[str, tuple[int, ...], dict[str, Any]], ...
+] = (  # what is varied, its values, and what else is chosen
+  ('tasks', (1, 2, 4, 8, 16, 32, 64, 128), {}),
+  ('tasks', (1, 4, 16, 64, 128), {'mapping': 'vmap'}),
+  ('way', (2, 5, 10, 20), {}),
+  ('shot', (1, 2, 5, 10), {}),
+  ('steps', (1, 2, 4, 8, 16, 32), {}),
+  ('steps', (2, 8, 32), {'backward': 'recompute'}),
+  ('steps', (2, 8, 32), {'backward': 'forward'}),
+  ('filters', (8, 16, 32, 64, 128), {}),
+)
+
+
+def measure(point: Point) -> tuple[float, float]:
+  """Returns milliseconds of a meta-gradient, median of several, and MiB of intermediates."""
+  images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
+  tasks = ms.tasks.few_shot(ms.tasks.ClassBank(images), way=point.way, shot=point.shot, query=5)
+  model = ms.nn.from_linen(ms.nn.Conv4(point.way, filters=point.filters))
+  learner = ms.meta_sgd(
+    model, ms.losses.cross_entropy, steps=point.steps, backward=point.backward, alpha_range=(0.01, 0.01)
+  )
+  episodes = ours.draw(tasks, point.tasks)
+  keys = jax.random.split(jax.random.key(0), point.tasks)
+  meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], episodes))
+  gradient = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k, mapping=point.mapping))
+  compiled = gradient.lower(meta, episodes, keys).compile()
+  times: list[float] = []
+  begun = time.perf_counter()
+  while len(times) < 4 or (time.perf_counter() - begun < 1 and len(times) < 50):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(meta, episodes, keys))
+    times.append(time.perf_counter() - start)
+  memory: Any = compiled.memory_analysis()
+  return 1000 * statistics.median(times[1:]), memory.temp_size_in_bytes / 2**20
+
+
+def exponent(x, y) -> float:
+  """Returns the slope in logarithms from the middle of x on."""
+  half = len(x) // 2
+  return float(np.polyfit(np.log(x[half:]), np.log(y[half:]), 1)[0])
+
+
+def draw(results) -> None:
+  """Writes the picture: a column for each thing varied, time above and memory below."""
+  varied = list(dict.fromkeys(name for name, *_ in results))
+  figure, axes = plt.subplots(2, len(varied), figsize=(3 * len(varied), 5.5), sharex='col', layout='constrained')
+  for name, label, x, milliseconds, mebibytes in results:
+    column = axes[:, varied.index(name)]
+    for axis, values in zip(column, (milliseconds, mebibytes), strict=True):
+      axis.loglog(x, values, 'o-', base=2, label=label or None)
+    column[1].set_xlabel({'steps': 'inner steps', 'way': 'ways', 'shot': 'shots'}.get(name, name))
+    column[1].set_xticks(x, [str(v) for v in x])
+  axes[0, 0].set_ylabel('ms for a meta-gradient')
+  axes[1, 0].set_ylabel('MiB of intermediates')
+  for axis in axes.flat:
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize='small')
+  figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+  """Measures all points, prints the table and draws the picture."""
+  results = []
+  print('| varied | choice | values | ms | MiB | exponent of time | of memory |\n|' + ' --- |' * 7)
+  for name, values, chosen in LINES:
+    points: list[dict[str, Any]] = [{name: v, **chosen} for v in values]
+    found = [measure(Point(**p)) for p in points]
+    milliseconds, mebibytes = zip(*found, strict=True)
+    label = ', '.join(f'{k}={v!r}' for k, v in chosen.items())
+    default = {'tasks': "mapping='scan'", 'steps': "backward='reverse'"}.get(name, '')
+    results.append((name, label or default, values, milliseconds, mebibytes))
+    listed = lambda numbers, form: ' '.join(format(n, form) for n in numbers)
+    print(
+      f'| {name} | {label or default} | {listed(values, "d")} | {listed(milliseconds, ".0f")} | '
+      f'{listed(mebibytes, ".1f")} | {exponent(values, milliseconds):.2f} | {exponent(values, mebibytes):.2f} |',
+      flush=True,
+    )
+  draw(results)
+  print(f'\n{PICTURE}; {writers.provenance()["device"]}')
+
+
+if __name__ == '__main__':
+  main()

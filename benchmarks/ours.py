@@ -1,0 +1,69 @@
+"""Our side of a benchmark."""
+
+import jax
+import numpy as np
+import optax
+
+import metasgd_jax as ms
+from metasgd_jax import sharding
+
+ALPHA = 0.1
+
+
+class Run:
+  """Meta-training by `metasgd_jax.train`, tasks drawn on the device; the state stays where it is between turns."""
+
+  def __init__(
+    self,
+    learner: ms.Learner,
+    tasks: ms.TaskDistribution,
+    num_tasks: int,
+    *,
+    mapping: ms.Mapping = 'auto',
+    devices: bool = False,
+    chunk: int = 1000,
+  ) -> None:
+    self.learner, self.tasks, self.num_tasks, self.optimizer = learner, tasks, num_tasks, optax.adam(1e-3)
+    self.options: dict = dict(mapping=mapping, mesh=sharding.task_mesh(num_tasks) if devices else None, chunk=chunk)
+    self.state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=self.optimizer)
+
+  def __call__(self, iterations: int) -> None:
+    done = int(self.state.step)
+    self.state = ms.train(
+      self.state, self.tasks, learner=self.learner, optimizer=self.optimizer, meta_iterations=done + iterations,
+      meta_batch=self.num_tasks, **self.options,
+    )  # fmt: skip
+
+  def meta_gradient(self, episodes):
+    """Returns the loss and the meta-gradient on given episodes `[T, …]`, computed as in training but in float64.
+
+    In float32 two right programs may differ by percents: where rounding changes a max-pool's winner.
+    """
+    count, mapping = len(episodes.query.y), self.options['mapping']
+    mapping = min(mapping, count) if isinstance(mapping, int) else mapping
+    keys = jax.random.split(jax.random.key(2), count)
+    f = sharding.share_tasks(
+      lambda meta, tasks: ms.value_and_grad(self.learner, meta, *tasks, mapping=mapping),
+      self.options['mesh'],
+      average=True,
+    )
+    with jax.enable_x64(True):
+      operands = jax.tree.map(_float64, (jax.device_get(self.state.meta), episodes))
+      (loss, _), grads = jax.device_get(jax.jit(f)(operands[0], (operands[1], keys)))
+    return float(loss), grads
+
+
+def _float64(a):
+  return np.asarray(a, np.float64) if np.issubdtype(a.dtype, np.floating) else a
+
+
+def error(a, b) -> float:
+  """Returns |a − b| / |b| over all leaves together."""
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+  return float(np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b)))
+
+
+def draw(tasks: ms.TaskDistribution, num_tasks: int):
+  """Returns episodes for the peers, and for comparing meta-gradients."""
+  keys = jax.random.split(jax.random.key(1), (2, num_tasks))
+  return jax.device_get(jax.jit(lambda: jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1]))())
