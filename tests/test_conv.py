@@ -12,7 +12,7 @@ from jax import lax
 from problems import assert_trees_close, relative_error
 
 import metasgd_jax as ms
-from metasgd_jax.nn import bilinear, block
+from metasgd_jax.nn import bilinear, block, winograd
 
 FORMS = [  # kernel size, strides, padding, dilation of the images, of the kernel
   ((3, 3), (1, 1), 'SAME', None, None),
@@ -90,6 +90,37 @@ def test_the_forms_of_all_platforms_are_equal(tasks, size, strides, padding, x_d
       for form in (bilinear._kernel_gradient_on_cpu, bilinear._kernel_gradient_by_patches)
     ]
     assert_trees_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('padding', [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))])
+@pytest.mark.parametrize('shape', [(5, 8, 7, 3), (33, 9, 10, 2)])
+def test_winograd_equals_lax(shape, padding):
+  with jax.enable_x64(True):
+    x, kernel = normal(*shape), normal(3, 3, shape[-1], 4, seed=1)
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC)
+    assert_trees_close(winograd.conv(x, kernel, padding), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_winograds_error_is_about_that_of_the_direct_sum():
+  x, kernel = normal(20, 14, 14, 64), normal(3, 3, 64, 64, seed=1)
+  with jax.enable_x64(True):
+    exact = lax.conv_general_dilated(jnp.float64(x), jnp.float64(kernel), (1, 1), 'SAME', dimension_numbers=NHWC)
+  direct = lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)
+  worst = lambda y: float(np.max(np.abs(np.float64(y) - np.asarray(exact))))
+  assert worst(winograd.conv(x, kernel, ((1, 1), (1, 1)))) < 4 * worst(direct)
+
+
+def test_large_convolutions_are_winograds_to_second_order():
+  with jax.enable_x64(True):
+    x, kernel = normal(17, 8, 8, 32), 0.1 * normal(3, 3, 32, 32, seed=1)
+    keywords = options((1, 1), 'SAME', None, None)
+    ours, theirs = (
+      jax.jit(to_second_order(functools.partial(conv, **keywords)))(x, kernel)
+      for conv in (ms.nn.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_trees_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    text = jax.jit(functools.partial(ms.nn.conv_general_dilated, **keywords)).lower(x, kernel).as_text()
+  assert ('stablehlo.convolution' in text) == (jax.default_backend() != 'cpu')
 
 
 def convolutions(text):

@@ -12,6 +12,7 @@ benchmarks/RESULTS.md has the figures.
 - CPU: each task's convolution in the layout NHWC, HWIO → NHWC, operands transposed by hand. XLA brings convolutions
   into that layout at the entry of a program only; in the body of a loop any other is tens of times slower. The
   kernel's gradient contracts 16 images at a time, so that the operand that is read again and again stays in cache.
+  Large 3×3 convolutions are Winograd's.
 - elsewhere: one task as above; several, each with its own kernel, as one batched matrix product over patches.
 """
 
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from metasgd_jax.nn import winograd
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 IMAGES_AT_ONCE = 16  # Of a kernel's gradient on a CPU; 16 float32 fill a vector register of 512 bits.
@@ -157,7 +160,19 @@ def _over_tasks(form, *operands):
 
 
 def _conv_on_cpu(x, kernel, *, window, precision):
-  return _over_tasks(lambda x, kernel: _lax_conv(x, kernel, window, precision), x, kernel)
+  def one(x, kernel):
+    if _suits_winograd(x, kernel, window):
+      return winograd.conv(x, kernel, window.padding, precision)
+    return _lax_conv(x, kernel, window, precision)
+
+  return _over_tasks(one, x, kernel)
+
+
+def _suits_winograd(x, kernel, window):
+  """Where it was measured to be the faster one: enough images, tiles and channels to make up for the sums around it."""
+  plain = window == Window(padding=window.padding) and kernel.shape[:2] == (3, 3)
+  many = x.shape[0] > winograd.IMAGES_AT_ONCE and min(x.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 32
+  return plain and many and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _kernel_gradient_on_cpu(x, y, *, window, size, precision):
