@@ -10,6 +10,8 @@ The roof is what a product of two 2048×2048 float32 matrices reaches in the sam
 counted as direct convolutions, whatever a program does in fact. Memory is a process's own, each program in one alone.
 """
 
+import concurrent.futures
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -41,8 +43,26 @@ def matrix_product():
   return lambda iterations: jax.block_until_ready(product(a, iterations))
 
 
-def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int) -> dict[str, list[float]]:
+def check(way: int, shot: int, tasks: int, ours_too, theirs) -> None:
+  """Raises AssertionError unless all programs have the same loss and meta-gradient; for a process of its own."""
+  sharding.cpu_cores_as_devices()
+  runs = conv4.our_runs(way, shot, tasks, [OURS, *ours_too])
+  few = jax.tree.map(lambda a: a[:2], ours.draw(conv4.task_distribution(way, shot), tasks))
+  loss, grads = runs[OURS].meta_gradient(few)
+  for name in ours_too:
+    if 'bfloat16' not in name:
+      its_loss, its_grads = runs[name].meta_gradient(few)
+      np.testing.assert_allclose(its_loss, loss, rtol=1e-6)
+      assert ours.error(its_grads, grads) < 1e-6, name
+  theta = peers.in_torchs_order(runs[OURS].state.meta.theta)
+  for peer in peers.of_conv4(way, theta, ours.ALPHA, few, theirs, torch.float64).values():
+    peers.check_equal(peer, loss, grads.theta, grads.alpha)
+
+
+def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int) -> None:
   """Checks that all agree, times them in turn, and prints a table.
+
+  The check is another process's: its large arrays would leave malloc in a state that no user's program starts from.
 
   Args:
     way: N.
@@ -52,19 +72,11 @@ def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int) -> d
     theirs: the peers.
     rounds: turns of each.
   """
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as other:
+    other.submit(check, way, shot, tasks, ours_too, theirs).result()
   runs = conv4.our_runs(way, shot, tasks, [OURS, *ours_too])
   episodes = ours.draw(conv4.task_distribution(way, shot), tasks)
-  few = jax.tree.map(lambda a: a[:2], episodes)
-  loss, grads = runs[OURS].meta_gradient(few)
   theta = peers.in_torchs_order(runs[OURS].state.meta.theta)
-  for name in ours_too:
-    if 'bfloat16' not in name:
-      its_loss, its_grads = runs[name].meta_gradient(few)
-      np.testing.assert_allclose(its_loss, loss, rtol=1e-6)
-      assert ours.error(its_grads, grads) < 1e-6, name
-  of_few = peers.of_conv4(way, theta, ours.ALPHA, few, theirs, torch.float64)
-  for name in theirs:
-    peers.check_equal(of_few[name], loss, grads.theta, grads.alpha)
   programs = {**runs, **peers.of_conv4(way, theta, ours.ALPHA, episodes, theirs), ROOF: matrix_product()}
   print(f'\n## {way}-way {shot}-shot, {tasks} tasks: losses and meta-gradients are equal; timing in turn\n', flush=True)
   first = {}
@@ -85,7 +97,6 @@ def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int) -> d
   }
   print(timing.table(found, OURS, columns))
   print(f'\nroof {roof / 1e9:.0f} GFLOP/s; {work(way, shot, tasks) / 1e9:.1f} GFLOP a meta-iteration', flush=True)
-  return found
 
 
 def print_memory(names) -> None:
