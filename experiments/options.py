@@ -111,7 +111,7 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
   def start(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unknown argument {argv[1]!r}; options look like --name=value')
-    _start_jax(flags.FLAGS.compilation_cache)
+    _start_jax(flags.FLAGS['compilation_cache'].value)
     try:
       try:
         run = prepare()

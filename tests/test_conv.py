@@ -196,6 +196,19 @@ def test_conv_in_bfloat16_sums_in_float32():
   assert relative_error(got.astype(jnp.float32), expected) < 5e-3  # bfloat16 has 8 bits: 2e-3 each way.
 
 
+def test_conv_of_integers_is_exact():
+  x, kernel = jnp.full((1, 3, 3, 1), 2**24 + 1), jnp.ones((1, 1, 1, 1), jnp.int32)
+  assert int(ms.nn.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)[0, 0, 0, 0]) == 2**24 + 1
+
+
+def test_conv_outside_of_jit_compiles_once(caplog):
+  f = functools.partial(ms.nn.conv_general_dilated, **options((1, 1), 'SAME', None, None))
+  with jax.log_compiles():
+    for value in (1.0, 2.0, 3.0):
+      f(np.full((2, 5, 4, 3), value, np.float32), np.ones((3, 3, 3, 4), np.float32))
+  assert len([r for r in caplog.records if 'Finished XLA compilation of jit(compiled)' in r.getMessage()]) == 1
+
+
 def test_conv_with_other_channels():
   with pytest.raises(ValueError, match='feature dimension size .* but 3 // 1 != 2'):
     ms.nn.conv_general_dilated(jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 2, 4)), (1, 1), 'SAME', dimension_numbers=NHWC)

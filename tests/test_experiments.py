@@ -160,7 +160,11 @@ def test_bounds_hold_in_colab_too(config, values, message):
 
 def command(module, *flags, cwd=ROOT):
   return subprocess.run(
-    [sys.executable, '-m', f'experiments.{module}', *flags], capture_output=True, text=True, cwd=cwd, check=False
+    [sys.executable, '-m', f'experiments.{module}', '--compilation_cache=', *flags],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    check=False,
   )
 
 
@@ -210,11 +214,13 @@ def test_a_run_from_the_command_line(tmp_path):
     '--eval_tasks=3',
     '--eval_repeats=2',
     f'--workdir={tmp_path}',
+    f'--compilation_cache={tmp_path / "compiled"}',
   ]
   done = command('regression', *flags)
   assert done.returncode == 0, done.stderr
   assert 'mean squared error after 1 inner step(s)' in done.stdout
   assert 'MAML 5-shot  3/3' in done.stderr
+  assert list((tmp_path / 'compiled').iterdir())  # For the next run.
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
@@ -222,6 +228,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     raise ValueError('a defect')
 
   monkeypatch.setattr(options.app, 'run', lambda start: start(['name']))
+  monkeypatch.setattr(options, '_start_jax', lambda cache: None)
   with pytest.raises(ValueError, match='a defect'):
     options.main(lambda: run)
   with pytest.raises(SystemExit, match='error: a mistake'):

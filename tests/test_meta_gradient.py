@@ -180,7 +180,7 @@ def test_compiled_float32_conv4_equals_float64(mapping, optimized):
   with jax.enable_x64(True):
     loss64, double = jax.jit(grads)(to_float64(meta), to_float64(tasks))
     single = to_float64(single)
-    assert double.theta['Conv_0']['kernel'].dtype == jnp.float64
+    assert double.theta['ConvBlock_0']['kernel'].dtype == jnp.float64
     np.testing.assert_allclose(loss, loss64, rtol=1e-5)
     for part in ('theta', 'alpha'):
       for name, leaf in getattr(double, part).items():

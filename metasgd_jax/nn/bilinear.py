@@ -218,9 +218,13 @@ def _primitive(name, shape, to_first, to_second, on_cpu, elsewhere):
   primitive = Primitive(name)
   primitive.def_abstract_eval(shape)
 
+  @functools.partial(jax.jit, static_argnums=2)
+  def compiled(first, second, options):
+    return primitive.bind(first, second, **dict(options))
+
   @primitive.def_impl
-  def compiled(first, second, **options):
-    return jax.jit(functools.partial(primitive.bind, **options))(first, second)
+  def run(first, second, **options):
+    return compiled(first, second, tuple(sorted(options.items())))
 
   ad.defbilinear(primitive, to_first, to_second)
   batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)

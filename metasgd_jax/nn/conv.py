@@ -29,7 +29,8 @@ def conv_general_dilated(
 
   In one or two spatial dimensions, in any layout, with any strides, padding and dilation, it and its derivatives of
   every order, forward and reverse, are convolutions in the one layout that is fast (see `nn.bilinear`). With groups, in
-  three dimensions, or with another preferred_element_type it is lax's own, whose second derivatives are slow on a CPU.
+  three dimensions, of integers, or with another preferred_element_type it is lax's own, whose second derivatives are
+  slow on a CPU.
 
   Args:
     lhs: images, `[B, D, H, W]` unless dimension_numbers says otherwise, as 'NHWC' does.
@@ -64,7 +65,9 @@ def conv_general_dilated(
       f'kernel {rhs.shape} is larger than the padded images {lhs.shape}, or one is empty; pad more, or give larger ones'
     )
   spatial = lhs.ndim - 2
-  if feature_group_count != 1 or batch_group_count != 1 or preferred_element_type is not None or spatial not in (1, 2):
+  grouped = feature_group_count != 1 or batch_group_count != 1
+  inexact = jnp.issubdtype(out.dtype, jnp.inexact) and preferred_element_type is None
+  if grouped or not inexact or spatial not in (1, 2):
     return by_lax(lhs, rhs)
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
