@@ -125,7 +125,7 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
   app.run(start)
 
 
-def _start_jax(cache: str) -> None:
+def _start_jax(cache: str | None) -> None:
   """All cores of a CPU, and compiled programs kept, unless JAX's own settings say otherwise."""
   sharding.cpu_cores_as_devices()
   if cache and not getattr(jax.config, 'jax_compilation_cache_dir', None):
