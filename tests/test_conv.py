@@ -94,20 +94,31 @@ def test_the_forms_of_all_platforms_are_equal(tasks, size, strides, padding, x_d
 
 @pytest.mark.parametrize('padding', [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (-1, 3))])
 @pytest.mark.parametrize('shape', [(5, 8, 7, 3), (33, 9, 10, 2)])
-def test_winograd_equals_lax(shape, padding):
+def test_winograd_equals_lax(shape, padding, monkeypatch):
+  monkeypatch.setattr(winograd, 'PART_BYTES', 2**16)  # So that 33 images are several parts, the last not full.
   with jax.enable_x64(True):
     x, kernel = normal(*shape), normal(3, 3, shape[-1], 4, seed=1)
-    expected = lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NHWC)
+    by_lax = functools.partial(lax.conv_general_dilated, **options((1, 1), padding, None, None))
+    expected, pull = jax.vjp(by_lax, x, kernel)
     assert_trees_close(winograd.conv(x, kernel, padding), expected, rtol=1e-10, atol=1e-10)
+    y = normal(*expected.shape, seed=2)
+    assert_trees_close(winograd.kernel_gradient(x, y, padding), pull(y)[1], rtol=1e-10, atol=1e-10)
 
 
 def test_winograds_error_is_about_that_of_the_direct_sum():
   x, kernel = normal(20, 14, 14, 64), normal(3, 3, 64, 64, seed=1)
-  with jax.enable_x64(True):
-    exact = lax.conv_general_dilated(jnp.float64(x), jnp.float64(kernel), (1, 1), 'SAME', dimension_numbers=NHWC)
-  direct = lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)
-  worst = lambda y: float(np.max(np.abs(np.float64(y) - np.asarray(exact))))
-  assert worst(winograd.conv(x, kernel, ((1, 1), (1, 1)))) < 4 * worst(direct)
+  y = normal(20, 14, 14, 64, seed=2)
+  direct = functools.partial(lax.conv_general_dilated, **options((1, 1), 'SAME', None, None))
+  gradient = lambda x, y: jax.vjp(functools.partial(direct, x), jnp.zeros(kernel.shape, x.dtype))[1](y)[0]
+  padding = ((1, 1), (1, 1))
+  for plain, fast, operands in (
+    (direct, functools.partial(winograd.conv, padding=padding), (x, kernel)),
+    (gradient, functools.partial(winograd.kernel_gradient, padding=padding), (x, y)),
+  ):
+    with jax.enable_x64(True):
+      exact = np.asarray(plain(*(jnp.asarray(a, jnp.float64) for a in operands)))
+    worst = lambda value, exact=exact: float(np.max(np.abs(np.float64(value) - exact)))
+    assert worst(fast(*operands)) < 4 * worst(plain(*operands))
 
 
 def test_large_convolutions_are_winograds_to_second_order():
@@ -119,8 +130,22 @@ def test_large_convolutions_are_winograds_to_second_order():
       for conv in (ms.nn.conv_general_dilated, lax.conv_general_dilated)
     )
     assert_trees_close(ours, theirs, rtol=1e-8, atol=1e-8)
-    text = jax.jit(functools.partial(ms.nn.conv_general_dilated, **keywords)).lower(x, kernel).as_text()
-  assert ('stablehlo.convolution' in text) == (jax.default_backend() != 'cpu')
+    conv = functools.partial(ms.nn.conv_general_dilated, **keywords)
+    for f in (conv, jax.grad(lambda x, kernel: jnp.sum(conv(x, kernel)), 1)):
+      text = jax.jit(f).lower(x, kernel).as_text()
+      assert ('stablehlo.convolution' in text) == (jax.default_backend() != 'cpu')
+
+
+@pytest.mark.parametrize(WINDOW, FORMS)
+def test_a_kernels_gradient_of_grey_images_equals_laxs(size, strides, padding, x_dilation, kernel_dilation):
+  keywords = options(strides, padding, x_dilation, kernel_dilation)
+  with jax.enable_x64(True):
+    x, kernel = normal(3, 7, 6, 1), normal(*size, 1, 4, seed=1)
+    ours, theirs = (
+      jax.jit(to_second_order(functools.partial(conv, **keywords)))(x, kernel)
+      for conv in (ms.nn.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_trees_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def convolutions(text):

@@ -12,11 +12,12 @@ benchmarks/RESULTS.md has the figures.
 - CPU: each task's convolution in the layout NHWC, HWIO → NHWC, operands transposed by hand. XLA brings convolutions
   into that layout at the entry of a program only; in the body of a loop any other is tens of times slower. The
   kernel's gradient contracts 16 images at a time, so that the operand that is read again and again stays in cache.
-  Large 3×3 convolutions are Winograd's.
+  Of large 3×3 convolutions both are Winograd's.
 - elsewhere: one task as above; several, each with its own kernel, as one batched matrix product over patches.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ from metasgd_jax.nn import winograd
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 IMAGES_AT_ONCE = 16  # Of a kernel's gradient on a CPU; 16 float32 fill a vector register of 512 bits.
+MANY_IMAGES = 16  # More than these, and Winograd's form pays; a support of few only takes longer to compile.
+FEW_TAPS = 9  # h·w·D up to which a kernel's gradient is one product with patches; a first layer's, of grey images.
 
 
 class Window(NamedTuple):
@@ -140,6 +143,14 @@ def _lax_kernel_gradient(x, y, window, size, precision):
   return jnp.transpose(out, (1, 2, 0, 3))
 
 
+def _kernel_gradient_by_one_product(x, y, window, size, precision):
+  """One task's, of so few channels that their patches are small beside ȳ, which is read as it lies."""
+  sums = jnp.promote_types(x.dtype, jnp.float32)
+  patches = jnp.moveaxis(_patches(x[None], window, size)[0], -1, 0)
+  out = jnp.matmul(patches, y.reshape(-1, y.shape[-1]), precision=precision, preferred_element_type=sums)
+  return out.astype(x.dtype).reshape(*size, x.shape[-1], -1)
+
+
 def _kernel_gradient_in_parts(x, y, window, size, precision):
   gradient = functools.partial(_lax_kernel_gradient, window=window, size=size, precision=precision)
   images = x.shape[0]
@@ -161,7 +172,7 @@ def _over_tasks(form, *operands):
 
 def _conv_on_cpu(x, kernel, *, window, precision):
   def one(x, kernel):
-    if _suits_winograd(x, kernel, window):
+    if _suits_winograd(x, kernel.shape, window):
       return winograd.conv(x, kernel, window.padding, precision)
     return _lax_conv(x, kernel, window, precision)
 
@@ -170,13 +181,21 @@ def _conv_on_cpu(x, kernel, *, window, precision):
 
 def _suits_winograd(x, kernel, window):
   """Where it was measured to be the faster one: enough images, tiles and channels to make up for the sums around it."""
-  plain = window == Window(padding=window.padding) and kernel.shape[:2] == (3, 3)
-  many = x.shape[0] > winograd.IMAGES_AT_ONCE and min(x.shape[1:3]) >= 8 and min(kernel.shape[2:]) >= 32
+  plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
+  many = x.shape[0] > MANY_IMAGES and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
   return plain and many and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _kernel_gradient_on_cpu(x, y, *, window, size, precision):
-  return _over_tasks(lambda x, y: _kernel_gradient_in_parts(x, y, window, size, precision), x, y)
+  def one(x, y):
+    kernel = (*size, x.shape[-1], y.shape[-1])
+    if _suits_winograd(x, kernel, window):
+      return winograd.kernel_gradient(x, y, window.padding, precision)
+    if math.prod(kernel[:3]) <= FEW_TAPS:
+      return _kernel_gradient_by_one_product(x, y, window, size, precision)
+    return _kernel_gradient_in_parts(x, y, window, size, precision)
+
+  return _over_tasks(one, x, y)
 
 
 def _patches(x, window, size):

@@ -1,16 +1,17 @@
-"""Winograd's F(2×2, 3×3): a 3×3 convolution with 2.25 times fewer products.
+"""Winograd's 3×3 convolution, and its kernel's gradient, with 2.25 times fewer products.
 
-Each tile of 2×2 outputs is Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A with d the 4×4 inputs under it (Lavin and Gray 2016, section 4.1),
-and the elementwise product over all tiles and channels is 16 matrix products. Exact in real numbers; in float32 its
-error is about that of the direct sum. Not for bfloat16, whose 8 bits the sums Bᵀ d B would spend.
+Each tile of 2×2 outputs is Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A with d the 4×4 inputs under it (Lavin and Gray 2016, section 4.1):
+F(2×2, 3×3). The elementwise product over all tiles and channels is 16 matrix products. Its transpose in κ, with ȳ a
+tile of the output's gradient, is Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, summed over tiles before Gᵀ…G.
+
+Exact in real numbers; in float32 the error is about that of the direct sum. Not for bfloat16, whose 8 bits the sums
+Bᵀ d B would spend.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-IMAGES_AT_ONCE = 16  # So that a part's tiles, four times its images, stay in cache.
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+PART_BYTES = 2**20  # Of a part's tiles, which then stay in a core's own cache.
 
 
 def conv(x, kernel, padding, precision=None):
@@ -18,42 +19,97 @@ def conv(x, kernel, padding, precision=None):
 
   Images are taken in parts, one after the other. Padding is (before, after) for H and W, and may be negative.
   """
-  images, height, width, depth = x.shape
-  (top, bottom), (left, right) = padding
-  out_h, out_w = height + top + bottom - 2, width + left + right - 2
-  rows, columns = -(-out_h // 2), -(-out_w // 2)  # Of tiles.
-  g = jnp.asarray(G, x.dtype)
-  turned = jnp.einsum('ai,bj,ijdf->abdf', g, g, kernel, precision=lax.Precision.HIGHEST)
-  turned = turned.reshape(16, depth, -1)
+  images, features = x.shape[0], kernel.shape[-1]
+  out_h, out_w = (n + sum(p) - 2 for n, p in zip(x.shape[1:3], padding, strict=True))
+  rows, columns = _tiles(out_h, out_w)
+  turned = _stack(_twice(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)]))
 
   def part(x):
-    edges = ((top, 2 * rows + 2 - height - top, 0), (left, 2 * columns + 2 - width - left, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-    under = [[x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] for j in range(4)] for i in range(4)]
-    tiles = _twice(_inputs, under)
-    stacked = jnp.stack([tiles[a][b] for a in range(4) for b in range(4)]).reshape(16, -1, depth)
-    products = jnp.matmul(stacked, turned, precision=precision).reshape(4, 4, -1, rows, columns, turned.shape[-1])
-    y = _twice(_outputs, [[products[a, b] for b in range(4)] for a in range(4)])
+    products = jnp.matmul(_inputs(x, rows, columns, padding), turned, precision=precision)
+    products = products.reshape(4, 4, -1, rows, columns, features)
+    y = _twice(_to_outputs, [[products[a, b] for b in range(4)] for a in range(4)])
     y = jnp.stack([jnp.stack(row, 3) for row in y], 2)
-    return y.reshape(-1, 2 * rows, 2 * columns, turned.shape[-1])[:, :out_h, :out_w]
+    return y.reshape(-1, 2 * rows, 2 * columns, features)[:, :out_h, :out_w]
 
-  parts = -(-images // IMAGES_AT_ONCE)
-  size = -(-images // parts)
-  x = jnp.pad(x, ((0, parts * size - images), (0, 0), (0, 0), (0, 0))).reshape(parts, size, height, width, depth)
-  return lax.map(part, x).reshape(parts * size, out_h, out_w, -1)[:images]
+  parts = _in_parts(x, _num_parts(x, rows * columns))
+  return lax.map(part, parts).reshape(-1, out_h, out_w, features)[:images]
 
 
-def _inputs(d):
+def kernel_gradient(x, y, padding, precision=None):
+  """Returns κ̄ `[3, 3, D, F]`, the gradient by κ of the sum of ȳ ⊙ `conv(x, κ, padding)`, for ȳ `[B, H', W', F]`."""
+  out_h, out_w, features = y.shape[1:]
+  rows, columns = _tiles(out_h, out_w)
+
+  def part(total, parts):
+    x, y = parts
+    y = jnp.pad(y, ((0, 0), (0, 2 * rows - out_h), (0, 2 * columns - out_w), (0, 0)))
+    y = _stack(_twice(_of_outputs, [[y[:, i::2, j::2] for j in range(2)] for i in range(2)])).reshape(16, -1, features)
+    return total + jnp.einsum('tpd,tpf->tdf', _inputs(x, rows, columns, padding), y, precision=precision), None
+
+  parts = _num_parts(x, rows * columns)
+  total = jnp.zeros((16, x.shape[-1], features), x.dtype)
+  total, _ = lax.scan(part, total, (_in_parts(x, parts), _in_parts(y, parts)))
+  gradient = _twice(_to_kernel, [[total[4 * a + b] for b in range(4)] for a in range(4)])
+  return _stack(gradient).reshape(3, 3, -1, features)
+
+
+def _num_parts(x, tiles):
+  one_image = 16 * tiles * x.shape[-1] * x.dtype.itemsize
+  return -(-x.shape[0] // max(1, PART_BYTES // one_image))
+
+
+def _in_parts(x, parts):
+  """`[B, …]` → `[parts, ⌈B / parts⌉, …]`, with images of zeros where B is no multiple."""
+  rest = -x.shape[0] % parts
+  return jnp.pad(x, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(parts, -1, *x.shape[1:])
+
+
+def _tiles(height, width):
+  return -(-height // 2), -(-width // 2)
+
+
+def _inputs(x, rows, columns, padding):
+  """Bᵀ d B of every tile: `[16, B · rows · columns, D]`."""
+  sizes = zip((rows, columns), x.shape[1:3], padding, strict=True)
+  edges = [(low, 2 * n + 2 - size - low, 0) for n, size, (low, _) in sizes]
+  x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+  under = [[x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] for j in range(4)] for i in range(4)]
+  return _stack(_twice(_of_inputs, under)).reshape(16, -1, x.shape[-1])
+
+
+def _of_inputs(d):
   """Bᵀ d."""
   return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
-def _outputs(m):
+def _of_kernel(k):
+  """G k."""
+  outer = (k[0] + k[2]) / 2
+  return [k[0], outer + k[1] / 2, outer - k[1] / 2, k[2]]
+
+
+def _to_kernel(m):
+  """Gᵀ m."""
+  middle = (m[1] + m[2]) / 2
+  return [m[0] + middle, (m[1] - m[2]) / 2, middle + m[3]]
+
+
+def _of_outputs(y):
+  """A y."""
+  return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
+
+
+def _to_outputs(m):
   """Aᵀ m."""
   return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
 def _twice(transform, grid):
   """The transform along both axes of a grid of arrays."""
-  columns = [transform([row[j] for row in grid]) for j in range(len(grid))]
+  columns = [transform([row[j] for row in grid]) for j in range(len(grid[0]))]
   return [transform([column[a] for column in columns]) for a in range(len(columns[0]))]
+
+
+def _stack(grid):
+  """A grid of arrays, n by n, as one: `[n², …]`."""
+  return jnp.stack([array for row in grid for array in row])
