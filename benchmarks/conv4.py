@@ -1,4 +1,4 @@
-"""Conv4-64 on Omniglot's shapes: our programs, plain JAX's, and how much work they do."""
+"""Conv4-64 on Omniglot's shapes: our programs, plain JAX's, how much work they do, and the machine's roof."""
 
 import functools
 
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import metasgd_jax as ms
-from benchmarks import ours
+from benchmarks import ALPHA, ours
 
 QUERY, INSTANCES = 15, 20
 OURS, PLAIN = 'metasgd_jax', 'plain JAX (nn.Conv, vmap)'
+ROOF, SIDE = 'matrix product', 2048
 VARIANTS = (
   f'{OURS}, one device',
   f"{OURS}, one device, mapping='vmap'",
@@ -52,7 +53,7 @@ class PlainBlock(nn.Module):
 
 def learner(network, **options) -> ms.Learner:
   """Meta-SGD on a network."""
-  return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha_range=(ours.ALPHA,) * 2, **options)
+  return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha_range=(ALPHA,) * 2, **options)
 
 
 def task_distribution(way: int, shot: int) -> ms.TaskDistribution:
@@ -95,3 +96,10 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
     PLAIN: lambda: build(learner(PlainConv4(way)), mapping='vmap'),
   }
   return {name: make() for name, make in known.items() if name in names}
+
+
+def matrix_product():
+  """Returns the roof's program: an iteration is a product of two SIDE×SIDE float32 matrices, over all cores."""
+  a = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
+  product = jax.jit(lambda a, n: jax.lax.fori_loop(0, n, lambda i, b: a @ b * 0.02, a))
+  return lambda iterations: jax.block_until_ready(product(a, iterations))

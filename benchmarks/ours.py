@@ -7,8 +7,6 @@ import optax
 import metasgd_jax as ms
 from metasgd_jax import sharding
 
-ALPHA = 0.1
-
 
 class Run:
   """Meta-training by `metasgd_jax.train`, tasks drawn on the device; the state stays where it is between turns."""

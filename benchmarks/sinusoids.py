@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import metasgd_jax as ms
-from benchmarks import ours, peers, timing
+from benchmarks import ALPHA, ours, peers, timing
 from metasgd_jax import writers
 from metasgd_jax.losses import mean_squared_error
 
@@ -25,7 +25,7 @@ def main() -> None:
   """Checks, times and prints."""
   tasks = ms.tasks.sinusoid(shot=SHOT, query=QUERY)
   model = ms.nn.from_linen(ms.nn.MLP(stddev=0.3))
-  run = ours.Run(ms.meta_sgd(model, mean_squared_error, alpha_range=(ours.ALPHA,) * 2), tasks, TASKS)
+  run = ours.Run(ms.meta_sgd(model, mean_squared_error, alpha_range=(ALPHA,) * 2), tasks, TASKS)
   episodes = ours.draw(tasks, TASKS)
   loss, grads = run.meta_gradient(episodes)
   theta = peers.in_torchs_order(run.state.meta.theta)
@@ -34,8 +34,8 @@ def main() -> None:
   programs: dict[str, Callable[[int], None]] = {'metasgd_jax': run}
   for name, build in peers.PEERS.items():
     make = functools.partial(build, peers.mlp(), peers.mlp_apply, F.mse_loss)
-    peers.check_equal(make(double[1], ours.ALPHA, double[0]), loss, grads.theta, grads.alpha)
-    peer = make(theta, ours.ALPHA, arrays)
+    peers.check_equal(make(double[1], ALPHA, double[0]), loss, grads.theta, grads.alpha)
+    peer = make(theta, ALPHA, arrays)
     peer.draw = draw
     for threads in sorted({1, torch.get_num_threads()}):
       programs[f'{name}, {threads} thread(s)'] = functools.partial(_with_threads, peer, threads)

@@ -1,6 +1,5 @@
 """Rates of several programs, measured in turn so that what else a machine does falls on all of them alike."""
 
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -60,16 +59,3 @@ def table(found: Mapping[str, list[float]], ours: str, more: Mapping[str, Mappin
     cells += [f'{ratio(found, ours, name):.2f}', *(column.get(name, '') for column in more.values())]
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
-
-
-def peak_while(run: Callable[[], None]) -> tuple[float, float]:
-  """Returns this process's peak of resident memory in MiB, while `run` runs and since the process began (Linux)."""
-  before = _peak()
-  pathlib.Path('/proc/self/clear_refs').write_text('5')
-  run()
-  return _peak(), max(before, _peak())
-
-
-def _peak() -> float:
-  status = pathlib.Path('/proc/self/status').read_text()
-  return int(status.split('VmHWM:')[1].split()[0]) / 1024

@@ -1,0 +1,109 @@
+"""One program on Conv4, alone in a process that does as it is told; `Worker` is the other end.
+
+    python -m benchmarks.worker NAME WAY SHOT TASKS [FILE]
+
+What one program has freed, another in its process would take without asking the system for pages: PyTorch's loop was a
+fifth faster beside others than alone. So each has a process, which waits while the others work.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+OF_JAX = ('metasgd_jax', 'plain JAX', 'matrix product')
+"""What the names of JAX's programs begin with; the others are PyTorch's."""
+
+KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**34)}
+"""Environment in which glibc never gives memory back, so that no page is asked for twice."""
+
+
+class Worker:
+  """A program in a process of its own: `worker(n)` takes n iterations."""
+
+  def __init__(self, name: str, setting, episodes: str, environment=None) -> None:
+    """Starts the process, which builds the program; the file of episodes, from `save`, is for peers."""
+    command = [sys.executable, '-m', 'benchmarks.worker', name, *map(str, setting), episodes]
+    self._process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+    )
+
+  def __call__(self, iterations: int) -> float:
+    """Returns the seconds that n iterations took there; with the first call, compilation too."""
+    return self._ask(iterations)
+
+  def peak(self) -> tuple[float, float]:
+    """Returns MiB of resident memory, the peak since its second call began, and that since its process did (Linux)."""
+    return tuple(self._ask('peak'))
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _ask(self, what):
+    print(json.dumps(what), file=self._process.stdin, flush=True)
+    answer = self._process.stdout.readline()
+    if not answer:
+      raise RuntimeError(f'{self._process.args} ended with {self._process.wait()}')
+    return json.loads(answer)
+
+
+def save(path: str, theta, episodes) -> None:
+  """Writes θ in torch's order, and episodes, for peers."""
+  arrays = {f'theta{i:02d}': t for i, t in enumerate(theta)}
+  arrays |= {f'episode{i}': a for i, a in enumerate(a for part in episodes for a in part)}
+  np.savez(path, **arrays)
+
+
+def _peer(name, way, path):
+  from benchmarks import ALPHA, peers  # JAX is not imported here.
+
+  with np.load(path, allow_pickle=False) as file:
+    theta = [file[k] for k in sorted(file) if k.startswith('theta')]
+    x, y, query_x, query_y = (file[f'episode{i}'] for i in range(4))
+  return peers.of_conv4(way, theta, ALPHA, ((x, y), (query_x, query_y)), [name])[name]
+
+
+def _of_jax(name, setting):
+  from benchmarks import conv4  # Nor torch here.
+  from metasgd_jax import sharding
+
+  if name == conv4.ROOF:
+    return conv4.matrix_product()
+  sharding.cpu_cores_as_devices()
+  return conv4.our_runs(*setting, [name])[name]
+
+
+def _peak() -> float:
+  status = pathlib.Path('/proc/self/status').read_text()
+  return int(status.split('VmHWM:')[1].split()[0]) / 1024
+
+
+def main() -> None:
+  """Answers each line of JSON on stdin, a number of iterations or "peak", with one on stdout."""
+  name, *setting = sys.argv[1:5]
+  way, shot, tasks = map(int, setting)
+  run = _of_jax(name, (way, shot, tasks)) if name.startswith(OF_JAX) else _peer(name, way, sys.argv[5])
+  calls, before = 0, 0.0
+  for line in sys.stdin:
+    request = json.loads(line)
+    if request == 'peak':
+      answer = [_peak(), max(before, _peak())]
+    else:
+      if calls == 1:
+        before = _peak()
+        pathlib.Path('/proc/self/clear_refs').write_text('5')
+      start = time.perf_counter()
+      run(request)
+      answer = time.perf_counter() - start
+      calls += 1
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == '__main__':
+  main()
