@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 
 def rates(
-  programs: Mapping[str, Callable[[int], None]], *, seconds: float = 2.0, rounds: int = 7
+  programs: Mapping[str, Callable[[int], object]], *, seconds: float = 2.0, rounds: int = 7
 ) -> dict[str, list[float]]:
   """Returns each program's iterations per second in each round.
 

@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,12 +26,15 @@ KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2
 class Worker:
   """A program in a process of its own: `worker(n)` takes n iterations."""
 
-  def __init__(self, name: str, setting, episodes: str, environment=None) -> None:
+  def __init__(self, name: str, setting: Sequence[int], episodes: str, environment=None) -> None:
     """Starts the process, which builds the program; the file of episodes, from `save`, is for peers."""
     command = [sys.executable, '-m', 'benchmarks.worker', name, *map(str, setting), episodes]
+    environment = {**os.environ, **(environment or {})}
     self._process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
+    assert self._process.stdin and self._process.stdout
+    self._to, self._from = self._process.stdin, self._process.stdout
 
   def __call__(self, iterations: int) -> float:
     """Returns the seconds that n iterations took there; with the first call, compilation too."""
@@ -38,16 +42,17 @@ class Worker:
 
   def peak(self) -> tuple[float, float]:
     """Returns MiB of resident memory, the peak since its second call began, and that since its process did (Linux)."""
-    return tuple(self._ask('peak'))
+    here, always = self._ask('peak')
+    return here, always
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    self._to.close()
     self._process.wait()
 
-  def _ask(self, what):
-    print(json.dumps(what), file=self._process.stdin, flush=True)
-    answer = self._process.stdout.readline()
+  def _ask(self, what: int | str):
+    print(json.dumps(what), file=self._to, flush=True)
+    answer = self._from.readline()
     if not answer:
       raise RuntimeError(f'{self._process.args} ended with {self._process.wait()}')
     return json.loads(answer)
@@ -69,14 +74,14 @@ def _peer(name, way, path):
   return peers.of_conv4(way, theta, ALPHA, ((x, y), (query_x, query_y)), [name])[name]
 
 
-def _of_jax(name, setting):
+def _of_jax(name, way, shot, tasks):
   from benchmarks import conv4  # Nor torch here.
   from metasgd_jax import sharding
 
   if name == conv4.ROOF:
     return conv4.matrix_product()
   sharding.cpu_cores_as_devices()
-  return conv4.our_runs(*setting, [name])[name]
+  return conv4.our_runs(way, shot, tasks, [name])[name]
 
 
 def _peak() -> float:
@@ -86,23 +91,21 @@ def _peak() -> float:
 
 def main() -> None:
   """Answers each line of JSON on stdin, a number of iterations or "peak", with one on stdout."""
-  name, *setting = sys.argv[1:5]
-  way, shot, tasks = map(int, setting)
-  run = _of_jax(name, (way, shot, tasks)) if name.startswith(OF_JAX) else _peer(name, way, sys.argv[5])
+  name, way, shot, tasks = sys.argv[1], *map(int, sys.argv[2:5])
+  run = _of_jax(name, way, shot, tasks) if name.startswith(OF_JAX) else _peer(name, way, sys.argv[5])
   calls, before = 0, 0.0
   for line in sys.stdin:
     request = json.loads(line)
     if request == 'peak':
-      answer = [_peak(), max(before, _peak())]
-    else:
-      if calls == 1:
-        before = _peak()
-        pathlib.Path('/proc/self/clear_refs').write_text('5')
-      start = time.perf_counter()
-      run(request)
-      answer = time.perf_counter() - start
-      calls += 1
-    print(json.dumps(answer), flush=True)
+      print(json.dumps([_peak(), max(before, _peak())]), flush=True)
+      continue
+    if calls == 1:
+      before = _peak()
+      pathlib.Path('/proc/self/clear_refs').write_text('5')
+    start = time.perf_counter()
+    run(request)
+    print(json.dumps(time.perf_counter() - start), flush=True)
+    calls += 1
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
@@ -52,6 +53,9 @@ class Config:
     low=-100.0, high=100.0, kind=float,
   )  # fmt: skip
   filters: int = option(64, 'Filters of a convolution.', low=1, high=4096)
+  precision: str = option(
+    'float32', 'Of activations; parameters, rates and sums stay float32.', choices=('float32', 'bfloat16')
+  )
   meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
   meta_iterations: int = option(500, 'Meta-iterations.', low=1, high=2**31 - 1)
   learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser, at the start.', low=1e-12, high=1e3)
@@ -123,7 +127,8 @@ def build(config: Config) -> Setup:
 
 def build_learner(name: str, config: Config) -> ms.Learner:
   """Returns the learner on the paper's Conv4."""
-  model = ms.nn.from_linen(ms.nn.Conv4(config.way, filters=config.filters))
+  dtype = jnp.bfloat16 if config.precision == 'bfloat16' else None
+  model = ms.nn.from_linen(ms.nn.Conv4(config.way, filters=config.filters, dtype=dtype))
   loss, metrics = ms.losses.cross_entropy, {'accuracy': ms.losses.accuracy}
   steps = config.inner_steps
   if name == 'maml':

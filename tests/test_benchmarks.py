@@ -1,0 +1,39 @@
+"""What the benchmarks count, against the programs they count it of."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import metasgd_jax as ms
+from benchmarks import conv4
+from metasgd_jax.nn import block
+
+
+def flop(jaxpr) -> float:
+  """FLOP of the convolutions in a jaxpr and those inside it, done directly."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name == 'metasgd_conv':
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[1].aval.shape[1:4])
+    elif name == 'metasgd_conv_kernel_gradient':
+      y, kernel = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+      total += 2 * math.prod(y) * math.prod(kernel[1:4])
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      total += flop(inner) * equation.params.get('length', 1)
+  return total
+
+
+@pytest.mark.parametrize('way,shot', [(5, 1), (3, 2)])
+def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
+  monkeypatch.setattr(block, 'default_parts', lambda *shapes: 1)  # Parts take the first layer's output twice.
+  learner = conv4.learner(ms.nn.Conv4(way, filters=8))
+  tasks = conv4.task_distribution(way, shot)
+  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+  meta = learner.init(jax.random.key(0), episode)
+  both = jax.tree.map(lambda a: jnp.stack([a, a]), episode)
+  keys = jax.random.split(jax.random.key(0), 2)
+  jaxpr = jax.make_jaxpr(lambda m: ms.value_and_grad(learner, m, both, keys, mapping='scan')[1])(meta)
+  assert flop(jaxpr.jaxpr) == conv4.work(way, shot, 2, filters=8)
