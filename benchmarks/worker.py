@@ -30,10 +30,9 @@ class Worker:
     """Starts the process, which builds the program; the file of episodes, from `save`, is for peers."""
     command = [sys.executable, '-m', 'benchmarks.worker', name, *map(str, setting), episodes]
     environment = {**os.environ, **(environment or {})}
-    self._process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert self._process.stdin and self._process.stdout
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert self._process.stdin
+    assert self._process.stdout
     self._to, self._from = self._process.stdin, self._process.stdout
 
   def __call__(self, iterations: int) -> float:
@@ -54,7 +53,7 @@ class Worker:
     print(json.dumps(what), file=self._to, flush=True)
     answer = self._from.readline()
     if not answer:
-      raise RuntimeError(f'{self._process.args} ended with {self._process.wait()}')
+      raise RuntimeError(f'{self._process.args!r} ended with {self._process.wait()}')
     return json.loads(answer)
 
 
