@@ -258,6 +258,13 @@ def test_max_pool_with_windows_that_overlap_or_padding_is_flax(arguments):
   assert np.array_equal(ms.nn.max_pool(x, *arguments), nn.max_pool(x, *arguments))
 
 
+def test_a_nan_wins_the_max_pool():
+  x = normal(1, 4, 4, 2).at[0, 0, 0, 0].set(jnp.nan).at[0, 3, 3, 1].set(jnp.nan)
+  ours, theirs = (np.asarray(pool(x, (2, 2), (2, 2))) for pool in (ms.nn.max_pool, nn.max_pool))
+  np.testing.assert_array_equal(ours, theirs)
+  assert np.isnan(ours).sum() == 2
+
+
 def test_max_pool_of_equal_values_sends_the_gradient_to_one():
   x = jnp.ones((1, 4, 4, 1))
   grads = jax.grad(lambda x: jnp.sum(ms.nn.max_pool(x, (2, 2), (2, 2))))(x)[0, :, :, 0]
@@ -342,6 +349,10 @@ def test_shapes_that_do_not_fit():
     ms.nn.conv_general_dilated(
       jnp.zeros((1, 2, 8, 1)), jnp.zeros((3, 3, 1, 4)), (1, 1), 'VALID', dimension_numbers=NHWC
     )
+  images = jnp.zeros((1, 1, 8, 8)), jnp.zeros((1, 1, 3, 3))
+  for bad in ({'window_strides': (0, 1)}, {'rhs_dilation': (1, -1)}, {'lhs_dilation': (0, 1)}):
+    with pytest.raises(ValueError, match=rf'{next(iter(bad))} must be at least 1 along each dimension, got \('):
+      ms.nn.conv_general_dilated(*images, **({'window_strides': (1, 1), 'padding': 'SAME'} | bad))
   with pytest.raises(ValueError, match=r'max_pool takes images .* of at least 2x2, got \(1, 1, 8, 1\)'):
     ms.nn.max_pool(jnp.zeros((1, 1, 8, 1)), (2, 2), (2, 2))
 

@@ -49,7 +49,7 @@ def conv_general_dilated(
     `[B, F, H', W']`, or as dimension_numbers says.
 
   Raises:
-    ValueError: a kernel larger than the padded images.
+    ValueError: a kernel larger than the padded images; a stride or dilation below 1.
     ValueError, TypeError: shapes that do not fit, as lax says it.
   """
 
@@ -59,6 +59,13 @@ def conv_general_dilated(
       feature_group_count, batch_group_count, precision, preferred_element_type,
     )  # fmt: skip
 
+  for name, steps in (
+    ('window_strides', window_strides),
+    ('lhs_dilation', lhs_dilation),
+    ('rhs_dilation', rhs_dilation),
+  ):
+    if steps is not None and any(step < 1 for step in steps):
+      raise ValueError(f'{name} must be at least 1 along each dimension, got {tuple(steps)}')
   out = jax.eval_shape(by_lax, lhs, rhs)  # Lax's checks.
   if not all(out.shape):
     raise ValueError(
@@ -109,9 +116,9 @@ def max_pool(
 
   Images under windows that do not overlap (strides equal to the window, padding 'VALID') are pooled by comparing
   slices; the winner of each window is remembered, and derivatives of every order pick by it. All else is flax's own,
-  whose derivatives are slow. Of equal values the first one wins, in row-major order. A NaN may be passed over. A winner
-  is not found by comparing values with their maximum: XLA may compute the two in different fusions that round apart,
-  and the gradient is lost.
+  whose derivatives are slow. Of equal values the first one wins, in row-major order; a NaN wins. A winner is
+  not found by comparing values with their maximum: XLA may compute the two in different fusions that round apart, and
+  the gradient is lost.
 
   Args:
     inputs: `[B, H, W, D]`, or as flax takes them.
@@ -156,6 +163,6 @@ def _winner(x):
   value, index = x[:, :, 0, :, 0], jnp.zeros((), jnp.int32)
   for place in range(1, h * w):
     other = x[:, :, place // w, :, place % w]
-    stays = value >= other
+    stays = (value >= other) | jnp.isnan(value)
     value, index = jnp.where(stays, value, other), jnp.where(stays, index, place)
   return value, jnp.broadcast_to(index, value.shape)

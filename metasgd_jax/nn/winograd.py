@@ -5,7 +5,7 @@ F(2×2, 3×3). The elementwise product over all tiles and channels is 16 matrix 
 tile of the output's gradient, is Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, summed over tiles before Gᵀ…G.
 
 Exact in real numbers; in float32 the error is about that of the direct sum. Not for bfloat16, whose 8 bits the sums
-Bᵀ d B would spend.
+Bᵀ d B would spend. Of inputs that are not finite, the whole tile is NaN.
 """
 
 import jax.numpy as jnp
