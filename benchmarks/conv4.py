@@ -11,7 +11,7 @@ import metasgd_jax as ms
 from benchmarks import ALPHA, ours
 
 QUERY, INSTANCES = 15, 20
-OURS, PLAIN = 'metasgd_jax', 'plain JAX (nn.Conv, vmap)'
+OURS, PLAIN = 'metasgd_jax', 'plain JAX (lax.conv, vmap, one device)'
 ROOF, SIDE = 'matrix product', 2048
 VARIANTS = (
   f'{OURS}, one device',

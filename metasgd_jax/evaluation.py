@@ -67,7 +67,7 @@ def evaluate(
   sharding.check_mesh(mesh, num_tasks)
   keys = jax.random.split(key, num_tasks)
   here = num_tasks if mesh is None else num_tasks // mesh.size
-  most = mapping if isinstance(mapping, int) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
+  most = int(mapping) if isinstance(mapping, int | np.integer) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
   group = max(n for n in range(1, min(most, here) + 1) if here % n == 0)
   meta, tasks = sharding.on_all(mesh, (meta, tasks.as_arguments()))
   values = _evaluate(meta, tasks, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)

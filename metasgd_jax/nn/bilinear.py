@@ -6,8 +6,8 @@ around. Every derivative of either, of any order, forward or reverse, is one of 
     conv(x, κ)              d/dx: conv(ȳ, turned κ)        d/dκ: kernel_gradient(x, ȳ)
     kernel_gradient(x, ȳ)   d/dx: conv(ȳ, turned κ̄)        d/dȳ: conv(x, κ̄)
 
-So how either is computed is chosen here and nowhere else, when a program is lowered for a platform;
-benchmarks/RESULTS.md has the figures.
+So how either is computed is chosen here and nowhere else, when a program is lowered for a platform. The CPU's choices
+were measured (WORKSPACE_NOTES.md has the figures), those for other platforms were not.
 
 - CPU: each task's convolution in the layout NHWC, HWIO → NHWC, operands transposed by hand. XLA brings convolutions
   into that layout at the entry of a program only; in the body of a loop any other is tens of times slower. The
@@ -52,7 +52,22 @@ class Window(NamedTuple):
 
 def conv(x, kernel, window: Window, precision=None):
   """Returns the cross-correlation of images `[B, H, W, D]` with a kernel `[h, w, D, F]`: `[B, H', W', F]`."""
-  return conv_p.bind(x[None], kernel[None], window=window, precision=precision)[0]
+  if precision is None:  # A setting that holds while a program is traced, not when it is lowered.
+    precision = jax.config.jax_default_matmul_precision
+  x, kernel = _vary_alike(x[None], kernel[None])
+  return conv_p.bind(x, kernel, window=window, precision=precision)[0]
+
+
+def _vary_alike(*operands):
+  """Inside of shard_map: operands that vary over the same mesh axes, as a primitive's must."""
+  over = [_varies_over(jax.typeof(a)) for a in operands]
+  missing = [tuple(sorted(frozenset.union(*over) - mine)) for mine in over]
+  return [lax.pcast(a, axes, to='varying') if axes else a for a, axes in zip(operands, missing, strict=True)]
+
+
+def _varies_over(aval) -> frozenset:
+  kind = getattr(aval, 'manual_axis_type', None)  # As jax 0.10 has it; other versions have the axes themselves.
+  return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
 
 
 def _dilated(n, dilation):
@@ -120,17 +135,19 @@ def _batch(primitive, operands, axes, **options):
   return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-# The forms.
+# The forms. Those of one task give their sums in float32 at the least; they are rounded once, when all is summed.
+
+
+def _sums(x):
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _lax_conv(x, kernel, window, precision):
-  """One task's, summed in float32 at the least."""
-  sums = jnp.promote_types(x.dtype, jnp.float32)
-  y = lax.conv_general_dilated(
+  """One task's, in float32 at the least."""
+  return lax.conv_general_dilated(
     x, kernel, window.strides, window.padding, window.x_dilation, window.kernel_dilation, LAYOUT,
-    precision=precision, preferred_element_type=sums,
+    precision=precision, preferred_element_type=_sums(x),
   )  # fmt: skip
-  return y.astype(x.dtype)
 
 
 def _lax_kernel_gradient(x, y, window, size, precision):
@@ -145,10 +162,9 @@ def _lax_kernel_gradient(x, y, window, size, precision):
 
 def _kernel_gradient_by_one_product(x, y, window, size, precision):
   """One task's, of so few channels that their patches are small beside ȳ, which is read as it lies."""
-  sums = jnp.promote_types(x.dtype, jnp.float32)
   patches = jnp.moveaxis(_patches(x[None], window, size)[0], -1, 0)
-  out = jnp.matmul(patches, y.reshape(-1, y.shape[-1]), precision=precision, preferred_element_type=sums)
-  return out.astype(x.dtype).reshape(*size, x.shape[-1], -1)
+  out = jnp.matmul(patches, y.reshape(-1, y.shape[-1]), precision=precision, preferred_element_type=_sums(x))
+  return out.reshape(*size, x.shape[-1], -1)
 
 
 def _kernel_gradient_in_parts(x, y, window, size, precision):
@@ -158,16 +174,16 @@ def _kernel_gradient_in_parts(x, y, window, size, precision):
     return gradient(x, y)
   rest = -images % IMAGES_AT_ONCE  # Images of zeros, which add nothing.
   parts = [jnp.pad(a, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(-1, IMAGES_AT_ONCE, *a.shape[1:]) for a in (x, y)]
-  sums = jnp.promote_types(x.dtype, jnp.float32)
-  total = jnp.zeros((*size, x.shape[-1], y.shape[-1]), sums)
-  return lax.scan(lambda total, part: (total + gradient(*part), None), total, tuple(parts))[0].astype(x.dtype)
+  total = jnp.zeros((*size, x.shape[-1], y.shape[-1]), _sums(x))
+  return lax.scan(lambda total, part: (total + gradient(*part), None), total, tuple(parts))[0]
 
 
 def _over_tasks(form, *operands):
-  """One task after the other; one alone without a loop."""
+  """One task after the other, rounded to the operands' dtype; one alone without a loop."""
+  rounded = lambda task: form(*task).astype(operands[0].dtype)
   if operands[0].shape[0] == 1:
-    return form(*(a[0] for a in operands))[None]
-  return lax.map(lambda task: form(*task), operands)
+    return rounded([a[0] for a in operands])[None]
+  return lax.map(rounded, operands)
 
 
 def _conv_on_cpu(x, kernel, *, window, precision):
@@ -215,21 +231,19 @@ def _patches(x, window, size):
 
 def _conv_by_patches(x, kernel, *, window, precision):
   if x.shape[0] == 1:
-    return _lax_conv(x[0], kernel[0], window, precision)[None]
+    return _lax_conv(x[0], kernel[0], window, precision).astype(x.dtype)[None]
   tasks, *size, _, features = kernel.shape
-  sums = jnp.promote_types(x.dtype, jnp.float32)
   flat = kernel.reshape(tasks, -1, features)
-  y = jnp.einsum('tpk,tkf->tpf', _patches(x, window, size), flat, precision=precision, preferred_element_type=sums)
+  y = jnp.einsum('tpk,tkf->tpf', _patches(x, window, size), flat, precision=precision, preferred_element_type=_sums(x))
   return y.astype(x.dtype).reshape(tasks, x.shape[1], *window.outputs(x.shape[2:4], size), features)
 
 
 def _kernel_gradient_by_patches(x, y, *, window, size, precision):
   if x.shape[0] == 1:
-    return _lax_kernel_gradient(x[0], y[0], window, size, precision)[None]
+    return _lax_kernel_gradient(x[0], y[0], window, size, precision).astype(x.dtype)[None]
   tasks, features = x.shape[0], y.shape[-1]
-  sums = jnp.promote_types(x.dtype, jnp.float32)
-  flat = y.reshape(tasks, -1, features)
-  out = jnp.einsum('tpk,tpf->tkf', _patches(x, window, size), flat, precision=precision, preferred_element_type=sums)
+  flat, patches = y.reshape(tasks, -1, features), _patches(x, window, size)
+  out = jnp.einsum('tpk,tpf->tkf', patches, flat, precision=precision, preferred_element_type=_sums(x))
   return out.astype(x.dtype).reshape(tasks, *size, x.shape[-1], features)
 
 
@@ -243,6 +257,8 @@ def _primitive(name, shape, to_first, to_second, on_cpu, elsewhere):
 
   @primitive.def_impl
   def run(first, second, **options):
+    if jax.config.jax_disable_jit:
+      return (on_cpu if jax.default_backend() == 'cpu' else elsewhere)(first, second, **options)
     return compiled(first, second, tuple(sorted(options.items())))
 
   ad.defbilinear(primitive, to_first, to_second)

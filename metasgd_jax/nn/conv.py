@@ -28,9 +28,13 @@ def conv_general_dilated(
   """Returns what `jax.lax.conv_general_dilated` does, with the same arguments.
 
   In one or two spatial dimensions, in any layout, with any strides, padding and dilation, it and its derivatives of
-  every order, forward and reverse, are convolutions in the one layout that is fast (see `nn.bilinear`). With groups, in
-  three dimensions, of integers, or with another preferred_element_type it is lax's own, whose second derivatives are
-  slow on a CPU.
+  every order, forward and reverse, take the forms that are fast (see `nn.bilinear`). With groups, in three dimensions,
+  of integers or floats under 16 bits, of nothing, sharded over an explicit mesh axis, or with another
+  preferred_element_type it is lax's own, whose second derivatives are slow on a CPU.
+
+  On a CPU, large 3×3 convolutions in float32 and float64 are Winograd's, whose rounding error goes with the largest input
+  of a 4×4 tile, not with that under each kernel; near inputs that are not finite, or close to overflow, more outputs are
+  NaN or infinite than lax's.
 
   Args:
     lhs: images, `[B, D, H, W]` unless dimension_numbers says otherwise, as 'NHWC' does.
@@ -67,16 +71,15 @@ def conv_general_dilated(
     if steps is not None and any(step < 1 for step in steps):
       raise ValueError(f'{name} must be at least 1 along each dimension, got {tuple(steps)}')
   out = jax.eval_shape(by_lax, lhs, rhs)  # Lax's checks.
-  if not all(out.shape):
-    raise ValueError(
-      f'kernel {rhs.shape} is larger than the padded images {lhs.shape}, or one is empty; pad more, or give larger ones'
-    )
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  if not all(out.shape[i] for i in numbers.out_spec[2:]):
+    raise ValueError(f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad more, or give larger images')
   spatial = lhs.ndim - 2
   grouped = feature_group_count != 1 or batch_group_count != 1
-  inexact = jnp.issubdtype(out.dtype, jnp.inexact) and preferred_element_type is None
-  if grouped or not inexact or spatial not in (1, 2):
+  inexact = jnp.issubdtype(out.dtype, jnp.inexact) and out.dtype.itemsize > 1 and preferred_element_type is None
+  empty = not all((*lhs.shape, *rhs.shape))
+  if grouped or not inexact or spatial not in (1, 2) or empty or _explicitly_sharded(lhs) or _explicitly_sharded(rhs):
     return by_lax(lhs, rhs)
-  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
   x, k = jnp.transpose(lhs, (batch, *image, depth)), jnp.transpose(rhs, (*kernel, inputs, features))
   strides, x_dilation = tuple(window_strides), tuple(lhs_dilation or (1,) * spatial)
@@ -94,6 +97,10 @@ def conv_general_dilated(
     y = y[:, 0]
   place = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])  # Of B, space and F in the output.
   return jnp.transpose(y, tuple(place.index(i) for i in range(y.ndim)))
+
+
+def _explicitly_sharded(a) -> bool:
+  return any(axis is not None for axis in jax.typeof(a).sharding.spec)
 
 
 class Conv(nn.Conv):

@@ -4,8 +4,9 @@ Each tile of 2×2 outputs is Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A with d the 4×4 i
 F(2×2, 3×3). The elementwise product over all tiles and channels is 16 matrix products. Its transpose in κ, with ȳ a
 tile of the output's gradient, is Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, summed over tiles before Gᵀ…G.
 
-Exact in real numbers; in float32 the error is about that of the direct sum. Not for bfloat16, whose 8 bits the sums
-Bᵀ d B would spend. Of inputs that are not finite, the whole tile is NaN.
+Exact in real numbers. In float32 the error goes with the largest input of a tile: about that of the direct sum where
+inputs are of one size, larger where they are not. Not for bfloat16, whose 8 bits the sums Bᵀ d B would spend. An input
+that is not finite, or near overflow, may make all of a tile's outputs NaN or infinite.
 """
 
 import jax.numpy as jnp
