@@ -59,7 +59,7 @@ def learner(network, **options) -> ms.Learner:
 def task_distribution(way: int, shot: int) -> ms.TaskDistribution:
   """Tasks of noise."""
   images = np.random.default_rng(0).integers(0, 256, (200, INSTANCES, 28, 28, 1), np.uint8)
-  return ms.tasks.few_shot(ms.tasks.ClassBank(images), way=way, shot=shot, query=QUERY)
+  return ms.tasks.few_shot(ms.tasks.class_bank(images), way=way, shot=shot, query=QUERY)
 
 
 def work(way: int, shot: int, tasks: int, filters: int = 64, side: int = 28) -> float:

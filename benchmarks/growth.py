@@ -54,7 +54,7 @@ LINES: tuple[
 def measure(point: Point) -> tuple[float, float]:
   """Returns milliseconds of a meta-gradient, median of several, and MiB of intermediates."""
   images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
-  tasks = ms.tasks.few_shot(ms.tasks.ClassBank(images), way=point.way, shot=point.shot, query=5)
+  tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=point.way, shot=point.shot, query=5)
   model = ms.nn.from_linen(ms.nn.Conv4(point.way, filters=point.filters))
   learner = ms.meta_sgd(
     model, ms.losses.cross_entropy, steps=point.steps, backward=point.backward, alpha_range=(0.01, 0.01)

@@ -37,7 +37,8 @@ def option(
   """Returns a dataclass field that is a flag as well.
 
   Args:
-    default: its value when not given. A tuple makes a flag of names with commas between.
+    default: its value when not given. A tuple makes a flag of names with commas between; without choices, of numbers.
+      An empty one may be given.
     about: what `--help` says of it.
     low: the least value allowed.
     high: the greatest.
@@ -59,11 +60,13 @@ def check(config: Any) -> None:
     kinds: Any = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
       raise ValueError(f'{name} must be of type {kind.__name__}, got {value!r}')
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    if kind is not tuple and ((low is not None and not value >= low) or (high is not None and not value <= high)):
       bounds = f'at least {low}' if high is None else f'from {low} to {high}'
       raise ValueError(f'{name} must be {bounds}, got {value}')
-    if kind is tuple and (not value or len(set(value)) < len(value)):
-      raise ValueError(f'{name} must be some of {", ".join(choices)}, each once, got {value}')
+    if kind is tuple and ((not value and field.default) or len(set(value)) < len(value)):
+      raise ValueError(f'{name} must be some of {", ".join(choices or ["numbers"])}, each once, got {value}')
+    if kind is tuple and not choices and not all(type(item) is int and item >= low for item in value):
+      raise ValueError(f'{name} must be whole numbers of at least {low}, got {value}')
     for item in (value if kind is tuple else (value,)) if choices else ():
       if item not in choices:
         raise ValueError(f'{name} must be one of {", ".join(choices)}, got {item!r}')
@@ -81,6 +84,10 @@ def define_flags(config_class: type) -> None:
       flags.DEFINE_integer(field.name, default, text, **bounds)
     elif kind is float:
       flags.DEFINE_float(field.name, default, text, **bounds)
+    elif kind is tuple and not choices:
+      flags.DEFINE_list(field.name, [str(item) for item in default], f'{text} Numbers, with commas between.')
+      message = f'must be whole numbers of at least {meta["low"]}'
+      flags.register_validator(field.name, lambda items: all(item.isdecimal() for item in items), message=message)
     elif kind is tuple:
       flags.DEFINE_list(field.name, list(default), f'{text} One or more of {", ".join(choices)}, with commas between.')
       known = set(choices)
@@ -96,7 +103,9 @@ def from_flags(config_class: type[C]) -> C:
   values = {}
   for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
     value = flags.FLAGS[field.name].value
-    values[field.name] = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+      value = tuple(value) if field.metadata['choices'] else tuple(int(item) for item in value)
+    values[field.name] = value
   return config_class(**values)
 
 

@@ -20,7 +20,7 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 
 _OWN_FILES = (
   'results.json', 'per_task_*.npy', 'params_*.msgpack',
-  'curves_*.png', 'alpha_*.png', 'task_*.png', 'learning_curves.png',
+  'curves_*.png', 'alpha_*.png', 'task_*.png', 'instances_*.png', 'learning_curves.png', 'model_*.safetensors',
 )  # fmt: skip
 
 

@@ -2,23 +2,29 @@
 
 from metasgd_jax import learners, losses, nn, sharding, tasks
 from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
+from metasgd_jax.classifier import FewShotClassifier
 from metasgd_jax.evaluation import Estimate, estimate, evaluate
 from metasgd_jax.learners import maml, meta_sgd
+from metasgd_jax.model_file import FewShotModel, ModelConfig, load_model, save_model
 from metasgd_jax.objective import Mapping, mean_loss, value_and_grad
 from metasgd_jax.training import Progress, TrainState, init, train, train_step
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution
+from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution, TaskStream
 from metasgd_jax.version import __version__
 
 __all__ = [
   'Batch',
   'Episode',
   'Estimate',
+  'FewShotClassifier',
+  'FewShotModel',
   'Learner',
   'Mapping',
   'MetaParams',
   'Model',
+  'ModelConfig',
   'Progress',
   'TaskDistribution',
+  'TaskStream',
   'TrainState',
   '__version__',
   'adapt',
@@ -28,11 +34,13 @@ __all__ = [
   'init',
   'init_alpha',
   'learners',
+  'load_model',
   'losses',
   'maml',
   'mean_loss',
   'meta_sgd',
   'nn',
+  'save_model',
   'sharding',
   'tasks',
   'train',

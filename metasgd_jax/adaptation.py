@@ -1,5 +1,6 @@
 """The inner loop: θ′ = θ − α ∘ ∇L(θ), a pure function of one task."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -40,6 +41,7 @@ def adapt(
   steps: int = 1,
   first_order: bool = False,
   backward: Backward = 'reverse',
+  alpha_by_step: bool = False,
 ) -> PyTree:
   """Returns θ adapted to one task.
 
@@ -56,6 +58,7 @@ def adapt(
     steps: inner steps, 0 or more; the paper takes 1 everywhere.
     first_order: drop the second derivatives.
     backward: how derivatives of the result go back through the steps; see `Backward`.
+    alpha_by_step: each leaf of α has `[steps]` in front, and step t takes its own, as in MAML++ (Antoniou et al. 2019).
 
   Returns:
     A pytree with θ's structure, shapes and dtypes.
@@ -66,16 +69,18 @@ def adapt(
   """
   check_backward(backward)
   check_steps(steps)
-  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order)
+  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
   theta = jax.tree.map(jnp.asarray, theta)
+  step = _step(grad)
   if backward == 'forward' and not first_order:
-    return descend(grad, int(steps), theta, rates)
-  step = _step(grad, rates)
+    if not alpha_by_step:
+      return descend(grad, int(steps), theta, rates)
+    step = functools.partial(descend, grad, 1)
   if backward == 'recompute':
     step = jax.checkpoint(step, prevent_cse=steps == 1)
-  if steps == 1:
-    return step(theta)
-  return jax.lax.scan(lambda t, _: (step(t), None), theta, length=int(steps))[0]
+  if steps == 1 and not alpha_by_step:
+    return step(theta, rates)
+  return _over_steps(step, theta, rates, steps, alpha_by_step, keep=False)
 
 
 def adapt_path(
@@ -86,25 +91,38 @@ def adapt_path(
   loss_fn: LossFn,
   steps: int = 1,
   first_order: bool = False,
+  alpha_by_step: bool = False,
 ) -> PyTree:
   """Returns θ after 0, 1, …, steps inner steps, stacked on a new leading axis `[steps + 1]`.
 
   Arguments and errors are `adapt`'s, but for `backward`; entry −1 is what `adapt` returns.
   """
   check_steps(steps)
-  step = _step(*_inner_gradient(theta, alpha, batch, loss_fn, first_order))
-
-  def body(t, _):
-    t = step(t)
-    return t, t
-
+  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
   theta = jax.tree.map(jnp.asarray, theta)
-  later = jax.lax.scan(body, theta, length=int(steps))[1]
+  later = _over_steps(_step(grad), theta, rates, steps, alpha_by_step, keep=True)
   return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), theta, later)
 
 
+def _over_steps(step, theta, rates, steps, by_step, *, keep):
+  """The last θ, or with `keep` θ after each of the steps."""
+
+  def body(t, rates_now):
+    t = step(t, rates_now if by_step else rates)
+    return t, t if keep else None
+
+  last, path = jax.lax.scan(body, theta, rates if by_step else None, length=int(steps))
+  return path if keep else last
+
+
 def init_alpha(
-  key: chex.PRNGKey, theta: PyTree, *, low: float = 0.005, high: float = 0.1, per: Per = 'entry'
+  key: chex.PRNGKey,
+  theta: PyTree,
+  *,
+  low: float = 0.005,
+  high: float = 0.1,
+  per: Per = 'entry',
+  steps: int | None = None,
 ) -> PyTree:
   """Returns the starting α, every entry the same number, drawn once from U[low, high].
 
@@ -116,6 +134,7 @@ def init_alpha(
     low: the least value drawn.
     high: the greatest value drawn.
     per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
+    steps: where given, every inner step has rates of its own: `[steps]` in front of each leaf.
 
   Raises:
     ValueError: low > high, a bound that is not finite, or an unknown `per`.
@@ -124,11 +143,11 @@ def init_alpha(
   if per not in get_args(Per):
     raise ValueError(f'per must be one of {get_args(Per)}, got {per!r}')
   value = jax.random.uniform(key, (), jnp.float32, low, high)
+  front = () if steps is None else (steps,)
   if per == 'all':
-    return value
-  if per == 'leaf':
-    return jax.tree.map(lambda t: value.astype(jnp.result_type(t)), theta)
-  return jax.tree.map(lambda t: jnp.full(jnp.shape(t), value, jnp.result_type(t)), theta)
+    return jnp.full(front, value)
+  shape = lambda t: front if per == 'leaf' else front + jnp.shape(t)
+  return jax.tree.map(lambda t: jnp.full(shape(t), value, jnp.result_type(t)), theta)
 
 
 def check_alpha_range(low: float, high: float) -> None:
@@ -149,9 +168,12 @@ def check_backward(backward: str) -> None:
     raise ValueError(f'backward must be one of {get_args(Backward)}, got {backward!r}')
 
 
-def _inner_gradient(theta, alpha, batch, loss_fn, first_order):
-  """The gradient of the support loss as a function of θ, and α with the whole of θ's structure."""
-  alpha = broadcast_alpha(alpha, theta)
+def _inner_gradient(theta, alpha, batch, loss_fn, first_order, by_step):
+  """The gradient of the support loss as a function of θ, and α with the whole of θ's structure.
+
+  `by_step` is the number of steps that each leaf of α has in front, or `None`.
+  """
+  alpha = broadcast_alpha(alpha, theta, by_step)
 
   def scalar_loss(t):
     loss = loss_fn(t, batch)
@@ -168,12 +190,14 @@ def _inner_gradient(theta, alpha, batch, loss_fn, first_order):
   return grad, jax.tree.map(lambda p, a: jnp.asarray(a, jnp.result_type(p)), theta, alpha)
 
 
-def _step(grad, alpha):
-  return lambda theta: jax.tree.map(lambda t, a, g: t - a * g, theta, alpha, grad(theta))
+def _step(grad):
+  return lambda theta, alpha: jax.tree.map(lambda t, a, g: t - a * g, theta, alpha, grad(theta))
 
 
-def broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
+def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) -> PyTree:
   """Returns α, a prefix of θ's structure, with the whole of it; each leaf has θ's shape or is a scalar.
+
+  With `by_step`, a number of steps, each leaf has that many of these in front.
 
   Raises:
     ValueError: as `adapt`, naming the leaf.
@@ -188,6 +212,13 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
       )
   owners: dict[int, int] = {}
   for index, (path, leaf) in enumerate(alpha_leaves):
+    shape = jnp.shape(leaf)
+    if by_step is not None:
+      if shape[:1] != (by_step,):
+        raise ValueError(
+          f'alpha{keystr(path)} has shape {shape}, but each of {by_step} steps has its own; put [{by_step}] in front'
+        )
+      shape = shape[1:]
     covered = [i for i, (p, _) in enumerate(theta_leaves) if p[: len(path)] == path]
     if not covered:
       raise ValueError(
@@ -196,9 +227,9 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree) -> PyTree:
     for i in covered:
       full_path, t = theta_leaves[i]
       owners[i] = index
-      if jnp.ndim(leaf) and (len(full_path) > len(path) or jnp.shape(leaf) != jnp.shape(t)):
+      if shape and (len(full_path) > len(path) or shape != jnp.shape(t)):
         raise ValueError(
-          f'alpha{keystr(path)} has shape {jnp.shape(leaf)} but theta{keystr(full_path)} has shape {jnp.shape(t)}; '
+          f'alpha{keystr(path)} has shape {shape} but theta{keystr(full_path)} has shape {jnp.shape(t)}; '
           'give alpha the same shape, or a scalar'
         )
   missing = [keystr(path) for i, (path, _) in enumerate(theta_leaves) if i not in owners]

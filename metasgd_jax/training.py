@@ -1,5 +1,6 @@
 """Meta-training on the device: many meta-iterations in one compiled loop, several seeds side by side."""
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from metasgd_jax import host_memory, sharding
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
-from metasgd_jax.types import Learner, PyTree, TaskDistribution
+from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
 
 
 class TrainState(NamedTuple):
@@ -54,7 +55,7 @@ class Progress(NamedTuple):
 
 
 def init(
-  key: chex.PRNGKey, tasks: TaskDistribution, *, learner: Learner, optimizer: optax.GradientTransformation
+  key: chex.PRNGKey, tasks: TaskDistribution | TaskStream, *, learner: Learner, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
 
@@ -73,12 +74,19 @@ def init(
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
+  if isinstance(tasks, TaskStream):
+    task_keys, episode_keys, _ = jnp.moveaxis(jax.vmap(_init_keys)(jnp.atleast_1d(key)), 1, 0)
+    tasks = tasks.send(task_keys, episode_keys)
   return start(key, tasks.as_arguments())
+
+
+def _init_keys(key):
+  return jax.random.split(jax.random.fold_in(key, -1 % 2**32), 3)
 
 
 @functools.partial(jax.jit, static_argnames=('learner', 'optimizer'))
 def _init(key, tasks, *, learner, optimizer):
-  task_key, episode_key, init_key = jax.random.split(jax.random.fold_in(key, -1 % 2**32), 3)
+  task_key, episode_key, init_key = _init_keys(key)
   episode = tasks.episode(tasks.sample(task_key), episode_key)
   meta = learner.init(init_key, episode)
   return TrainState(jnp.zeros((), jnp.int32), key, meta, optimizer.init(meta))
@@ -111,7 +119,7 @@ def train_step(
     ValueError: an unknown mapping, or tasks that cannot be shared evenly.
   """
   sharding.check_mesh(mesh, meta_batch)
-  keys = jax.random.split(jax.random.fold_in(state.key, state.step), (3, meta_batch))
+  keys = step_keys(state.key, state.step, meta_batch)
 
   def of_tasks(shared, keys):
     meta, tasks = shared
@@ -126,9 +134,14 @@ def train_step(
   return TrainState(state.step + 1, state.key, meta, opt_state), {**info, 'loss': loss}
 
 
+def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:
+  """Returns the keys of a meta-iteration, `[3, T]`: to sample each task, to draw its episode, and for the learner."""
+  return jax.random.split(jax.random.fold_in(key, step), (3, meta_batch))
+
+
 def train(
   state: TrainState,
-  tasks: TaskDistribution,
+  tasks: TaskDistribution | TaskStream,
   *,
   learner: Learner,
   optimizer: optax.GradientTransformation,
@@ -147,7 +160,7 @@ def train(
 
   Args:
     state: from `init`, of one run or of R.
-    tasks: what to train on.
+    tasks: what to train on; the next chunk's of a `TaskStream` are sent while the device works on this one's.
     learner: what to train.
     optimizer: the outer optimiser that `state` was made with.
     meta_iterations: where to stop, counted from the run's beginning.
@@ -174,7 +187,7 @@ def train(
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
   if done == meta_iterations:
     return state
-  state, tasks = sharding.on_all(mesh, (state, tasks.as_arguments()))
+  key, state = state.key, sharding.on_all(mesh, state)
   run_chunk = functools.partial(
     _run_chunk,
     learner=learner,
@@ -184,22 +197,49 @@ def train(
     mesh=mesh,
     chunk=chunk,
   )
-  start = time.perf_counter()
-  jax.block_until_ready(run_chunk(state, tasks, 0))  # Compiled with a chunk of no steps, so that this is not timed.
-  if time.perf_counter() - start > 1:
-    host_memory.give_back()  # What the compiler left; a program that was compiled before takes no second.
-  seconds = 0.0
-  while done < meta_iterations:
-    n = min(chunk, meta_iterations - done)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    ahead = functools.partial(_send_ahead, thread, tasks, key, meta_batch, chunk, mesh)
+    coming = ahead(done)
     start = time.perf_counter()
-    state, info = jax.block_until_ready(run_chunk(state, tasks, n))
-    seconds += time.perf_counter() - start
-    done += n
-    info = {name: np.asarray(values)[:n] for name, values in info.items()}
-    progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
-    for callback in callbacks:
-      callback(progress)
+    # Compiled with a chunk of no steps, so that this is not timed.
+    jax.block_until_ready(run_chunk(state, coming.result(), 0))
+    if time.perf_counter() - start > 1:
+      host_memory.give_back()  # What the compiler left; a program that was compiled before takes no second.
+    seconds = 0.0
+    while done < meta_iterations:
+      n = min(chunk, meta_iterations - done)
+      start = time.perf_counter()
+      now = coming.result()
+      if done + n < meta_iterations:
+        coming = ahead(done + n)
+      state, info = jax.block_until_ready(run_chunk(state, now, n))
+      seconds += time.perf_counter() - start
+      done += n
+      info = {name: np.asarray(values)[:n] for name, values in info.items()}
+      progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
+      for callback in callbacks:
+        callback(progress)
   return state if mesh is None else jax.device_put(state, mesh.devices.flat[0])
+
+
+def _send_ahead(thread, tasks, key, meta_batch, chunk, mesh, step):
+  """Returns a future of the tasks of `chunk` meta-iterations from `step`."""
+
+  def send():
+    if isinstance(tasks, TaskDistribution):
+      return sharding.on_all(mesh, tasks.as_arguments())
+    keys = _chunk_keys(jax.device_put(key, jax.devices('cpu')[0]), step, meta_batch=meta_batch, chunk=chunk)
+    return sharding.on_all(mesh, tasks.send(*keys).as_arguments())
+
+  return thread.submit(send)
+
+
+@functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
+def _chunk_keys(key, step, *, meta_batch, chunk):
+  """The keys of all tasks, and of all their episodes, of a chunk; of R runs together: `[R·chunk·T]` each."""
+  of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
+  keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
+  return tuple(keys[:, :, i].ravel() for i in range(2))
 
 
 @functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'chunk'))

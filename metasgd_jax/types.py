@@ -48,11 +48,14 @@ class Model(NamedTuple):
 
   Attributes:
     init: `(key, x [B, …]) → θ`; consumes key.
-    apply: `(θ, x [B, …]) → outputs [B, …]`.
+    apply: `(θ, x [B, …]) → outputs [B, …]`; where there are statistics also `(θ, x, statistics)`, with which no output
+      depends on the other items of x.
+    statistics: `(θ, x [B, …]) →` batch norm's means and variances over x, a pytree; `None` for a network without.
   """
 
   init: Callable[[chex.PRNGKey, Any], PyTree]
-  apply: Callable[[PyTree, Any], Any]
+  apply: Callable[..., Any]
+  statistics: Callable[[PyTree, Any], PyTree] | None = None
 
 
 class Learner(NamedTuple):
@@ -91,3 +94,14 @@ class TaskDistribution(NamedTuple):
   def as_arguments(self) -> 'TaskDistribution':
     """Returns the same as a pytree that a jitted function takes; arrays in closures stay constants."""
     return TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in self))
+
+
+class TaskStream(NamedTuple):
+  """Tasks whose data stay on the host and are sent to the device for a chunk of meta-iterations at a time.
+
+  Attributes:
+    send: `(sample keys [B], episode keys [B]) → TaskDistribution` that gives the tasks and episodes of these pairs of
+      keys, and of no others. Called from a thread of its own, while the device works on the chunk before.
+  """
+
+  send: Callable[[chex.PRNGKey, chex.PRNGKey], TaskDistribution]

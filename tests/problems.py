@@ -40,7 +40,7 @@ def episodes(tasks, count, seed=0):
 def random_bank(classes=8, instances=6, size=8, seed=0):
   """A class bank in which no two drawings are equal."""
   images = np.random.default_rng(seed).integers(0, 256, (classes, instances, size, size, 1), np.uint8)
-  return ms.tasks.ClassBank(images)
+  return ms.tasks.class_bank(images)
 
 
 def to_float64(tree):

@@ -257,3 +257,57 @@ class TestBackward:
       ms.adapt(theta, alpha, batch, loss_fn=loss_fn, backward='implicit')
     with pytest.raises(ValueError, match=message):
       ms.maml(None, loss_fn, backward='implicit')
+
+
+RATES_THETA = {'a': jnp.array([1.0, -2.0]), 'b': jnp.float32(0.5)}
+RATES_ALPHA = {'a': jnp.array([[0.1, 0.2], [0.3, -0.1], [0.05, 0.0]]), 'b': jnp.array([0.1, 0.0, 0.2])}
+
+
+class TestRatesByStep:
+  """θ_{t+1} = θ_t − α_t ∘ ∇L(θ_t)."""
+
+  @staticmethod
+  def loss(theta, batch):
+    return jnp.sum(jnp.sin(theta['a']) * batch) + theta['b'] ** 2 * jnp.sum(theta['a'] ** 2)
+
+  def by_hand(self, theta, alpha):
+    for t in range(3):
+      grads = jax.grad(self.loss)(theta, 2.0)
+      theta = jax.tree.map(lambda p, a, g, t=t: p - a[t] * g, theta, alpha, grads)
+    return theta
+
+  @pytest.mark.parametrize('backward', ['reverse', 'recompute', 'forward'])
+  def test_each_step_takes_its_own_and_gets_its_own_gradient(self, backward):
+    adapt = lambda theta, alpha: ms.adapt(
+      theta, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True, backward=backward
+    )
+    assert_trees_close(adapt(RATES_THETA, RATES_ALPHA), self.by_hand(RATES_THETA, RATES_ALPHA), rtol=1e-5)
+    outer = lambda f: jax.grad(lambda *meta: self.loss(f(*meta), 1.0), (0, 1))(RATES_THETA, RATES_ALPHA)
+    assert_trees_close(outer(adapt), outer(self.by_hand), rtol=1e-4, atol=1e-5)
+
+  def test_path(self):
+    path = ms.adapt_path(RATES_THETA, RATES_ALPHA, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True)
+    assert_trees_close(jax.tree.map(lambda a: a[-1], path), self.by_hand(RATES_THETA, RATES_ALPHA), rtol=1e-5)
+
+  def test_the_same_rates_are_the_same_as_one(self):
+    alpha = jax.tree.map(lambda a: jnp.broadcast_to(a[0], a.shape), RATES_ALPHA)
+    by_step = ms.adapt(RATES_THETA, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True)
+    one = ms.adapt(RATES_THETA, jax.tree.map(lambda a: a[0], alpha), 2.0, loss_fn=self.loss, steps=3)
+    assert_trees_close(by_step, one)
+
+  def test_a_number_a_step(self):
+    by_step = ms.adapt(RATES_THETA, jnp.array([0.1, 0.2]), 2.0, loss_fn=self.loss, steps=2, alpha_by_step=True)
+    first = ms.adapt(RATES_THETA, 0.1, 2.0, loss_fn=self.loss)
+    assert_trees_close(by_step, ms.adapt(first, 0.2, 2.0, loss_fn=self.loss))
+
+  def test_rates_that_are_not_one_a_step(self):
+    with pytest.raises(
+      ValueError, match=r"alpha\['a'\] has shape \(3, 2\), but each of 2 steps has its own; put \[2\]"
+    ):
+      ms.adapt(RATES_THETA, RATES_ALPHA, 2.0, loss_fn=self.loss, steps=2, alpha_by_step=True)
+
+  @pytest.mark.parametrize('per', ['entry', 'leaf', 'all'])
+  def test_init(self, per):
+    alpha = ms.init_alpha(jax.random.key(0), RATES_THETA, per=per, steps=3)
+    ms.adapt(RATES_THETA, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(alpha)} == {3}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from problems import episodes, random_bank
 
-from metasgd_jax.tasks import ClassBank, few_shot, glyphs, rotate_classes
+from metasgd_jax.tasks import ClassBank, all_classes, class_bank, few_shot, glyphs, rotate_classes
 
 WAY, SHOT, QUERY = 4, 2, 3
 
@@ -15,7 +15,7 @@ def numbered_bank(classes=7, instances=6):
   """Drawing i of class c is an image all of whose pixels are c·instances + i."""
   images = np.zeros((classes, instances, 4, 4, 1), np.uint8)
   images += np.arange(classes * instances, dtype=np.uint8).reshape(classes, instances, 1, 1, 1)
-  return ClassBank(images)
+  return class_bank(images)
 
 
 def drawn(batch):
@@ -33,7 +33,7 @@ def test_shapes_and_range(many):
   assert many.query.x.shape == (400, WAY * QUERY, 4, 4, 1)
   assert many.support.x.dtype == jnp.float32
   assert many.query.y.dtype == jnp.int32
-  bright = few_shot(ClassBank(np.full((3, 3, 2, 2, 1), 255, np.uint8)), way=2, shot=1, query=1)
+  bright = few_shot(class_bank(np.full((3, 3, 2, 2, 1), 255, np.uint8)), way=2, shot=1, query=1)
   assert float(jnp.max(episodes(bright, 1).support.x)) == 1.0
 
 
@@ -91,18 +91,18 @@ def test_all_ways_and_all_drawings_can_be_asked_for():
 
 def test_rotations_are_classes_of_their_own():
   bank = random_bank(classes=3)
-  turned = rotate_classes(bank).images
-  assert turned.shape == (12, *bank.images.shape[1:])
+  turned, sizes = rotate_classes(bank)
+  assert np.array_equal(sizes, [6] * 12)
   for r in range(4):
     for c in range(3):
-      assert np.array_equal(turned[r * 3 + c, 2, :, :, 0], np.rot90(bank.images[c, 2, :, :, 0], r))
+      assert np.array_equal(turned[6 * (r * 3 + c) + 2, :, :, 0], np.rot90(bank.images[6 * c + 2, :, :, 0], r))
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
     (dict(way=9), r'way=9 asks for more classes than the bank has \(8\)'),
-    (dict(shot=4, query=3), r'shot \+ query = 4 \+ 3 = 7 is more than the 6 drawings of a class'),
+    (dict(shot=4, query=3), r'shot \+ query = 4 \+ 3 = 7 is more than the 6 images of class 0; lower one'),
     (dict(way=1), 'way must be at least 2, got 1'),
     (dict(shot=0), 'shot must be at least 1, got 0'),
     (dict(query=0), 'query must be at least 1, got 0'),
@@ -113,21 +113,66 @@ def test_numbers_that_do_not_fit(options, message):
     few_shot(random_bank(), **(dict(way=5, shot=1, query=2) | options))
 
 
-def test_a_bank_of_another_rank_or_dtype():
-  with pytest.raises(ValueError, match=r'images \[C, I, H, W, D\], got shape \(8, 6, 8, 8\)'):
-    few_shot(ClassBank(random_bank().images[..., 0]), way=5, shot=1, query=2)
+def test_what_is_no_bank():
+  images, sizes = random_bank()
+  with pytest.raises(ValueError, match=r'images \[C, I, H, W, D\], got shape \(48, 8, 8, 1\)'):
+    class_bank(images)
   with pytest.raises(ValueError, match='uint8 images .*, got float32'):
-    few_shot(ClassBank(random_bank().images.astype(np.float32)), way=5, shot=1, query=2)
-
-
-def test_a_bare_array():
-  with pytest.raises(ValueError, match=r'few_shot takes a ClassBank, got ndarray; wrap images'):
-    few_shot(random_bank().images, way=5, shot=1, query=2)
+    few_shot(ClassBank(images.astype(np.float32), sizes), way=5, shot=1, query=2)
+  with pytest.raises(ValueError, match=r'sizes \[C\] of sum M, got shape \(47, 8, 8, 1\) and sizes \(8,\) of sum 48'):
+    few_shot(ClassBank(images[1:], sizes), way=5, shot=1, query=2)
+  with pytest.raises(ValueError, match='expected a ClassBank, got ndarray; class_bank makes one'):
+    few_shot(images, way=5, shot=1, query=2)
+  with pytest.raises(ValueError, match=r'one H, W, D for all, got shapes \[\(2, 4, 4, 1\), \(2, 5, 4, 1\)\]'):
+    class_bank([np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 5, 4, 1), np.uint8)])
 
 
 def test_images_that_cannot_be_turned():
   with pytest.raises(ValueError, match=r'only square images .* got \(4, 5\)'):
-    rotate_classes(ClassBank(np.zeros((2, 2, 4, 5, 1), np.uint8)))
+    rotate_classes(class_bank(np.zeros((2, 2, 4, 5, 1), np.uint8)))
+
+
+class TestUnequalClasses:
+  SIZES = (3, 7, 4, 12)
+
+  def bank(self):
+    """Image i of class c has the value 20·c + i throughout."""
+    return class_bank([
+      np.full((n, 4, 4, 1), 20 * c, np.uint8) + np.arange(n, dtype=np.uint8).reshape(-1, 1, 1, 1)
+      for c, n in enumerate(self.SIZES)
+    ])  # fmt: skip
+
+  def test_every_image_is_as_likely_within_its_class_and_none_is_made_up(self):
+    batch = episodes(few_shot(self.bank(), way=2, shot=1, query=2), 2000)
+    values = np.concatenate([drawn(batch.support).ravel(), drawn(batch.query).ravel()])
+    for c, n in enumerate(self.SIZES):
+      counts = np.bincount(values[values // 20 == c] % 20)
+      assert len(counts) == n
+      assert counts.min() > 0.7 * counts.mean()
+    assert (
+      len({values[values // 20 == c].size // 200 for c in range(4)}) <= 2
+    )  # Classes are as likely, whatever their size.
+
+  def test_no_image_is_used_twice(self):
+    batch = episodes(few_shot(self.bank(), way=4, shot=1, query=2), 100)
+    for support, query in zip(drawn(batch.support), drawn(batch.query), strict=True):
+      assert len({*support, *query}) == 12
+
+  def test_the_smallest_class_is_the_limit(self):
+    with pytest.raises(ValueError, match=r'2 \+ 2 = 4 is more than the 3 images of class 0; lower one, or leave'):
+      few_shot(self.bank(), way=2, shot=2, query=2)
+
+  def test_rotations_keep_the_sizes(self):
+    turned = rotate_classes(self.bank())
+    assert np.array_equal(turned.sizes, np.tile(self.SIZES, 4))
+    assert turned.images.shape == (4 * sum(self.SIZES), 4, 4, 1)
+
+  def test_all_classes_are_labelled_by_their_place(self):
+    batch = episodes(all_classes(self.bank(), batch=300), 1)
+    assert np.array_equal(batch.query.y[0], drawn(batch.query)[0] // 20)
+    assert set(np.asarray(batch.query.y[0]).tolist()) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match='batch must be at least 1, got 0'):
+      all_classes(self.bank(), batch=0)
 
 
 class TestGlyphs:

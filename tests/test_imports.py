@@ -17,6 +17,8 @@ ONLY_HERE = {  # library → where alone it may be imported
   'matplotlib': ('plotting.py',),
   'flax': ('nn/', 'learners/', 'writers.py'),
   'tensorboardX': ('writers.py',),
+  'safetensors': ('model_file.py',),
+  'sklearn': ('classifier.py',),
 }
 MAY_IMPORT = {  # part → parts of the package that it may use
   'types': set(),
@@ -33,8 +35,12 @@ MAY_IMPORT = {  # part → parts of the package that it may use
   'plotting': {'types'},
   'tasks': {'types', 'tasks'},
   'nn': {'types', 'nn'},
-  'learners': {'types', 'adaptation', 'learners'},
+  'learners': {'types', 'adaptation', 'losses', 'learners'},
   'datasets': {'types', 'tasks', 'datasets'},
+  'model_file': {'types', 'losses', 'learners', 'nn', 'writers'},
+  'classifier': {'types', 'model_file', 'writers'},
+  'cli': {'classifier', 'datasets', 'model_file', 'plotting', 'version', 'writers'},
+  '__main__': {'cli'},
 }
 
 

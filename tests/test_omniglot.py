@@ -245,17 +245,29 @@ def test_a_prepared_file_is_broken(prepared, tmp_path):
 class TestSplits:
   @pytest.fixture
   def characters(self):
-    images = np.zeros((1623, 1, 1, 1, 1), np.uint8).astype(np.uint16)
-    images += np.arange(1623, dtype=np.uint16).reshape(-1, 1, 1, 1, 1)
+    """The pixels of a character tell its number."""
+    images = np.zeros((1623, 1, 1, 2, 1), np.uint8)
+    images[:, 0, 0, :, 0] = np.stack(np.divmod(np.arange(1623), 256), 1)
     return omniglot.Characters(images, np.array(['A'] * 1623), np.zeros(1623, int))
 
+  def numbers(self, splits):
+    return [(bank.images[:, 0, 0, 0].astype(int) * 256 + bank.images[:, 0, 1, 0]).tolist() for bank in splits]
+
   def test_random(self, characters):
-    splits = omniglot.random_split(characters)
-    train, validation, test = (np.ravel(s.images).tolist() for s in splits)
+    train, validation, test = self.numbers(omniglot.random_split(characters))
     assert (len(train), len(validation), len(test)) == (1200, 0, 423)
     assert set(train) | set(test) == set(range(1623))
-    assert np.ravel(omniglot.random_split(characters, seed=1).test.images).tolist() != test
-    assert np.ravel(omniglot.random_split(characters).test.images).tolist() == test
+    assert self.numbers(omniglot.random_split(characters, seed=1))[2] != test
+    assert self.numbers(omniglot.random_split(characters))[2] == test
+
+  def test_validation_comes_out_of_the_training_characters(self, characters):
+    whole, _, test = self.numbers(omniglot.random_split(characters))
+    train, validation, same = self.numbers(omniglot.random_split(characters, validation=100))
+    assert same == test
+    assert sorted(train + validation) == whole
+    assert len(validation) == 100
+    with pytest.raises(ValueError, match='validation must be from 0 to 1199 characters, got 1200'):
+      omniglot.random_split(characters, validation=1200)
 
 
 @pytest.fixture(scope='module')
@@ -277,9 +289,12 @@ class TestReal:
 
   def test_vinyals_split_is_the_published_one(self, real, shared_data):
     names = [f'{a}/character{n + 1:02d}' for a, n in zip(real.alphabets, real.numbers, strict=True)]
-    indexed = real._replace(images=np.arange(1623).reshape(-1, 1, 1, 1, 1))
+    images = np.zeros((1623, 1, 1, 2, 1), np.uint8)
+    images[:, 0, 0, :, 0] = np.stack(np.divmod(np.arange(1623), 256), 1)
+    indexed = real._replace(images=images)
     for part, bank in omniglot.vinyals_split(indexed)._asdict().items():
       stem = {'train': 'train', 'validation': 'val', 'test': 'test'}[part]
       path = next((shared_data / 'splits' / 'omniglot_vinyals').glob(f'{stem}*'))
       expected = {'/'.join(line.split('/')[:2]) for line in path.read_text().split()}
-      assert {names[i] for i in np.ravel(bank.images)} == expected
+      numbers = bank.images[:, 0, 0, 0].astype(int) * 256 + bank.images[:, 0, 1, 0]
+      assert {names[i] for i in numbers} == expected

@@ -84,7 +84,7 @@ def test_compiles_once():
 
 def test_a_bank_is_an_argument_of_the_program_and_not_a_constant():
   images = np.random.default_rng(0).integers(0, 256, (50, 20, 28, 28, 1), np.uint8)
-  tasks = ms.tasks.few_shot(ms.tasks.ClassBank(images), way=5, shot=1, query=2)
+  tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=5, shot=1, query=2)
   text = jax.jit(lambda t, k: t.episode(t.sample(k), k)).lower(tasks, jax.random.key(0)).as_text()
   assert len(text) < 200_000
   assert 'tensor<50x20x28x28x1xui8>' in text

@@ -1,6 +1,28 @@
 """Real data sets as class banks. The only place that imports tensorflow_datasets."""
 
-from metasgd_jax.datasets import omniglot
+from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot
 from metasgd_jax.datasets.preparing import DatasetError
+from metasgd_jax.datasets.splits import (
+  ClassNames,
+  Splits,
+  published_split,
+  read_list,
+  split_bank,
+  split_by_lists,
+  split_by_seed,
+)
 
-__all__ = ['DatasetError', 'omniglot']
+__all__ = [
+  'ClassNames',
+  'DatasetError',
+  'Splits',
+  'cifar_fs',
+  'image_folder',
+  'mini_imagenet',
+  'omniglot',
+  'published_split',
+  'read_list',
+  'split_bank',
+  'split_by_lists',
+  'split_by_seed',
+]

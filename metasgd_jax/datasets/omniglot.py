@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, prepare
-from metasgd_jax.tasks.few_shot import ClassBank
+from metasgd_jax.datasets.splits import Splits
+from metasgd_jax.tasks.few_shot import class_bank
 
 CHARACTERS, DRAWINGS, SIZE = 1623, 20, 28
 TRAIN_CHARACTERS = 1200
@@ -37,14 +38,6 @@ class Characters(NamedTuple):
   images: np.ndarray
   alphabets: np.ndarray
   numbers: np.ndarray
-
-
-class Splits(NamedTuple):
-  """Class banks with no character in common; `validation` is empty (C = 0) where a split has none."""
-
-  train: ClassBank
-  validation: ClassBank
-  test: ClassBank
 
 
 def load(
@@ -75,11 +68,22 @@ def load(
   return _read(builder, report)
 
 
-def random_split(characters: Characters, *, seed: int = 0) -> Splits:
-  """Returns the paper's kind of split: 1200 characters at random to train on, the other 423 to test."""
+def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) -> Splits:
+  """Returns the paper's kind of split: 1200 characters at random to train on, the other 423 to test.
+
+  Args:
+    characters: all of them.
+    seed: which of the random splits.
+    validation: how many of the 1200 to keep back for validation; the test characters stay the same.
+
+  Raises:
+    ValueError: a validation that is not from 0 to 1199.
+  """
+  if not 0 <= validation < TRAIN_CHARACTERS:
+    raise ValueError(f'validation must be from 0 to {TRAIN_CHARACTERS - 1} characters, got {validation}')
   order = np.random.default_rng(seed).permutation(CHARACTERS)
-  train, test = order[:TRAIN_CHARACTERS], order[TRAIN_CHARACTERS:]
-  return _split(characters, np.sort(train), np.array([], int), np.sort(test))
+  parts = order[validation:TRAIN_CHARACTERS], order[:validation], order[TRAIN_CHARACTERS:]
+  return _split(characters, *(np.sort(part) for part in parts))
 
 
 def vinyals_split(characters: Characters) -> Splits:
@@ -92,7 +96,7 @@ def vinyals_split(characters: Characters) -> Splits:
 
 
 def _split(characters, train, validation, test) -> Splits:
-  return Splits(*(ClassBank(characters.images[rows]) for rows in (train, validation, test)))
+  return Splits(*(class_bank(characters.images[rows]) for rows in (train, validation, test)))
 
 
 def _builder(data_dir):

@@ -1,15 +1,18 @@
-"""Preparing a tfds builder's zip archives as array_record files, without TensorFlow.
+"""Preparing a tfds builder's archives as array_record files, without TensorFlow.
 
-tfds reads array_record files without TensorFlow. To prepare them it calls TensorFlow in two places: to unpack archives,
-so they are unpacked here beforehand, to where tfds looks for them; and in the builder's module, to list directories,
-so that module is lent a stand-in.
+tfds reads array_record files without TensorFlow. To prepare them it calls TensorFlow in three places: to unpack
+archives, so they are unpacked here beforehand, to where tfds looks for them; in the builder's module, to list
+directories and open files, so that module is lent a stand-in; and to encode images that come as arrays, so they are
+handed to it as Pillow's.
 """
 
 import contextlib
+import gzip
 import importlib.util
 import os
 import pathlib
 import sys
+import tarfile
 import tempfile
 import types
 import zipfile
@@ -17,8 +20,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from PIL import Image
+
 Report = Callable[[str], None]
 """Called with a line of text before something that takes seconds."""
+
+
+_BROKEN = (
+  zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, NotImplementedError,
+  RuntimeError,
+)  # fmt: skip
 
 
 class DatasetError(Exception):
@@ -26,11 +37,11 @@ class DatasetError(Exception):
 
 
 def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
-  """Downloads, or takes from `archives`, the builder's zip files and prepares the data set in its data directory.
+  """Downloads, or takes from `archives`, the builder's archives and prepares the data set in its data directory.
 
   Args:
     builder: of tfds, with `file_format='array_record'`, not yet prepared.
-    archives: a directory with the zip files under their own names; None downloads them.
+    archives: a directory with the zip or tar files under their own names; None downloads them.
     verify_archives: whether files from `archives` must have the registered checksums.
     report: told what goes on.
 
@@ -54,7 +65,8 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
   report(f'preparing {builder.name} in {data_dir}, once; it takes about a minute')
   with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
     for path in paths:
-      _extract(path, pathlib.Path(extract_dir) / f'ZIP.{path.name}')
+      method = tfds.download.Resource(path=path).extract_method.name
+      _extract(path, pathlib.Path(extract_dir) / f'{method}.{path.name}')
     config = tfds.download.DownloadConfig(
       extract_dir=extract_dir, manual_dir=None if archives is None else pathlib.Path(archives)
     )
@@ -63,12 +75,28 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
         builder.download_and_prepare(
           download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
         )
-    except OSError as e:
-      raise DatasetError(f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)})') from e
-    except (ValueError, AssertionError, IndexError) as e:
+    except (OSError, ValueError, AssertionError, IndexError) as e:
+      if isinstance(e, OSError) and not str(e.filename).startswith(extract_dir):
+        raise DatasetError(f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)})') from e
       raise DatasetError(
         f'the archives do not hold the whole of {builder.name}, or not in its layout ({first_line(e)}); get them again'
       ) from e
+
+
+@contextlib.contextmanager
+def images_as_pillow(builder: Any) -> Iterator[None]:
+  """Lets a builder whose examples have arrays as images hand them on as Pillow's, which tfds encodes itself."""
+  generate = builder._generate_examples
+
+  def examples(*args):
+    for key, example in generate(*args):
+      yield key, {**example, 'image': Image.fromarray(example['image'])}
+
+  builder._generate_examples = examples
+  try:
+    yield
+  finally:
+    del builder._generate_examples
 
 
 def first_line(e: BaseException) -> str:
@@ -101,8 +129,9 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
   """Returns what tfds calls the file's UrlInfo: its size and checksum."""
   import tensorflow_datasets as tfds
 
-  if not zipfile.is_zipfile(path):
-    raise DatasetError(f'{path} is not a whole zip file ({path.stat().st_size} bytes); get it again from {url}')
+  kind = 'zip' if path.suffix == '.zip' else 'tar'
+  if not (zipfile.is_zipfile(path) if kind == 'zip' else _is_tar(path)):
+    raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
   found = tfds.core.download.checksums.compute_url_info(path)
   if verify and found != builder.url_infos[url]:
     raise DatasetError(
@@ -111,6 +140,13 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
       '(--noverify_archives)'
     )
   return found
+
+
+def _is_tar(path: pathlib.Path) -> bool:
+  try:
+    return tarfile.is_tarfile(path)
+  except _BROKEN:
+    return False
 
 
 def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Report) -> list[pathlib.Path]:
@@ -139,12 +175,20 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
 
 def _extract(path: pathlib.Path, to: pathlib.Path) -> None:
   try:
-    with zipfile.ZipFile(path) as archive:
-      archive.extractall(to)
+    if zipfile.is_zipfile(path):
+      with zipfile.ZipFile(path) as archive:
+        archive.extractall(to)  # Leaves out '..' and roots of names.
+    else:
+      with tarfile.open(path) as archive:
+        archive.extractall(to, filter='data')  # Refuses members, links and devices that lead outside.
+        while archive.fileobj and archive.fileobj.read(1 << 20):
+          pass  # The checksum of what was unpacked comes last, and tarfile does not read so far.
+  except tarfile.FilterError as e:
+    raise DatasetError(f'{path} has a member that leads outside of it ({first_line(e)}); do not trust it') from e
+  except _BROKEN as e:
+    raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
   except OSError as e:
     raise DatasetError(f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make room, or free the way') from e
-  except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as e:
-    raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
 
 
 @contextlib.contextmanager
@@ -160,13 +204,14 @@ def _registered(url_infos: dict[str, Any], found: dict[str, Any]) -> Iterator[No
 
 @contextlib.contextmanager
 def _without_tensorflow(builder) -> Iterator[None]:
-  """Lends the builder's module a `tf` that can list directories, where TensorFlow is not installed."""
+  """Lends the builder's module a `tf` that lists directories and opens files, where TensorFlow is not installed."""
   module: Any = sys.modules[type(builder).__module__]
   if importlib.util.find_spec('tensorflow') is not None:
     yield
     return
   original = module.tf
-  module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(listdir=os.listdir)))
+  gfile = types.SimpleNamespace(listdir=os.listdir, GFile=open)
+  module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
   try:
     yield
   finally:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import jax
 
 from metasgd_jax.adaptation import Backward, broadcast_alpha
-from metasgd_jax.learners.meta_sgd import Metric, gradient_learner
+from metasgd_jax.learners.episodic import Metric
+from metasgd_jax.learners.meta_sgd import gradient_learner
 from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree
 
 
@@ -17,6 +18,7 @@ def maml(
   steps: int = 1,
   first_order: bool = False,
   backward: Backward = 'reverse',
+  inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
   """Builds the MAML learner: θ′ = θ − α ∇L_support(θ), with θ alone learned (Finn et al. 2017, Algorithm 1).
@@ -30,6 +32,7 @@ def maml(
     steps: inner steps.
     first_order: drop the second derivatives (FOMAML).
     backward: as in `meta_sgd`.
+    inductive: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
   Raises:
@@ -44,5 +47,13 @@ def maml(
     return MetaParams(theta, None)
 
   return gradient_learner(
-    model, loss_fn, init, lambda meta: alpha, steps=steps, first_order=first_order, backward=backward, metrics=metrics
+    model,
+    loss_fn,
+    init,
+    lambda meta: alpha,
+    steps=steps,
+    first_order=first_order,
+    backward=backward,
+    inductive=inductive,
+    metrics=metrics,
   )

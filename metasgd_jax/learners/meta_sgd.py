@@ -1,10 +1,12 @@
 """Meta-SGD: θ and α, both learned (Li et al. 2017)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from metasgd_jax.adaptation import (
   Backward,
@@ -16,9 +18,8 @@ from metasgd_jax.adaptation import (
   check_steps,
   init_alpha,
 )
+from metasgd_jax.learners.episodic import Metric, of_parameters
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, PyTree
-
-Metric = Callable[[Any, Any], chex.Array]
 
 
 def meta_sgd(
@@ -28,8 +29,11 @@ def meta_sgd(
   steps: int = 1,
   first_order: bool = False,
   backward: Backward = 'reverse',
+  inductive: bool = False,
   alpha_range: tuple[float, float] = (0.005, 0.1),
   alpha_per: Per = 'entry',
+  alpha_by_step: bool = False,
+  step_weights: Sequence[float] | None = None,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
   """Builds the Meta-SGD learner.
@@ -46,13 +50,18 @@ def meta_sgd(
     steps: inner steps; the paper's 1.
     first_order: drop the second derivatives.
     backward: how the outer gradient goes through the inner steps; see `adaptation.Backward`.
+    inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
+      the paper's does; see `nn.BatchNorm`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
     alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
+    alpha_by_step: every inner step has rates of its own (MAML++, Antoniou et al. 2019).
+    step_weights: w_1 … w_k; the loss is then Σ_t w_t L_query(θ_t), MAML++'s multi-step loss, in place of L_query(θ_k).
+      Its intermediates are kept as with backward='reverse'.
     metrics: `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown backward, or a metric
-      named 'loss'.
+    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown backward, weights that
+      are not one a step, a metric named 'loss', or inductive with a model that has no statistics.
   """
   low, high = alpha_range
   check_alpha_range(low, high)
@@ -62,7 +71,8 @@ def meta_sgd(
   def init(key, episode: Episode) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per))
+    by_step = steps if alpha_by_step else None
+    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per, steps=by_step))
 
   return gradient_learner(
     model,
@@ -72,6 +82,9 @@ def meta_sgd(
     steps=steps,
     first_order=first_order,
     backward=backward,
+    inductive=inductive,
+    alpha_by_step=alpha_by_step,
+    step_weights=step_weights,
     metrics=metrics,
   )
 
@@ -85,6 +98,9 @@ def gradient_learner(
   steps: int,
   first_order: bool,
   backward: Backward,
+  inductive: bool,
+  alpha_by_step: bool = False,
+  step_weights: Sequence[float] | None = None,
   metrics: Mapping[str, Metric] | None,
 ) -> Learner:
   """Builds a learner that adapts by `adapt`; `meta_sgd` and `maml` differ in where α comes from.
@@ -97,32 +113,41 @@ def gradient_learner(
     steps: inner steps.
     first_order: drop the second derivatives.
     backward: as in `meta_sgd`.
+    inductive: as in `meta_sgd`.
+    alpha_by_step: as in `meta_sgd`.
+    step_weights: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, an unknown backward, or a metric named 'loss'.
+    ValueError: steps that are no count, an unknown backward, weights that are not one a step, and as `of_parameters`.
   """
   check_steps(steps)
   check_backward(backward)
-  metrics = dict(metrics or {})
-  if 'loss' in metrics:
-    raise ValueError("a metric cannot be named 'loss', which is loss_fn's own name in info; give it another")
-  inner: dict[str, Any] = dict(steps=steps, first_order=first_order)
+  if step_weights is not None and not (
+    np.shape(step_weights) == (steps,) and steps and np.all(np.isfinite(step_weights))
+  ):
+    raise ValueError(f'step_weights must be {steps} finite numbers, one a step, got {step_weights!r}')
+  inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step)
 
   def support_loss(theta, batch: Batch):
     return loss_fn(model.apply(theta, batch.x), batch.y)
 
-  def adapt_(meta: MetaParams, support: Batch, key=None) -> PyTree:
-    del key  # Nothing here is random.
+  def adapt_(meta: MetaParams, support: Batch) -> PyTree:
     return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, backward=backward, **inner)
 
-  def path(meta: MetaParams, support: Batch, key=None) -> PyTree:
-    del key
+  def path(meta: MetaParams, support: Batch) -> PyTree:
     return adapt_path(meta.theta, alpha_of(meta), support, loss_fn=support_loss, **inner)
 
-  def loss(meta: MetaParams, episode: Episode, key=None):
-    outputs = model.apply(adapt_(meta, episode.support, key), episode.query.x)
-    info = {name: metric(outputs, episode.query.y) for name, metric in metrics.items()}
-    return loss_fn(outputs, episode.query.y), info
+  metrics = dict(metrics or {})
+  learner = of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)
+  if step_weights is None:
+    return learner
 
-  return Learner(init, adapt_, path, model.apply, loss)
+  def loss(meta: MetaParams, episode: Episode, key=None):
+    later = jax.tree.map(lambda a: a[1:], learner.path(meta, episode.support, key))
+    outputs = jax.lax.map(lambda adapted: learner.predict(adapted, episode.query.x), later)
+    losses = jax.vmap(loss_fn, (0, None))(outputs, episode.query.y)
+    info = {name: metric(outputs[-1], episode.query.y) for name, metric in metrics.items()}
+    return jnp.dot(jnp.asarray(step_weights, losses.dtype), losses), info
+
+  return learner._replace(loss=loss)

@@ -2,7 +2,7 @@
 
 from metasgd_jax.nn.block import BatchNorm, ConvBlock, conv_block
 from metasgd_jax.nn.conv import Conv, conv_general_dilated, max_pool
-from metasgd_jax.nn.networks import MLP, Conv4, from_linen
+from metasgd_jax.nn.networks import MLP, Conv4, KochNet, from_linen
 
 __all__ = [
   'MLP',
@@ -10,6 +10,7 @@ __all__ = [
   'Conv',
   'Conv4',
   'ConvBlock',
+  'KochNet',
   'conv_block',
   'conv_general_dilated',
   'from_linen',

@@ -53,7 +53,7 @@ class Window(NamedTuple):
 def conv(x, kernel, window: Window, precision=None):
   """Returns the cross-correlation of images `[B, H, W, D]` with a kernel `[h, w, D, F]`: `[B, H', W', F]`."""
   if precision is None:  # A setting that holds while a program is traced, not when it is lowered.
-    precision = jax.config.jax_default_matmul_precision
+    precision = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
   x, kernel = _vary_alike(x[None], kernel[None])
   return conv_p.bind(x, kernel, window=window, precision=precision)[0]
 
@@ -257,7 +257,7 @@ def _primitive(name, shape, to_first, to_second, on_cpu, elsewhere):
 
   @primitive.def_impl
   def run(first, second, **options):
-    if jax.config.jax_disable_jit:
+    if getattr(jax.config, 'jax_disable_jit'):  # noqa: B009
       return (on_cpu if jax.default_backend() == 'cpu' else elsewhere)(first, second, **options)
     return compiled(first, second, tuple(sorted(options.items())))
 

@@ -20,12 +20,14 @@ def conv_block(
   *,
   epsilon: float = 1e-3,
   parts: int | None = None,
+  statistics: tuple[chex.Array, chex.Array] | None = None,
 ) -> chex.Array:
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
 
   Batch norm is increasing in a channel whose scale is not negative and decreasing in another, so the winner of a
   window is found before it: m = pool(sign(scale) ∘ y) ∘ sign(scale), and only the winners are normalised,
-  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute likewise.
+  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute likewise. Where a scale is exactly 0 all of a
+  window are equal, and the derivative by it is that of the largest y; the layers apart would take the first.
 
   So y itself is needed for its mean and variance only. Where a convolution is cheap and its output large, as that of a
   first layer is, images are taken in parts, y is computed again for the derivatives, and never kept. The parts' means
@@ -38,6 +40,7 @@ def conv_block(
     bias: `[F]`, of batch norm.
     epsilon: ε.
     parts: how many, a divisor of B; chosen by platform and size where left out (1 but on a CPU).
+    statistics: mean and variance to normalise by, `[F]` and `[F]`; those of conv(x, kernel) where left out.
 
   Returns:
     `[B, H // 2, W // 2, F]`, of x's dtype; statistics are summed in float32 at the least.
@@ -45,6 +48,13 @@ def conv_block(
   Raises:
     ValueError: parts that do not divide B; images smaller than 2×2.
   """
+  return conv_block_and_statistics(x, kernel, scale, bias, epsilon=epsilon, parts=parts, statistics=statistics)[0]
+
+
+def conv_block_and_statistics(
+  x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None
+) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
+  """Returns `conv_block`'s output, and the mean and variance that it was normalised by."""
   parts = default_parts(x.shape, kernel.shape) if parts is None else parts
   if parts < 1 or x.shape[0] % parts:
     raise ValueError(f'parts must be a divisor of the number of images, {x.shape[0]}, got {parts}')
@@ -53,9 +63,10 @@ def conv_block(
 
   def part(x):
     y = conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return *moments(y.astype(sums)), max_pool(y * sign, (2, 2), (2, 2)) * sign
+    top = max_pool(y * sign, (2, 2), (2, 2)) * sign
+    return *(moments(y.astype(sums)) if statistics is None else statistics), top
 
-  if parts == 1:
+  if parts == 1 or statistics is not None:
     mean, variance, top = part(x)
   else:
     again = jax.checkpoint(part, prevent_cse=False)
@@ -63,16 +74,16 @@ def conv_block(
     mean = jnp.mean(means, 0)
     variance = jnp.mean(variances, 0) + jnp.mean(jnp.square(means - mean[None]), 0)
     top = tops.reshape(-1, *tops.shape[2:])
-  return nn.relu(normalise(top, mean, variance, scale, bias, epsilon))
+  return nn.relu(normalise(top, mean, variance, scale, bias, epsilon)), (mean, variance)
 
 
 def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
   """Returns 1, or on a CPU, for a cheap convolution, a divisor of B that makes parts of about `PART_BYTES`.
 
-  1 as well where B has no divisor near it.
+  1 as well where B has no divisor near it, or is 0.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
-  if jax.default_backend() != 'cpu' or h * w * depth > CHEAP:
+  if jax.default_backend() != 'cpu' or h * w * depth > CHEAP or batch == 0:
     return 1
   least = -(-batch * height * width * features * 4 // PART_BYTES)
   return next((n for n in range(least, min(2 * least + 2, batch + 1)) if batch % n == 0), 1)
@@ -94,11 +105,14 @@ def normalise(x, mean, variance, scale, bias, epsilon: float) -> chex.Array:
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel by the statistics of the batch at hand, in training and at test (transductive).
+  """Normalises each channel by the statistics of the batch at hand, or by those that it is given.
 
-  scale ∘ (x − mean) / √(var + ε) + bias, over all axes but the last; no running averages. As MAML's code does; the
-  query items of a task are thus normalised together. ε = 1e-3 is the default of the layer that MAML's code uses.
-  Statistics are summed in float32 at the least.
+  scale ∘ (x − mean) / √(var + ε) + bias, over all axes but the last; no running averages. As MAML's code does, by the
+  batch at hand in training and at test: the query items of a task are then normalised together (transductive), so that
+  each one's answer depends on the others. Given the support's statistics, each is answered by itself (inductive): they
+  are the collection 'statistics', which `Model.statistics` makes and `Model.apply` takes.
+
+  ε = 1e-3 is the default of the layer that MAML's code uses. Statistics are summed in float32 at the least.
   """
 
   epsilon: float = 1e-3
@@ -108,7 +122,9 @@ class BatchNorm(nn.Module):
     """`[B, …, D]` → the same shape and dtype."""
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    mean, variance = moments(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    given = given_statistics(self)
+    mean, variance = moments(x.astype(jnp.promote_types(x.dtype, jnp.float32))) if given is None else given
+    keep_statistics(self, (mean, variance))
     return normalise(x, mean, variance, scale, bias, self.epsilon)
 
 
@@ -120,7 +136,7 @@ class ConvBlock(nn.Module):
   Attributes:
     features: F.
     epsilon: of batch norm.
-    dtype: of the activations; the input's where left out.
+    dtype: of the activations; where left out, what the input's and the kernel's promote to.
   """
 
   features: int
@@ -134,4 +150,22 @@ class ConvBlock(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (self.features,))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x = x.astype(self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
-    return conv_block(x, kernel.astype(x.dtype), scale, bias, epsilon=self.epsilon)
+    out, statistics = conv_block_and_statistics(
+      x, kernel.astype(x.dtype), scale, bias, epsilon=self.epsilon, statistics=given_statistics(self)
+    )
+    keep_statistics(self, statistics)
+    return out
+
+
+def given_statistics(module: nn.Module) -> tuple[chex.Array, chex.Array] | None:
+  """Returns the mean and variance that a layer shall normalise by, or `None` where its batch's own are meant."""
+  if module.is_mutable_collection('statistics') or not module.has_variable('statistics', 'mean'):
+    return None
+  return module.get_variable('statistics', 'mean'), module.get_variable('statistics', 'variance')
+
+
+def keep_statistics(module: nn.Module, statistics: tuple[chex.Array, chex.Array]) -> None:
+  """Keeps a layer's mean and variance where the caller asked for the collection 'statistics'."""
+  if module.is_mutable_collection('statistics') and not module.is_initializing():
+    for name, value in zip(('mean', 'variance'), statistics, strict=True):
+      module.put_variable('statistics', name, value)

@@ -32,9 +32,9 @@ def conv_general_dilated(
   of integers or floats under 16 bits, of nothing, sharded over an explicit mesh axis, or with another
   preferred_element_type it is lax's own, whose second derivatives are slow on a CPU.
 
-  On a CPU, large 3×3 convolutions in float32 and float64 are Winograd's, whose rounding error goes with the largest input
-  of a 4×4 tile, not with that under each kernel; near inputs that are not finite, or close to overflow, more outputs are
-  NaN or infinite than lax's.
+  On a CPU, large 3×3 convolutions in float32 and float64 are Winograd's, whose rounding error goes with the largest
+  input of a 4×4 tile, not with that under each kernel; near inputs that are not finite, or close to overflow, more
+  outputs are NaN or infinite than lax's.
 
   Args:
     lhs: images, `[B, D, H, W]` unless dimension_numbers says otherwise, as 'NHWC' does.
@@ -73,7 +73,9 @@ def conv_general_dilated(
   out = jax.eval_shape(by_lax, lhs, rhs)  # Lax's checks.
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not all(out.shape[i] for i in numbers.out_spec[2:]):
-    raise ValueError(f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad more, or give larger images')
+    raise ValueError(
+      f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad more, or give larger images'
+    )
   spatial = lhs.ndim - 2
   grouped = feature_group_count != 1 or batch_group_count != 1
   inexact = jnp.issubdtype(out.dtype, jnp.inexact) and out.dtype.itemsize > 1 and preferred_element_type is None

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import chex
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from metasgd_jax.nn.block import ConvBlock
+from metasgd_jax.nn.conv import Conv, max_pool
 from metasgd_jax.types import Model
 
 
@@ -45,21 +47,21 @@ class Conv4(nn.Module):
   our reading: the paper does not state it; so are Glorot's weights for the convolutions, which are MAML's.
 
   Attributes:
-    way: N.
+    way: N; `None` leaves out the last layer, so that the outputs are features `[B, D]`: an embedding.
     filters: of each block.
     hidden: units of the fully connected layer; 0 leaves it out.
-    dtype: of the activations; θ's where left out. With bfloat16, θ, its gradient, all sums, batch norm's statistics and
-      the logits stay float32.
+    dtype: of the activations; θ's where left out. With bfloat16, θ, its gradient, sums of products, batch norm's
+      statistics and the last layer stay float32.
   """
 
-  way: int = 5
+  way: int | None = 5
   filters: int = 64
   hidden: int = 32
   dtype: chex.ArrayDType | None = None
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, way]`; raises ValueError for other ranks and for images under 16×16."""
+    """`[B, H, W, D]` → `[B, way]`, or features; raises ValueError for other ranks and for images under 16×16."""
     if x.ndim != 4 or min(x.shape[1:3]) < 16:
       raise ValueError(f'Conv4 halves images four times, so takes [B, H, W, D] of at least 16x16, got {x.shape}')
     for _ in range(4):
@@ -67,12 +69,36 @@ class Conv4(nn.Module):
     x = x.reshape(x.shape[0], -1)
     if self.hidden:
       x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
-    logits = nn.Dense(self.way, dtype=self.dtype)(x)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if self.way is None else nn.Dense(self.way)(x)
+
+
+class KochNet(nn.Module):
+  """The twins of Koch et al. 2015 (figure 4): for 105×105 drawings, 39 million parameters.
+
+  Convolutions 64@10×10, 128@7×7, 128@4×4 and 256@4×4 without padding, with ReLU, and 2×2 max-pools after the first
+  three; then a layer of 4096 with a sigmoid. Weights as there: N(0, 0.01²) of convolutions, N(0, 0.2²) of the dense
+  layer, biases N(0.5, 0.01²).
+  """
+
+  @nn.compact
+  def __call__(self, x):
+    """`[B, H, W, D]` → features `[B, 4096]`; raises ValueError for images under 57×57, of which nothing is left."""
+    if x.ndim != 4 or min(x.shape[1:3]) < 57:
+      raise ValueError(f'KochNet takes images [B, H, W, D] of at least 57x57 (the paper: 105x105), got {x.shape}')
+    bias = lambda key, shape, dtype=jnp.float32: 0.5 + 0.01 * jax.random.normal(key, shape, dtype)
+    for i, (filters, size) in enumerate(((64, 10), (128, 7), (128, 4), (256, 4))):
+      kernel = nn.initializers.normal(0.01)
+      x = nn.relu(Conv(filters, (size, size), padding='VALID', kernel_init=kernel, bias_init=bias)(x))
+      x = max_pool(x, (2, 2), (2, 2)) if i < 3 else x
+    x = nn.Dense(4096, kernel_init=nn.initializers.normal(0.2), bias_init=bias)(x.reshape(x.shape[0], -1))
+    return nn.sigmoid(x)
 
 
 def from_linen(module: nn.Module) -> Model:
   """Returns a Linen module that has parameters only as a `Model`; θ is its 'params' collection.
+
+  Its `statistics` are the collection of that name, which `nn.BatchNorm` and `nn.ConvBlock` fill and obey.
 
   Raises (from `init`):
     ValueError: the module has other collections, such as running averages.
@@ -88,7 +114,11 @@ def from_linen(module: nn.Module) -> Model:
       )
     return variables['params']
 
-  def apply(theta, x):
-    return module.apply({'params': theta}, x)
+  def apply(theta, x, statistics=None):
+    given = {} if statistics is None else {'statistics': statistics}
+    return module.apply({'params': theta, **given}, x)
 
-  return Model(init, apply)
+  def statistics(theta, x):
+    return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
+
+  return Model(init, apply, statistics)

@@ -1,6 +1,7 @@
 """N-way K-shot episodes, drawn on the device from a bank of classes."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -13,46 +14,94 @@ from metasgd_jax.types import Batch, Episode, TaskDistribution
 
 
 class ClassBank(NamedTuple):
-  """Images by class: `images [C, I, H, W, D]` in uint8, 0 to 255."""
+  """Images by class; `class_bank` makes one.
+
+  Attributes:
+    images: `[M, H, W, D]` uint8, 0 to 255, the classes one after the other; a memory map will do.
+    sizes: `[C]`, how many images each class has; M is their sum.
+  """
 
   images: np.ndarray | chex.Array
+  sizes: np.ndarray | chex.Array
+
+
+def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
+  """Returns a bank of images `[C, I, H, W, D]`, or of a sequence of C classes `[I_c, H, W, D]` of unequal sizes.
+
+  Raises:
+    ValueError: another rank or dtype, or classes whose images have different shapes.
+  """
+  if isinstance(images, np.ndarray | jax.Array):
+    if images.ndim != 5:
+      raise ValueError(f'a class bank has images [C, I, H, W, D], got shape {images.shape}')
+    bank = ClassBank(images.reshape(-1, *images.shape[2:]), np.full(images.shape[0], images.shape[1]))
+  else:
+    shapes = {np.shape(one)[1:] for one in images}
+    if len(shapes) != 1 or np.ndim(images[0]) != 4:
+      raise ValueError(
+        f'classes are [I, H, W, D] with one H, W, D for all, got shapes {sorted({np.shape(one) for one in images})}'
+      )
+    bank = ClassBank(np.concatenate(images), np.array([len(one) for one in images]))
+  check_bank(bank)
+  return bank
 
 
 def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
   """Builds the distribution; a task is its N classes, int32 `[N]`, drawn without replacement and in random order.
 
   An episode has x `[N·K, H, W, D]` float32 in 0 to 1 and labels `[N·K]` int32, and the same for N·query items. No
-  drawing is in both. A class's label is its place in the task, so it is random; items are shuffled, so that their
+  image is in both. A class's label is its place in the task, so it is random; items are shuffled, so that their
   order tells nothing either.
 
   Args:
-    bank: where classes and drawings come from; put on the device once.
+    bank: where classes and images come from; put on the device once. One too large for it: `streaming.stream`.
     way: N.
-    shot: K, support drawings of a class.
-    query: query drawings of a class.
+    shot: K, support images of a class.
+    query: query images of a class.
 
   Raises:
-    ValueError: a bank of another rank or dtype, more ways than classes, K + query more than a class has, or a
-      number below its least.
+    ValueError: what is no bank, more ways than classes, K + query more than a class has, or a number below its least.
   """
-  if not isinstance(bank, ClassBank):
-    raise ValueError(f'few_shot takes a ClassBank, got {type(bank).__name__}; wrap images [C, I, H, W, D] in ClassBank')
-  images = bank.images
-  if np.ndim(images) != 5:
-    raise ValueError(f'a class bank has images [C, I, H, W, D], got shape {np.shape(images)}')
-  if images.dtype != np.uint8:
-    raise ValueError(f'a class bank has uint8 images (0 to 255), got {images.dtype}')
+  indices = image_indices(bank, way=way, shot=shot, query=query)
+  return from_indices(indices, jnp.asarray(bank.images))
+
+
+def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
+  """Builds `few_shot`'s distribution with places in the bank, int32 `[N·K]`, where it has images; errors as there."""
+  check_bank(bank)
   check_episode(way, shot, query)
-  classes, instances = images.shape[:2]
-  if way > classes:
-    raise ValueError(f'way={way} asks for more classes than the bank has ({classes}); lower way')
-  if shot + query > instances:
+  sizes = np.asarray(bank.sizes)
+  if way > len(sizes):
+    raise ValueError(f'way={way} asks for more classes than the bank has ({len(sizes)}); lower way')
+  if shot + query > sizes.min():
     raise ValueError(
-      f'shot + query = {shot} + {query} = {shot + query} is more than the {instances} drawings of a class; lower one'
+      f'shot + query = {shot} + {query} = {shot + query} is more than the {sizes.min()} images of class '
+      f'{int(sizes.argmin())}; lower one, or leave the class out'
     )
-  sample = functools.partial(_sample_classes, classes=classes, way=way)
-  episode = functools.partial(_episode, shot=shot, query=query)
-  return TaskDistribution(Partial(sample), Partial(episode, jnp.asarray(images)))
+  sample = functools.partial(_sample_classes, classes=len(sizes), way=way)
+  episode = functools.partial(_episode_of_indices, most=int(sizes.max()), shot=shot, query=query)
+  firsts = np.cumsum(sizes) - sizes
+  return TaskDistribution(
+    Partial(sample), Partial(episode, jnp.asarray(firsts, jnp.int32), jnp.asarray(sizes, jnp.int32))
+  )
+
+
+def from_indices(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
+  """Returns the distribution with the images `[M, H, W, D]` that the indices point at, float32 in 0 to 1."""
+  return TaskDistribution(indices.sample, Partial(_look_up, indices.as_arguments().episode, images))
+
+
+def check_bank(bank: ClassBank) -> None:
+  """Raises ValueError unless bank is a `ClassBank` of uint8 images `[M, H, W, D]` whose number the sizes add up to."""
+  if not isinstance(bank, ClassBank):
+    raise ValueError(f'expected a ClassBank, got {type(bank).__name__}; class_bank makes one of images [C, I, H, W, D]')
+  if np.ndim(bank.images) != 4 or np.ndim(bank.sizes) != 1 or bank.images.shape[0] != np.sum(bank.sizes):
+    raise ValueError(
+      f'a ClassBank has images [M, H, W, D] and sizes [C] of sum M, got shape {np.shape(bank.images)} and sizes '
+      f'{np.shape(bank.sizes)} of sum {np.sum(bank.sizes)}; class_bank makes one'
+    )
+  if bank.images.dtype != np.uint8:
+    raise ValueError(f'a class bank has uint8 images (0 to 255), got {bank.images.dtype}')
 
 
 def check_episode(way: int, shot: int, query: int) -> None:
@@ -86,26 +135,67 @@ def rotate_classes(bank: ClassBank) -> ClassBank:
   Raises:
     ValueError: images that are not square.
   """
+  check_bank(bank)
   images = bank.images
-  if images.shape[2] != images.shape[3]:
-    raise ValueError(f'only square images can be turned by 90 degrees, got {images.shape[2:4]}')
-  return ClassBank(np.concatenate([np.rot90(images, r, axes=(2, 3)) for r in range(4)]))
+  if images.shape[1] != images.shape[2]:
+    raise ValueError(f'only square images can be turned by 90 degrees, got {images.shape[1:3]}')
+  return ClassBank(np.concatenate([np.rot90(images, r, axes=(1, 2)) for r in range(4)]), np.tile(bank.sizes, 4))
+
+
+def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
+  """Builds the distribution of supervised batches: the query is `batch` images of any classes, labels 0 to C − 1.
+
+  For training on all classes jointly, as `learners.fine_tuning` does. The support is one of them, for its shape.
+
+  Args:
+    bank: as in `few_shot`.
+    batch: images at a time.
+
+  Raises:
+    ValueError: what is no bank, or a batch below 1.
+  """
+  check_bank(bank)
+  if batch < 1:
+    raise ValueError(f'batch must be at least 1, got {batch}')
+  labels = np.repeat(np.arange(len(bank.sizes)), bank.sizes)
+  episode = functools.partial(_any_images, batch=batch)
+  return TaskDistribution(
+    Partial(_no_task),
+    Partial(episode, jnp.asarray(bank.images), jnp.asarray(labels, jnp.int32)),
+  )
 
 
 def _sample_classes(key, *, classes, way):
   return jax.random.choice(key, classes, (way,), replace=False).astype(jnp.int32)
 
 
-def _episode(images, task, key, *, shot, query) -> Episode:
+def _episode_of_indices(firsts, sizes, task, key, *, most, shot, query) -> Episode:
   order_key, draw_key = jax.random.split(key)
-  way, instances = task.shape[0], images.shape[1]
 
-  def draw(class_key):
-    return jax.random.choice(class_key, instances, (shot + query,), replace=False)
+  def draw(class_key, size):
+    """Different images of one class: those of the greatest of random numbers, which images that are not there lack."""
+    lots = jnp.where(jnp.arange(most) < size, jax.random.uniform(class_key, (most,)), -1.0)
+    return jax.lax.top_k(lots, shot + query)[1]
 
-  drawings = jax.vmap(draw)(jax.random.split(draw_key, way))  # [N, K + query]
+  drawn = firsts[task][:, None] + jax.vmap(draw)(jax.random.split(draw_key, task.shape[0]), sizes[task])
   batches = []
-  for labels, nth in split_labels(order_key, way, shot, query):
-    x = images[task[labels], drawings[labels, nth]]
-    batches.append(Batch(x.astype(jnp.float32) / 255.0, labels.astype(jnp.int32)))
+  for labels, nth in split_labels(order_key, task.shape[0], shot, query):
+    batches.append(Batch(drawn[labels, nth].astype(jnp.int32), labels.astype(jnp.int32)))
   return Episode(*batches)
+
+
+def _look_up(indices, images, task, key) -> Episode:
+  as_floats = lambda rows: images[rows].astype(jnp.float32) / 255.0
+  return Episode(*(Batch(as_floats(part.x), part.y) for part in indices(task, key)))
+
+
+def _no_task(key):
+  del key
+  return jnp.zeros((), jnp.int32)
+
+
+def _any_images(images, labels, task, key, *, batch) -> Episode:
+  del task
+  rows = jax.random.randint(key, (batch,), 0, images.shape[0])
+  query = Batch(images[rows].astype(jnp.float32) / 255.0, labels[rows])
+  return Episode(jax.tree.map(lambda a: a[:1], query), query)

@@ -1,0 +1,134 @@
+"""The comparison's systems by name: the learner, its outer optimiser, and what it is trained on."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import metasgd_jax as ms
+from experiments import few_shot_data
+from metasgd_jax.losses import accuracy, cross_entropy
+
+NAMES = {
+  'meta_sgd': 'Meta-SGD',
+  'maml': 'MAML',
+  'maml_5': 'MAML, 5 steps',
+  'fomaml': 'first-order MAML',
+  'anil': 'ANIL',
+  'layer_rates': 'a rate a layer',
+  'meta_lstm': 'Meta-LSTM',
+  'matching': 'Matching Nets',
+  'matching_fce': 'Matching Nets, FCE',
+  'siamese': 'Siamese',
+  'prototypical': 'Prototypical Nets',
+  'mann': 'MANN',
+  'lstm': 'LSTM',
+  'joint': 'SGD, joint start',
+  'random': 'SGD, random start',
+}
+LEARNERS = tuple(NAMES)
+SEQUENTIAL = ('mann', 'lstm')
+"""Those that read an episode as a sequence; they have no batch norm."""
+UNTRAINED = ('random',)
+DRAWINGS = 10
+"""Of each class in a sequence (Santoro et al. 2016, section 4.1)."""
+JOINT_BATCHES, JOINT_BATCH = 2, 64
+"""Of a supervised step, so that two devices have one each, and images in each; batch norm is of one batch."""
+FLOOR_STEPS, FLOOR_RATE = 20, 0.1
+"""Of plain SGD on the support: the last of the comparison, so given more steps than the others."""
+
+
+def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = False, inductive: bool | None = None):
+  """Returns the learner.
+
+  Args:
+    name: one of `LEARNERS`.
+    config: of the experiment.
+    classes: to train on, for the one that is trained on all of them jointly.
+    test: as it is tested, which for MAML of 5 steps means 10 (Finn et al. 2017) and leaves out a multi-step loss.
+    inductive: of batch norm; the configuration's where left out.
+  """
+  filters, hidden = config.sizes
+  dtype = jnp.bfloat16 if config.precision == 'bfloat16' else None
+  network = lambda way, hidden: ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden, dtype=dtype))
+  classifier, embedding = network(config.way, hidden), network(None, 0)
+  shared: dict[str, Any] = dict(
+    inductive=config.inductive if inductive is None else inductive, metrics={'accuracy': accuracy}
+  )
+  steps = config.inner_steps
+  rate = maml_rate(config)
+  if name in ('meta_sgd', 'layer_rates'):
+    start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
+    weights = None
+    if config.multi_step_loss and not test:
+      weights = (1 / steps,) * steps
+    return ms.meta_sgd(
+      classifier, cross_entropy, steps=steps, alpha_range=start, alpha_by_step=config.alpha_by_step,
+      alpha_per='leaf' if name == 'layer_rates' else 'entry', step_weights=weights, **shared,
+    )  # fmt: skip
+  if name in ('maml', 'fomaml', 'anil', 'maml_5'):
+    if name == 'maml_5':
+      steps, rate = (10 if test else 5), 0.1 if config.alpha is None else config.alpha
+    alpha = head_alone(config, rate) if name == 'anil' else rate
+    first_order = name == 'fomaml'
+    return ms.maml(classifier, cross_entropy, alpha=alpha, steps=steps, first_order=first_order, **shared)
+  if name == 'meta_lstm':
+    return ms.learners.meta_lstm(classifier, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)
+  if name in ('matching', 'matching_fce'):
+    return ms.learners.matching(embedding, way=config.way, full_context=name == 'matching_fce', **shared)
+  if name == 'siamese':
+    return ms.learners.siamese(embedding, way=config.way, **shared)
+  if name == 'prototypical':
+    return ms.learners.prototypical(embedding, way=config.way, **shared)
+  if name in SEQUENTIAL:
+    cell = ms.learners.MemoryCell if name == 'mann' else ms.learners.PlainCell
+    return ms.learners.mann(way=config.way, cell=cell(config.way), metrics=shared['metrics'])
+  return ms.learners.fine_tuning(
+    embedding, classes=classes, way=config.way, alpha=FLOOR_RATE, steps=FLOOR_STEPS, **shared
+  )
+
+
+def maml_rate(config: Any) -> float:
+  """Returns the inner rate of MAML and its kin: that of MAML's own Omniglot scripts, 0.4 for 5 ways and 0.1 for 20."""
+  return (0.4 if config.way <= 5 else 0.1) if config.alpha is None else config.alpha
+
+
+def head_alone(config: Any, rate: float) -> dict[str, float]:
+  """Returns ANIL's α: the body of Conv4 keeps still, its last layer alone adapts (Raghu et al. 2020)."""
+  last = f'Dense_{1 if config.sizes[1] else 0}'
+  body = [f'ConvBlock_{i}' for i in range(4)] + (['Dense_0'] if config.sizes[1] else [])
+  return {**dict.fromkeys(body, 0.0), last: rate}
+
+
+def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
+  """Returns Adam, its gradient clipped where the learner's paper or the configuration says so."""
+  rate: Any = config.learning_rate
+  if config.schedule == 'cosine':
+    rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
+  before = []
+  if name == 'meta_lstm':
+    before.append(optax.clip_by_global_norm(0.25))  # Ravi and Larochelle 2017, section 5.1.1.
+  if config.clip:
+    before.append(optax.clip(config.clip))
+  return optax.chain(*before, optax.adam(rate))
+
+
+def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> Any:
+  """Returns the tasks that a learner is trained on.
+
+  Raises:
+    ValueError: joint training on tasks that have no classes in common.
+  """
+  if name == 'joint':
+    if data.train is None:
+      raise ValueError(
+        'learner joint needs a data set with classes to train on; glyphs have none, take --dataset=omniglot'
+      )
+    return ms.tasks.all_classes(data.train, batch=JOINT_BATCH)
+  query = DRAWINGS - config.shot if name in SEQUENTIAL else config.query
+  return few_shot_data.training_tasks(data.train, config, shot=config.shot, query=query)
+
+
+def meta_batch(name: str, config: Any) -> int:
+  """Returns how many tasks a meta-iteration has."""
+  return JOINT_BATCHES if name == 'joint' else config.meta_batch

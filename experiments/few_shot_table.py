@@ -1,0 +1,177 @@
+"""Tables 2 and 3 of Li et al. 2017: all learners in four settings, one training after the other, cells kept on disk."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from experiments import few_shot_data, reporting
+from experiments.few_shot_learners import LEARNERS, NAMES
+from metasgd_jax import writers
+
+WAYS, SHOTS = (5, 20), (1, 5)
+SETTINGS = tuple((way, shot) for way in WAYS for shot in SHOTS)
+
+# Data set → learner → accuracy and half-width in percent in the four settings; Li et al. 2017, Tables 2 and 3.
+PAPER: dict[str, dict[str, tuple]] = {
+  'omniglot': {
+    'siamese': ((97.3, None), (98.4, None), (88.2, None), (97.0, None)),
+    'matching': ((98.1, None), (98.9, None), (93.8, None), (98.5, None)),
+    'maml': ((98.7, 0.4), (99.9, 0.1), (95.8, 0.3), (98.9, 0.2)),
+    'meta_sgd': ((99.53, 0.26), (99.93, 0.09), (95.93, 0.38), (98.97, 0.19)),
+  },
+  'mini_imagenet': {
+    'matching': ((43.56, 0.84), (55.31, 0.73), (17.31, 0.22), (22.69, 0.20)),
+    'meta_lstm': ((43.44, 0.77), (60.60, 0.71), (16.70, 0.23), (26.06, 0.25)),
+    'maml': ((48.70, 1.84), (63.11, 0.92), (16.49, 0.58), (19.29, 0.29)),
+    'meta_sgd': ((50.47, 1.87), (64.03, 0.94), (17.56, 0.64), (28.92, 0.35)),
+  },
+}  # fmt: skip
+PAPER['omniglot']['maml_5'] = PAPER['omniglot']['maml']
+PAPER['mini_imagenet']['maml_5'] = PAPER['mini_imagenet']['maml']
+"""The paper's 5-way rows of MAML are of 5 inner steps (10 in testing), its 20-way rows of one."""
+
+
+def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
+  """Returns the paper's figure as text, in percent; `None` where it has none."""
+  if (way, shot) not in SETTINGS or learner not in PAPER.get(dataset, {}):
+    return None
+  if learner in ('maml', 'maml_5') and (learner == 'maml_5') != (way == 5):
+    return None
+  mean, ci95 = PAPER[dataset][learner][SETTINGS.index((way, shot))]
+  return f'{mean}' if ci95 is None else f'{mean} ± {ci95}'
+
+
+def cells(config: Any) -> list[Any]:
+  """Returns the configurations of all trainings of a table.
+
+  Table 2's 5-shot figures come from 1-shot training, as in the paper; Table 3's from 5-shot training.
+  """
+  shots = [(1, SHOTS)] if config.table2 else [(shot, (shot,)) for shot in SHOTS]
+  return [
+    dataclasses.replace(config, learner=(name,), way=way, shot=shot, eval_shots=eval_shots, table2=False, table3=False)
+    for way in WAYS
+    for name in config.learners
+    for shot, eval_shots in shots
+  ]
+
+
+def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) -> Callable[[], object]:
+  """Checks that the table can be made, and returns what makes it.
+
+  Args:
+    config: of the experiment, with table2 or table3.
+    workdir: where the cells go.
+    build: `(cell's config, data) → Setup`.
+    run: `(cell's config, directory, Setup) → rows`.
+  """
+  todo = cells(config)
+  data = few_shot_data.load(todo[0])
+  for cell in todo:
+    build(cell, data)  # Raises what is wrong with it.
+  return lambda: _make(todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)))
+
+
+def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
+  for i, cell in enumerate(todo):
+    directory = workdir / 'cells' / f'{cell.learner[0]}_{cell.way}way_{cell.shot}shot'
+    about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
+    if _done(cell, directory):
+      print(f'{about}: is there already')
+    else:
+      print(about, flush=True)
+      run(cell, directory)
+    write(workdir)
+  print((workdir / 'table.md').read_text(), end='')
+  reporting.save_pictures(workdir, {'table': lambda plotting: draw(rows_of(workdir), plotting)})
+
+
+def _done(cell: Any, directory: pathlib.Path) -> bool:
+  """Whether a cell was made with this configuration, to the end."""
+  try:
+    found = json.loads((directory / 'config.json').read_text())
+    json.loads((directory / 'results.json').read_text())
+  except (OSError, ValueError):
+    return False
+  return found == json.loads(json.dumps(dataclasses.asdict(cell)))
+
+
+def rows_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the results of all cells in a work directory, whichever command made them, in the table's order."""
+  rows = []
+  for path in sorted((workdir / 'cells').glob('*/results.json')):
+    rows += json.loads(path.read_text())['rows']
+  return sorted(rows, key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm']))
+
+
+def write(workdir: pathlib.Path) -> None:
+  """Writes table.md and table.json of what is there so far."""
+  rows = rows_of(workdir)
+  writers.write_json(workdir / 'table.json', {'rows': rows})
+  with writers.atomic(workdir / 'table.md') as file:
+    file.write(markdown(rows).encode())
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+  """Returns the table: a line for each learner and way of batch norm, the paper's figures in brackets."""
+  if not rows:
+    return ''
+  settings = [s for s in SETTINGS if any((row['way'], row['test_shot']) == s for row in rows)]
+  columns = [f'{way}-way {shot}-shot' for way, shot in settings]
+  lines = [
+    '| learner | batch norm | ' + ' | '.join(columns) + ' | inner steps | meta-iterations × tasks | seeds |',
+    '| --- | --- |' + ' --- |' * (len(columns) + 3),
+  ]
+  for learner, mode in _unique((row['learner'], row['batch_norm']) for row in rows):
+    mine = {
+      (r['way'], r['test_shot']): r for r in rows if (r['learner'], r['batch_norm']) == (learner, mode)
+    }  # fmt: skip
+    figures = [_figure(mine[s]) if s in mine else '' for s in settings]
+    steps = _unique(len(row['mean_by_step']) - 1 for row in mine.values())
+    budgets = _unique(f'{row["meta_iterations"]:,} × {row["meta_batch"]}' for row in mine.values())
+    seeds = _unique(row['seeds'] for row in mine.values())
+    cells = [NAMES[learner], mode, *figures, _joined(steps), ', '.join(budgets), _joined(seeds)]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  first = rows[0]
+  trained = 'trained on 1 shot' if {row['shot'] for row in rows} == {1} else 'trained on as many shots'
+  lines += [
+    '',
+    f'Accuracy in percent on {first["tasks"]} unseen tasks of {first["dataset"]}, ± 95% interval over tasks; '
+    f'{first["query"]} query images of a class in training, {first["eval_query"]} in testing; {trained}. '
+    "In brackets the paper's figures, after 60,000 meta-iterations, batch norm by the batch at hand (transductive); "
+    "its 5-way rows of MAML took 5 inner steps. Inductive: by the support's statistics, each query image by itself.",
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def draw(rows: list[dict[str, Any]], plotting):
+  """Draws the table's figures, transductive, beside the paper's."""
+  rows = [row for row in rows if row['batch_norm'] != 'inductive']
+  panels = {}
+  for way, shot in SETTINGS:
+    found = [row for row in rows if (row['way'], row['test_shot']) == (way, shot)]
+    if found:
+      panels[f'{way}-way {shot}-shot'] = [
+        plotting.Accuracy(NAMES[row['learner']], row['mean'], row['ci95'], _paper_mean(row)) for row in found
+      ]
+  return plotting.accuracies(panels)
+
+
+def _figure(row) -> str:
+  ours = f'{100 * row["mean"]:.2f} ± {100 * row["ci95"]:.2f}'
+  paper = paper_figure(row['learner'], row['dataset'], row['way'], row['test_shot'])
+  return f'{ours} ({paper})' if paper and row['batch_norm'] == 'transductive' else ours
+
+
+def _paper_mean(row) -> float | None:
+  paper = paper_figure(row['learner'], row['dataset'], row['way'], row['test_shot'])
+  return float(paper.split()[0]) / 100 if paper else None
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+  return list(dict.fromkeys(items))
+
+
+def _joined(items: Iterable[Any]) -> str:
+  return ', '.join(str(item) for item in items)

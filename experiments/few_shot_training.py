@@ -1,0 +1,190 @@
+"""Few-shot classification from a configuration: what it stands for is built, trained, validated and tested here."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import metasgd_jax as ms
+from experiments import few_shot_data, few_shot_learners, reporting
+from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
+from experiments.reporting import test_keys
+from metasgd_jax import sharding, writers
+
+Config = Any
+"""`classification.Config`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a configuration stands for, built and checked.
+
+  Attributes:
+    data: banks of classes.
+    train: tasks to train on, by learner.
+    learners: as trained, by name.
+    validators: as validated, by name.
+    testers: as tested, by name and whether batch norm is inductive; of an ensemble where that is asked for.
+    optimizers: the outer ones, by learner.
+    tests: unseen tasks, by shots.
+    validation: tasks of other classes; `None` without.
+  """
+
+  data: few_shot_data.Data
+  train: dict[str, ms.TaskDistribution]
+  learners: dict[str, ms.Learner]
+  validators: dict[str, ms.Learner]
+  testers: dict[tuple[str, bool], ms.Learner]
+  optimizers: dict[str, optax.GradientTransformation]
+  tests: dict[int, ms.TaskDistribution]
+  validation: ms.TaskDistribution | None
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Returns `(H, W, D)`; glyphs are 28×28 and grey."""
+    height, width, channels = (28, 28, 1) if self.data.test is None else self.data.test.images.shape[1:]
+    return height, width, channels
+
+
+def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
+  """Builds tasks, learners and optimisers; reads the data set unless it is given.
+
+  Raises:
+    ValueError: settings that do not fit the data.
+    DatasetError: the data set cannot be had.
+  """
+  data = data or few_shot_data.load(config)
+  test = functools.partial(few_shot_data.tasks, way=config.way, query=config.eval_query)
+  if config.validate_every and data.train is not None and data.validation is None:
+    raise ValueError('validate_every needs classes to validate on; give --validation_classes=100, or --split=vinyals')
+  classes = 2 if data.train is None else len(data.train.sizes)
+  together = ms.learners.ensemble if config.ensemble > 1 else lambda learner: learner
+  return Setup(
+    data,
+    {name: few_shot_learners.build_training_tasks(name, config, data) for name in config.learners},
+    {name: build_learner(name, config, classes=classes) for name in config.learners},
+    {name: build_learner(name, config, test=True, inductive=False) for name in config.learners},
+    {
+      (name, inductive): together(build_learner(name, config, test=True, inductive=inductive))
+      for name in config.learners
+      for inductive in (False, True)
+    },
+    {name: build_optimizer(name, config) for name in config.learners},
+    {shot: test(data.test, shot=shot) for shot in config.test_shots},
+    test(data.validation, shot=config.shot) if config.validate_every else None,
+  )
+
+
+class Best:
+  """A callback of `train` that keeps the checkpoints of the best validation accuracy.
+
+  `found` is a list of (accuracy, step, meta), the best first.
+  """
+
+  def __init__(self, judge: Callable[[Any], float], every: int, keep: int, writer: Callable[[int, float], None]):
+    """`judge` gives a meta's accuracy; it is asked each `every` meta-iterations, and `writer` is told."""
+    self._judge, self._every, self._keep, self._writer, self._next = judge, every, keep, writer, every
+    self.found: list[tuple[float, int, Any]] = []
+
+  def __call__(self, progress: ms.Progress) -> None:
+    """Takes a chunk."""
+    if progress.step < min(self._next, progress.total):
+      return
+    self._next = progress.step + self._every
+    meta = jax.device_get(progress.state.meta)
+    accuracy = self._judge(meta)
+    self._writer(progress.step, accuracy)
+    self.found = sorted([*self.found, (accuracy, progress.step, meta)], key=lambda f: f[:2], reverse=True)[: self._keep]
+
+
+def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
+  """Returns the meta of R runs, R in front, and their curves, `None` without training.
+
+  They are trained one after the other; a network as large as this gains nothing from running them side by side.
+  """
+  learner, tasks, optimizer, batch = (
+    setup.learners[name], setup.train[name], setup.optimizers[name], few_shot_learners.meta_batch(name, config)
+  )  # fmt: skip
+  metas, curves = [], []
+  for r, key in enumerate(reporting.seed_keys(config.seed, config.seeds)):
+    label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
+    recorder = reporting.Recorder(label, metrics)
+    print(f'{label}: compiling', flush=True)
+    state = ms.init(key, tasks, learner=learner, optimizer=optimizer)
+    if name in UNTRAINED:
+      metas.append(state.meta)
+      continue
+    callbacks: list[Callable[[ms.Progress], None]] = [recorder]
+    if setup.validation:
+      best = Best(
+        functools.partial(_validate, name, config, setup), config.validate_every, config.ensemble,
+        functools.partial(_report_validation, label, metrics),
+      )  # fmt: skip
+      callbacks.append(best)
+    state = ms.train(
+      state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
+      mesh=sharding.task_mesh(batch), chunk=min(50, -(-config.meta_iterations // 20)), callbacks=callbacks,
+    )  # fmt: skip
+    meta = state.meta
+    if setup.validation:
+      members = [found[2] for found in best.found]
+      meta = members[0] if config.ensemble == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+    metas.append(meta)
+    curves.append(recorder.curves)
+  meta = jax.tree.map(lambda *leaves: np.stack(leaves), *metas)
+  if not curves:
+    return meta, None
+  return meta, {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
+
+
+def _validate(name: str, config: Config, setup: Setup, meta) -> float:
+  learner, tasks = setup.validators[name], setup.validation
+  assert tasks is not None
+  key, count = test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
+  values = ms.evaluate(
+    learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, mesh=sharding.task_mesh(count)
+  )
+  return float(values[:, 0, -1].mean())
+
+
+def _report_validation(label: str, metrics: list[writers.Writer], step: int, accuracy: float) -> None:
+  print(f'{label}: {100 * accuracy:.2f}% on classes to validate on, at {step:,}', flush=True)
+  for writer in metrics:
+    writer.write(label, step, {'validation_accuracy': accuracy})
+
+
+def judge(name: str, meta, shot: int, config: Config, setup: Setup) -> list[reporting.Result]:
+  """Returns a result for each way of batch norm: the query together, and each item by the support's statistics."""
+  results = []
+  for inductive in (None,) if name in SEQUENTIAL else (False, True):
+    mode = {None: 'none', False: 'transductive', True: 'inductive'}[inductive]
+    print(f'{NAMES[name]}: testing on {config.eval_tasks} unseen tasks, {shot} shot, batch norm {mode}', flush=True)
+    values = [
+      ms.evaluate(
+        setup.testers[name, bool(inductive)], reporting.one_run(meta, r), setup.tests[shot],
+        test_keys(config.eval_seed)[0], metric_fn=ms.losses.accuracy, num_tasks=config.eval_tasks,
+        mesh=sharding.task_mesh(config.eval_tasks),
+      )[:, 0]
+      for r in range(config.seeds)
+    ]  # fmt: skip
+    about = {
+      'dataset': config.dataset, 'learner': name, 'way': config.way, 'shot': config.shot, 'test_shot': shot,
+      'batch_norm': mode,
+    }  # fmt: skip
+    results.append(reporting.Result(about, np.stack(values)))
+  return results
+
+
+def by_instance(name: str, meta, config: Config, setup: Setup) -> np.ndarray:
+  """Returns the accuracy at the n-th item of a class in sequences of unseen classes, of the first run: `[n]`."""
+  sequences = few_shot_data.tasks(setup.data.test, way=config.way, shot=1, query=few_shot_learners.DRAWINGS - 1)
+  values = few_shot_data.accuracy_by_instance(
+    setup.learners[name], reporting.one_run(meta, 0), sequences, test_keys(config.eval_seed)[0], config.eval_tasks
+  ).mean(0)
+  shown = ', '.join(f'{100 * v:.1f}' for v in values)
+  print(f'{NAMES[name]}: accuracy at the 1st, 2nd, … item of a class, in percent: {shown}')
+  return values

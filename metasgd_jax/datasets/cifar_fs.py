@@ -1,0 +1,92 @@
+"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 through tfds' own builder, its 100 classes split 64 / 16 / 20.
+
+TensorFlow is not needed, neither to read nor to prepare the data.
+"""
+
+import os
+import pathlib
+import time
+
+import numpy as np
+
+from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, images_as_pillow, prepare
+from metasgd_jax.datasets.splits import Splits, published_split, split_bank
+from metasgd_jax.tasks.few_shot import ClassBank
+
+CLASSES, IMAGES_OF_A_CLASS, SIZE = 100, 600, 32
+SECONDS_BETWEEN_REPORTS = 5.0
+
+
+def load(
+  data_dir: str | os.PathLike[str],
+  *,
+  archives: str | os.PathLike[str] | None = None,
+  verify_archives: bool = True,
+  report: Report = lambda line: None,
+) -> Splits:
+  """Returns CIFAR-FS, images `[M, 32, 32, 3]`, from a tfds data directory, preparing it there where it is not yet.
+
+  Each class has 600 images, CIFAR-100's 500 to train on and its 100 to test on alike.
+
+  Args:
+    data_dir: tfds' data directory: what contains `cifar100/3.0.2`. `~` is the home directory, here and in archives.
+    archives: a directory with `cifar-100-binary.tar.gz`; without it that is downloaded.
+    verify_archives: whether the archive must be the registered one, by checksum.
+    report: called with a line before anything that takes seconds, and every few seconds while images are read.
+
+  Raises:
+    DatasetError: the directory is missing or cannot be written, the archive is missing, broken or another than the
+      registered one, there is no network, or the data found is not CIFAR-100 in array_record files.
+  """
+  builder = _builder(pathlib.Path(data_dir).expanduser())
+  archives = None if archives is None else pathlib.Path(archives).expanduser()
+  if not builder.data_path.exists():
+    with images_as_pillow(builder):
+      prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
+  return _read(builder, report)
+
+
+def _builder(data_dir):
+  import tensorflow_datasets as tfds  # Takes seconds, and is needed by those who load data alone.
+
+  return tfds.builder('cifar100', data_dir=os.fspath(data_dir), file_format='array_record')
+
+
+def _read(builder, report: Report) -> Splits:
+  report(f'reading CIFAR-100 from {builder.data_path}')
+  try:
+    images, labels, ids = _read_splits(builder, report)
+    names = builder.info.features['label'].names
+  except (NotImplementedError, ValueError, KeyError, IndexError, OSError, RuntimeError) as e:
+    raise DatasetError(
+      f'{builder.data_path} cannot be read as array_record files of CIFAR-100 ({first_line(e)}); '
+      'prepare it again in another data_dir'
+    ) from e
+  lists = published_split('cifar_fs')
+  wrong = sorted(set(names) ^ {name for part in lists for name in part})
+  if wrong:
+    raise DatasetError(f'{builder.data_path} has other classes than CIFAR-100, such as {wrong[0]}; prepare it again')
+  sizes = np.bincount(labels, minlength=CLASSES)
+  if not np.all(sizes == IMAGES_OF_A_CLASS):
+    bad = int(np.flatnonzero(sizes != IMAGES_OF_A_CLASS)[0])
+    raise DatasetError(
+      f'{builder.data_path} is not the whole of CIFAR-100: {names[bad]} has {sizes[bad]} images where there should be '
+      f'{IMAGES_OF_A_CLASS}; prepare it again in another data_dir'
+    )
+  order = np.lexsort((ids, labels))  # tfds shuffles; by label, then by id, they are in the archive's order.
+  return split_bank(ClassBank(images[order], sizes), names, lists)
+
+
+def _read_splits(builder, report: Report) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns images `[M, 32, 32, 3]`, labels `[M]` and ids `[M]` of all that the builder has."""
+  images, labels, ids = [], [], []
+  reported = time.monotonic()
+  for split in ('train', 'test'):
+    for example in builder.as_data_source(split=split):
+      images.append(np.asarray(example['image'], np.uint8))
+      labels.append(int(example['label']))
+      ids.append(example['id'])
+      if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
+        report(f'read {len(images):,} of {CLASSES * IMAGES_OF_A_CLASS:,} images')
+        reported = time.monotonic()
+  return np.stack(images), np.array(labels), np.array(ids)

@@ -1,0 +1,171 @@
+"""Which classes are trained on, validated on and tested on: by seed, by lists of names, or as published.
+
+A split is first one of names, `ClassNames`, which can be looked at and kept; `split_bank` then deals out the images.
+"""
+
+import importlib.resources
+import math
+import numbers
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from metasgd_jax.datasets.preparing import DatasetError
+from metasgd_jax.tasks.few_shot import ClassBank
+
+
+class Splits(NamedTuple):
+  """Class banks with no class in common; `validation` is empty (C = 0) where a split has none."""
+
+  train: ClassBank
+  validation: ClassBank
+  test: ClassBank
+
+
+class ClassNames(NamedTuple):
+  """The names of the classes of each part; a name is in one part at most."""
+
+  train: tuple[str, ...]
+  validation: tuple[str, ...]
+  test: tuple[str, ...]
+
+
+def split_by_seed(
+  names: Sequence[str], *, seed: int = 0, train: float = 0.64, validation: float = 0.16, test: float = 0.2
+) -> ClassNames:
+  """Shares classes out at random; the same names and seed give the same split, whatever the order of the names.
+
+  Three integers are numbers of classes, and classes beyond their sum are left out; otherwise the three are fractions,
+  and every class is used.
+
+  Args:
+    names: of all classes.
+    seed: which of the random splits.
+    train: number or fraction of the classes to train on.
+    validation: the same to choose settings by; 0 for none.
+    test: the same to test on.
+
+  Raises:
+    ValueError: a name twice, numbers below 0 or beyond what there is, fractions that do not sum to 1, or a fraction
+      so small that no class falls to it.
+  """
+  _check_unique(names, 'the names of the classes')
+  shares = dict(train=train, validation=validation, test=test)
+  counts = _counts(shares, len(names))
+  order = [sorted(names)[i] for i in np.random.default_rng(seed).permutation(len(names))]
+  ends = np.cumsum(counts)
+  parts = (order[end - count : end] for count, end in zip(counts, ends, strict=True))
+  return ClassNames(*(tuple(sorted(part)) for part in parts))
+
+
+def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
+  """Returns `lists` if they split the classes `names`; a class in none of the lists is left out.
+
+  Args:
+    names: of the classes that there are.
+    lists: names of each part; `read_list` reads one from a file.
+
+  Raises:
+    ValueError: a class twice in the lists, or in them but not among the names.
+  """
+  listed = [name for part in lists for name in part]
+  _check_unique(listed, 'the lists of classes')
+  if missing := sorted(set(listed) - set(names)):
+    raise ValueError(f'the lists have {some(missing, "class", "classes")} that the data has not; correct the lists')
+  return ClassNames(*(tuple(part) for part in lists))
+
+
+def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
+  """Reads one class name a line; blank lines and lines that begin with # are left out.
+
+  Raises:
+    DatasetError: the file is missing or is not UTF-8 text.
+  """
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as e:
+    raise DatasetError(f'the list of classes {path} is not UTF-8 text; write one class name a line') from e
+  except (OSError, ValueError) as e:
+    raise DatasetError(f'the list of classes {path} cannot be read ({getattr(e, "strerror", None) or e})') from e
+  return _names(text)
+
+
+def published_split(dataset: str) -> ClassNames:
+  """Returns the classes that papers train, validate and test on, 64 / 16 / 20.
+
+  Args:
+    dataset: `mini_imagenet` (Ravi & Larochelle 2017; WordNet ids) or `cifar_fs` (Bertinetto et al. 2019; names of
+      CIFAR-100's classes).
+
+  Raises:
+    ValueError: another data set.
+  """
+  if dataset not in ('mini_imagenet', 'cifar_fs'):
+    raise ValueError(f"published splits are of 'mini_imagenet' and 'cifar_fs', got {dataset!r}")
+  folder = importlib.resources.files('metasgd_jax.datasets') / 'class_lists'
+  return ClassNames(*(_names((folder / f'{dataset}_{part}.txt').read_text('utf-8')) for part in ClassNames._fields))
+
+
+def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Splits:
+  """Deals a bank's classes out.
+
+  Args:
+    bank: images `[M, H, W, D]` of C classes.
+    names: of the C classes, in the bank's order.
+    lists: which class is in which part; a part's classes come in the order of its list.
+
+  Raises:
+    ValueError: not C names, a name twice, or a class in the lists that the names do not have.
+  """
+  if len(names) != len(bank.sizes):
+    raise ValueError(f'a bank of {len(bank.sizes)} classes needs as many names, got {len(names)}')
+  _check_unique(names, 'the names of the classes')
+  index = {name: c for c, name in enumerate(names)}
+  parts = split_by_lists(names, lists)
+  return Splits(*(_take(bank, [index[name] for name in part]) for part in parts))
+
+
+def some(names: Sequence[str], one: str, many: str) -> str:
+  """Returns `names` as words in a sentence: how many, and the first five of them."""
+  rest = ', …' if len(names) > 5 else ''
+  return f'{len(names)} {one if len(names) == 1 else many} ({", ".join(names[:5])}{rest})'
+
+
+def _take(bank, classes) -> ClassBank:
+  sizes = np.asarray(bank.sizes)
+  classes = np.array(classes, int)
+  starts = np.cumsum(sizes) - sizes
+  rows = [np.arange(starts[c], starts[c] + sizes[c]) for c in classes]
+  return ClassBank(bank.images[np.concatenate([np.array([], int), *rows])], sizes[classes])
+
+
+def _counts(shares: dict[str, float], classes: int) -> list[int]:
+  values = list(shares.values())
+  text = ', '.join(f'{name}={value}' for name, value in shares.items())
+  if all(isinstance(value, numbers.Integral) for value in values):
+    if min(values) < 0 or sum(values) > classes:
+      raise ValueError(f'numbers of classes must be 0 or more and sum to {classes} or less, got {text}')
+    return [int(value) for value in values]
+  if not (all(0 <= value <= 1 for value in values) and math.isclose(sum(values), 1, abs_tol=1e-6)):
+    raise ValueError(f'fractions of classes must be 0 or more and sum to 1, got {text}')
+  ends = [round(classes * end) for end in np.cumsum(values)]
+  counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+  for (name, value), count in zip(shares.items(), counts, strict=True):
+    if value > 0 and count == 0:
+      raise ValueError(f'{name}={value} of {classes} classes is none; give numbers of classes instead of fractions')
+  return counts
+
+
+def _check_unique(names: Iterable[str], what: str) -> None:
+  seen: set[str] = set()
+  twice = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+  if twice:
+    raise ValueError(f'{what} have {some(twice, "class", "classes")} more than once; leave each in one place')
+
+
+def _names(text: str) -> tuple[str, ...]:
+  lines = (line.strip() for line in text.splitlines())
+  return tuple(line for line in lines if line and not line.startswith('#'))

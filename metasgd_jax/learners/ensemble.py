@@ -1,0 +1,35 @@
+"""Several meta-parameters of one learner, asked together."""
+
+import jax
+import jax.numpy as jnp
+
+from metasgd_jax.types import Learner
+
+
+def ensemble(learner: Learner) -> Learner:
+  """Builds the learner of E members: log of the mean of their probabilities, each member having adapted by itself.
+
+  `meta` is the learner's with E in front of each leaf, such as checkpoints of one training, as in MAML++ (Antoniou et
+  al. 2019, section 5.2). `init` gives E different starts only if it is mapped over keys. It is to be tested, not
+  trained: `loss` is the mean of the members' own.
+
+  Args:
+    learner: whose outputs are logits `[Q, N]`.
+  """
+
+  def adapt(meta, support, key=None):
+    return jax.vmap(lambda one: learner.adapt(one, support, key))(meta)
+
+  def path(meta, support, key=None):
+    steps_first = jax.vmap(lambda one: learner.path(one, support, key), out_axes=1)
+    return steps_first(meta)
+
+  def predict(adapted, x):
+    logits = jax.vmap(lambda one: learner.predict(one, x))(adapted)  # [E, Q, N]
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), 0) - jnp.log(logits.shape[0])
+
+  def loss(meta, episode, key):
+    losses, info = jax.vmap(lambda one: learner.loss(one, episode, key))(meta)
+    return jnp.mean(losses), jax.tree.map(jnp.mean, info)
+
+  return Learner(learner.init, adapt, path, predict, loss)

@@ -1,0 +1,61 @@
+"""Prototypical Networks (Snell et al. 2017): a query belongs to the class whose mean embedding is nearest."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from metasgd_jax.learners.episodic import Metric, apply, check_inductive, check_way, episodic, support_statistics
+from metasgd_jax.losses import cross_entropy
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+
+
+class Prototypes(NamedTuple):
+  """What a query is compared with.
+
+  Attributes:
+    theta: of the embedding.
+    statistics: of the support, or `None`.
+    means: `[N, D]`, of each class's embedded support.
+  """
+
+  theta: PyTree
+  statistics: PyTree
+  means: chex.Array
+
+
+def prototypical(
+  embedding: Model, *, way: int, inductive: bool = False, metrics: Mapping[str, Metric] | None = None
+) -> Learner:
+  """Builds the learner: logits_n = −‖f(x) − c_n‖², c_n the mean of f over class n's support (Snell et al., eqs. 1, 2).
+
+  Trained on the query's cross-entropy. `meta` is the embedding's θ.
+
+  Args:
+    embedding: `[B, …]` → `[B, D]`.
+    way: N.
+    inductive: normalise each query item by the support's statistics; see `nn.BatchNorm`.
+    metrics: as in `meta_sgd`.
+
+  Raises:
+    ValueError: a way below 2, a metric named 'loss', or inductive with a model that has no statistics.
+  """
+  check_way(way)
+  check_inductive(embedding, inductive)
+
+  def init(key, episode: Episode) -> PyTree:
+    return embedding.init(key, episode.support.x)
+
+  def adapt(theta, support: Batch) -> Prototypes:
+    statistics = support_statistics(embedding, theta, support.x, inductive)
+    members = jax.nn.one_hot(support.y, way, axis=0)  # [N, S]
+    means = members @ embedding.apply(theta, support.x) / jnp.sum(members, 1, keepdims=True)
+    return Prototypes(theta, statistics, means)
+
+  def predict(adapted: Prototypes, x: Any):
+    features = apply(embedding, adapted.theta, x, adapted.statistics)
+    return -jnp.sum(jnp.square(features[:, None] - adapted.means[None]), -1)
+
+  return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)
