@@ -26,6 +26,7 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.sinusoids
 	$(BIN)/python -m benchmarks.omniglot
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.streaming
 
 # The tests with the oldest versions that pyproject.toml allows.
 lowest:

@@ -14,7 +14,7 @@ class Run:
   def __init__(
     self,
     learner: ms.Learner,
-    tasks: ms.TaskDistribution,
+    tasks: ms.TaskDistribution | ms.TaskStream,
     num_tasks: int,
     *,
     mapping: ms.Mapping = 'auto',

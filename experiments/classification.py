@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import few_shot_table, few_shot_training, options, reporting
+from experiments import few_shot_data, few_shot_table, few_shot_training, options, reporting
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import (
   LEARNERS,
@@ -23,15 +23,18 @@ from experiments.few_shot_learners import (
   UNTRAINED,
   maml_rate,
   meta_batch,
+  query_images,
 )
 from experiments.few_shot_training import Setup, build
 from experiments.options import option
 from experiments.reporting import test_keys
 from metasgd_jax import writers
+from metasgd_jax.evaluation import estimate
 
 MODEL_FACTS = (
   'dataset', 'split', 'split_seed', 'way', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate',
-  'schedule', 'alpha', 'seed', 'eval_seed', 'eval_tasks', 'eval_query', 'inductive', 'augmentation',
+  'schedule', 'alpha', 'seed', 'eval_seed', 'eval_tasks', 'eval_query', 'inductive', 'augmentation', 'precision',
+  'multi_step_loss', 'clip', 'validate_every',
 )  # fmt: skip
 """What a model file says of its training, beside its accuracy."""
 
@@ -49,7 +52,9 @@ class Config:
   learner: tuple[str, ...] = option((), 'What to train; Meta-SGD if not given, and all for a table.', choices=LEARNERS)
   table2: bool = option(False, "The paper's Table 2, Omniglot; cells that are in workdir already stay.")
   table3: bool = option(False, 'Its Table 3, mini-ImageNet, likewise.')
-  dataset: str = option('glyphs', 'Random characters drawn on the device, or real images.', choices=DATASETS)
+  dataset: str | None = option(
+    None, "Glyphs, drawn on the device, if not given; a table's own data set for a table.", choices=DATASETS, kind=str
+  )
   data_dir: str | None = option(
     None, "tfds' data directory for omniglot and cifar_fs; of images for mini_imagenet and folder.", kind=str
   )
@@ -59,7 +64,12 @@ class Config:
   split: str = option('random', "Omniglot's: 1200/423 at random, or Vinyals' alphabets.", choices=('random', 'vinyals'))
   split_seed: int = option(0, 'Of a random split.', low=0, high=2**31 - 1)
   validation_classes: int = option(0, "Characters of Omniglot's random 1200 to validate on.", low=0, high=1000)
-  image_size: int | None = option(None, 'Height and width of images from a folder (84).', low=16, high=1024, kind=int)
+  class_lists: str | None = option(
+    None, "Directory with train.txt, validation.txt and test.txt, a folder's class names; by seed without.", kind=str
+  )
+  image_size: int | None = option(
+    None, 'Height and width: 28 of characters, 84 of images from a folder.', low=16, high=1024, kind=int
+  )
   channels: int = option(3, 'Of images from a folder: 3, or 1 for grey.', low=1, high=3)
   augmentation: str = option('none', 'Of training images.', choices=tuple(AUGMENTATIONS))
   stream: str = option(
@@ -71,14 +81,16 @@ class Config:
   query: int = option(5, 'Query images of a class in training.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
   alpha: float | None = option(
-    None, "MAML's inner rate (its paper's if not given), and Meta-SGD's start (U[0.005, 0.1] if not given).",
+    None, "MAML's inner rate (that of its paper's data set if not given), and Meta-SGD's start (U[0.005, 0.1]).",
     low=-100.0, high=100.0, kind=float,
   )  # fmt: skip
   inductive: bool = option(False, "In training: normalise query images by the support's statistics.")
-  multi_step_loss: bool = option(False, "Meta-SGD: the mean of the query's loss after each inner step (MAML++).")
+  multi_step_loss: bool = option(False, "Meta-SGD: the mean of the query's losses after each inner step.")
   alpha_by_step: bool = option(False, 'Meta-SGD: every inner step has rates of its own (MAML++).')
   ensemble: int = option(1, 'Checkpoints that answer together, the best of validation.', low=1, high=100)
   validate_every: int = option(0, 'Meta-iterations between validations; 0 for none: the last is kept.', low=0)
+  network: str = option('conv4', "Of learners with an embedding: Conv4, or Koch's.", choices=('conv4', 'koch'))
+  floor_rate: float = option(0.1, 'Of plain SGD on the support.', low=1e-6, high=100.0)
   filters: int | None = option(None, 'Of a convolution; 64, on mini-ImageNet 32.', low=1, high=4096, kind=int)
   precision: str = option(
     'float32', 'Of activations; parameters, rates and sums stay float32.', choices=('float32', 'bfloat16')
@@ -102,6 +114,9 @@ class Config:
     options.check(self)
     if self.table2 and self.table3:
       raise ValueError('table2 and table3 are two commands; give one')
+    if self.dataset is None:
+      dataset = 'omniglot' if self.table2 else 'mini_imagenet' if self.table3 else 'glyphs'
+      object.__setattr__(self, 'dataset', dataset)
     if self.dataset != 'glyphs' and self.data_dir is None:
       raise ValueError(
         f'dataset {self.dataset} needs data_dir: for omniglot and cifar_fs where tfds keeps or shall keep it, such as '
@@ -111,8 +126,18 @@ class Config:
       raise ValueError(f'ensemble={self.ensemble} is of checkpoints that validate_every makes; give --validate_every=N')
     if self.channels == 2:
       raise ValueError('channels must be 1 or 3, got 2')
-    if self.multi_step_loss and self.inner_steps < 1:
-      raise ValueError('multi_step_loss is of the inner steps, and inner_steps is 0; give at least 1')
+    for name in ('multi_step_loss', 'alpha_by_step'):
+      if getattr(self, name) and self.inner_steps < 2:
+        raise ValueError(f'{name} is for several inner steps, got inner_steps={self.inner_steps}; give at least 2')
+    if self.ensemble > 1 and self.ensemble > self.meta_iterations // self.validate_every:
+      raise ValueError(
+        f'ensemble={self.ensemble} is more than the {self.meta_iterations // self.validate_every} validations of '
+        f'{self.meta_iterations} meta-iterations; lower validate_every={self.validate_every}'
+      )
+    if (self.table2 or self.table3) and self.dataset == 'glyphs':
+      raise ValueError("a table is of real images, got dataset=glyphs; leave dataset out for the paper's own")
+    if self.class_lists and self.dataset != 'folder':
+      raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave it out')
 
   @property
   def learners(self) -> tuple[str, ...]:
@@ -142,19 +167,21 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
     meta, curve = few_shot_training.train(name, config, setup, metrics)
     writers.write_params(workdir / f'params_{name}.msgpack', meta)
     about_run = {
-      'inner_steps': config.inner_steps, 'meta_iterations': 0 if name in UNTRAINED else config.meta_iterations,
-      'meta_batch': meta_batch(name, config), 'query': config.query, 'eval_query': config.eval_query,
+      'meta_iterations': 0 if name in UNTRAINED else config.meta_iterations, 'meta_batch': meta_batch(name, config),
+      'query': 0 if name == 'joint' else query_images(name, config), 'eval_query': config.eval_query,
       'ensemble': config.ensemble, 'metric': 'accuracy',
     }  # fmt: skip
     if name in SEQUENTIAL:
       about_run['accuracy_by_instance'] = few_shot_training.by_instance(name, meta, config, setup)
       pictures[f'instances_{name}'] = functools.partial(_draw_instances, name, about_run['accuracy_by_instance'])
+    results: list[reporting.Result] = []
     for shot in config.test_shots:
       for result in few_shot_training.judge(name, meta, shot, config, setup):
-        rows.append(result.row(workdir, about_run))
+        rows.append(result.row(workdir, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
+        results.append(result)
         print(_sentence(name, result, rows[-1], config))
     if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
-      _save_model(workdir / f'model_{name}.safetensors', name, meta, rows, config, setup)
+      _save_model(workdir / f'model_{name}.safetensors', name, meta, results, config, setup)
     writers.write_json(workdir / 'results.json', {'rows': rows})
     if curve:
       curves[NAMES[name]] = curve['accuracy']
@@ -169,18 +196,17 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
   return rows
 
 
-def _save_model(path, name: str, meta, rows: list[dict], config: Config, setup: Setup) -> None:
+def _save_model(path, name: str, meta, results: list[reporting.Result], config: Config, setup: Setup) -> None:
   """Writes the first run as a file that `metasgd predict` and `FewShotClassifier` take."""
   filters, hidden = config.sizes
-  accuracies = {
-    f'accuracy_{row["test_shot"]}_shot_{row["batch_norm"]}': f'{100 * row["mean"]:.2f}% ± {100 * row["ci95"]:.2f}'
-    for row in rows
-    if row['learner'] == name
-  }
+  accuracies = {}
+  for result in results:
+    mean, ci95 = (100 * v for v in estimate(result.values[0, :, -1]))
+    accuracies[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = f'{mean:.2f}% ± {ci95:.2f}'
   shown = {k: v for k, v in dataclasses.asdict(config).items() if k in MODEL_FACTS}
   about = ms.ModelConfig(
     'maml' if name == 'maml' else 'meta_sgd', config.way, setup.image_shape, filters, hidden, config.inner_steps,
-    alpha=maml_rate(config) if name == 'maml' else None,
+    alpha=maml_rate(name, config) if name == 'maml' else None,
     background='dark' if config.dataset in ('glyphs', 'omniglot') else 'any',
     training={**shown, **accuracies, **writers.provenance()},
   )  # fmt: skip
@@ -192,7 +218,7 @@ def _sentence(name: str, result: reporting.Result, row: dict[str, Any], config: 
   steps = result.values.shape[-1] - 1
   before = f' after {steps} inner step(s), {100 * result.values[..., 0].mean():.2f}% before' if steps else ''
   over_runs = f', ±{100 * result.over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
-  paper = few_shot_table.paper_figure(name, config.dataset, config.way, result.about['test_shot'])
+  paper = few_shot_table.paper_figure(name, str(config.dataset), config.way, result.about['test_shot'])
   mode = BATCH_NORM[result.about['batch_norm']]
   return (
     f'{NAMES[name]}, {config.dataset}, {config.way}-way {result.about["test_shot"]}-shot: {mean:.2f}% ± {ci95:.2f}'
@@ -207,13 +233,13 @@ def _draw_task(name, meta, config: Config, setup: Setup, plotting):
   learner = setup.testers[name, False]
 
   @jax.jit
-  def answered(meta, tasks, key):
-    task_key, episode_key, adapt_key = jax.random.split(key, 3)
+  def answered(meta, tasks, task_key, episode_key, adapt_key):
     support, query = tasks.episode(tasks.sample(task_key), episode_key)
     return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
 
-  tasks = setup.tests[config.test_shots[0]].as_arguments()
-  found = answered(reporting.one_run(meta, 0), tasks, test_keys(config.eval_seed)[1])
+  keys = jax.random.split(test_keys(config.eval_seed)[1], 3)
+  tasks = few_shot_data.sent(setup.tests[config.test_shots[0]], keys[:1], keys[1:2])
+  found = answered(reporting.one_run(meta, 0), tasks, *keys)
   return plotting.episode_sheet(*jax.device_get(found))
 
 

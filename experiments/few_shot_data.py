@@ -1,6 +1,6 @@
 """Data sets of few-shot classification by name, as banks to train, validate and test on."""
 
-from collections.abc import Callable
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,9 @@ AUGMENTATIONS: dict[str, augmentation.Augment | None] = {
   'shift': augmentation.shift(2),
   'natural': augmentation.chain(augmentation.flip, augmentation.shift(4), augmentation.light(0.4)),
 }
+
+
+Tasks = ms.TaskDistribution | ms.TaskStream
 
 
 class Data(NamedTuple):
@@ -38,7 +41,7 @@ def load(config: Any) -> Data:
     return Data(None, None, None)
   where, archives = config.data_dir, dict(archives=config.archives, verify_archives=config.verify_archives)
   if config.dataset == 'omniglot':
-    characters = omniglot.load(where, **archives, report=print)
+    characters = omniglot.load(where, size=config.image_size or 28, **archives, report=print)
     if config.split == 'vinyals':
       found = omniglot.vinyals_split(characters)
     else:
@@ -54,26 +57,49 @@ def load(config: Any) -> Data:
 
 
 def folder(config: Any) -> splits.Splits:
-  """Returns the classes of any folder of images, shared out by seed: 64% to train on, 16% to validate, 20% to test."""
+  """Returns the classes of any folder of images, by lists or by seed: 64% to train, 16% to validate, 20% to test."""
   images = image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
-  return splits.split_bank(images.bank, images.names, splits.split_by_seed(images.names, seed=config.split_seed))
-
-
-def tasks(bank: ms.tasks.ClassBank | None, *, way: int, shot: int, query: int) -> ms.TaskDistribution:
-  """Returns the tasks of a bank; of glyphs where there is none."""
-  if bank is None:
-    return ms.tasks.glyphs(way=way, shot=shot, query=query)
-  return ms.tasks.few_shot(bank, way=way, shot=shot, query=query)
-
-
-def training_tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Any:
-  """Returns what to train on: of a bank that is too large for the device a stream; augmented if asked for."""
-  if bank is not None and streamed(bank, config.stream):
-    found: Any = ms.tasks.stream(bank, way=config.way, shot=shot, query=query)
+  if config.class_lists:
+    directory = pathlib.Path(config.class_lists).expanduser()
+    names = splits.ClassNames(*(splits.read_list(directory / f'{part}.txt') for part in splits.ClassNames._fields))
   else:
-    found = tasks(bank, way=config.way, shot=shot, query=query)
+    names = splits.split_by_seed(images.names, seed=config.split_seed)
+  return splits.split_bank(images.bank, images.names, names)
+
+
+def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:
+  """Returns few-shot tasks of a bank, streamed where it is too large; of glyphs where there is none."""
+  if bank is None:
+    return ms.tasks.glyphs(way=config.way, shot=shot, query=query)
+  return _of_indices(bank, ms.tasks.image_indices(bank, way=config.way, shot=shot, query=query))
+
+
+def supervised(bank: ms.tasks.ClassBank, *, batch: int) -> Tasks:
+  """Returns batches of all classes of a bank."""
+  return _of_indices(bank, ms.tasks.class_indices(bank, batch=batch))
+
+
+def augmented(found: Tasks, config: Any) -> Tasks:
+  """Returns the tasks, their images augmented as the configuration says."""
   augment = AUGMENTATIONS[config.augmentation]
   return ms.tasks.augmented(found, augment) if augment else found
+
+
+def sent(found: Tasks, sample_keys, episode_keys) -> ms.TaskDistribution:
+  """Returns tasks that a jitted function takes, of a stream those of these keys `[B]`."""
+  return (found.send(sample_keys, episode_keys) if isinstance(found, ms.TaskStream) else found).as_arguments()
+
+
+def placed(found: Data, choice: str) -> Data:
+  """Returns the data with banks on the device, once for all learners, but for those that are to be streamed."""
+  on_device = lambda bank: bank._replace(images=jnp.asarray(bank.images))
+  return Data(*(bank if bank is None or streamed(bank, choice) else on_device(bank) for bank in found))
+
+
+def _of_indices(bank, indices) -> Tasks:
+  if isinstance(bank.images, jax.Array):
+    return ms.tasks.few_shot_from(indices, bank.images)
+  return ms.tasks.stream(bank, indices)
 
 
 def streamed(bank: ms.tasks.ClassBank, choice: str) -> bool:
@@ -84,15 +110,14 @@ def streamed(bank: ms.tasks.ClassBank, choice: str) -> bool:
   return bank.images.nbytes > statistics.get('bytes_limit', np.inf) / 2
 
 
-def accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: ms.TaskDistribution, key, num_tasks: int):
+def accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: Tasks, key, num_tasks: int):
   """Returns the accuracy at the first item of its class, the second, …, of sequences of unseen tasks: `[tasks, n]`."""
 
-  @jax.jit
-  def of_task(meta, tasks, key):
-    sample_key, episode_key, order_key = jax.random.split(key, 3)
+  def of_task(meta, tasks, sample_key, episode_key, order_key):
     info = learner.loss(meta, tasks.episode(tasks.sample(sample_key), episode_key), order_key)[1]
     names = sorted((name for name in info if name.startswith('instance_')), key=lambda name: int(name.split('_')[1]))
     return jnp.stack([info[name] for name in names])
 
-  of_tasks: Callable = jax.jit(lambda keys: jax.lax.map(lambda k: of_task(meta, sequences.as_arguments(), k), keys))
-  return np.asarray(of_tasks(jax.random.split(key, num_tasks)))
+  keys = jax.random.split(key, (num_tasks, 3))
+  of_tasks = jax.jit(lambda meta, tasks, keys: jax.lax.map(lambda three: of_task(meta, tasks, *three), keys))
+  return np.asarray(of_tasks(meta, sent(sequences, keys[:, 0], keys[:, 1]), tuple(keys.T)))

@@ -15,7 +15,7 @@ NAMES = {
   'maml_5': 'MAML, 5 steps',
   'fomaml': 'first-order MAML',
   'anil': 'ANIL',
-  'layer_rates': 'a rate a layer',
+  'layer_rates': 'Meta-SGD, a rate a layer',
   'meta_lstm': 'Meta-LSTM',
   'matching': 'Matching Nets',
   'matching_fce': 'Matching Nets, FCE',
@@ -34,7 +34,7 @@ DRAWINGS = 10
 """Of each class in a sequence (Santoro et al. 2016, section 4.1)."""
 JOINT_BATCHES, JOINT_BATCH = 2, 64
 """Of a supervised step, so that two devices have one each, and images in each; batch norm is of one batch."""
-FLOOR_STEPS, FLOOR_RATE = 20, 0.1
+FLOOR_STEPS = 20
 """Of plain SGD on the support: the last of the comparison, so given more steps than the others."""
 
 
@@ -51,12 +51,12 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
   filters, hidden = config.sizes
   dtype = jnp.bfloat16 if config.precision == 'bfloat16' else None
   network = lambda way, hidden: ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden, dtype=dtype))
-  classifier, embedding = network(config.way, hidden), network(None, 0)
+  classifier = network(config.way, hidden)
+  embedding = network(None, 0) if config.network == 'conv4' else ms.nn.from_linen(ms.nn.KochNet())
   shared: dict[str, Any] = dict(
     inductive=config.inductive if inductive is None else inductive, metrics={'accuracy': accuracy}
   )
   steps = config.inner_steps
-  rate = maml_rate(config)
   if name in ('meta_sgd', 'layer_rates'):
     start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
     weights = None
@@ -64,11 +64,12 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
       weights = (1 / steps,) * steps
     return ms.meta_sgd(
       classifier, cross_entropy, steps=steps, alpha_range=start, alpha_by_step=config.alpha_by_step,
-      alpha_per='leaf' if name == 'layer_rates' else 'entry', step_weights=weights, **shared,
+      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, **shared,
     )  # fmt: skip
   if name in ('maml', 'fomaml', 'anil', 'maml_5'):
     if name == 'maml_5':
-      steps, rate = (10 if test else 5), 0.1 if config.alpha is None else config.alpha
+      steps = 10 if test else 5
+    rate = maml_rate(name, config)
     alpha = head_alone(config, rate) if name == 'anil' else rate
     first_order = name == 'fomaml'
     return ms.maml(classifier, cross_entropy, alpha=alpha, steps=steps, first_order=first_order, **shared)
@@ -84,13 +85,21 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
     cell = ms.learners.MemoryCell if name == 'mann' else ms.learners.PlainCell
     return ms.learners.mann(way=config.way, cell=cell(config.way), metrics=shared['metrics'])
   return ms.learners.fine_tuning(
-    embedding, classes=classes, way=config.way, alpha=FLOOR_RATE, steps=FLOOR_STEPS, **shared
+    embedding, classes=classes, way=config.way, alpha=config.floor_rate, steps=FLOOR_STEPS, **shared
   )
 
 
-def maml_rate(config: Any) -> float:
-  """Returns the inner rate of MAML and its kin: that of MAML's own Omniglot scripts, 0.4 for 5 ways and 0.1 for 20."""
-  return (0.4 if config.way <= 5 else 0.1) if config.alpha is None else config.alpha
+def maml_rate(name: str, config: Any) -> float:
+  """Returns the inner rate of MAML and its kin, that of its paper where the configuration gives none.
+
+  Finn et al. 2017, appendix A.1: on Omniglot 0.4 with one step, for 5 ways, and 0.1 with five, for 20; on mini-ImageNet
+  0.01. One step for 20 ways is not in the paper; 0.4 stays. Other photographs take mini-ImageNet's.
+  """
+  if config.alpha is not None:
+    return config.alpha
+  if config.dataset not in ('omniglot', 'glyphs'):
+    return 0.01
+  return 0.1 if name == 'maml_5' else 0.4
 
 
 def head_alone(config: Any, rate: float) -> dict[str, float]:
@@ -117,16 +126,29 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
   """Returns the tasks that a learner is trained on.
 
   Raises:
-    ValueError: joint training on tasks that have no classes in common.
+    ValueError: joint training on tasks that have no classes in common; more shots than a sequence has items.
   """
   if name == 'joint':
     if data.train is None:
       raise ValueError(
         'learner joint needs a data set with classes to train on; glyphs have none, take --dataset=omniglot'
       )
-    return ms.tasks.all_classes(data.train, batch=JOINT_BATCH)
-  query = DRAWINGS - config.shot if name in SEQUENTIAL else config.query
-  return few_shot_data.training_tasks(data.train, config, shot=config.shot, query=query)
+    return few_shot_data.augmented(few_shot_data.supervised(data.train, batch=JOINT_BATCH), config)
+  found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
+  return few_shot_data.augmented(found, config)
+
+
+def query_images(name: str, config: Any) -> int:
+  """Returns the query images of a class in training.
+
+  Raises:
+    ValueError: more shots than a sequence has items.
+  """
+  if name not in SEQUENTIAL:
+    return config.query
+  if config.shot >= DRAWINGS:
+    raise ValueError(f'learner {name} reads {DRAWINGS} images of a class, got shot={config.shot}; give a lower shot')
+  return DRAWINGS - config.shot
 
 
 def meta_batch(name: str, config: Any) -> int:

@@ -28,16 +28,17 @@ PAPER: dict[str, dict[str, tuple]] = {
     'meta_sgd': ((50.47, 1.87), (64.03, 0.94), (17.56, 0.64), (28.92, 0.35)),
   },
 }  # fmt: skip
-PAPER['omniglot']['maml_5'] = PAPER['omniglot']['maml']
-PAPER['mini_imagenet']['maml_5'] = PAPER['mini_imagenet']['maml']
-"""The paper's 5-way rows of MAML are of 5 inner steps (10 in testing), its 20-way rows of one."""
+MAML_STEPS = {('omniglot', 5): 1, ('omniglot', 20): 5, ('mini_imagenet', 5): 5, ('mini_imagenet', 20): 1}
+"""(data set, way) → inner steps in training of the MAML that the paper cites or ran: Finn et al. 2017, A.1; Table 3."""
 
 
 def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
   """Returns the paper's figure as text, in percent; `None` where it has none."""
+  if learner in ('maml', 'maml_5'):
+    if MAML_STEPS.get((dataset, way)) != (5 if learner == 'maml_5' else 1):
+      return None
+    learner = 'maml'
   if (way, shot) not in SETTINGS or learner not in PAPER.get(dataset, {}):
-    return None
-  if learner in ('maml', 'maml_5') and (learner == 'maml_5') != (way == 5):
     return None
   mean, ci95 = PAPER[dataset][learner][SETTINGS.index((way, shot))]
   return f'{mean}' if ci95 is None else f'{mean} ± {ci95}'
@@ -74,17 +75,25 @@ def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) 
 
 
 def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
+  dataset, failed = todo[0].dataset, []
   for i, cell in enumerate(todo):
-    directory = workdir / 'cells' / f'{cell.learner[0]}_{cell.way}way_{cell.shot}shot'
+    directory = workdir / 'cells' / f'{dataset}_{cell.learner[0]}_{cell.way}way_{cell.shot}shot'
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
     if _done(cell, directory):
       print(f'{about}: is there already')
     else:
       print(about, flush=True)
-      run(cell, directory)
-    write(workdir)
-  print((workdir / 'table.md').read_text(), end='')
-  reporting.save_pictures(workdir, {'table': lambda plotting: draw(rows_of(workdir), plotting)})
+      try:
+        run(cell, directory)
+      except reporting.TrainingError as e:  # The other cells need not wait for it.
+        print(f'error: {e}', flush=True)
+        failed.append(about)
+    write(workdir, dataset)
+  print((workdir / f'table_{dataset}.md').read_text(), end='')
+  if rows_of(workdir, dataset):
+    reporting.save_pictures(workdir, {f'table_{dataset}': lambda plotting: draw(rows_of(workdir, dataset), plotting)})
+  if failed:
+    raise reporting.TrainingError(f'{len(failed)} of {len(todo)} cells are missing: {"; ".join(failed)}')
 
 
 def _done(cell: Any, directory: pathlib.Path) -> bool:
@@ -97,19 +106,22 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
   return found == json.loads(json.dumps(dataclasses.asdict(cell)))
 
 
-def rows_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the results of all cells in a work directory, whichever command made them, in the table's order."""
+def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
+  """Returns the results of a data set's cells in a work directory, whichever command made them, in the table's order.
+
+  So cells may have budgets of their own, which the table states.
+  """
   rows = []
-  for path in sorted((workdir / 'cells').glob('*/results.json')):
+  for path in sorted((workdir / 'cells').glob(f'{dataset}_*/results.json')):
     rows += json.loads(path.read_text())['rows']
   return sorted(rows, key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm']))
 
 
-def write(workdir: pathlib.Path) -> None:
-  """Writes table.md and table.json of what is there so far."""
-  rows = rows_of(workdir)
-  writers.write_json(workdir / 'table.json', {'rows': rows})
-  with writers.atomic(workdir / 'table.md') as file:
+def write(workdir: pathlib.Path, dataset: str) -> None:
+  """Writes the table of a data set's cells so far, as Markdown and as JSON."""
+  rows = rows_of(workdir, dataset)
+  writers.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
+  with writers.atomic(workdir / f'table_{dataset}.md') as file:
     file.write(markdown(rows).encode())
 
 
@@ -133,14 +145,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     seeds = _unique(row['seeds'] for row in mine.values())
     cells = [NAMES[learner], mode, *figures, _joined(steps), ', '.join(budgets), _joined(seeds)]
     lines.append('| ' + ' | '.join(cells) + ' |')
-  first = rows[0]
+  every = lambda name: _joined(_unique(row[name] for row in rows))
   trained = 'trained on 1 shot' if {row['shot'] for row in rows} == {1} else 'trained on as many shots'
   lines += [
     '',
-    f'Accuracy in percent on {first["tasks"]} unseen tasks of {first["dataset"]}, ± 95% interval over tasks; '
-    f'{first["query"]} query images of a class in training, {first["eval_query"]} in testing; {trained}. '
-    "In brackets the paper's figures, after 60,000 meta-iterations, batch norm by the batch at hand (transductive); "
-    "its 5-way rows of MAML took 5 inner steps. Inductive: by the support's statistics, each query image by itself.",
+    f'Accuracy in percent on {every("tasks")} unseen tasks of {every("dataset")}, ± 95% interval over tasks; query '
+    f'images of a class in training: {every("query")}, in testing: {every("eval_query")}; {trained}. In brackets the '
+    "paper's figures, after 60,000 meta-iterations, batch norm by the batch at hand (transductive). "
+    "Inductive: by the support's statistics, each query image by itself.",
   ]
   return '\n'.join(lines) + '\n'
 

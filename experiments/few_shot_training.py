@@ -27,7 +27,7 @@ class Setup:
     data: banks of classes.
     train: tasks to train on, by learner.
     learners: as trained, by name.
-    validators: as validated, by name.
+    validators: as validated, by name, with the batch norm of training.
     testers: as tested, by name and whether batch norm is inductive; of an ensemble where that is asked for.
     optimizers: the outer ones, by learner.
     tests: unseen tasks, by shots.
@@ -35,13 +35,13 @@ class Setup:
   """
 
   data: few_shot_data.Data
-  train: dict[str, ms.TaskDistribution]
+  train: dict[str, few_shot_data.Tasks]
   learners: dict[str, ms.Learner]
   validators: dict[str, ms.Learner]
   testers: dict[tuple[str, bool], ms.Learner]
   optimizers: dict[str, optax.GradientTransformation]
-  tests: dict[int, ms.TaskDistribution]
-  validation: ms.TaskDistribution | None
+  tests: dict[int, few_shot_data.Tasks]
+  validation: few_shot_data.Tasks | None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -57,8 +57,8 @@ def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
     ValueError: settings that do not fit the data.
     DatasetError: the data set cannot be had.
   """
-  data = data or few_shot_data.load(config)
-  test = functools.partial(few_shot_data.tasks, way=config.way, query=config.eval_query)
+  data = few_shot_data.placed(data or few_shot_data.load(config), config.stream)
+  test = lambda bank, shot: few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
   if config.validate_every and data.train is not None and data.validation is None:
     raise ValueError('validate_every needs classes to validate on; give --validation_classes=100, or --split=vinyals')
   classes = 2 if data.train is None else len(data.train.sizes)
@@ -67,15 +67,15 @@ def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
     data,
     {name: few_shot_learners.build_training_tasks(name, config, data) for name in config.learners},
     {name: build_learner(name, config, classes=classes) for name in config.learners},
-    {name: build_learner(name, config, test=True, inductive=False) for name in config.learners},
+    {name: build_learner(name, config, test=True) for name in config.learners},
     {
       (name, inductive): together(build_learner(name, config, test=True, inductive=inductive))
       for name in config.learners
       for inductive in (False, True)
     },
     {name: build_optimizer(name, config) for name in config.learners},
-    {shot: test(data.test, shot=shot) for shot in config.test_shots},
-    test(data.validation, shot=config.shot) if config.validate_every else None,
+    {shot: test(data.test, shot) for shot in config.test_shots},
+    test(data.validation, config.shot) if config.validate_every else None,
   )
 
 
@@ -116,7 +116,7 @@ def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
     print(f'{label}: compiling', flush=True)
     state = ms.init(key, tasks, learner=learner, optimizer=optimizer)
     if name in UNTRAINED:
-      metas.append(state.meta)
+      metas.append(_as_members([state.meta], config))
       continue
     callbacks: list[Callable[[ms.Progress], None]] = [recorder]
     if setup.validation:
@@ -127,18 +127,28 @@ def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
       callbacks.append(best)
     state = ms.train(
       state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
-      mesh=sharding.task_mesh(batch), chunk=min(50, -(-config.meta_iterations // 20)), callbacks=callbacks,
+      mesh=sharding.task_mesh(batch), chunk=_chunk(config), callbacks=callbacks,
     )  # fmt: skip
-    meta = state.meta
-    if setup.validation:
-      members = [found[2] for found in best.found]
-      meta = members[0] if config.ensemble == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *members)
-    metas.append(meta)
+    members = [found[2] for found in best.found] if setup.validation else [state.meta]
+    metas.append(_as_members(members, config))
     curves.append(recorder.curves)
   meta = jax.tree.map(lambda *leaves: np.stack(leaves), *metas)
   if not curves:
     return meta, None
   return meta, {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
+
+
+def _as_members(members: list[Any], config: Config) -> Any:
+  """The best of them, or with an ensemble all of them, `[E]` in front."""
+  return members[0] if config.ensemble == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *members)
+
+
+def _chunk(config: Config) -> int:
+  """Meta-iterations between callbacks: 50 at the most, 20 times a run at the least, and with each validation."""
+  most = min(50, -(-config.meta_iterations // 20))
+  if not config.validate_every:
+    return most
+  return max(n for n in range(1, most + 1) if config.validate_every % n == 0)
 
 
 def _validate(name: str, config: Config, setup: Setup, meta) -> float:
@@ -180,10 +190,15 @@ def judge(name: str, meta, shot: int, config: Config, setup: Setup) -> list[repo
 
 
 def by_instance(name: str, meta, config: Config, setup: Setup) -> np.ndarray:
-  """Returns the accuracy at the n-th item of a class in sequences of unseen classes, of the first run: `[n]`."""
-  sequences = few_shot_data.tasks(setup.data.test, way=config.way, shot=1, query=few_shot_learners.DRAWINGS - 1)
+  """Returns the accuracy at the n-th item of a class in sequences of unseen classes: `[n]`.
+
+  Of the first run, and of an ensemble the best.
+  """
+  sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=few_shot_learners.DRAWINGS - 1)
+  one = reporting.one_run(meta, 0)
+  one = one if config.ensemble == 1 else reporting.one_run(one, 0)
   values = few_shot_data.accuracy_by_instance(
-    setup.learners[name], reporting.one_run(meta, 0), sequences, test_keys(config.eval_seed)[0], config.eval_tasks
+    setup.learners[name], one, sequences, test_keys(config.eval_seed)[0], config.eval_tasks
   ).mean(0)
   shown = ', '.join(f'{100 * v:.1f}' for v in values)
   print(f'{NAMES[name]}: accuracy at the 1st, 2nd, … item of a class, in percent: {shown}')

@@ -104,7 +104,7 @@ class Recorder:
       progress.total,
       progress.seconds,
       progress.rate,
-      **{n: float(np.mean(v)) for n, v in sorted(means.items())},
+      **{n: float(np.mean(v)) for n, v in sorted(means.items()) if not n.startswith('instance_')},
     )
 
   @property

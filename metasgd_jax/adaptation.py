@@ -16,8 +16,8 @@ from metasgd_jax.types import PyTree
 
 LossFn = Callable[[PyTree, Any], chex.Array]
 
-Per = Literal['entry', 'leaf', 'all']
-"""What has a rate of its own in α."""
+Per = Literal['entry', 'leaf', 'layer', 'all']
+"""What has a rate of its own in α; a layer is a child of θ's root."""
 
 Backward = Literal['reverse', 'recompute', 'forward']
 """How the gradient of the outer loss goes back through the inner steps; all three give the same, to rounding.
@@ -133,7 +133,7 @@ def init_alpha(
     theta: the pytree to match.
     low: the least value drawn.
     high: the greatest value drawn.
-    per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
+    per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ.
     steps: where given, every inner step has rates of its own: `[steps]` in front of each leaf.
 
   Raises:
@@ -146,6 +146,8 @@ def init_alpha(
   front = () if steps is None else (steps,)
   if per == 'all':
     return jnp.full(front, value)
+  if per == 'layer':
+    return jax.tree.map(lambda _: jnp.full(front, value), theta, is_leaf=lambda t: t is not theta)
   shape = lambda t: front if per == 'leaf' else front + jnp.shape(t)
   return jax.tree.map(lambda t: jnp.full(shape(t), value, jnp.result_type(t)), theta)
 

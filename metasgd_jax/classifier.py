@@ -32,9 +32,9 @@ class FewShotClassifier:
   False, transductive, as accuracies of MAML and its kin are mostly measured: by the statistics of all pictures of the
     call, so that each answer depends on the others. Only for calls with many pictures and all classes among them.
 
-  On glyphs, 5-way 1-shot, with a model trained transductively, the right answers were 98.5% in transductive calls of 25
-  pictures, 5 of each class, but 83.6% where each picture came alone and 60.6% where a call had 5 of one class;
-  inductive ones were 97.9%, however the pictures came.
+  A model trained transductively has only met batches with as many pictures of each class. The statistics of a call of
+  one picture, or of pictures of one class, are not what it was trained with, and many of its answers are then wrong;
+  the support's are, however the pictures to answer come.
 
   Classes with fewer examples than others have theirs repeated until all have as many, as the model was trained.
 

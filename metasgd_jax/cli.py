@@ -63,9 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   predict.add_argument('--query', metavar='DIR', required=True, help='the pictures to sort')
   predict.add_argument('--out', metavar='DIR', required=True, help='gets predictions.csv and predictions.png')
   mode = predict.add_mutually_exclusive_group()
-  mode.add_argument(
-    '--inductive', action='store_true', default=True, help='each answer depends on its own picture alone (default)'
-  )
+  mode.add_argument('--inductive', action='store_true', help='each answer depends on its own picture alone (default)')
   mode.add_argument(
     '--transductive',
     dest='inductive',
@@ -78,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     default='auto',
     help='turn light into dark; auto: where the model wants dark backgrounds and the examples have light ones',
   )
-  predict.set_defaults(prepare=_prepare_predict, parser=predict)
+  predict.set_defaults(inductive=True, prepare=_prepare_predict, parser=predict)
 
   info = commands.add_parser(
     'info', help='say what a model is', description='Says what a model is; without --model, which ship with metasgd.'
@@ -136,16 +134,20 @@ def _prepare_predict(args: argparse.Namespace) -> Callable[[], None]:
   _say('adapting, and compiling for it first, which takes some seconds')
   classifier.fit(support.bank.images, np.repeat(np.arange(len(sizes)), sizes))
   names = [path.relative_to(query_dir) for path in query.paths]
-  return lambda: _predict(classifier, support, sizes, query, names, out)
+  examples = {path.resolve() for path in support.paths}
+  seen = [path.resolve() in examples for path in query.paths]
+  return lambda: _predict(classifier, support, sizes, query, names, seen, out)
 
 
-def _predict(classifier, support, sizes, query, names: list[pathlib.Path], out: pathlib.Path) -> None:
+def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen: list[bool], out: pathlib.Path) -> None:
+  """Answers, draws, writes and tells; pictures `seen` among the examples are not judged."""
   from metasgd_jax import writers
 
   _say(f'answering {len(names)} pictures')
   probabilities = classifier.predict_proba(query.images)
   answers = [support.names[i] for i in probabilities.argmax(1)]
-  truth = [name.parts[0] if len(name.parts) > 1 and name.parts[0] in support.names else None for name in names]
+  known = [len(name.parts) > 1 and name.parts[0] in support.names for name in names]
+  truth = [name.parts[0] if k and not s else None for name, k, s in zip(names, known, seen, strict=True)]
   examples = np.split(support.bank.images, np.cumsum(sizes)[:-1])
   picture = _draw(support.names, examples, query.images, probabilities, [str(name) for name in names], truth)
   files = {'predictions.csv': _table(support.names, names, answers, probabilities)}
@@ -168,8 +170,11 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], out: 
     _say('light and dark were exchanged, as the model wants')
   if skipped := len(support.skipped) + len(query.skipped):
     _say(f'skipped: {skipped} that cannot be read, named above')
-  if known := [a == t for a, t in zip(answers, truth, strict=True) if t is not None]:
-    _say(f'accuracy: {np.mean(known):.1%} of {len(known)} pictures in folders named like a class')
+  if left_out := sum(k and s for k, s in zip(known, seen, strict=True)):
+    are, them = ('picture is', 'it') if left_out == 1 else ('pictures are', 'them')
+    _say(f'{left_out} {are} among the examples too; the accuracy leaves {them} out')
+  if right := [a == t for a, t in zip(answers, truth, strict=True) if t is not None]:
+    _say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class')
   _say(f'results: {" and ".join(str(out / name) for name in files)}')
   if picture is None:
     _say("there is no predictions.png, for want of matplotlib; pip install 'metasgd_jax[plots]'")

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from metasgd_jax import sharding
 from metasgd_jax.objective import Mapping, check_mapping, tasks_at_once
-from metasgd_jax.types import Learner, PyTree, TaskDistribution
+from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
 
+SENT_AT_ONCE = 128  # Tasks of a stream whose data are sent at the same time, or a group's if that is more.
 AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for otherwise; bounds the memory.
 
 
@@ -31,7 +32,7 @@ class Estimate(NamedTuple):
 def evaluate(
   learner: Learner,
   meta: PyTree,
-  tasks: TaskDistribution,
+  tasks: TaskDistribution | TaskStream,
   key: chex.PRNGKey,
   *,
   metric_fn: Callable[[Any, Any], chex.Array],
@@ -48,7 +49,7 @@ def evaluate(
   Args:
     learner: how to adapt and predict; its `path` gives the steps.
     meta: its meta-parameters, of one run.
-    tasks: where unseen tasks come from; Q is its episodes'.
+    tasks: where unseen tasks come from; Q is its episodes'. A `TaskStream` is sent `SENT_AT_ONCE` tasks at a time.
     key: consumed; split into one for each task.
     metric_fn: `(outputs [Q, …], targets [Q, …]) → scalar`, on the query.
     num_tasks: T.
@@ -69,9 +70,31 @@ def evaluate(
   here = num_tasks if mesh is None else num_tasks // mesh.size
   most = int(mapping) if isinstance(mapping, int | np.integer) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
   group = max(n for n in range(1, min(most, here) + 1) if here % n == 0)
-  meta, tasks = sharding.on_all(mesh, (meta, tasks.as_arguments()))
-  values = _evaluate(meta, tasks, keys, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
-  return np.asarray(values)
+  meta = sharding.on_all(mesh, meta)
+  judge = functools.partial(_evaluate, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
+  if isinstance(tasks, TaskDistribution):
+    return np.asarray(judge(meta, sharding.on_all(mesh, tasks.as_arguments()), keys))
+  step = group * (1 if mesh is None else mesh.size)
+  step *= max(n for n in range(1, max(1, SENT_AT_ONCE // step) + 1) if num_tasks // step % n == 0)
+  values = []
+  for start in range(0, num_tasks, step):
+    part = keys[start : start + step]
+    sent = tasks.send(*_episode_keys(part, repeats=repeats))
+    values.append(np.asarray(judge(meta, sharding.on_all(mesh, sent.as_arguments()), part)))
+  return np.concatenate(values)
+
+
+@functools.partial(jax.jit, static_argnames='repeats')
+def _episode_keys(keys, *, repeats):
+  """The keys of each task and of each of its episodes, as `_evaluate` draws them: `[tasks · repeats]` each."""
+
+  def of_task(key):
+    sample_key, repeat_key = jax.random.split(key)
+    episode_keys = jax.vmap(lambda k: jax.random.split(k)[0])(jax.random.split(repeat_key, repeats))
+    return jnp.broadcast_to(sample_key, (repeats,)), episode_keys
+
+  sample_keys, episode_keys = jax.vmap(of_task)(keys)
+  return sample_keys.ravel(), episode_keys.ravel()
 
 
 @functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'group', 'mesh'))

@@ -31,6 +31,14 @@ def task_mesh(num_tasks: int) -> Mesh | None:
   return Mesh(devices[:count], ('tasks',)) if count > 1 else None
 
 
+def host_device() -> jax.Device:
+  """Returns a CPU as a device of JAX; the first device of all where JAX was told to leave CPUs out."""
+  try:
+    return jax.devices('cpu')[0]
+  except RuntimeError:
+    return jax.devices()[0]
+
+
 def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
   """Raises ValueError unless the mesh, if any, has one axis whose devices share num_tasks evenly."""
   if mesh is None:

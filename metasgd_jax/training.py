@@ -188,6 +188,8 @@ def train(
   if done == meta_iterations:
     return state
   key, state = state.key, sharding.on_all(mesh, state)
+  if isinstance(tasks, TaskDistribution):
+    tasks = sharding.on_all(mesh, tasks.as_arguments())
   run_chunk = functools.partial(
     _run_chunk,
     learner=learner,
@@ -227,8 +229,8 @@ def _send_ahead(thread, tasks, key, meta_batch, chunk, mesh, step):
 
   def send():
     if isinstance(tasks, TaskDistribution):
-      return sharding.on_all(mesh, tasks.as_arguments())
-    keys = _chunk_keys(jax.device_put(key, jax.devices('cpu')[0]), step, meta_batch=meta_batch, chunk=chunk)
+      return tasks
+    keys = _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
     return sharding.on_all(mesh, tasks.send(*keys).as_arguments())
 
   return thread.submit(send)

@@ -49,6 +49,22 @@ def to_float64(tree):
   )
 
 
+def assert_slopes_by_differences(loss, meta, *, directions=3, h=1e-7):
+  """Compares jax.grad(loss) with central differences along random directions of θ and of α, which are float64."""
+  rng = np.random.default_rng(0)
+  value, grads = jax.jit(loss), jax.jit(jax.grad(loss))(meta)
+  for part in ('theta', 'alpha'):
+    at, grad = getattr(meta, part), getattr(grads, part)
+    for _ in range(directions):
+      along = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), at)
+      ahead, behind = (
+        value(meta._replace(**{part: jax.tree.map(lambda a, d, step=step: a + step * d, at, along)}))
+        for step in (h, -h)
+      )
+      expected = float(ahead - behind) / (2 * h)
+      assert_close(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grad, along))), expected, rtol=1e-5, atol=1e-8)
+
+
 def relative_error(a, b):
   """|a − b| / |b| over all leaves together."""
   a, b = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))

@@ -306,7 +306,7 @@ class TestRatesByStep:
     ):
       ms.adapt(RATES_THETA, RATES_ALPHA, 2.0, loss_fn=self.loss, steps=2, alpha_by_step=True)
 
-  @pytest.mark.parametrize('per', ['entry', 'leaf', 'all'])
+  @pytest.mark.parametrize('per', ['entry', 'leaf', 'layer', 'all'])
   def test_init(self, per):
     alpha = ms.init_alpha(jax.random.key(0), RATES_THETA, per=per, steps=3)
     ms.adapt(RATES_THETA, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True)

@@ -63,6 +63,7 @@ def test_a_folder_nobody_prepared_is_sorted(folders, model_file, mode, capsys):
   assert 'skipped: 1 that cannot be read' in out
   assert 'classes: blot 2, columns 1, diagonals 3, frame 4, rows 2' in out
   assert '% of 5 pictures in folders named like a class' in out
+  assert 'among the examples' not in out
   assert left(folders / 'out') == ['predictions.csv', 'predictions.png']
 
   with (folders / 'out' / 'predictions.csv').open(newline='', encoding='utf-8') as file:
@@ -81,6 +82,24 @@ def test_a_folder_nobody_prepared_is_sorted(folders, model_file, mode, capsys):
   with Image.open(folders / 'out' / 'predictions.png') as sheet:
     sheet.load()
     assert min(sheet.size) > 500
+
+
+def test_pictures_adapted_to_are_not_judged(folders, model_file, capsys):
+  (folders / 'query' / 'rows' / 'again.png').symlink_to(folders / 'support' / 'rows' / '0.png')
+  (folders / 'query' / 'again.png').symlink_to(folders / 'support' / 'rows' / '0.png')
+  assert predict(folders, model_file) == 0
+  out = capsys.readouterr().out
+  assert '1 picture is among the examples too; the accuracy leaves it out' in out
+  assert '% of 5 pictures in folders named like a class' in out
+  assert predict(folders, model_file, query=folders / 'support') == 0
+  out = capsys.readouterr().out
+  assert '12 pictures are among the examples too; the accuracy leaves them out' in out
+  assert 'accuracy:' not in out
+
+
+@pytest.mark.parametrize(('flags', 'inductive'), [([], True), (['--inductive'], True), (['--transductive'], False)])
+def test_inductive_unless_told_otherwise(flags, inductive):
+  assert cli.parse(['predict', '--support=a', '--query=b', '--out=c', *flags]).inductive is inductive
 
 
 def test_light_paper_is_turned(folders, model_file, capsys):

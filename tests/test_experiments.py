@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import metasgd_jax as ms
 from experiments import classification, options, regression, reporting
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,7 +30,14 @@ def regression_run(tmp_path_factory):
 def classification_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('classification')
   config = classification.Config(
-    learner=('meta_sgd', 'maml'), way=3, query=2, filters=4, meta_iterations=3, eval_tasks=5, eval_query=2, seeds=2
+    learner=('meta_sgd', 'lstm', 'random'),
+    way=3,
+    query=2,
+    filters=4,
+    meta_iterations=3,
+    eval_tasks=5,
+    eval_query=2,
+    seeds=2,
   )
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
@@ -49,12 +57,13 @@ def test_results_say_what_was_run(kind, request):
     for name in ('learner', 'dataset', *shots):
       assert name in row
     assert row['inner_steps'] == 1
-    assert row['meta_iterations'] == config['meta_iterations']
+    assert row['meta_iterations'] == (0 if row['learner'] == 'random' else config['meta_iterations'])
     assert (row['tasks'], row['seeds']) == (config['eval_tasks'], 2)
     assert row['device']['platform'] == jax.default_backend()
     assert row['versions']['jax'] == jax.__version__
     values = np.load(workdir / row['per_task_file'])
-    assert values.shape == (2, row['tasks'], 2)
+    steps = {'lstm': 0, 'random': 20}.get(row['learner'], 1)
+    assert values.shape == (2, row['tasks'], steps + 1)
     np.testing.assert_allclose(row['mean'], values[..., -1].mean(), rtol=1e-6)
     assert 0 < row['ci95'] < 10 * row['mean'] + 1
     np.testing.assert_allclose(row['mean_by_step'], values.mean((0, 1)), rtol=1e-5)
@@ -73,7 +82,11 @@ def test_metrics_have_a_line_a_chunk(kind, request):
 @pytest.mark.parametrize('kind', ['regression_run', 'classification_run'])
 def test_pictures_are_drawn(kind, request):
   workdir, _ = request.getfixturevalue(kind)
-  names = {'curves_5shot', 'alpha_meta_sgd_5shot'} if kind == 'regression_run' else {'alpha_meta_sgd', 'task_maml'}
+  names = (
+    {'curves_5shot', 'alpha_meta_sgd_5shot'}
+    if kind == 'regression_run'
+    else {'alpha_meta_sgd', 'task_random', 'instances_lstm'}
+  )
   for name in names | {'learning_curves'}:
     assert (workdir / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
@@ -133,6 +146,30 @@ def test_a_sentence_gives_the_figure(classification_run):
   out = (workdir / 'stdout').read_text()
   assert f'Meta-SGD, glyphs, 3-way 1-shot: {100 * rows[0]["mean"]:.2f}% ±' in out
   assert 'over 5 unseen tasks' in out
+  assert 'LSTM: accuracy at the 1st, 2nd, … item of a class, in percent: ' in out
+
+
+def test_batch_norm_is_reported_in_both_ways(classification_run):
+  _, rows = classification_run
+  modes = [(row['learner'], row['batch_norm']) for row in rows]
+  assert modes == [
+    ('meta_sgd', 'transductive'), ('meta_sgd', 'inductive'), ('lstm', 'none'),
+    ('random', 'transductive'), ('random', 'inductive'),
+  ]  # fmt: skip
+  assert rows[0]['mean_by_step'] != rows[1]['mean_by_step']
+  assert len(rows[2]['accuracy_by_instance']) == 10
+
+
+def test_a_trained_model_can_be_used(classification_run):
+  workdir, rows = classification_run
+  path = workdir / 'model_meta_sgd.safetensors'
+  model = ms.load_model(path)
+  assert (model.config.way, model.config.image_shape, model.config.filters) == (3, (28, 28, 1), 4)
+  assert model.config.training['accuracy_1_shot_inductive'].startswith(f'{100 * rows[1]["mean"]:.2f}% ±')
+  episode = ms.tasks.glyphs(way=3, shot=1, query=2)
+  support, query = episode.episode(episode.sample(jax.random.key(0)), jax.random.key(1))
+  classifier = ms.FewShotClassifier(path).fit(np.asarray(support.x), np.asarray(support.y))
+  assert classifier.predict(np.asarray(query.x)).shape == (6,)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +186,7 @@ def test_a_sentence_gives_the_figure(classification_run):
     (classification.Config, dict(seeds='3'), "seeds must be of type int, got '3'"),
     (regression.Config, dict(learning_rate=float('nan')), 'learning_rate must be from .*, got nan'),
     (classification.Config, dict(way=1), 'way must be from 2 to 1000, got 1'),
-    (classification.Config, dict(dataset='mnist'), "dataset must be one of glyphs, omniglot, got 'mnist'"),
+    (classification.Config, dict(dataset='mnist'), "dataset must be one of glyphs, omniglot, .*, got 'mnist'"),
     (classification.Config, dict(dataset='omniglot'), 'dataset omniglot needs data_dir'),
   ],
 )
@@ -177,7 +214,9 @@ def command(module, *flags, cwd=ROOT):
     ('regression', ['--alpha=nan'], 'error: alpha must be from -100.0 to 100.0, got nan'),
     ('regression', ['--inner_steps=30', '--alpha=5', '--learner=maml'], 'error: MAML 5-shot: the loss of run 0'),
     ('regression', ['meta_sgd'], "unknown argument 'meta_sgd'; options look like --name=value"),
-    ('classification', ['--dataset=mnist'], 'flag --dataset=mnist: value should be one of <glyphs|omniglot>'),
+    ('classification', ['--dataset=mnist'], 'flag --dataset=mnist: value should be one of <glyphs|omniglot|'),
+    ('classification', ['--eval_shots=1,x'], 'must be whole numbers of at least 1'),
+    ('classification', ['--table2'], 'error: dataset omniglot needs data_dir'),
     ('classification', ['--dataset=omniglot'], 'error: dataset omniglot needs data_dir'),
     (
       'classification',

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # part → parts of the package that it may use
   'evaluation': {'types', 'objective', 'sharding'},
   'writers': {'types'},
   'plotting': {'types'},
-  'tasks': {'types', 'tasks'},
+  'tasks': {'types', 'sharding', 'tasks'},
   'nn': {'types', 'nn'},
   'learners': {'types', 'adaptation', 'losses', 'learners'},
   'datasets': {'types', 'tasks', 'datasets'},

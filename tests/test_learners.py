@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, conv_learner, episodes, random_bank, sinusoid_learner
+from problems import (
+  assert_slopes_by_differences,
+  assert_trees_close,
+  conv_learner,
+  episodes,
+  random_bank,
+  sinusoid_learner,
+  to_float64,
+)
 
 import metasgd_jax as ms
 
@@ -55,6 +63,9 @@ CASES = {
 }
 BY_GRADIENT = [name for name in CASES if name.startswith(('meta_sgd', 'maml', 'anil', 'meta_lstm'))]
 """Those whose adapted state is θ."""
+TRAINED_ON_SOMETHING_ELSE = ('siamese', 'mann', 'lstm', 'fine_tuning', 'meta_sgd, multi-step loss')
+"""See tests/test_learners_by_hand.py, and the multi-step loss below."""
+TRAINED_AS_JUDGED = [name for name in CASES if name not in TRAINED_ON_SOMETHING_ELSE]
 ON_IMAGES = [name for name in CASES if CASES[name][1] is not SINUSOIDS]
 
 
@@ -116,11 +127,8 @@ def test_batched_equals_a_loop_and_compiled_equals_not(case, optimized):
     assert_trees_close(jax.tree.map(lambda a, i=i: a[i], info), one_info, rtol=1e-4)
 
 
+@pytest.mark.parametrize('case', TRAINED_AS_JUDGED, indirect=True)
 def test_loss_is_the_query_loss_after_adaptation(case):
-  if case.name in ('siamese', 'mann', 'lstm', 'fine_tuning', 'meta_sgd, multi-step loss'):
-    # Trained on something else: see tests/test_learners_by_hand.py and the multi-step loss below.
-    assert case.learner.loss(case.meta, task(case.batch, 1), jax.random.key(0))[0] > 0
-    return
   episode = task(case.batch, 1)
   adapted = case.learner.adapt(case.meta, episode.support, None)
   outputs = case.learner.predict(adapted, episode.query.x)
@@ -202,6 +210,15 @@ class TestInductive:
       model.apply(theta, x, model.statistics(theta, x)), model.apply(theta, x), rtol=1e-4, atol=1e-4
     )
 
+  @pytest.mark.parametrize('steps', [1, 2])
+  def test_the_meta_gradient_goes_through_the_statistics(self, steps):
+    learner = conv_learner(inductive=True, steps=steps, alpha_range=(0.1, 0.1))
+    episode = task(episodes(IMAGES, 1), 0)
+    meta = learner.init(jax.random.key(1), episode)
+    with jax.enable_x64(True):
+      meta, episode = to_float64(meta), to_float64(episode)
+      assert_slopes_by_differences(lambda m: learner.loss(m, episode, None)[0], meta)
+
   def test_a_model_without_statistics(self):
     model = ms.Model(lambda key, x: jnp.ones(3), lambda theta, x: x * theta)
     with pytest.raises(ValueError, match='inductive=True needs a Model with `statistics`, such as from_linen makes'):
@@ -229,7 +246,7 @@ def test_maml_is_meta_sgd_with_alpha_held():
     (ms.maml, dict(steps=-1), 'steps must be an integer of at least 0, got -1'),
     (ms.meta_sgd, dict(alpha_range=(0.2, 0.1)), 'finite range low <= high, got low=0.2, high=0.1'),
     (ms.meta_sgd, dict(alpha_range=(0.0, float('inf'))), 'finite range low <= high, got low=0.0, high=inf'),
-    (ms.meta_sgd, dict(alpha_per='layer'), r"alpha_per must be one of \('entry', 'leaf', 'all'\), got 'layer'"),
+    (ms.meta_sgd, dict(alpha_per='row'), r"alpha_per must be one of \('entry', 'leaf', 'layer', 'all'\), got 'row'"),
     (ms.maml, dict(alpha=None), 'alpha must be a number or a pytree of numbers, got None; meta_sgd learns it'),
     (ms.meta_sgd, dict(metrics={'loss': ms.losses.accuracy}), "a metric cannot be named 'loss'"),
     (

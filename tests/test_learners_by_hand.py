@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_close, assert_trees_close, episodes, random_bank
+from problems import assert_close, assert_trees_close, episodes, random_bank, relative_error, to_float64
 
 import metasgd_jax as ms
 from metasgd_jax.learners.mann import Memory, access
@@ -155,8 +155,10 @@ class TestSiamese:
     kernels = [shapes[f'Conv_{i}']['kernel'].shape for i in range(4)]
     assert kernels == [(10, 10, 1, 64), (7, 7, 64, 128), (4, 4, 128, 128), (4, 4, 128, 256)]
     assert shapes['Dense_0']['kernel'].shape == (9216, 4096)
-    with pytest.raises(ValueError, match='KochNet takes images .* of at least 57x57 .*, got'):
-      model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    least = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 65, 65, 1)))
+    assert least['Dense_0']['kernel'].shape == (256, 4096)
+    with pytest.raises(ValueError, match='KochNet takes images .* of at least 65x65 .*, got'):
+      model.init(jax.random.key(0), jnp.zeros((1, 65, 64, 1)))
 
 
 class TestMann:
@@ -301,15 +303,48 @@ class TestMetaLstm:
     assert -5 < float(meta.optimizer['input_bias']) < -4
 
   def test_no_second_derivatives_are_taken(self, episode):
-    """What the LSTM sees is a constant: a step that never changed θ would have the identity as its derivative."""
-    learner = ms.learners.meta_lstm(ms.nn.from_linen(Linear()), ms.losses.cross_entropy, steps=1)
+    """The outer gradient takes the losses and gradients that the LSTM sees as constants."""
+    learner = ms.learners.meta_lstm(ms.nn.from_linen(Linear()), ms.losses.cross_entropy, steps=1, units=3)
+    rng = np.random.default_rng(0)
     meta = learner.init(jax.random.key(0), episode)
-    adapted = lambda theta: learner.adapt(meta._replace(theta=theta), episode.support, None)
-    along = jax.tree.map(jnp.ones_like, meta.theta)
-    moved = jax.jvp(adapted, (meta.theta,), (along,))[1]
-    # f is above σ(4 − a little), its own dependence on θ through W_F of at most 0.01.
-    for leaf in jax.tree.leaves(moved):
-      assert np.all((np.asarray(leaf) > 0.97) & (np.asarray(leaf) < 1.01))
+    draw = lambda tree: jax.tree.map(lambda a: rng.normal(size=a.shape), tree)
+    # Gates half open and with large weights of θ, so that each of the terms counts.
+    theta, p, along = draw(meta.theta), draw(meta.optimizer), draw(meta.theta)
+    x = np.asarray(episode.support.x, np.float64).reshape(len(episode.support.x), -1)
+    y = np.asarray(episode.support.y)
+
+    def step(theta, seen):
+      """A step from θ, with the loss and the gradient at `seen`."""
+      probabilities = softmax(x @ seen['kernel'] + seen['bias'])
+      loss = -np.mean(np.log(probabilities[np.arange(len(y)), y]))
+      error = (probabilities - np.eye(WAY)[y]) / len(y)
+      new = {}
+      for name, grad in (('kernel', x.T @ error), ('bias', error.sum(0))):
+        inputs = np.stack(
+          [part for v in (grad, np.full(grad.shape, loss)) for part in (np.log(abs(v)) / 10, np.sign(v))]
+        )
+        zero = np.zeros((grad.size, 3))
+        _, h = lstm(p['OptimizedLSTMCell_0'], zero, zero, inputs.reshape(4, -1).T)
+        at = theta[name].ravel()
+        f, i = (
+          sigmoid(h @ p[f'{gate}_weights'][:3] + p[f'{gate}_weights'][3] * at + p[f'{gate}_bias'])
+          for gate in ('forget', 'input')
+        )
+        new[name] = (f * at - i * grad.ravel()).reshape(grad.shape)
+      return new
+
+    def slope(function, h=1e-5):
+      moved = lambda sign: {name: a + sign * h * along['Dense_0'][name] for name, a in theta['Dense_0'].items()}
+      return jax.tree.map(lambda a, b: (a - b) / (2 * h), function(moved(1)), function(moved(-1)))
+
+    with jax.enable_x64(True):
+      adapted = lambda t: learner.adapt(meta._replace(theta=t, optimizer=p), to_float64(episode.support), None)
+      value, moved = jax.jvp(adapted, (to_float64(theta),), (to_float64(along),))
+    assert_trees_close(value['Dense_0'], step(theta['Dense_0'], theta['Dense_0']), rtol=1e-9, atol=1e-9)
+    assert_trees_close(moved['Dense_0'], slope(lambda t: step(t, theta['Dense_0'])), rtol=1e-7, atol=1e-7)
+    second_order = slope(lambda t: step(t, t))
+    with jax.enable_x64(True):
+      assert relative_error(second_order, moved['Dense_0']) > 0.05
 
 
 class TestFineTuning:

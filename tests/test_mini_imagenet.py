@@ -155,6 +155,15 @@ def test_another_split_is_dealt_out_as_published(tmp_path):
   assert f'the published test has 2 classes ({", ".join(LISTS.test[:2])}) that lie elsewhere here' in '\n'.join(lines)
 
 
+def test_a_file_listed_twice_with_one_label_counts_once(tmp_path):
+  lists_beside_images(tmp_path)
+  name = LISTS.train[0]
+  for stem in ('train', 'test'):
+    with (tmp_path / f'{stem}.csv').open('a') as file:
+      file.write(f'{name}{0:08d}.jpg,{name}\n')
+  assert_whole(mini_imagenet.load(tmp_path, size=4))
+
+
 class TestErrors:
   def load(self, directory, **options):
     return mini_imagenet.load(directory, size=4, **options)
@@ -192,6 +201,15 @@ class TestErrors:
     classes_at_the_top(tmp_path)
     write(tmp_path / 'processed' / LISTS.train[0] / 'a.jpg', LISTS.train[0], 0)
     with pytest.raises(DatasetError, match=rf'class {LISTS.train[0]} lie in .* and in .*; leave one of them'):
+      self.load(tmp_path)
+
+  @pytest.mark.parametrize('other', [LISTS.test[0], 'n00000001'])
+  def test_a_file_under_two_labels(self, tmp_path, other):
+    lists_beside_images(tmp_path)
+    name = LISTS.train[0]
+    with (tmp_path / 'test.csv').open('a') as file:
+      file.write(f'{name}{0:08d}.jpg,{other}\n')
+    with pytest.raises(DatasetError, match=rf'{name}00000000.jpg is listed as {other} and as {name}; leave one of'):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/secret.jpg', 'a/../../b.jpg', '..\\b.jpg', 'C:\\b.jpg'])

@@ -89,15 +89,22 @@ def test_prepares_from_archives(prepared):
 
 def test_what_is_prepared_is_not_prepared_again(prepared, monkeypatch):
   monkeypatch.setattr(omniglot, 'prepare', lambda *a, **k: pytest.fail('prepared again'))
-  monkeypatch.setattr(omniglot, '_read', lambda builder, report: builder.info.splits['train'].num_examples)
+  monkeypatch.setattr(omniglot, '_read', lambda builder, size, report: builder.info.splits['train'].num_examples)
   assert omniglot.load(prepared[0]) == 964 * 20
+
+
+def test_drawings_of_another_size(prepared):
+  with pytest.raises(ValueError, match='size must be from 1 to 105 pixels, got 106'):
+    omniglot.load(prepared[0], size=106)
+  whole = omniglot._shrink(np.array(Image.open(io.BytesIO(png(7))).convert('RGB')), 105)
+  assert np.array_equal(whole == 255, np.array(Image.open(io.BytesIO(png(7)))) == 0)
 
 
 def test_ink_is_255_whatever_the_decoder_makes_of_paper():
   one_bit = np.array([[[1], [0]]] * 2, np.uint8).repeat(3, -1)
-  assert np.array_equal(omniglot._shrink(one_bit), omniglot._shrink(255 * one_bit))
+  assert np.array_equal(omniglot._shrink(one_bit, 28), omniglot._shrink(255 * one_bit, 28))
   black = np.zeros((105, 105, 3), np.uint8)
-  assert omniglot._shrink(black).min() == 255
+  assert omniglot._shrink(black, 28).min() == 255
 
 
 @contextlib.contextmanager
@@ -134,7 +141,7 @@ def from_network(monkeypatch):
 def test_downloads_and_prepares(archives, prepared, from_network, tmp_path, monkeypatch):
   with serving(archives) as base:
     from_network(base, archives)
-    monkeypatch.setattr(omniglot, '_read', lambda builder, report: builder.data_path)
+    monkeypatch.setattr(omniglot, '_read', lambda builder, size, report: builder.data_path)
     found = omniglot.load(tmp_path / 'new' / 'data')
   for path in prepared[0].glob('omniglot/*/*array_record*'):
     assert (pathlib.Path(found) / path.name).read_bytes() == path.read_bytes()
@@ -231,7 +238,7 @@ def test_drawings_are_missing(tmp_path):
   info = types.SimpleNamespace(features={'alphabet': types.SimpleNamespace(int2str=str)})
   builder = types.SimpleNamespace(data_path=tmp_path, info=info, as_data_source=lambda split: [example])
   with pytest.raises(DatasetError, match='not the whole of Omniglot: character 0 has 2 drawings where .* 20'):
-    omniglot._read(builder, print)
+    omniglot._read(builder, 28, print)
 
 
 def test_a_prepared_file_is_broken(prepared, tmp_path):

@@ -12,6 +12,10 @@ import metasgd_jax as ms
 WAY, SHOT, QUERY = 3, 1, 2
 
 
+def stream(bank):
+  return ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=WAY, shot=SHOT, query=QUERY))
+
+
 def trained(tasks, meta_iterations=7, keys=None, **options):
   learner, optimizer = conv_learner(way=WAY), optax.sgd(0.1)
   state = ms.init(jax.random.key(3) if keys is None else keys, tasks, learner=learner, optimizer=optimizer)
@@ -28,14 +32,47 @@ def test_training_on_a_stream_is_training_on_the_bank(mesh, runs):
   keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
   options = dict(mesh=ms.sharding.task_mesh(2)) if mesh else {}
   resident = trained(ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY), keys=keys, **options)
-  streamed = trained(ms.tasks.stream(bank, way=WAY, shot=SHOT, query=QUERY), keys=keys, **options)
+  streamed = trained(stream(bank), keys=keys, **options)
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
 
 
+def test_a_stream_goes_on_where_training_stopped():
+  bank = random_bank()
+  learner, optimizer = conv_learner(way=WAY), optax.sgd(0.1)
+  options = dict(learner=learner, optimizer=optimizer, meta_batch=2, chunk=3)
+  half = trained(stream(bank), meta_iterations=4)
+  again = ms.train(half, stream(bank), meta_iterations=7, **options)
+  for a, b in zip(jax.tree.leaves(again.meta), jax.tree.leaves(trained(stream(bank)).meta), strict=True):
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize('mesh', [None, ms.sharding.task_mesh(2)])
+def test_testing_on_a_stream_is_testing_on_the_bank(mesh, monkeypatch):
+  monkeypatch.setattr('metasgd_jax.evaluation.SENT_AT_ONCE', 4)
+  bank = random_bank()
+  resident = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
+  learner = conv_learner(way=WAY)
+  meta = trained(resident, meta_iterations=1).meta
+  options = dict(metric_fn=ms.losses.cross_entropy, num_tasks=12, repeats=2, mapping=2, mesh=mesh)
+  values = [ms.evaluate(learner, meta, tasks, jax.random.key(5), **options) for tasks in (resident, stream(bank))]
+  assert values[0].shape == (12, 2, 2)
+  np.testing.assert_allclose(values[1], values[0], rtol=1e-6)
+
+
+def test_joint_training_on_a_stream_is_joint_training_on_the_bank():
+  bank = random_bank()
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  sent = ms.tasks.stream(bank, ms.tasks.class_indices(bank, batch=9)).send(*keys)
+  whole = ms.tasks.all_classes(bank, batch=9)
+  a, b = (tasks.episode(tasks.sample(keys[0, 2]), keys[1, 2]) for tasks in (sent, whole))
+  assert np.array_equal(a.query.x, b.query.x)
+  assert np.array_equal(a.query.y, b.query.y)
+
+
 def test_only_what_a_chunk_shows_is_sent():
   bank = random_bank(classes=200, size=16)
-  tasks = ms.tasks.stream(bank, way=WAY, shot=SHOT, query=QUERY)
+  tasks = stream(bank)
   keys = jax.random.split(jax.random.key(0), (2, 4))
   sent = tasks.send(*keys)
   largest = max(leaf.nbytes for leaf in jax.tree.leaves(sent))
@@ -48,7 +85,7 @@ def test_only_what_a_chunk_shows_is_sent():
 
 
 def test_an_image_that_was_not_sent_is_nan():
-  tasks = ms.tasks.stream(random_bank(classes=200), way=WAY, shot=SHOT, query=QUERY)
+  tasks = stream(random_bank(classes=200))
   sent = tasks.send(*jax.random.split(jax.random.key(0), (2, 1)))
   other = sent.episode(sent.sample(jax.random.key(8)), jax.random.key(9))
   assert bool(jnp.isnan(other.query.x).any())
@@ -58,9 +95,7 @@ def test_a_memory_map_will_do(tmp_path):
   images, sizes = random_bank()
   np.save(tmp_path / 'images.npy', images)
   bank = ms.tasks.ClassBank(np.load(tmp_path / 'images.npy', mmap_mode='r'), sizes)
-  a, b = (
-    trained(ms.tasks.stream(b, way=WAY, shot=SHOT, query=QUERY)) for b in (bank, ms.tasks.ClassBank(images, sizes))
-  )
+  a, b = (trained(stream(b)) for b in (bank, ms.tasks.ClassBank(images, sizes)))
   for x, y in zip(jax.tree.leaves(a.meta), jax.tree.leaves(b.meta), strict=True):
     assert np.array_equal(x, y)
 
@@ -119,10 +154,33 @@ class TestAugmentation:
     assert np.array_equal(a.query.y, b.query.y)
     assert len(np.unique(np.concatenate([b.support.x, b.query.x])[:, 0, 0, 0])) == WAY * (SHOT + QUERY)
 
+  def test_keys_are_none_that_the_episode_was_drawn_with(self):
+    """Whether an image is flipped must not tell which images were drawn."""
+    bank = random_bank()
+    plain = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
+    used = set()
+    note = lambda key, image: image * 0 + jax.random.key_data(key).astype(jnp.float32)[0]
+    key = jax.random.key(1)
+    noted = ms.tasks.augmented(plain, note).episode(plain.sample(jax.random.key(0)), key)
+    order_key, draw_key = jax.random.split(key)
+    for keys in (jax.random.split(key, 8), jax.random.split(order_key), jax.random.split(draw_key, 8)):
+      used |= set(np.asarray(jax.random.key_data(keys).astype(jnp.float32)[:, 0]).tolist())
+    found = np.concatenate([noted.support.x, noted.query.x])[:, 0, 0, 0].tolist()
+    assert len(set(found)) == WAY * (SHOT + QUERY)
+    assert not used & set(found)
+
+  @pytest.mark.parametrize('kind', ['bank', 'stream'])
+  def test_twice_is_refused(self, kind):
+    bank = random_bank()
+    tasks = stream(bank) if kind == 'stream' else ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
+    once = ms.tasks.augmented(tasks, ms.tasks.augmentation.flip)
+    with pytest.raises(ValueError, match='the tasks are augmented already; chain the augmentations'):
+      ms.tasks.augmented(once, ms.tasks.augmentation.flip)
+
   def test_a_stream_is_augmented_as_the_bank_is(self):
     bank = random_bank()
     augment = ms.tasks.augmentation.flip
-    build = lambda kind: ms.tasks.augmented(kind(bank, way=WAY, shot=SHOT, query=QUERY), augment)
-    a, b = (trained(build(kind)) for kind in (ms.tasks.few_shot, ms.tasks.stream))
+    resident = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
+    a, b = (trained(ms.tasks.augmented(tasks, augment)) for tasks in (resident, stream(bank)))
     for x, y in zip(jax.tree.leaves(a.meta), jax.tree.leaves(b.meta), strict=True):
       assert np.array_equal(x, y)

@@ -178,7 +178,7 @@ def test_a_key_of_another_kind(key):
     ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)
 
 
-@pytest.mark.parametrize('per', ['leaf', 'all'])
+@pytest.mark.parametrize('per', ['leaf', 'layer', 'all'])
 def test_a_rate_for_each_leaf_or_one_for_all_is_learned(per):
   learner = sinusoid_learner(hidden=(8,), alpha_per=per)
   state = start(learner=learner)

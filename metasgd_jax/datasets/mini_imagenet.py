@@ -61,7 +61,8 @@ def load(
 
   Raises:
     DatasetError: the directory is missing or has only pickles, a class is missing, has no image that can be read or
-      lies in two folders, a CSV is broken or names a file outside the directory, or the cache cannot be written.
+      lies in two folders, a CSV is broken or names a file outside the directory, a file is listed under two labels, or
+      the cache cannot be written.
     ValueError: a size below 1.
   """
   height, width = check_form(size, 3)
@@ -70,10 +71,11 @@ def load(
   classes = [name for part in lists for name in part]
   sources = _of_classes(directory, list(_sources(directory)), classes, report)
   paths = [source.path for name in classes for source in sources[name]]
+  labels = [c for c, name in enumerate(classes) for _ in sources[name]]
   _report_other_parts(sources, lists, report)
 
   def decode():
-    return _decode(directory, classes, sources, paths, (height, width), report)
+    return _decode(directory, classes, paths, labels, (height, width), report)
 
   if cache is None:
     bank = decode()
@@ -93,11 +95,12 @@ def _deal(bank, lists) -> Splits:
   return Splits(*(ClassBank(bank.images[i:j], bank.sizes[c:d]) for c, d, i, j in starts))
 
 
-def _decode(directory, classes, sources, paths, size, report) -> ClassBank:
+def _decode(directory, classes, paths, labels, size, report) -> ClassBank:
   report(f'reading {len(paths):,} images of mini-ImageNet from {directory}')
-  class_of = {source.path: c for c, name in enumerate(classes) for source in sources[name]}
   found = read_all(paths, size, 3, report)
-  sizes = np.bincount([class_of[path] for path in found.paths], minlength=len(classes)).astype(int)
+  skipped = {path for path, _ in found.skipped}
+  read = [c for path, c in zip(paths, labels, strict=True) if path not in skipped]
+  sizes = np.bincount(read, minlength=len(classes)).astype(int)
   if empty := [name for name, count in zip(classes, sizes, strict=True) if count == 0]:
     raise DatasetError(
       f'{directory} has {some(empty, "class", "classes")} of mini-ImageNet without an image that can be read; '
@@ -150,7 +153,11 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
 def _of_classes(directory, found: list[_Source], classes: list[str], report: Report) -> dict[str, list[_Source]]:
   """Returns the sources of each class of mini-ImageNet, sorted by file name."""
   sources: dict[str, dict[pathlib.Path, _Source]] = {}
+  label_of: dict[pathlib.Path, str] = {}
   for source in found:
+    label = label_of.setdefault(source.path, source.wordnet_id)
+    if label != source.wordnet_id:
+      raise DatasetError(f'{source.path} is listed as {label} and as {source.wordnet_id}; leave one of them')
     sources.setdefault(source.wordnet_id, {})[source.path] = source
   if missing := [name for name in classes if name not in sources]:
     raise DatasetError(_what_is_missing(directory, missing))

@@ -21,6 +21,11 @@ def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
   return metrics
 
 
+def measure(metrics: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, chex.Array]:
+  """Returns each metric's value by its name: what `loss` gives as info."""
+  return {name: metric(outputs, targets) for name, metric in metrics.items()}
+
+
 def check_way(way: int) -> None:
   """Raises ValueError unless way is an integer of at least 2."""
   if isinstance(way, bool) or not isinstance(way, int) or way < 2:
@@ -110,8 +115,7 @@ def episodic(
 
   def loss(meta, episode: Episode, key=None):
     outputs = predict(adapt_(meta, episode.support, key), episode.query.x)
-    info = {name: metric(outputs, episode.query.y) for name, metric in metrics.items()}
-    return loss_fn(outputs, episode.query.y), info
+    return loss_fn(outputs, episode.query.y), measure(metrics, outputs, episode.query.y)
 
   return Learner(init, adapt_, path, predict, loss)
 

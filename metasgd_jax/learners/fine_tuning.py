@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.adaptation import adapt, adapt_path, check_steps
-from metasgd_jax.learners.episodic import Metric, check_way, of_parameters
+from metasgd_jax.learners.episodic import Metric, apply, check_way, measure, of_parameters
 from metasgd_jax.losses import cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
@@ -69,8 +69,7 @@ def fine_tuning(
     return JointParams(theta, weights, jnp.zeros(classes))
 
   def classify(params: JointParams, x, statistics=None):
-    features = embedding.apply(params.theta, x) if statistics is None else embedding.apply(params.theta, x, statistics)
-    return features @ params.weights + params.bias[None]
+    return apply(embedding, params.theta, x, statistics) @ params.weights + params.bias[None]
 
   def start(meta: JointParams) -> JointParams:
     return JointParams(meta.theta, jnp.zeros((meta.weights.shape[0], way)), jnp.zeros(way))
@@ -96,7 +95,6 @@ def fine_tuning(
   def loss(meta: JointParams, episode: Episode, key=None):
     del key
     logits = classify(meta, episode.query.x)
-    info = {name: metric(logits, episode.query.y) for name, metric in metrics.items()}
-    return cross_entropy(logits, episode.query.y), info
+    return cross_entropy(logits, episode.query.y), measure(metrics, logits, episode.query.y)
 
   return learner._replace(loss=loss)

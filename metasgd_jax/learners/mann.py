@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.learners.episodic import Metric, check_metrics, check_way
+from metasgd_jax.learners.episodic import Metric, check_metrics, check_way, measure
 from metasgd_jax.losses import cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
 
@@ -201,7 +201,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     order = jax.random.permutation(key, y.shape[0])
     x, y = x[order], y[order]
     _, logits = run(meta, x, y)
-    info = {name: metric(logits, y) for name, metric in metrics.items()}
+    info = measure(metrics, logits, y)
     per_instance = accuracy_by_instance(logits, y, way)
     info |= {f'instance_{n + 1}': value for n, value in enumerate(per_instance)}
     return cross_entropy(logits, y), info

@@ -1,7 +1,7 @@
 """The LSTM meta-learner (Ravi and Larochelle 2017): the inner update is a gated step that an LSTM emits."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn

@@ -53,10 +53,10 @@ def meta_sgd(
     inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
       the paper's does; see `nn.BatchNorm`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
-    alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; or 'all' of θ has one.
+    alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ.
     alpha_by_step: every inner step has rates of its own (MAML++, Antoniou et al. 2019).
-    step_weights: w_1 … w_k; the loss is then Σ_t w_t L_query(θ_t), MAML++'s multi-step loss, in place of L_query(θ_k).
-      Its intermediates are kept as with backward='reverse'.
+    step_weights: w_1 … w_k; the loss is then Σ_t w_t L_query(θ_t) in place of L_query(θ_k): MAML++'s multi-step loss,
+      but for its weights' annealing. Intermediates are kept as with backward='reverse'.
     metrics: `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:

@@ -15,6 +15,7 @@ from metasgd_jax.learners.episodic import (
   check_metrics,
   check_way,
   episodic,
+  measure,
   support_statistics,
 )
 from metasgd_jax.learners.matching import by_class
@@ -87,7 +88,7 @@ def siamese(
     adapted = adapt(meta, episode.support)
     similar = similarities(adapted, episode.query.x)
     outputs = nearest(similar, adapted.labels)
-    info = {name: metric(outputs, episode.query.y) for name, metric in metrics.items()}
+    info = measure(metrics, outputs, episode.query.y)
     return pair_loss(similar, episode.query.y[:, None] == adapted.labels[None]), info
 
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)._replace(loss=loss)

@@ -83,9 +83,9 @@ class KochNet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → features `[B, 4096]`; raises ValueError for images under 57×57, of which nothing is left."""
-    if x.ndim != 4 or min(x.shape[1:3]) < 57:
-      raise ValueError(f'KochNet takes images [B, H, W, D] of at least 57x57 (the paper: 105x105), got {x.shape}')
+    """`[B, H, W, D]` → features `[B, 4096]`; raises ValueError for images under 65×65, of which nothing is left."""
+    if x.ndim != 4 or min(x.shape[1:3]) < 65:
+      raise ValueError(f'KochNet takes images [B, H, W, D] of at least 65x65 (the paper: 105x105), got {x.shape}')
     bias = lambda key, shape, dtype=jnp.float32: 0.5 + 0.01 * jax.random.normal(key, shape, dtype)
     for i, (filters, size) in enumerate(((64, 10), (128, 7), (128, 4), (256, 4))):
       kernel = nn.initializers.normal(0.01)

@@ -1,5 +1,6 @@
 """Images changed at random, on the device, as an episode is drawn."""
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -16,10 +17,18 @@ Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
 def augmented(tasks: TaskDistribution | TaskStream, augment: Augment) -> TaskDistribution | TaskStream:
   """Returns the tasks with each image of an episode, support and query alike, changed by `augment`.
 
-  Which images an episode has stays a function of its key alone, so that a stream sends the right ones.
+  Which images an episode has stays a function of its key alone, so that a stream sends the right ones. `chain` makes
+  one augmentation of several.
+
+  Raises:
+    ValueError: tasks that are augmented already, whose keys would be used twice.
   """
   if isinstance(tasks, TaskStream):
-    return TaskStream(lambda *keys: _augmented(tasks.send(*keys), augment))
+    if getattr(tasks.send, 'func', None) is _send:
+      raise ValueError('the tasks are augmented already; chain the augmentations and give them at once')
+    return TaskStream(functools.partial(_send, tasks.send, augment))
+  if getattr(tasks.episode, 'func', None) is _episode:
+    raise ValueError('the tasks are augmented already; chain the augmentations and give them at once')
   return _augmented(tasks, augment)
 
 
@@ -74,13 +83,18 @@ def light(strength: float) -> Augment:
   return lit
 
 
+def _send(send, augment, *keys):
+  return _augmented(send(*keys), augment)
+
+
 def _augmented(tasks, augment):
   return TaskDistribution(tasks.sample, Partial(_episode, tasks.as_arguments().episode, Partial(augment)))
 
 
 def _episode(episode, augment, task, key) -> Episode:
   parts = []
+  # `split(key)[i]` is `fold_in(key, i)`: a number that no split of the episode's own reaches.
   for i, part in enumerate(episode(task, key)):
-    keys = jax.random.split(jax.random.fold_in(key, i), part.x.shape[0])
+    keys = jax.random.split(jax.random.fold_in(key, 2**31 + i), part.x.shape[0])
     parts.append(part._replace(x=jax.vmap(augment)(keys, part.x)))
   return Episode(*parts)

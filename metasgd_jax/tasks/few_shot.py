@@ -63,7 +63,7 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
     ValueError: what is no bank, more ways than classes, K + query more than a class has, or a number below its least.
   """
   indices = image_indices(bank, way=way, shot=shot, query=query)
-  return from_indices(indices, jnp.asarray(bank.images))
+  return few_shot_from(indices, jnp.asarray(bank.images))
 
 
 def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
@@ -86,7 +86,7 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
   )
 
 
-def from_indices(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
+def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
   """Returns the distribution with the images `[M, H, W, D]` that the indices point at, float32 in 0 to 1."""
   return TaskDistribution(indices.sample, Partial(_look_up, indices.as_arguments().episode, images))
 
@@ -154,15 +154,17 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
   Raises:
     ValueError: what is no bank, or a batch below 1.
   """
+  return few_shot_from(class_indices(bank, batch=batch), jnp.asarray(bank.images))
+
+
+def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
+  """Builds `all_classes`' distribution with places in the bank where it has images; errors as there."""
   check_bank(bank)
   if batch < 1:
     raise ValueError(f'batch must be at least 1, got {batch}')
   labels = np.repeat(np.arange(len(bank.sizes)), bank.sizes)
   episode = functools.partial(_any_images, batch=batch)
-  return TaskDistribution(
-    Partial(_no_task),
-    Partial(episode, jnp.asarray(bank.images), jnp.asarray(labels, jnp.int32)),
-  )
+  return TaskDistribution(Partial(_no_task), Partial(episode, jnp.asarray(labels, jnp.int32)))
 
 
 def _sample_classes(key, *, classes, way):
@@ -194,8 +196,8 @@ def _no_task(key):
   return jnp.zeros((), jnp.int32)
 
 
-def _any_images(images, labels, task, key, *, batch) -> Episode:
+def _any_images(labels, task, key, *, batch) -> Episode:
   del task
-  rows = jax.random.randint(key, (batch,), 0, images.shape[0])
-  query = Batch(images[rows].astype(jnp.float32) / 255.0, labels[rows])
+  rows = jax.random.randint(key, (batch,), 0, labels.shape[0])
+  query = Batch(rows, labels[rows])
   return Episode(jax.tree.map(lambda a: a[:1], query), query)

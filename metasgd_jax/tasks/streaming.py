@@ -5,36 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metasgd_jax.tasks.few_shot import ClassBank, image_indices
+from metasgd_jax.sharding import host_device
+from metasgd_jax.tasks.few_shot import ClassBank
 from metasgd_jax.types import Batch, Episode, TaskDistribution, TaskStream
 
 
-def stream(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskStream:
-  """Builds `few_shot`'s distribution as a stream: of each chunk only the images that its tasks show are sent.
+def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
+  """Returns the tasks of a bank as a stream: of each chunk only the images that its tasks show are sent.
 
-  The same keys give the same episodes, to the bit. Which images a chunk needs is found on the host, from the keys that
-  the device will use. An image that was not sent would be NaN.
+  The same keys give the same episodes as `few_shot` or `all_classes` do, to the bit. Which images a chunk needs is
+  found on the host, from the keys that the device will use. An image that was not sent would be NaN.
 
-  A chunk takes chunk · T · N · (K + query) images of device memory at the most, twice that while the next one comes.
+  A chunk of E episodes takes at the most as many images of device memory as these show, and as many again while the
+  next one comes.
 
   Args:
     bank: on the host; a memory map will do.
-    way: N.
-    shot: K, support images of a class.
-    query: query images of a class.
-
-  Raises:
-    ValueError: as `few_shot`.
+    indices: what episodes show, as places in the bank: `image_indices` or `class_indices` of it.
   """
-  cpu = jax.devices('cpu')[0]
-  with jax.default_device(cpu):
-    indices = image_indices(bank, way=way, shot=shot, query=query).as_arguments()
+  host = host_device()
+  indices = jax.device_get(indices.as_arguments())
   total = bank.images.shape[0]
 
   def send(sample_keys, episode_keys) -> TaskDistribution:
-    rows = np.unique(_rows(indices, *jax.device_put((sample_keys, episode_keys), cpu)))
-    most = min(total, sample_keys.shape[0] * way * (shot + query))  # One shape for all chunks.
-    images = np.zeros((most, *bank.images.shape[1:]), np.uint8)
+    found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host)))
+    rows = np.unique(found)
+    images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # One shape for all chunks.
     images[: len(rows)] = bank.images[rows]
     places = np.full(total, -1, np.int32)
     places[rows] = np.arange(len(rows))

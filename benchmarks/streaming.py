@@ -1,0 +1,72 @@
+"""Meta-training from a bank that stays on the host, beside the same from one on the device: does the device wait?
+
+    python -m benchmarks.streaming
+
+Meta-SGD on Conv4-32, 5-way 1-shot, 15 query images, 4 tasks, of 84×84 RGB images as mini-ImageNet's are: noise, 64
+classes of 600, 813 MB, streamed from memory and from a memory map. All train on the same tasks, to the bit, which is
+first. A chunk is 25 meta-iterations; while the device works on one, the images of the next are gathered and sent.
+"""
+
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app
+
+import metasgd_jax as ms
+from benchmarks import ours, timing
+from benchmarks.conv4 import learner
+from metasgd_jax import sharding, writers
+
+CLASSES, INSTANCES, SIDE, CHUNK, TASKS = 64, 600, 84, 25, 4
+RESIDENT, STREAMED, MAPPED = 'on the device', 'streamed from memory', 'streamed from a memory map'
+
+
+def build(directory: pathlib.Path) -> dict[str, ms.TaskDistribution | ms.TaskStream]:
+  """Returns the same tasks three times."""
+  path = directory / 'images.npy'
+  images = np.lib.format.open_memmap(path, 'w+', np.uint8, (CLASSES * INSTANCES, SIDE, SIDE, 3))
+  rng = np.random.default_rng(0)
+  for start in range(0, len(images), INSTANCES):
+    images[start : start + INSTANCES] = rng.integers(0, 256, (INSTANCES, SIDE, SIDE, 3), np.uint8)
+  images.flush()
+  sizes = np.full(CLASSES, INSTANCES)
+  bank = ms.tasks.ClassBank(np.load(path), sizes)
+  mapped = ms.tasks.ClassBank(np.load(path, mmap_mode='r'), sizes)
+  indices = ms.tasks.image_indices(bank, way=5, shot=1, query=15)
+  return {
+    RESIDENT: ms.tasks.few_shot(bank, way=5, shot=1, query=15),
+    STREAMED: ms.tasks.stream(bank, indices),
+    MAPPED: ms.tasks.stream(mapped, indices),
+  }
+
+
+def main(argv) -> None:
+  """Checks, times and prints."""
+  del argv
+  with tempfile.TemporaryDirectory() as directory:
+    tasks, learns = build(pathlib.Path(directory)), learner(ms.nn.Conv4(5, filters=32, hidden=0))
+    runs = {name: ours.Run(learns, of, TASKS, devices=True, chunk=CHUNK) for name, of in tasks.items()}
+    for run in runs.values():
+      run(2)
+    first, *others = (jax.device_get(run.state.meta) for run in runs.values())
+    for other in others:
+      assert ours.error(other, first) == 0, 'another bank, another result'
+    print('all have learned the same; timing in turn', flush=True)
+    found = timing.rates(runs, seconds=20, rounds=4)
+    keys = jax.random.split(jax.random.key(0), (2, CHUNK * TASKS))
+    seconds = {}
+    for name, of in tasks.items():
+      if isinstance(of, ms.TaskStream):
+        start = time.perf_counter()
+        jax.block_until_ready(of.send(*keys).as_arguments())
+        seconds[name] = f'{1000 * (time.perf_counter() - start):.0f} ms'
+  print(timing.table(found, RESIDENT, {f'to gather a chunk of {CHUNK}': seconds}))
+  print(f'\n{writers.provenance()}')
+
+
+if __name__ == '__main__':
+  sharding.cpu_cores_as_devices()
+  app.run(main)
