@@ -114,7 +114,10 @@ def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
   rows = []
   for path in sorted((workdir / 'cells').glob(f'{dataset}_*/results.json')):
     rows += json.loads(path.read_text())['rows']
-  return sorted(rows, key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm']))
+  return sorted(
+    rows,
+    key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm'] == 'inductive'),
+  )
 
 
 def write(workdir: pathlib.Path, dataset: str) -> None:

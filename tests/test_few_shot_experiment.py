@@ -89,18 +89,19 @@ def test_each_learner_is_another():
   assert ['gates' in cell for cell in cells] == [True, False]
 
 
-class TestTable:
-  @pytest.fixture(scope='class')
-  def table(self, mini_imagenet, tmp_path_factory):
-    """Table 3 of made-up images, end to end, two learners."""
-    workdir = tmp_path_factory.mktemp('table')
-    config = classification.Config(
-      learner=('prototypical', 'joint'), table3=True, dataset='mini_imagenet', data_dir=str(mini_imagenet),
-      image_size=16, **TINY,
-    )  # fmt: skip
-    few_shot_table.prepare(config, workdir, few_shot_training.build, classification.run)()
-    return config, workdir
+@pytest.fixture(scope='module')
+def table(mini_imagenet, tmp_path_factory):
+  """Table 3 of made-up images, end to end, two learners."""
+  workdir = tmp_path_factory.mktemp('table')
+  config = classification.Config(
+    learner=('prototypical', 'joint'), table3=True, dataset='mini_imagenet', data_dir=str(mini_imagenet),
+    image_size=16, **TINY,
+  )  # fmt: skip
+  few_shot_table.prepare(config, workdir, few_shot_training.build, classification.run)()
+  return config, workdir
 
+
+class TestTable:
   def test_all_cells_are_there(self, table):
     _, workdir = table
     rows = json.loads((workdir / 'table_mini_imagenet.json').read_text())['rows']

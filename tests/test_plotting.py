@@ -54,3 +54,21 @@ def test_episode_sheet_marks_what_is_wrong():
     '75% of 4 query drawings right; each shows the answer given',
   ]
   assert [ax.title.get_color() for ax in figure.axes] == ['black', '#2166ac', '#2166ac', 'black', 'red', '#2166ac']
+
+
+def test_accuracies_are_in_order_and_the_papers_are_beside_them():
+  found = [plotting.Accuracy('worse', 0.9, 0.01, None), plotting.Accuracy('better', 0.95, 0.01, 0.97)]
+  figure = plotting.accuracies({'5-way 1-shot': found, '5-way 5-shot': found[:1]})
+  assert drawn(figure) == ['5-way 1-shot', '5-way 5-shot']
+  left, right = figure.axes
+  assert [t.get_text() for t in left.get_yticklabels()] == ['worse', 'better']
+  assert [line.get_xdata().tolist() for line in left.lines if line.get_marker() == 'D'] == [[97.0]]
+  assert not [line for line in right.lines if line.get_marker() == 'D']
+
+
+def test_instance_curve_counts_from_one_and_is_in_percent():
+  figure = plotting.instance_curve({'MANN': np.array([0.2, 0.8, 0.9])})
+  drawn(figure)
+  (line,) = figure.axes[0].lines
+  assert line.get_xdata().tolist() == [1, 2, 3]
+  np.testing.assert_allclose(line.get_ydata(), [20, 80, 90])

@@ -82,6 +82,7 @@ def load(
   else:
     place = image_cache.Cache(pathlib.Path(cache).expanduser(), f'mini_imagenet_{height}x{width}')
     source = image_cache.fingerprint(directory, paths)
+    source['of_each_class'] = [len(sources[name]) for name in classes]  # Of a list that moves an image between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)
   _report_sizes(bank.sizes, report)
   return _deal(bank, lists)

@@ -18,7 +18,7 @@ from metasgd_jax.adaptation import (
   check_steps,
   init_alpha,
 )
-from metasgd_jax.learners.episodic import Metric, of_parameters
+from metasgd_jax.learners.episodic import Metric, measure, of_parameters
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, PyTree
 
 
@@ -147,7 +147,7 @@ def gradient_learner(
     later = jax.tree.map(lambda a: a[1:], learner.path(meta, episode.support, key))
     outputs = jax.lax.map(lambda adapted: learner.predict(adapted, episode.query.x), later)
     losses = jax.vmap(loss_fn, (0, None))(outputs, episode.query.y)
-    info = {name: metric(outputs[-1], episode.query.y) for name, metric in metrics.items()}
+    info = measure(metrics, outputs[-1], episode.query.y)
     return jnp.dot(jnp.asarray(step_weights, losses.dtype), losses), info
 
   return learner._replace(loss=loss)
