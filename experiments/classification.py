@@ -203,12 +203,15 @@ def _save_model(path, name: str, meta, results: list[reporting.Result], config: 
   for result in results:
     mean, ci95 = (100 * v for v in estimate(result.values[0, :, -1]))
     accuracies[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = f'{mean:.2f}% ± {ci95:.2f}'
+  elsewhere = {'data_dir': 'DIR', 'archives': None, 'cache': None}  # Where they lay is nobody's business.
+  here: dict[str, Any] = {k: v for k, v in elsewhere.items() if getattr(config, k)}
+  command = f'python -m experiments.classification {options.as_flags(dataclasses.replace(config, **here))}'
   shown = {k: v for k, v in dataclasses.asdict(config).items() if k in MODEL_FACTS}
   about = ms.ModelConfig(
     'maml' if name == 'maml' else 'meta_sgd', config.way, setup.image_shape, filters, hidden, config.inner_steps,
     alpha=maml_rate(name, config) if name == 'maml' else None,
     background='dark' if config.dataset in ('glyphs', 'omniglot') else 'any',
-    training={**shown, **accuracies, **writers.provenance()},
+    training={'command': command, **shown, **accuracies, **writers.provenance()},
   )  # fmt: skip
   ms.save_model(path, ms.FewShotModel(about, reporting.one_run(meta, 0)))
 

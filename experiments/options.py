@@ -109,6 +109,20 @@ def from_flags(config_class: type[C]) -> C:
   return config_class(**values)
 
 
+def as_flags(config: Any) -> str:
+  """Returns the flags that give this configuration: those whose values are not the defaults."""
+  texts = []
+  for field in dataclasses.fields(config):
+    value, default = getattr(config, field.name), cast(Any, field.default)
+    if value == default:
+      continue
+    if isinstance(value, bool):
+      texts.append(f'--{"" if value else "no"}{field.name}')
+    else:
+      texts.append(f'--{field.name}={",".join(map(str, value)) if isinstance(value, tuple) else value}')
+  return ' '.join(texts)
+
+
 def main(prepare: Callable[[], Callable[[], object]]) -> None:
   """Runs an experiment from the command line.
 
