@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, prepare
+from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, prepare, without_advice
 from metasgd_jax.datasets.splits import Splits
 from metasgd_jax.tasks.few_shot import class_bank
 
@@ -118,14 +118,15 @@ def _read(builder, size: int, report: Report) -> Characters:
   count = np.zeros(CHARACTERS, int)
   alphabet_name = builder.info.features['alphabet'].int2str
   try:
-    for split in ('train', 'test'):
-      for example in builder.as_data_source(split=split):
-        label = int(example['label'])
-        if count[label] < DRAWINGS:
-          images[label, count[label], :, :, 0] = _shrink(example['image'], size)
-        count[label] += 1
-        alphabets[label] = alphabet_name(int(example['alphabet']))
-        numbers[label] = int(example['alphabet_char_id'])
+    with without_advice():
+      for split in ('train', 'test'):
+        for example in builder.as_data_source(split=split):
+          label = int(example['label'])
+          if count[label] < DRAWINGS:
+            images[label, count[label], :, :, 0] = _shrink(example['image'], size)
+          count[label] += 1
+          alphabets[label] = alphabet_name(int(example['alphabet']))
+          numbers[label] = int(example['alphabet_char_id'])
   except (NotImplementedError, ValueError, KeyError, IndexError, OSError, RuntimeError) as e:
     raise DatasetError(
       f'{builder.data_path} cannot be read as array_record files of Omniglot ({first_line(e)}); '

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from absl import logging
 from PIL import Image
 
 Report = Callable[[str], None]
@@ -97,6 +98,17 @@ def images_as_pillow(builder: Any) -> Iterator[None]:
     yield
   finally:
     del builder._generate_examples
+
+
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+  """Leaves out what tfds logs of decoders that are not installed, at each start."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def first_line(e: BaseException) -> str:
