@@ -84,6 +84,9 @@ class Config:
     None, "MAML's inner rate (that of its paper's data set if not given), and Meta-SGD's start (U[0.005, 0.1]).",
     low=-100.0, high=100.0, kind=float,
   )  # fmt: skip
+  start: str | None = option(
+    None, 'A model to start from, of the same sizes: the name of one that ships, or a file of an earlier run.', kind=str
+  )
   inductive: bool = option(False, "In training: normalise query images by the support's statistics.")
   multi_step_loss: bool = option(False, "Meta-SGD: the mean of the query's losses after each inner step.")
   alpha_by_step: bool = option(False, 'Meta-SGD: every inner step has rates of its own (MAML++).')
@@ -134,6 +137,8 @@ class Config:
         f'ensemble={self.ensemble} is more than the {self.meta_iterations // self.validate_every} validations of '
         f'{self.meta_iterations} meta-iterations; lower validate_every={self.validate_every}'
       )
+    if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
+      raise ValueError(f'start is a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave it out')
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
       raise ValueError("a table is of real images, got dataset=glyphs; leave dataset out for the paper's own")
     if self.class_lists and self.dataset != 'folder':
@@ -203,7 +208,12 @@ def _save_model(path, name: str, meta, results: list[reporting.Result], config: 
   for result in results:
     mean, ci95 = (100 * v for v in estimate(result.values[0, :, -1]))
     accuracies[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = f'{mean:.2f}% ± {ci95:.2f}'
-  elsewhere = {'data_dir': 'DIR', 'archives': None, 'cache': None}  # Where they lay is nobody's business.
+  elsewhere = {
+    'data_dir': 'DIR',
+    'archives': None,
+    'cache': None,
+    'start': 'FILE',
+  }  # Where they lay is nobody's business.
   here: dict[str, Any] = {k: v for k, v in elsewhere.items() if getattr(config, k)}
   command = f'python -m experiments.classification {options.as_flags(dataclasses.replace(config, **here))}'
   shown = {k: v for k, v in dataclasses.asdict(config).items() if k in MODEL_FACTS}

@@ -32,6 +32,7 @@ class Setup:
     optimizers: the outer ones, by learner.
     tests: unseen tasks, by shots.
     validation: tasks of other classes; `None` without.
+    start: what training starts from; `None` for what the learner draws.
   """
 
   data: few_shot_data.Data
@@ -42,6 +43,7 @@ class Setup:
   optimizers: dict[str, optax.GradientTransformation]
   tests: dict[int, few_shot_data.Tasks]
   validation: few_shot_data.Tasks | None
+  start: ms.MetaParams | None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -76,7 +78,21 @@ def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
     {name: build_optimizer(name, config) for name in config.learners},
     {shot: test(data.test, shot) for shot in config.test_shots},
     test(data.validation, config.shot) if config.validate_every else None,
+    _start(config),
   )
+
+
+def _start(config: Config) -> ms.MetaParams | None:
+  if config.start is None:
+    return None
+  model = ms.load_model(config.start)
+  theirs = (model.config.learner, model.config.way, model.config.filters, model.config.hidden)
+  ours = (config.learners[0], config.way, *config.sizes)
+  if len(config.learners) > 1 or theirs != ours or config.alpha_by_step:
+    raise ValueError(
+      f'{config.start} is a model of (learner, way, filters, hidden) = {theirs}, asked for {ours}; make them the same'
+    )
+  return model.meta
 
 
 class Best:
@@ -115,6 +131,8 @@ def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
     recorder = reporting.Recorder(label, metrics)
     print(f'{label}: compiling', flush=True)
     state = ms.init(key, tasks, learner=learner, optimizer=optimizer)
+    if setup.start is not None:
+      state = state._replace(meta=setup.start)
     if name in UNTRAINED:
       metas.append(_as_members([state.meta], config))
       continue

@@ -245,6 +245,18 @@ def test_help_names_every_option(module):
     assert f'--{name}:' in out or f'--[no]{name}:' in out
 
 
+def test_a_configuration_as_flags_gives_itself():
+  config = classification.Config(
+    learner=('maml', 'lstm'), eval_shots=(1, 5), verify_archives=False, table2=True, data_dir='DIR', learning_rate=2e-3
+  )
+  found = options.as_flags(config)
+  assert found == (
+    '--learner=maml,lstm --table2 --dataset=omniglot --data_dir=DIR --noverify_archives --eval_shots=1,5 '
+    '--learning_rate=0.002'
+  )
+  assert options.as_flags(regression.Config()) == ''
+
+
 def test_a_run_from_the_command_line(tmp_path):
   flags = [
     '--meta_iterations=3',

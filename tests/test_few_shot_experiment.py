@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from problems import episodes
+from problems import assert_trees_close, episodes
 
 import metasgd_jax as ms
 from experiments import classification, few_shot_data, few_shot_learners, few_shot_table, few_shot_training
@@ -298,6 +298,22 @@ def test_a_folder_is_split_by_lists(tmp_path):
     dataset='folder', data_dir=str(tmp_path / 'images'), image_size=16, class_lists=str(lists)
   )
   assert [len(bank.sizes) for bank in few_shot_data.load(config)] == [2, 1, 2]
+
+
+def test_training_starts_from_a_model(tmp_path):
+  options = TINY | dict(way=3)
+  rows = classification.run(classification.Config(**options), tmp_path / 'first')
+  path = str(tmp_path / 'first' / 'model_meta_sgd.safetensors')
+  config = classification.Config(start=path, learning_rate=1e-12, eval_seed=0, **options)
+  again = classification.run(config, tmp_path / 'second')
+  np.testing.assert_allclose(again[0]['mean_by_step'], rows[0]['mean_by_step'], atol=1e-6)
+  models = [ms.load_model(tmp_path / run / 'model_meta_sgd.safetensors').meta for run in ('first', 'second')]
+  assert_trees_close(*models, atol=1e-6)
+  for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
+    with pytest.raises(ValueError, match=r'is a model of \(learner, way, filters, hidden\) = .* make them the same'):
+      few_shot_training.build(classification.Config(start=path, **options | other))
+  with pytest.raises(ValueError, match='start is a model of meta_sgd or maml, got learner=lstm; leave it out'):
+    classification.Config(start=path, learner=('lstm',))
 
 
 def test_joint_training_needs_classes():
