@@ -144,7 +144,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
   loss: the episode's items, support and query together, in random order; the mean cross-entropy of the answers at all
   of them, which are asked before the label is shown. With 5 ways, 1 shot and 9 query items these are the paper's
   sequences of 50. info has the accuracy at the n-th item of its class, `instance_1` onwards; at the first it can
-  only be a guess.
+  only be a guess, among the labels not seen yet: 46% right at best with 5 ways.
 
   adapt: reads the support in its order; predict: each query item is the one that follows. `meta` is the cell's
   parameters.
