@@ -226,7 +226,7 @@ def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
   except TypeError as e:
     raise ValueError(f'labels must be of one kind, such as all strings, to be sorted ({e}); convert them') from e
   if len(classes) < 2:
-    raise ValueError(f'there must be at least two classes to tell apart, got {classes[0]!r} alone')
+    raise ValueError(f'there must be at least two classes to tell apart, got {classes.tolist()[0]!r} alone')
   if len(classes) > most:
     raise ValueError(f'the model tells at most {most} classes apart, got {len(classes)}; give it fewer')
   return classes, y.astype(np.int32)

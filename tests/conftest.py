@@ -23,6 +23,13 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', True)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Frees a file's compiled programs: thousands of them in one process take gigabytes, and crash the compiler at last."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def shared_data():
   """The folder of data sets beside the project, where there is one."""
