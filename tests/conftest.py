@@ -25,7 +25,7 @@ def optimized():
 
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
-  """Frees a file's compiled programs: thousands of them in one process take gigabytes, and crash the compiler at last."""
+  """Frees a file's compiled programs: thousands in one process take gigabytes, and crash the compiler at last."""
   yield
   jax.clear_caches()
 
