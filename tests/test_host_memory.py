@@ -1,6 +1,8 @@
+import itertools
 import platform
 import subprocess
 import sys
+import types
 
 import jax
 import optax
@@ -8,7 +10,7 @@ import pytest
 from problems import sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax import host_memory
+from metasgd_jax import host_memory, training
 
 SCATTERED = """
 import ctypes, pathlib
@@ -38,10 +40,13 @@ def test_without_malloc_trim_nothing_happens(monkeypatch):
   assert not host_memory.give_back()
 
 
-def test_training_gives_back_what_compiling_left(monkeypatch):
-  calls = []
+@pytest.mark.parametrize(('seconds', 'times'), [(2.0, 1), (0.1, 0)])
+def test_training_gives_back_what_compiling_left(seconds, times, monkeypatch):
+  """Once where compiling took over a second, and not where the program was there already; by a clock of the test's."""
+  calls, clock = [], itertools.count(0, seconds)
   monkeypatch.setattr(host_memory, 'give_back', lambda: calls.append(1))
+  monkeypatch.setattr(training, 'time', types.SimpleNamespace(perf_counter=lambda: next(clock)))
   tasks, learner, optimizer = ms.tasks.sinusoid(), sinusoid_learner(hidden=(4,)), optax.sgd(0.1)
   state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
   ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=2, meta_batch=2, chunk=1)
-  assert len(calls) == 1
+  assert len(calls) == times
