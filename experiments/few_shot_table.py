@@ -68,7 +68,7 @@ def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) 
     run: `(cell's config, directory, Setup) → rows`.
   """
   todo = cells(config)
-  data = few_shot_data.load(todo[0])
+  data = few_shot_data.placed(few_shot_data.load(todo[0]), todo[0].stream)  # Once for all cells.
   for cell in todo:
     build(cell, data)  # Raises what is wrong with it.
   return lambda: _make(todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)))

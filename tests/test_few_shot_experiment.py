@@ -253,7 +253,7 @@ def test_a_cell_that_diverges_does_not_keep_the_others_waiting(tmp_path, monkeyp
       raise TrainingError('the loss is no longer finite')
     made.append((cell.learner[0], cell.way))
 
-  monkeypatch.setattr(few_shot_data, 'load', lambda config: None)
+  monkeypatch.setattr(few_shot_data, 'load', lambda config: few_shot_data.Data(None, None, None))
   make = few_shot_table.prepare(config, tmp_path, lambda cell, data: None, run)
   with pytest.raises(TrainingError, match='1 of 4 cells are missing: cell 1 of 4: MAML, 5-way, trained on 1 shot'):
     make()
