@@ -1,6 +1,7 @@
 """Data sets of few-shot classification by name, as banks to train, validate and test on."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,30 @@ def folder(config: Any) -> splits.Splits:
     names = splits.ClassNames(*(splits.read_list(directory / f'{part}.txt') for part in splits.ClassNames._fields))
   else:
     names = splits.split_by_seed(images.names, seed=config.split_seed)
-  return splits.split_bank(images.bank, images.names, names)
+  found = splits.split_bank(images.bank, images.names, names)
+  parts = zip(splits.ClassNames._fields, names, found, strict=True)
+  for part, those, bank in parts:
+    if part != 'validation' or config.validate_every:
+      check_part(part, those, bank, config)
+  return found
+
+
+def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, config: Any) -> None:
+  """Raises ValueError, naming the class and the flags, unless a part's classes suffice for its tasks."""
+  if config.way > len(names):
+    raise ValueError(
+      f'way={config.way} asks for more classes than there are in the {part} part ({len(names)}); add classes, '
+      'lower way, or share them out otherwise by class_lists'
+    )
+  shot, flag, query = config.shot, 'query', config.query
+  if part != 'train':
+    shot, flag, query = max(config.test_shots), 'eval_query', config.eval_query
+  least = int(np.argmin(bank.sizes))
+  if shot + query > bank.sizes[least]:
+    raise ValueError(
+      f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images where '
+      f'shot + {flag} = {shot} + {query} are wanted; add images, lower {flag}, or leave the class out'
+    )
 
 
 def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:
@@ -108,16 +132,3 @@ def streamed(bank: ms.tasks.ClassBank, choice: str) -> bool:
     return choice == 'yes'
   statistics: dict[str, int] = jax.devices()[0].memory_stats() or {}
   return bank.images.nbytes > statistics.get('bytes_limit', np.inf) / 2
-
-
-def accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: Tasks, key, num_tasks: int):
-  """Returns the accuracy at the first item of its class, the second, …, of sequences of unseen tasks: `[tasks, n]`."""
-
-  def of_task(meta, tasks, sample_key, episode_key, order_key):
-    info = learner.loss(meta, tasks.episode(tasks.sample(sample_key), episode_key), order_key)[1]
-    names = sorted((name for name in info if name.startswith('instance_')), key=lambda name: int(name.split('_')[1]))
-    return jnp.stack([info[name] for name in names])
-
-  keys = jax.random.split(key, (num_tasks, 3))
-  of_tasks = jax.jit(lambda meta, tasks, keys: jax.lax.map(lambda three: of_task(meta, tasks, *three), keys))
-  return np.asarray(of_tasks(meta, sent(sequences, keys[:, 0], keys[:, 1]), tuple(keys.T)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -145,7 +146,8 @@ def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
       callbacks.append(best)
     state = ms.train(
       state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
-      mesh=sharding.task_mesh(batch), chunk=_chunk(config), callbacks=callbacks,
+      mesh=sharding.task_mesh(batch), mapping='vmap' if name in SEQUENTIAL else 'auto', chunk=_chunk(config),
+      callbacks=callbacks,
     )  # fmt: skip
     members = [found[2] for found in best.found] if setup.validation else [state.meta]
     metas.append(_as_members(members, config))
@@ -215,9 +217,22 @@ def by_instance(name: str, meta, config: Config, setup: Setup) -> np.ndarray:
   sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=few_shot_learners.DRAWINGS - 1)
   one = reporting.one_run(meta, 0)
   one = one if config.ensemble == 1 else reporting.one_run(one, 0)
-  values = few_shot_data.accuracy_by_instance(
+  values = _accuracy_by_instance(
     setup.learners[name], one, sequences, test_keys(config.eval_seed)[0], config.eval_tasks
   ).mean(0)
   shown = ', '.join(f'{100 * v:.1f}' for v in values)
   print(f'{NAMES[name]}: accuracy at the 1st, 2nd, … item of a class, in percent: {shown}')
   return values
+
+
+def _accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: few_shot_data.Tasks, key, num_tasks: int):
+  """Returns the accuracy at the first item of its class, the second, …, of sequences of unseen tasks: `[tasks, n]`."""
+
+  def of_task(meta, tasks, sample_key, episode_key, order_key):
+    info = learner.loss(meta, tasks.episode(tasks.sample(sample_key), episode_key), order_key)[1]
+    names = sorted((name for name in info if name.startswith('instance_')), key=lambda name: int(name.split('_')[1]))
+    return jnp.stack([info[name] for name in names])
+
+  keys = jax.random.split(key, (num_tasks, 3))
+  of_tasks = jax.jit(lambda meta, tasks, keys: jax.lax.map(lambda three: of_task(meta, tasks, *three), keys))
+  return np.asarray(of_tasks(meta, few_shot_data.sent(sequences, keys[:, 0], keys[:, 1]), tuple(keys.T)))

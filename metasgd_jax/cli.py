@@ -124,8 +124,14 @@ def _prepare_predict(args: argparse.Namespace) -> Callable[[], None]:
   out, query_dir = (pathlib.Path(path).expanduser() for path in (args.out, args.query))
   model = load_model(args.model)
   *size, channels = model.config.image_shape
-  how: dict[str, Any] = dict(size=tuple(size), channels=channels, report=_say)
+  fit = 'pad' if model.config.background == 'dark' else 'crop'  # A drawing's strokes go to its edges.
+  how: dict[str, Any] = dict(size=tuple(size), channels=channels, fit=fit, report=_say)
   support = image_folder.load(args.support, **how)
+  if not 2 <= len(support.names) <= model.config.way:
+    raise ValueError(
+      f'--support={args.support} has {len(support.names)} class(es), and the model tells '
+      f'{_classes(model.config)} apart; a class is a sub-folder'
+    )
   query = image_folder.read_images(query_dir, **how)
   _check_out(out, {'--support': pathlib.Path(args.support).expanduser(), '--query': query_dir})
   invert: Any = {'auto': 'auto', 'yes': True, 'no': False}[args.invert]
@@ -253,7 +259,7 @@ def _about(model, size: int) -> list[str]:
   lines = [
     f'learner      {_LEARNERS[config.learner]}, {config.inner_steps} inner step(s)',
     f'network      Conv4, {config.filters} filters, hidden layer {config.hidden or "none"}',
-    f'classes      {_classes(config)}',
+    f'tells apart  {_classes(config)}',
     f'images       {_images(config)}',
     f'parameters   {count(theta):,}',
   ]
@@ -273,7 +279,7 @@ def _about(model, size: int) -> list[str]:
 
 
 def _classes(config) -> str:
-  return f'2 to {config.way}' if config.way > 2 else '2'
+  return f'2 to {config.way} classes' if config.way > 2 else '2 classes'
 
 
 def _images(config) -> str:

@@ -177,9 +177,9 @@ def nothing(folders):
   ('spoil', 'changes', 'message'),
   [
     (empty_class, {}, 'nothing'),
-    (one_class, {}, 'at least two classes'),
+    (one_class, {}, 'support has 1 class(es), and the model tells 2 to 5 classes apart'),
     (no_classes, {}, 'no sub-folders'),
-    (six_classes, {}, 'the model tells at most 5 classes apart, got 6; give it fewer'),
+    (six_classes, {}, 'support has 6 class(es), and the model tells 2 to 5 classes apart'),
     (no_support, {}, 'support does not exist'),
     (no_query, {}, 'query does not exist'),
     (query_is_a_file, {}, 'query is a file'),
@@ -253,7 +253,7 @@ def test_info_says_what_a_model_is(tmp_path, capsys):
   out = capsys.readouterr().out
   count = sum(a.size for v in alpha.values() for a in v.values())
   for words in (
-    'Meta-SGD, 1 inner step', '4 filters, hidden layer 8', '2 to 5', '28x28, grey, light on a dark background',
+    'Meta-SGD, 1 inner step', '4 filters, hidden layer 8', '2 to 5 classes', '28x28, grey, light on a dark background',
     f'{count:,}', 'mean -0.25, 100.0% negative', ' MB', '60,000', '0.987', 'yes', '0, 1',
   ):  # fmt: skip
     assert words in out

@@ -295,7 +295,7 @@ def test_a_folder_is_split_by_lists(tmp_path):
   for part, names in dict(train='f\na\n', validation='b\n', test='# to test on\ne\nd\n').items():
     (lists / f'{part}.txt').write_text(names)
   config = classification.Config(
-    dataset='folder', data_dir=str(tmp_path / 'images'), image_size=16, class_lists=str(lists)
+    dataset='folder', data_dir=str(tmp_path / 'images'), image_size=16, class_lists=str(lists), way=2, eval_query=5
   )
   assert [len(bank.sizes) for bank in few_shot_data.load(config)] == [2, 1, 2]
 
@@ -332,7 +332,16 @@ def test_validation_needs_classes():
 def test_a_folder_with_too_few_images_of_a_class(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(30)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=5)
-  with pytest.raises(ValueError, match=r'1 \+ 15 = 16 is more than the 3 images|1 \+ 5 = 6 is more than the 3 images'):
+  with pytest.raises(
+    ValueError, match=r"class 'class_\d+' of the train part has 3 images where shot \+ query = 1 \+ 5"
+  ):
+    few_shot_training.build(config)
+
+
+def test_a_folder_with_too_few_classes(tmp_path):
+  draw_folder(tmp_path, [f'class_{i}' for i in range(10)], images=3)
+  config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=1, eval_query=1)
+  with pytest.raises(ValueError, match=r'way=3 asks for more classes than there are in the test part \(2\)'):
     few_shot_training.build(config)
 
 

@@ -49,10 +49,27 @@ class TestReadImage:
     flat = Image.fromarray(pixels[10:30])
     assert np.array_equal(read_image(tmp_path / 'a.png', (4, 20), 3), flat.resize((20, 4), Image.Resampling.LANCZOS))
 
+  def test_a_drawing_is_laid_on_its_own_ground_where_asked(self, tmp_path):
+    pixels = np.full((40, 100, 3), 230, np.uint8)
+    pixels[10:30, 2:98] = RED
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    ground = np.full((100, 100, 3), 230, np.uint8)
+    ground[30:70] = pixels
+    whole = Image.fromarray(ground).resize((20, 20), Image.Resampling.LANCZOS)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 20, 3, 'pad'), whole)
+    grey = Image.fromarray(ground).convert('L').resize((20, 20), Image.Resampling.LANCZOS)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 20, 1, 'pad')[..., 0], grey)
+    assert np.array_equal(read_image(tmp_path / 'a.png', (4, 10), 3, 'pad'), read_image(tmp_path / 'a.png', (4, 10), 3))
+
+  def test_an_unknown_fit(self, tmp_path):
+    with pytest.raises(ValueError, match=r"fit must be one of \('crop', 'pad'\), got 'stretch'"):
+      read_image(save(tmp_path / 'a.png'), 8, 3, 'stretch')
+
+  @pytest.mark.parametrize('fit', ['crop', 'pad'])
   @pytest.mark.parametrize('shape', [(1, 1), (1, 90), (90, 1), (7, 3)])
-  def test_small_and_narrow_images(self, tmp_path, shape):
+  def test_small_and_narrow_images(self, tmp_path, shape, fit):
     save(tmp_path / 'a.png', size=shape)
-    assert (read_image(tmp_path / 'a.png', (9, 5), 3) == RED).all()
+    assert (read_image(tmp_path / 'a.png', (9, 5), 3, fit) == RED).all()
 
   @pytest.mark.parametrize('channels', [1, 3])
   def test_grey_and_colour(self, tmp_path, channels):
@@ -237,6 +254,13 @@ class TestLoad:
     folder = image_folder.load(tmp_path, size=8)
     assert folder.names == ('cat',)
     assert folder.skipped == ()
+
+  def test_images_beside_the_classes_are_told_of(self, tmp_path):
+    save(tmp_path / 'cat' / 'a.png')
+    save(tmp_path / 'loose.png')
+    lines = []
+    assert len(image_folder.load(tmp_path, size=8, report=lines.append).paths) == 1
+    assert any('left out 1 image (loose.png) beside the folders of the classes' in line for line in lines)
 
   def test_links_back_are_not_followed(self, tmp_path):
     for name in ('cat', 'dog'):

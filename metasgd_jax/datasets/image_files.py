@@ -11,7 +11,7 @@ import pathlib
 import stat
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +21,9 @@ from metasgd_jax.datasets.preparing import DatasetError, Report, first_line
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 SECONDS_BETWEEN_REPORTS = 5.0
 REPORTED_ONE_BY_ONE = 10
+
+Fit = Literal['crop', 'pad']
+"""What becomes of an image of another shape: cut to its middle, or laid on a ground of its border's median colour."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -39,8 +42,10 @@ class Images(NamedTuple):
   skipped: tuple[tuple[pathlib.Path, str], ...]
 
 
-def read_image(path: str | os.PathLike[str], size: int | tuple[int, int], channels: int) -> np.ndarray:
-  """Returns an image file as `[H, W, D]` uint8, cropped about its centre to H:W and then scaled with Lanczos.
+def read_image(
+  path: str | os.PathLike[str], size: int | tuple[int, int], channels: int, fit: Fit = 'crop'
+) -> np.ndarray:
+  """Returns an image file as `[H, W, D]` uint8, brought to the shape H:W and then scaled with Lanczos.
 
   It is turned as its EXIF orientation says; what is transparent shows white; of an animation the first frame is
   taken, and of 16 bits the upper eight.
@@ -49,18 +54,21 @@ def read_image(path: str | os.PathLike[str], size: int | tuple[int, int], channe
     path: a PNG, JPEG, BMP, GIF, WebP, TIFF, PPM or PGM file.
     size: H = W, or (H, W).
     channels: D, 3 for RGB or 1 for grey.
+    fit: how it is brought to the shape; see `Fit`.
 
   Raises:
-    ValueError: a size below 1, or channels other than 1 and 3.
+    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
     DatasetError: the file cannot be decoded; the message says why.
   """
-  image = _decode(path, check_form(size, channels), channels)
+  image = _decode(path, check_form(size, channels, fit), channels, fit)
   if isinstance(image, str):
     raise DatasetError(f'{path} cannot be read as an image: {image}')
   return image
 
 
-def read_all(paths: Sequence[pathlib.Path], size: int | tuple[int, int], channels: int, report: Report) -> Images:
+def read_all(
+  paths: Sequence[pathlib.Path], size: int | tuple[int, int], channels: int, report: Report, fit: Fit = 'crop'
+) -> Images:
   """Decodes many files in threads; see `read_image`.
 
   Args:
@@ -69,18 +77,19 @@ def read_all(paths: Sequence[pathlib.Path], size: int | tuple[int, int], channel
     channels: D.
     report: called with a line every few seconds, for each of the first files that are skipped, and with the number
       of the rest.
+    fit: see `Fit`.
 
   Raises:
-    ValueError: a size below 1, or channels other than 1 and 3.
+    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
   """
-  form = check_form(size, channels)
+  form = check_form(size, channels, fit)
   images = np.empty((len(paths), *form, channels), np.uint8)
   read: list[pathlib.Path] = []
   skipped: list[tuple[pathlib.Path, str]] = []
   reported = time.monotonic()
   pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))  # Pillow decodes without the GIL.
   try:
-    decoded = pool.map(functools.partial(_decode, form=form, channels=channels), paths)
+    decoded = pool.map(functools.partial(_decode, form=form, channels=channels, fit=fit), paths)
     for i, (path, image) in enumerate(zip(paths, decoded, strict=True)):
       if isinstance(image, str):
         skipped.append((path, image))
@@ -145,8 +154,10 @@ def is_folder(path: pathlib.Path) -> bool:
   return not (path.is_symlink() and pathlib.Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path)))
 
 
-def check_form(size: int | tuple[int, int], channels: int) -> tuple[int, int]:
-  """Returns (H, W); raises ValueError unless they are 1 or more and channels is 1 or 3."""
+def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') -> tuple[int, int]:
+  """Returns (H, W); raises ValueError unless they are 1 or more, channels is 1 or 3, and fit is a `Fit`."""
+  if fit not in get_args(Fit):
+    raise ValueError(f'fit must be one of {get_args(Fit)}, got {fit!r}')
   sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
   if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
     raise ValueError(f'size must be an integer of 1 or more, or two (height, width), got {size!r}')
@@ -155,7 +166,7 @@ def check_form(size: int | tuple[int, int], channels: int) -> tuple[int, int]:
   return sides
 
 
-def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int) -> np.ndarray | str:
+def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | str:
   """Returns the image, or why there is none."""
   height, width = form
   try:
@@ -175,7 +186,8 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int) 
       image = image.convert('RGB')
       if channels == 1:
         image = image.convert('L')
-      image = _crop(image, height, width).resize((width, height), Image.Resampling.LANCZOS)
+      shaped = _crop if fit == 'crop' else _pad
+      image = shaped(image, height, width).resize((width, height), Image.Resampling.LANCZOS)
       return np.array(image).reshape(height, width, channels)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     return _too_large()
@@ -204,6 +216,18 @@ def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
   kept_height, kept_width = max(1, round(height * scale)), max(1, round(width * scale))
   top, left = (image.height - kept_height) // 2, (image.width - kept_width) // 2
   return image.crop((left, top, left + kept_width, top + kept_height))
+
+
+def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+  """Returns the image in the middle of the smallest ground of the shape height:width that it lies on."""
+  scale = max(image.height / height, image.width / width)
+  full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
+  pixels = np.asarray(image).reshape(image.height, image.width, -1)
+  border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+  colour = tuple(int(v) for v in np.median(border, 0))
+  ground = Image.new(image.mode, full, colour if len(colour) > 1 else colour[0])
+  ground.paste(image, ((full[0] - image.width) // 2, (full[1] - image.height) // 2))
+  return ground
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
