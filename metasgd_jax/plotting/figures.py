@@ -1,17 +1,15 @@
-"""Pictures of meta-learning. The only place that imports matplotlib; each function returns a Figure."""
+"""Curves, histograms and tables as pictures."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from metasgd_jax.plotting.colours import BLUE, GREY, ORANGE
 from metasgd_jax.types import Batch, PyTree
-
-_BLUE, _ORANGE, _GREY = '#2166ac', '#d6604d', '#777777'
-_GREEN, _RED = '#1a7f37', '#c62828'
 
 
 class Fit(NamedTuple):
@@ -46,9 +44,9 @@ def adaptation_curves(
     for row, fit in enumerate(fits[column]):
       ax = axes[row, column]
       error = float(np.mean((fit.after - truth) ** 2))
-      ax.plot(x, truth, color=_GREY, linewidth=1, label='truth')
-      ax.plot(x, fit.before, color=_ORANGE, linestyle=':', label='before')
-      ax.plot(x, fit.after, color=_BLUE, linewidth=2, label='after')
+      ax.plot(x, truth, color=GREY, linewidth=1, label='truth')
+      ax.plot(x, fit.before, color=ORANGE, linestyle=':', label='before')
+      ax.plot(x, fit.after, color=BLUE, linewidth=2, label='after')
       ax.plot(np.ravel(support.x), np.ravel(support.y), 'k^', markersize=6, label='support')
       ax.set_title(f'{fit.name}, MSE {error:.2f}', fontsize=10)
       if row == rows - 1:
@@ -75,8 +73,8 @@ def alpha_histograms(alpha: PyTree) -> Figure:
     # A few entries in a thousand may lie far out; they would squeeze the others into one bar.
     low, high = np.quantile(entries, [0.002, 0.998])
     bins = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
-    ax.hist(entries[entries < 0], bins, color=_ORANGE)
-    ax.hist(entries[entries >= 0], bins, color=_BLUE)
+    ax.hist(entries[entries < 0], bins, color=ORANGE)
+    ax.hist(entries[entries >= 0], bins, color=BLUE)
     ax.axvline(0, color='black', linewidth=0.8)
     ax.set_title(
       f'{jax.tree_util.keystr(path, simple=True, separator="/")}: {np.mean(entries < 0):.0%} < 0', fontsize=9
@@ -116,119 +114,6 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylab
   return figure
 
 
-def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
-  """Draws one few-shot task: a row a class, its support on the left, its query on the right, wrong answers in red.
-
-  Args:
-    support: x `[N·K, H, W, D]` in 0 to 1, y `[N·K]`.
-    query: x `[N·Q, H, W, D]`, y `[N·Q]`.
-    logits: `[N·Q, N]`, the answers after adaptation.
-  """
-  way = logits.shape[-1]
-  shot, queries = len(support.y) // way, min(len(query.y) // way, 10)
-  answers = np.argmax(logits, -1)
-  figure = Figure(figsize=(0.8 * (shot + queries) + 0.6, 0.95 * way + 0.6), layout='constrained')
-  axes = figure.subplots(way, shot + queries, squeeze=False)
-  for label in range(way):
-    pictures: list[tuple[Any, str, str]] = [(x, 'support', 'black') for x in support.x[support.y == label]]
-    chosen = np.flatnonzero(np.asarray(query.y) == label)[:queries]
-    pictures += [(query.x[i], f'{answers[i]}', _BLUE if answers[i] == label else 'red') for i in chosen]
-    for ax, (image, text, colour) in zip(axes[label], pictures, strict=True):
-      image = np.asarray(image)
-      ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray_r', vmin=0, vmax=1)
-      ax.set_title(text, fontsize=7, color=colour, pad=2)
-      ax.set_xticks([])
-      ax.set_yticks([])
-      for spine in ax.spines.values():
-        spine.set_color(colour)
-    axes[label, 0].set_ylabel(f'class {label}', fontsize=8)
-  share = float(np.mean(answers == np.asarray(query.y)))
-  figure.suptitle(f'{share:.0%} of {len(query.y)} query drawings right; each shows the answer given', fontsize=9)
-  return figure
-
-
-def prediction_sheet(
-  classes: Sequence[str],
-  support: Sequence[np.ndarray],
-  query: np.ndarray,
-  probabilities: np.ndarray,
-  names: Sequence[str],
-  truth: Sequence[str | None] | None = None,
-) -> Figure:
-  """Draws what a classifier was shown, a row a class, and below it what it answered, with the answer's probability.
-
-  Up to 10 pictures of a class and 40 of the query are drawn; the headings say of how many.
-
-  Args:
-    classes: N names.
-    support: of each class `[n, H, W, D]` in 0 to 1.
-    query: `[Q, H, W, D]` in 0 to 1.
-    probabilities: `[Q, N]`.
-    names: of the query's pictures, Q.
-    truth: their classes, None where unknown; answers are then green or red.
-  """
-  columns, most = 10, 40
-  shown = min(len(query), most)
-  row, head, left, top, foot = 0.95, 0.5, 1.5, 0.15, 0.1  # Inches.
-  answer_row = row + 0.36
-  height = top + head + row * len(classes) + head + answer_row * -(-shown // columns) + foot
-  figure = Figure(figsize=(left + row * columns + 0.15, height))
-  width = figure.get_figwidth()
-
-  def text(x, y, words, **style):  # x and y in inches from the upper left; a name may hold dollar signs.
-    figure.text(x / width, 1 - y / height, words, parse_math=False, **style)
-
-  def picture(x, y, image, colour, thick):
-    ax = figure.add_axes((x / width, 1 - (y + 0.85) / height, 0.85 / width, 0.85 / height))
-    ax.imshow(_displayed(image), cmap='gray', vmin=0, vmax=1)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-      spine.set(color=colour, linewidth=thick)
-
-  y = top
-  count = sum(map(len, support))
-  text(0.15, y + 0.15, f'shown to it: {count} pictures of {len(classes)} classes', fontsize=11, va='center')
-  y += head - 0.1
-  for name, images in zip(classes, support, strict=True):
-    text(left - 0.12, y + 0.36, _shortened(name, 16), fontsize=9, ha='right', va='center')
-    text(left - 0.12, y + 0.54, f'{len(images)} shown', fontsize=7, ha='right', va='center', color=_GREY)
-    for i, image in enumerate(images[:columns]):
-      picture(left + row * i, y, image, _GREY, 0.8)
-    y += row
-  y += 0.1
-  more = f'the first {shown} of {len(query)}' if shown < len(query) else f'{shown} pictures'
-  text(0.15, y + 0.15, f'its answers: {more}', fontsize=11, va='center')
-  if truth is not None and any(truth):
-    legend = 'green: right, red: wrong, blue: not known which'
-    text(left + row * columns, y + 0.15, legend, fontsize=8, ha='right', va='center', color=_GREY)
-  y += head + 0.1
-  for i in range(shown):
-    best = int(np.argmax(probabilities[i]))
-    known = truth[i] if truth is not None else None
-    colour = _BLUE if known is None else _GREEN if known == classes[best] else _RED
-    x, line = left + row * (i % columns), y + answer_row * (i // columns)
-    words = f'{_shortened(classes[best], 8)} {probabilities[i, best]:.0%}'
-    text(x + 0.425, line - 0.08, words, fontsize=7.5, ha='center', va='center', color=colour)
-    picture(x, line, query[i], colour, 1.6)
-    text(
-      x + 0.425, line + 0.95, _shortened(names[i], 17, end=True), fontsize=5.5, ha='center', va='center', color=_GREY
-    )
-  return figure
-
-
-def _displayed(image: np.ndarray) -> np.ndarray:
-  """An image `[H, W, D]` as imshow takes it: grey, or red, green and blue."""
-  return image if image.shape[-1] in (3, 4) else image.mean(-1)
-
-
-def _shortened(name: str, most: int, end: bool = False) -> str:
-  """A name, or the beginning or end of one that is too long."""
-  if len(name) <= most:
-    return name
-  return '…' + name[1 - most :] if end else name[: most - 1] + '…'
-
-
 class Accuracy(NamedTuple):
   """One learner's accuracy in a panel of `accuracies`, 0 to 1.
 
@@ -258,11 +143,11 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
     places = np.arange(len(found))
     ax.errorbar(
       [100 * one.mean for one in found], places, xerr=[100 * one.ci95 for one in found],
-      fmt='o', color=_BLUE, markersize=5, label='here, 95% interval',
+      fmt='o', color=BLUE, markersize=5, label='here, 95% interval',
     )  # fmt: skip
     published = [(100 * one.published, place) for one, place in zip(found, places, strict=True) if one.published]
     if published:
-      ax.plot(*zip(*published, strict=True), 'D', mfc='none', mec=_ORANGE, label='the paper, 60,000 meta-iterations')
+      ax.plot(*zip(*published, strict=True), 'D', mfc='none', mec=ORANGE, label='the paper, 60,000 meta-iterations')
     ax.set_yticks(places, [one.name for one in found], fontsize=9)
     ax.set_ylim(-0.7, len(found) - 0.3)
     ax.set_title(setting, fontsize=10)

@@ -1,0 +1,24 @@
+"""Pictures of meta-learning. The only place that imports matplotlib; each function returns a Figure."""
+
+from metasgd_jax.plotting.figures import (
+  Accuracy,
+  Fit,
+  accuracies,
+  adaptation_curves,
+  alpha_histograms,
+  instance_curve,
+  learning_curves,
+)
+from metasgd_jax.plotting.sheets import episode_sheet, prediction_sheet
+
+__all__ = (
+  'Accuracy',
+  'Fit',
+  'accuracies',
+  'adaptation_curves',
+  'alpha_histograms',
+  'episode_sheet',
+  'instance_curve',
+  'learning_curves',
+  'prediction_sheet',
+)
