@@ -1,6 +1,6 @@
 """Meta-SGD (Li et al. 2017) and its kin as pure functions in JAX."""
 
-from metasgd_jax import learners, losses, nn, sharding, tasks
+from metasgd_jax import learners, losses, nn, rl, sharding, tasks
 from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
 from metasgd_jax.classifier import FewShotClassifier
 from metasgd_jax.evaluation import Estimate, estimate, evaluate
@@ -40,6 +40,7 @@ __all__ = [
   'mean_loss',
   'meta_sgd',
   'nn',
+  'rl',
   'save_model',
   'sharding',
   'tasks',

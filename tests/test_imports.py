@@ -18,6 +18,7 @@ ONLY_HERE = {  # library → where alone it may be imported
   'flax': ('nn/', 'learners/', 'writers.py'),
   'tensorboardX': ('writers.py',),
   'safetensors': ('model_file.py',),
+  'orbax': ('checkpoint.py',),
   'sklearn': ('classifier.py',),
 }
 MAY_IMPORT = {  # part → parts of the package that it may use
@@ -31,7 +32,11 @@ MAY_IMPORT = {  # part → parts of the package that it may use
   'objective': {'types', 'adaptation'},
   'training': {'types', 'objective', 'sharding', 'host_memory'},
   'evaluation': {'types', 'objective', 'sharding'},
+  'leaves': {'types'},
+  'bad_numbers': {'types', 'leaves', 'training'},
   'writers': {'types'},
+  'checkpoint_about': {'types', 'leaves', 'writers'},
+  'checkpoint': {'types', 'checkpoint_about', 'leaves', 'training', 'writers'},
   'plotting': {'types', 'plotting'},
   'tasks': {'types', 'sharding', 'tasks'},
   'nn': {'types', 'nn'},
@@ -75,7 +80,8 @@ def test_each_module_imports_only_what_it_may(path):
 def test_importing_the_package_leaves_the_slow_and_the_optional_alone():
   code = (
     'import sys, metasgd_jax; from jax._src import xla_bridge as b; '
-    "print([m for m in ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'tensorboardX') if m in sys.modules], "
+    "slow = ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'tensorboardX', 'orbax.checkpoint'); "
+    'print([m for m in slow if m in sys.modules], '
     'b.backends_are_initialized())'
   )
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)

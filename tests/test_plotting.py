@@ -1,6 +1,7 @@
 import io
 
 import numpy as np
+from PIL import Image
 
 import metasgd_jax as ms
 from metasgd_jax import plotting
@@ -72,3 +73,25 @@ def test_instance_curve_counts_from_one_and_is_in_percent():
   (line,) = figure.axes[0].lines
   assert line.get_xdata().tolist() == [1, 2, 3]
   np.testing.assert_allclose(line.get_ydata(), [20, 80, 90])
+
+
+def walks(name, updates=2):
+  steps = np.random.default_rng(0).normal(0, 0.05, (updates + 1, 4, 9, 2))
+  return plotting.Walks(name, np.zeros(2), np.array([0.3, -0.2]), steps.cumsum(2), np.linspace(-30, -3, updates + 1))
+
+
+def test_paths_of_each_learner_and_task():
+  figure = plotting.navigation_paths([[walks('Meta-SGD'), walks('MAML')] for _ in range(3)])
+  assert len(figure.axes) == 6
+  assert figure.axes[0].get_title() == 'Meta-SGD: -30.0 → -16.5'
+  assert len(figure.axes[0].lines) == 4 + 4 + 3
+
+
+def test_the_animation_shows_every_update_to_its_end(tmp_path):
+  film = plotting.navigation_animation([walks('Meta-SGD'), walks('MAML')], steps=5)
+  film.save(tmp_path / 'film.gif', writer='pillow', dpi=30)
+  with Image.open(tmp_path / 'film.gif') as gif:
+    assert gif.n_frames > 10
+  titles = [ax.get_title() for ax in film._fig.axes]
+  assert titles == ['Meta-SGD, after 2 updates: -3.0', 'MAML, after 2 updates: -3.0']
+  np.testing.assert_allclose(film._fig.axes[0].lines[0].get_xydata(), walks('')[3][2, 0, :6])

@@ -1,0 +1,225 @@
+"""Meta-training with TRPO on 2D navigation, 20 tasks × 20 trajectories × 100 steps before and after; ours and a peer.
+
+    python -m benchmarks.navigation
+
+Before anything is timed, both work on the same trajectories, from the same weights and in float64: advantages, inner
+gradients, the surrogate's meta-gradient, the divergence elsewhere, its curvature's product with a vector, and what one
+TRPO step makes of θ and α must be equal; and the peer's environments must give the same rewards for the same actions.
+Each program has a process of its own, and waits while another has its turn. Both draw new tasks in each iteration.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import timing
+from metasgd_jax import rl, writers
+from metasgd_jax.rl.navigation import navigation
+from metasgd_jax.rl.surrogate import likelihood_ratio
+
+RATE = 0.5
+"""Of the inner step, where it starts: that of MAML's released script."""
+LEARNERS = ('Meta-SGD', 'MAML')
+OURS = 'metasgd_jax'
+
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
+_SECONDS = flags.DEFINE_float('seconds', 4.0, 'About how long a turn takes.', lower_bound=0.1)
+
+
+def build_inner(learner: str, **environment) -> rl.PolicyGradient:
+  """Returns our inner loop; its defaults are the paper's."""
+  rate = dict(alpha=RATE) if learner == 'MAML' else dict(alpha_range=(RATE, RATE))
+  return rl.policy_gradient(navigation(**environment), rl.gaussian(2, 2), **rate)
+
+
+class Ours:
+  """Our meta-iterations, as many as are asked for in one call of a compiled loop; meta stays on the device."""
+
+  def __init__(self, learner: str) -> None:
+    inner = build_inner(learner)
+    self.meta, self.key = inner.init(jax.random.key(0)), jax.random.key(1)
+
+    def loop(meta, key, iterations):
+      step = lambda i, meta: rl.trpo_meta_step(meta, jax.random.fold_in(key, i), inner=inner)[0]
+      return jax.lax.fori_loop(0, iterations, step, meta)
+
+    self.loop = jax.jit(loop)
+
+  def __call__(self, iterations: int) -> None:
+    self.key, key = jax.random.split(self.key)
+    self.meta = jax.block_until_ready(self.loop(self.meta, key, iterations))
+
+
+def check(learner: str, tasks: int = 3) -> None:
+  """Raises AssertionError unless peer and ours agree.
+
+  A goal ten times as wide ends trajectories early, so that this is compared too.
+  """
+  import torch  # Not in our program's process.
+
+  from benchmarks import navigation_peer as peers
+
+  with jax.enable_x64(True):
+    inner = build_inner(learner, tolerance=0.1)
+    meta, key = inner.init(jax.random.key(0)), jax.random.key(1)
+    keys = jax.random.split(key, (3, tasks))  # As `trpo_meta_step` splits it.
+    drawn = jax.vmap(inner.environment.sample)(keys[0])
+    (before,), path = jax.jit(jax.vmap(inner.explore, (None, 0, 0)))(meta, drawn, keys[1])
+    after = jax.jit(jax.vmap(inner.experience))(path[-1], drawn, keys[2])
+    assert not after.trajectories.valid.all(), 'no trajectory ends early'
+    noise = [jax.random.normal(k, leaf.shape) for k, leaf in zip(_keys(meta), jax.tree.leaves(meta), strict=True)]
+    vector = jax.tree.unflatten(jax.tree.structure(meta), noise)
+    moved = jax.tree.map(lambda m, v: m + 1e-3 * v, meta, vector)
+    parts = jax.jit(functools.partial(_parts, inner))(before, after, meta, moved, vector)
+    gradient, divergence, product = jax.device_get(parts)
+    step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=tasks)
+    updated, info = jax.device_get(jax.jit(step)(meta, key))
+    assert info['step'] > 0, 'no step was taken'
+    inner_gradients = jax.tree.map(lambda t, after: (t - after) / RATE, meta.theta, path[-1])
+
+  peer = peers.Peer([torch.tensor(a) for a in in_torchs_order(meta.theta)], RATE, meta.alpha is not None)
+  old_batches, new_batches = ([_batch(peers, e, i) for i in range(tasks)] for e in (before, after))
+  for batch in old_batches + new_batches:
+    found = peers.advantages(batch.observations, batch.rewards, batch.valid)
+    np.testing.assert_allclose(found, batch.advantages, rtol=1e-6, atol=1e-6)
+  for i, batch in enumerate(old_batches):
+    grads = torch.autograd.grad(peer.inner_loss(peer.theta, batch), peer.theta)
+    expected = in_torchs_order(jax.tree.map(lambda g, i=i: g[i], inner_gradients))
+    check_close('inner gradient', grads, expected)
+  value, own, old = peer.objective(old_batches, new_batches)
+  check_close('meta-gradient', torch.autograd.grad(value, peer.params, retain_graph=True), parameters(gradient))
+  flat = torch.tensor(np.concatenate([np.ravel(a) for a in parameters(vector)]))
+  check_close('curvature', [peer.curvature(own)(flat)], [np.concatenate([np.ravel(a) for a in parameters(product)])])
+  there = peers.Peer([torch.tensor(a) for a in in_torchs_order(moved.theta)], RATE, meta.alpha is not None)
+  with torch.no_grad():
+    for a, values in zip(there.alpha, in_torchs_order(moved.alpha) if moved.alpha else [], strict=False):
+      a.copy_(torch.tensor(values))
+  np.testing.assert_allclose(there.objective(old_batches, new_batches, old)[1].item(), divergence, rtol=1e-6)
+  peer.update(old_batches, new_batches)
+  start = parameters(jax.device_get(meta))
+  changes = [p.detach().numpy() - m for p, m in zip(peer.params, start, strict=True)]
+  check_close('TRPO step', changes, [p - m for p, m in zip(parameters(updated), start, strict=True)])
+  _check_dynamics(peers)
+
+
+def _parts(inner, before, after, meta, moved, vector):
+  """The surrogate's gradient, the divergence of what is moved, and curvature · vector, as `trpo_meta_step` has them."""
+  acted = after.trajectories
+
+  def distributions(meta):
+    one = lambda experience, o: inner.policy.apply(inner.replay(meta, (experience,)), o)
+    return jax.vmap(one)(before, acted.observations)
+
+  def surrogate(meta):
+    return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions(meta), after))
+
+  def kl(p, q):
+    return jnp.sum(jnp.where(acted.valid, inner.policy.kl(p, q), 0)) / jnp.sum(acted.valid)
+
+  product = rl.fisher_product(distributions, kl, meta, damping=1e-5)(vector)
+  return jax.grad(surrogate)(meta), kl(distributions(meta), distributions(moved)), product
+
+
+def _keys(meta):
+  return jax.random.split(jax.random.key(2), len(jax.tree.leaves(meta)))
+
+
+def _batch(peers, experience, task: int):
+  import torch
+
+  trajectories, advantages = jax.device_get(jax.tree.map(lambda a: a[task], experience))
+  t = {name: torch.tensor(np.array(getattr(trajectories, name))) for name in peers.Batch._fields[:-1]}
+  return peers.Batch(**t, advantages=torch.tensor(np.array(advantages)))
+
+
+def _check_dynamics(peers) -> None:
+  environment = navigation()
+  task = environment.sample(jax.random.key(3))
+  actions = jax.random.normal(jax.random.key(4), (50, 2))
+  body = lambda state, action: (lambda new, reward, end: (new, (new, reward, end)))(
+    *environment.step(task, state, action, jax.random.key(0))
+  )
+  _, expected = jax.lax.scan(body, environment.reset(task, jax.random.key(0)), actions)
+  env = peers.Navigation2D()
+  env.set_task(np.asarray(task.start), np.asarray(task.goal))
+  env.reset()
+  for t, action in enumerate(np.asarray(actions)):
+    for theirs, ours in zip(env.step(action)[:3], expected, strict=True):
+      np.testing.assert_allclose(theirs, ours[t], atol=1e-5)
+
+
+def in_torchs_order(tree) -> list[np.ndarray]:
+  """Returns θ, or what has its form, as weights and biases in turn, and log σ."""
+  layers = [tree[f'Dense_{i}'] for i in range(3)]
+  return [np.array(a) for layer in layers for a in (layer['kernel'].T, layer['bias'])] + [np.array(tree['log_std'])]
+
+
+def parameters(meta) -> list[np.ndarray]:
+  """Returns θ and, where it is learned, α in torch's order."""
+  return in_torchs_order(meta.theta) + ([] if meta.alpha is None else in_torchs_order(meta.alpha))
+
+
+def check_close(what: str, found, expected, limit: float = 1e-6) -> None:
+  """Raises AssertionError unless |found − expected| < limit |expected|, over all arrays together."""
+  flat = lambda arrays: np.concatenate([np.ravel(np.asarray(a)) for a in arrays])
+  error = np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected))
+  assert error < limit, f'{what}: they differ by {error:.1e}'
+
+
+class Program:
+  """A program in a process of its own: `program(n)` takes n iterations there."""
+
+  def __init__(self, build, *args) -> None:
+    context = multiprocessing.get_context('spawn')
+    self._pipe, theirs = context.Pipe()
+    self._process = context.Process(target=serve, args=(theirs, build, *args), daemon=True)
+    self._process.start()
+    theirs.close()
+
+  def __call__(self, iterations: int) -> None:
+    self._pipe.send(iterations)
+    self._pipe.recv()
+
+  def close(self) -> None:
+    self._pipe.send(0)
+    self._process.join()
+
+
+def serve(pipe, build, *args) -> None:
+  """Does as many iterations as each message says, and answers; 0 ends it."""
+  run = build(*args)
+  while iterations := pipe.recv():
+    run(iterations)
+    pipe.send(iterations)
+
+
+def main(argv) -> None:
+  """Checks, times and prints."""
+  del argv
+  logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
+  import torch
+
+  from benchmarks import navigation_peer as peers
+
+  for learner in LEARNERS:
+    check(learner)
+    print(f'\n## {learner}: both agree in float64; timing in turn', flush=True)
+    with contextlib.ExitStack() as stack:
+      programs = {OURS: Program(Ours, learner)}
+      for threads in sorted({1, torch.get_num_threads()}):
+        name = f'torch and Gymnasium, {threads} thread(s)'
+        programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, threads)
+      for program in programs.values():
+        stack.callback(program.close)
+      print(timing.table(timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value), OURS), flush=True)
+  about = writers.provenance()
+  print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
+
+
+if __name__ == '__main__':
+  app.run(main)

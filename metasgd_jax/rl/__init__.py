@@ -1,0 +1,63 @@
+"""Reinforcement learning: tasks are Markov decision processes, and adapting is a policy-gradient step."""
+
+from metasgd_jax.rl.advantages import (
+  MAML,
+  AdvantageConfig,
+  advantages,
+  discounted_returns,
+  fit_linear,
+  generalized_advantages,
+  linear_features,
+  normalize,
+)
+from metasgd_jax.rl.learner import (
+  Experience,
+  PolicyGradient,
+  Rollouts,
+  mean_return,
+  policy_gradient,
+  policy_learner,
+  returns_by_step,
+  task_distribution,
+  trpo_meta_step,
+)
+from metasgd_jax.rl.policies import Gaussian, gaussian
+from metasgd_jax.rl.rollout import collect, rollout, undiscounted_return
+from metasgd_jax.rl.surrogate import dice, likelihood_ratio, score
+from metasgd_jax.rl.trpo import TrpoInfo, conjugate_gradient, fisher_product, trpo_update
+from metasgd_jax.rl.types import Environment, Policy, Trajectories
+
+__all__ = [
+  'MAML',
+  'AdvantageConfig',
+  'Environment',
+  'Experience',
+  'Gaussian',
+  'Policy',
+  'PolicyGradient',
+  'Rollouts',
+  'Trajectories',
+  'TrpoInfo',
+  'advantages',
+  'collect',
+  'conjugate_gradient',
+  'dice',
+  'discounted_returns',
+  'fisher_product',
+  'fit_linear',
+  'gaussian',
+  'generalized_advantages',
+  'likelihood_ratio',
+  'linear_features',
+  'mean_return',
+  'normalize',
+  'policy_gradient',
+  'policy_learner',
+  'returns_by_step',
+  'rollout',
+  'score',
+  'task_distribution',
+  'trpo_meta_step',
+  'trpo_update',
+  'undiscounted_return',
+]

@@ -1,0 +1,310 @@
+"""Meta-SGD and MAML of a policy: adapting is a policy-gradient step on trajectories of the policy's own."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from metasgd_jax.adaptation import Per, adapt, broadcast_alpha, check_alpha_range, check_steps, init_alpha
+from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
+from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
+from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
+from metasgd_jax.rl.trpo import fisher_product, trpo_update
+from metasgd_jax.rl.types import Environment, Policy, Trajectories
+from metasgd_jax.types import Batch, Episode, Learner, MetaParams, PyTree, TaskDistribution
+
+MeanOver = Literal['step', 'trajectory']
+"""What a surrogate is a mean over: a task's valid steps, as in MAML's released code, or its trajectories.
+
+The expected return's own derivatives are those over trajectories; over steps they are smaller by the mean length.
+"""
+
+
+class Rollouts(NamedTuple):
+  """What `predict` of a policy's learner takes: the task to act in, and the key that it consumes there."""
+
+  task: PyTree
+  key: chex.PRNGKey
+
+
+class Experience(NamedTuple):
+  """Trajectories of one task, leaves `[B, …]`, and their advantages `[B, H]`."""
+
+  trajectories: Trajectories
+  advantages: chex.Array
+
+
+class PolicyGradient(NamedTuple):
+  """How a policy adapts to one task, as pure functions; `policy_learner` and `trpo_meta_step` are made of it.
+
+  Attributes:
+    environment: the tasks.
+    policy: what adapts.
+    steps: k, inner steps.
+    init: `key → MetaParams`; consumes key.
+    experience: `(θ, task, key) → Experience` of the policy with θ; consumes key; no gradient goes through it.
+    explore: `(meta, task, key) → (experiences, path)`: k inner steps, each on experience of the policy before it; a
+      k-tuple of `Experience`, and θ after 0, 1, …, k steps, a (k + 1)-tuple. Consumes key, split into one a step.
+    replay: `(meta, experiences) → θ′`: the same steps on experiences drawn before, under this or another meta.
+    surrogate: `(surrogate, distributions [B, H], experience) → scalar`: its mean over the experience.
+  """
+
+  environment: Environment
+  policy: Policy
+  steps: int
+  init: Callable[[chex.PRNGKey], MetaParams]
+  experience: Callable[[PyTree, PyTree, chex.PRNGKey], Experience]
+  explore: Callable[[MetaParams, PyTree, chex.PRNGKey], tuple[tuple[Experience, ...], tuple[PyTree, ...]]]
+  replay: Callable[[MetaParams, tuple[Experience, ...]], PyTree]
+  surrogate: Callable[[Surrogate, PyTree, Experience], chex.Array]
+
+
+def policy_gradient(
+  environment: Environment,
+  policy: Policy,
+  *,
+  alpha: PyTree = None,
+  alpha_range: tuple[float, float] = (0.005, 0.1),
+  alpha_per: Per = 'entry',
+  trajectories: int = 20,
+  steps: int = 1,
+  first_order: bool = False,
+  estimator: Estimator = 'dice',
+  advantage: AdvantageConfig = MAML,
+  mean_over: MeanOver = 'step',
+) -> PolicyGradient:
+  """Builds the inner loop: θ′ = θ − α ∘ ∇L(θ), L the surrogate's negative on trajectories of θ, `steps` times.
+
+  Algorithm 2 of Li et al. 2017, by `metasgd_jax.adapt`. Every step draws trajectories of its own θ_t. Their
+  advantages and log-probabilities are constants; how the sampling depends on θ is the surrogate's part.
+
+  Args:
+    environment: the tasks.
+    policy: what adapts.
+    alpha: where given, the rate, held still and no part of meta, as `adapt` takes it: MAML. MAML's released script has
+      0.5 for 2D navigation with actions in [−1, 1]. Where left out α is learned: Meta-SGD.
+    alpha_range: where learned, α starts as one number drawn from U[low, high].
+    alpha_per: where learned, what has a rate of its own; see `meta_sgd`.
+    trajectories: B of each step, and of the judging after the last; the paper's 20.
+    steps: k; the paper's 1.
+    first_order: drop the second derivatives.
+    estimator: what the inner step differentiates; see `surrogate.Estimator`.
+    advantage: how advantages are estimated.
+    mean_over: what a surrogate is a mean over.
+
+  Raises:
+    ValueError: an empty alpha_range, an unknown alpha_per, estimator or mean_over, or a count that is none. From
+      `init`: alpha does not fit θ, naming the leaf.
+  """
+  low, high = alpha_range
+  check_alpha_range(low, high)
+  check_steps(steps)
+  check_num(trajectories)
+  for name, value, known in (('alpha_per', alpha_per, Per), ('mean_over', mean_over, MeanOver)):
+    if value not in get_args(known):
+      raise ValueError(f'{name} must be one of {get_args(known)}, got {value!r}')
+  inner_surrogate = surrogate_of(estimator)
+
+  def init(key) -> MetaParams:
+    theta_key, alpha_key = jax.random.split(key)
+    theta = policy.init(theta_key)
+    if alpha is not None:
+      broadcast_alpha(alpha, theta)
+      return MetaParams(theta, None)
+    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per))
+
+  def experience(theta, task, key) -> Experience:
+    drawn = collect(environment, policy, theta, task, key, num=trajectories)
+    return Experience(drawn, advantages(drawn, advantage))
+
+  def surrogate(function: Surrogate, distributions, experience: Experience):
+    drawn = experience.trajectories
+    log_probs = policy.log_prob(distributions, drawn.actions)
+    values = jax.vmap(function)(log_probs, drawn.log_probs, experience.advantages, drawn.valid)
+    return jnp.sum(values) / (jnp.sum(drawn.valid) if mean_over == 'step' else len(values))
+
+  def loss_fn(theta, experience: Experience):
+    return -surrogate(inner_surrogate, policy.apply(theta, experience.trajectories.observations), experience)
+
+  def step(meta: MetaParams, theta, experience: Experience):
+    rate = meta.alpha if alpha is None else alpha
+    return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order)
+
+  def explore(meta: MetaParams, task, key):
+    experiences, path = [], [meta.theta]
+    for step_key in jax.random.split(key, steps):
+      experiences.append(experience(path[-1], task, step_key))
+      path.append(step(meta, path[-1], experiences[-1]))
+    return tuple(experiences), tuple(path)
+
+  def replay(meta: MetaParams, experiences):
+    return functools.reduce(functools.partial(step, meta), experiences, meta.theta)
+
+  return PolicyGradient(environment, policy, int(steps), init, experience, explore, replay, surrogate)
+
+
+def policy_learner(inner: PolicyGradient) -> Learner:
+  """Builds the `Learner` whose support is a task and whose query says where to act: for `train` and `evaluate`.
+
+  adapt: `inner.explore`'s last θ. predict: `(θ′, Rollouts) → Trajectories [B, …]`, so that a metric is a function of
+  what was done, such as `mean_return`. loss: the negative of TRPO's surrogate on the query's trajectories of θ′,
+  whose gradient at the point is that of the expected return after adapting; its value says nothing (it is zero where
+  advantages are normalised), so info has the mean undiscounted returns, `return_before` and `return_after` adapting.
+  Outer optimisers of optax take it; for the paper's own see `trpo_meta_step`. The tasks are `task_distribution`'s.
+
+  Args:
+    inner: from `policy_gradient`.
+  """
+
+  def init(key, episode: Episode) -> MetaParams:
+    del episode  # The policy knows its shapes.
+    return inner.init(key)
+
+  def adapt_(meta, task, key):
+    return inner.explore(meta, task, key)[1][-1]
+
+  def path(meta, task, key):
+    return jax.tree.map(lambda *thetas: jnp.stack(thetas), *inner.explore(meta, task, key)[1])
+
+  def predict(theta, rollouts: Rollouts) -> Trajectories:
+    return inner.experience(theta, *rollouts).trajectories
+
+  def loss(meta, episode: Episode, key):
+    experiences, thetas = inner.explore(meta, episode.support, key)
+    after = inner.experience(thetas[-1], *episode.query.x)
+    distributions = inner.policy.apply(thetas[-1], after.trajectories.observations)
+    before = (experiences[0] if experiences else after).trajectories
+    info = {'return_before': mean_return(before), 'return_after': mean_return(after.trajectories)}
+    return -inner.surrogate(likelihood_ratio, distributions, after), info
+
+  return Learner(init, adapt_, path, predict, loss)
+
+
+def task_distribution(environment: Environment) -> TaskDistribution:
+  """Returns the environment's tasks as `train` and `evaluate` take them: support the task, query `Rollouts` in it.
+
+  An episode is `Episode(task, Batch(Rollouts(task, key), task))`, so that a metric's second argument is the task.
+  """
+  return TaskDistribution(environment.sample, lambda task, key: Episode(task, Batch(Rollouts(task, key), task)))
+
+
+def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
+  """Returns the mean undiscounted return of trajectories, scalar: a `metric_fn` of `evaluate`."""
+  del task
+  return jnp.mean(undiscounted_return(trajectories))
+
+
+def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNGKey) -> chex.Array:
+  """Returns the undiscounted return of each of B fresh trajectories after 0, 1, …, k inner steps, `[k + 1, B]`.
+
+  Those it is judged on are not those it adapted to. One task; the caller vmaps. A learner with more steps than it was
+  trained with may be given.
+
+  Args:
+    learner: of `policy_learner`.
+    meta: its meta-parameters.
+    task: of the environment.
+    key: consumed: split into one for adapting and k + 1 for judging.
+  """
+  adapt_key, judge_key = jax.random.split(key)
+  path = learner.path(meta, task, adapt_key)
+  keys = jax.random.split(judge_key, len(jax.tree.leaves(path)[0]))
+  act = lambda theta, key: learner.predict(theta, Rollouts(task, key))
+  return undiscounted_return(jax.vmap(act)(path, keys))
+
+
+def trpo_meta_step(
+  meta: MetaParams,
+  key: chex.PRNGKey,
+  *,
+  inner: PolicyGradient,
+  meta_batch: int = 20,
+  tasks_at_once: int | None = None,
+  curvature_tasks: int | None = None,
+  max_kl: float = 0.01,
+  cg_steps: int = 10,
+  damping: float = 1e-5,
+  backtrack_ratio: float = 0.8,
+  max_backtracks: int = 15,
+) -> tuple[MetaParams, dict[str, chex.Array]]:
+  """Returns meta after one meta-iteration with TRPO, and its info: Algorithm 2 of Li et al. 2017, whole.
+
+  Draws tasks; in each, adapts on trajectories of θ and draws trajectories of θ′; then one `trpo_update` of (θ, α)
+  together, or of θ where α is held still. The surrogate is the mean over tasks of TRPO's on the trajectories after
+  adapting, as a function of meta through the inner steps; the divergence is that of the adapted policies, the mean
+  over the valid steps of all tasks, as in MAML's released code.
+
+  For many: `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
+
+  Args:
+    meta: of `inner.init`.
+    key: consumed: split `[3, meta_batch]`, to sample each task, to adapt in it, and to act in it after.
+    inner: from `policy_gradient`.
+    meta_batch: T; the paper's 20.
+    tasks_at_once: how many tasks' inner steps are laid out together; the numbers are the same, to rounding. Where left
+      out, one on a CPU, whose cache holds one, and all elsewhere.
+    curvature_tasks: how many of the tasks give F; all where left out. Its products are nearly all of the work, and TRPO
+      takes a part of the data for them (Schulman et al. 2015, appendix C); the bound is kept over all of it.
+    max_kl: as in `trpo_update`, and so are the rest.
+    cg_steps: as in `trpo_update`.
+    damping: as in `trpo_update`.
+    backtrack_ratio: as in `trpo_update`.
+    max_backtracks: as in `trpo_update`.
+
+  Returns:
+    meta, and a dict of scalars: `return_before` and `return_after` adapting, the mean undiscounted returns in the
+    environment's units, of the meta that was given; and of the step `improvement`, `kl` and `step`, see `TrpoInfo`.
+
+  Raises:
+    ValueError: meta_batch, tasks_at_once or curvature_tasks is no integer of at least 1, or there are fewer tasks than
+      curvature_tasks; as `trpo_update`.
+  """
+  if tasks_at_once is None:
+    tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
+  curved = meta_batch if curvature_tasks is None else curvature_tasks
+  for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+      raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
+  if curved > meta_batch:
+    raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
+  sample_keys, explore_keys, act_keys = jax.random.split(key, (3, meta_batch))
+  tasks = jax.vmap(inner.environment.sample)(sample_keys)
+  experiences, path = jax.vmap(inner.explore, (None, 0, 0))(meta, tasks, explore_keys)
+  after = jax.vmap(inner.experience)(path[-1], tasks, act_keys)
+  acted = after.trajectories
+
+  def distributions_of(data, meta):
+    one = lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1])
+    return jax.lax.map(one, data, batch_size=tasks_at_once if tasks_at_once > 1 else None)
+
+  def surrogate(distributions):
+    return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions, after))
+
+  def mean_kl(valid, old, new):
+    return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / jnp.sum(valid)
+
+  data = (experiences, acted.observations)
+  fisher = None
+  if curved < meta_batch:
+    part, valid = jax.tree.map(lambda a: a[:curved], (data, acted.valid))
+    fisher = fisher_product(
+      functools.partial(distributions_of, part), functools.partial(mean_kl, valid), meta, damping=damping
+    )
+  meta, update = trpo_update(
+    meta,
+    distributions=functools.partial(distributions_of, data),
+    surrogate=surrogate,
+    kl=functools.partial(mean_kl, acted.valid),
+    fisher=fisher,
+    max_kl=max_kl,
+    cg_steps=cg_steps,
+    damping=damping,
+    backtrack_ratio=backtrack_ratio,
+    max_backtracks=max_backtracks,
+  )
+  before = experiences[0].trajectories if experiences else acted
+  returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
+  return meta, {**returns, **update._asdict()}

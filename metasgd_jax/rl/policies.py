@@ -1,0 +1,100 @@
+"""Policies: a Gaussian whose mean is a network of the observation."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from metasgd_jax.rl.types import Policy
+from metasgd_jax.types import PyTree
+
+
+class Gaussian(NamedTuple):
+  """Independent normal distributions: mean and logarithm of the standard deviation, both `[…, A]`."""
+
+  mean: chex.Array
+  log_std: chex.Array
+
+
+def gaussian(
+  observation_size: int,
+  action_size: int,
+  *,
+  hidden: Sequence[int] = (100, 100),
+  std: float = 1.0,
+  min_std: float = 1e-6,
+) -> Policy:
+  """Builds the policy a ~ N(μ(o), diag σ²): μ an MLP with ReLU, log σ free parameters that no observation moves.
+
+  The paper's for 2D navigation is 2-100-100-2 with 2 free parameters (Li et al. 2017, section 4.3). θ is a dict: of
+  each layer, `Dense_0`, …, its `kernel [in, out]` and `bias [out]`, and `log_std [A]`. Weights start from
+  U[−l, l] with l = √(6 / (in + out)) (Glorot & Bengio 2010, equation 16) and biases from zero, as in rllab's Gaussian
+  MLP (Duan et al. 2016), of which MAML's released code is a fork.
+
+  Args:
+    observation_size: O.
+    action_size: A.
+    hidden: units of each hidden layer; none makes the mean linear.
+    std: σ at the start, in the units of the actions; 1 is rllab's.
+    min_std: σ never gets below it, in the same units; rllab's 1e-6.
+
+  Raises:
+    ValueError: a size that is no integer of at least 1, or not 0 < min_std <= std < ∞.
+  """
+  sizes = [observation_size, *hidden, action_size]
+  for name, value in [
+    ('observation_size', observation_size),
+    ('action_size', action_size),
+    *(('hidden', h) for h in hidden),
+  ]:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+  if not 0 < min_std <= std < math.inf:
+    raise ValueError(f'std must be finite and at least min_std, which is above 0, got std={std}, min_std={min_std}')
+  layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]
+
+  def init(key) -> PyTree:
+    theta = {}
+    for name, layer_key, inputs, outputs in zip(
+      layers, jax.random.split(key, len(layers)), sizes[:-1], sizes[1:], strict=True
+    ):
+      limit = math.sqrt(6 / (inputs + outputs))
+      kernel = jax.random.uniform(layer_key, (inputs, outputs), minval=-limit, maxval=limit)
+      theta[name] = {'kernel': kernel, 'bias': jnp.zeros(outputs, kernel.dtype)}
+    return {**theta, 'log_std': jnp.full(action_size, math.log(std), theta['Dense_0']['bias'].dtype)}
+
+  def apply(theta, observations) -> Gaussian:
+    # One row a step: XLA's products over several axes at once would transpose first.
+    x = observations.reshape(-1, observation_size)
+    for i, name in enumerate(layers):
+      x = x @ theta[name]['kernel']
+      x = x + jnp.broadcast_to(theta[name]['bias'], x.shape)
+      x = jax.nn.relu(x) if i < len(layers) - 1 else x
+    mean = x.reshape(*observations.shape[:-1], action_size)
+    log_std = jnp.maximum(theta['log_std'], math.log(min_std))
+    return Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
+
+  return Policy(init, apply, sample, log_prob, kl)
+
+
+def sample(distribution: Gaussian, key: chex.PRNGKey) -> chex.Array:
+  """Returns μ + σ ε with ε ~ N(0, 1), `[…, A]`; consumes key."""
+  mean, log_std = distribution
+  return mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def log_prob(distribution: Gaussian, actions: chex.Array) -> chex.Array:
+  """Returns Σ_j −½ ((a_j − μ_j) / σ_j)² − log σ_j − ½ log 2π, the log density `[…]` of actions `[…, A]`."""
+  mean, log_std = distribution
+  z = (actions - mean) * jnp.exp(-log_std)
+  return -jnp.sum(0.5 * z * z + log_std, -1) - 0.5 * math.log(2 * math.pi) * mean.shape[-1]
+
+
+def kl(p: Gaussian, q: Gaussian) -> chex.Array:
+  """Returns KL(p ‖ q) = Σ_j log(σ_q / σ_p) + (σ_p² + (μ_p − μ_q)²) / (2 σ_q²) − ½, in nats, `[…]`."""
+  difference = p.log_std - q.log_std
+  z = (p.mean - q.mean) * jnp.exp(-q.log_std)
+  return jnp.sum(0.5 * (jnp.exp(2 * difference) + z * z - 1) - difference, -1)

@@ -1,0 +1,76 @@
+"""Trajectories of a policy in an environment, on the device."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax.rl.types import Environment, Policy, Trajectories
+from metasgd_jax.types import PyTree
+
+
+def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey) -> Trajectories:
+  """Returns one trajectory of H steps of the policy in one task.
+
+  From the step on which the task ends the trajectory, the state stands still, rewards are zero and `valid` is False.
+  No gradient goes through it: neither through the dynamics nor through the log-probabilities.
+
+  Args:
+    environment: the dynamics.
+    policy: draws the actions.
+    theta: the policy's parameters.
+    task: of `environment.sample`.
+    key: consumed: split into one for the start and one for the steps; the latter into `[H, 2]`, for the action and
+      for the dynamics.
+  """
+  theta, task = jax.lax.stop_gradient((theta, task))
+  reset_key, steps_key = jax.random.split(key)
+
+  def body(carry, keys):
+    state, ended = carry
+    observation = environment.observe(task, state)
+    distribution = policy.apply(theta, observation)
+    action = policy.sample(distribution, keys[0])
+    log_prob = policy.log_prob(distribution, action)
+    after, reward, terminated = environment.step(task, state, action, keys[1])
+    after = jax.tree.map(lambda new, old: jnp.where(ended, old, new), after, state)
+    reward = jnp.where(ended, jnp.zeros_like(reward), reward)
+    return (after, ended | terminated), (observation, action, log_prob, reward, ~ended)
+
+  start = (environment.reset(task, reset_key), jnp.zeros((), bool))
+  keys = jax.random.split(steps_key, (environment.horizon, 2))
+  (state, ended), (observations, actions, log_probs, rewards, valid) = jax.lax.scan(body, start, keys)
+  last_observation = environment.observe(task, state)
+  return Trajectories(observations, actions, log_probs, rewards, valid, ended, last_observation)
+
+
+def collect(
+  environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey, *, num: int = 20
+) -> Trajectories:
+  """Returns `num` trajectories of one task, `[num]` in front of every leaf; they step together.
+
+  Args:
+    environment: as in `rollout`.
+    policy: as in `rollout`.
+    theta: as in `rollout`.
+    task: as in `rollout`.
+    key: consumed; split into one a trajectory.
+    num: B; 20 before and 20 after the update are the paper's (Li et al. 2017, section 4.3).
+
+  Raises:
+    ValueError: num is no integer of at least 1.
+  """
+  check_num(num)
+  one = lambda key: rollout(environment, policy, theta, task, key)
+  return jax.vmap(one)(jax.random.split(key, num))
+
+
+def check_num(num: int) -> None:
+  """Raises ValueError unless num, of trajectories, is an integer of at least 1."""
+  if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
+    raise ValueError(f'num, of trajectories, must be an integer of at least 1, got {num!r}')
+
+
+def undiscounted_return(trajectories: Trajectories) -> chex.Array:
+  """Returns the sum of rewards up to the end of each trajectory, `[…]`, in the environment's units."""
+  return jnp.sum(jnp.where(trajectories.valid, trajectories.rewards, 0), -1)

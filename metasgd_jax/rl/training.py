@@ -1,0 +1,105 @@
+"""Meta-training of policies with TRPO: many meta-iterations in one compiled loop, several seeds side by side."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax.rl.learner import PolicyGradient, trpo_meta_step
+from metasgd_jax.training import Progress, TrainState
+
+
+def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
+  """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
+
+  Args:
+    key: `[]` or `[R]`; becomes the run's key, and meta is drawn from it.
+    inner: from `policy_gradient`.
+
+  Raises:
+    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank.
+  """
+  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
+  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
+    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
+
+  def one(key):
+    meta = inner.init(jax.random.fold_in(key, -1 % 2**32))
+    return TrainState(jnp.zeros((), jnp.int32), key, meta, ())
+
+  return (jax.vmap(one) if shape else one)(key)
+
+
+def train(
+  state: TrainState,
+  *,
+  inner: PolicyGradient,
+  meta_iterations: int,
+  meta_batch: int = 20,
+  chunk: int = 10,
+  callbacks: Sequence[Callable[[Progress], None]] = (),
+  **trpo: Any,
+) -> TrainState:
+  """Runs `trpo_meta_step` from `state` until `meta_iterations` are done; returns the last state.
+
+  Meta-iteration i is a function of (state.key, i) and meta, so a run goes on from its state exactly. As
+  `metasgd_jax.train`, whose callbacks it takes; `info` has `loss` too, the negative of `return_after`.
+
+  Args:
+    state: from `init`, of one run or of R.
+    inner: from `policy_gradient`.
+    meta_iterations: where to stop, counted from the run's beginning; the paper's 100.
+    meta_batch: tasks in a meta-iteration; the paper's 20.
+    chunk: meta-iterations between callbacks.
+    callbacks: called in order.
+    **trpo: options of `trpo_meta_step`.
+
+  Raises:
+    ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, or options
+      that `trpo_meta_step` does not take.
+  """
+  for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+  done = before = int(np.max(state.step))
+  if done > meta_iterations:
+    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
+  step = functools.partial(trpo_meta_step, inner=inner, meta_batch=int(meta_batch), **trpo)
+  run = jax.jit(functools.partial(_run_chunk, step, chunk))
+  if done < meta_iterations:
+    jax.block_until_ready(run(state, 0))  # Compiled with a chunk of no steps, so that this is not timed.
+  seconds = 0.0
+  while done < meta_iterations:
+    n = min(chunk, meta_iterations - done)
+    start = time.perf_counter()
+    state, info = jax.block_until_ready(run(state, n))
+    seconds += time.perf_counter() - start
+    done += n
+    info = {name: np.asarray(values)[:n] for name, values in info.items()}
+    progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
+    for callback in callbacks:
+      callback(progress)
+  return state
+
+
+def _run_chunk(step, chunk, state, n):
+  """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
+
+  def one(state):
+    meta, info = step(state.meta, jax.random.fold_in(state.key, state.step))
+    return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
+
+  step_runs = jax.vmap(one) if state.step.ndim else one
+  rooms = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(step_runs, state)[1])
+
+  def body(i, carry):
+    state, infos = carry
+    state, info = step_runs(state)
+    return state, jax.tree.map(lambda room, v: jax.lax.dynamic_update_index_in_dim(room, v, i, 0), infos, info)
+
+  return jax.lax.fori_loop(0, n, body, (state, rooms))

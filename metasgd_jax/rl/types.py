@@ -1,0 +1,77 @@
+"""What passes between environments, policies and policy gradients.
+
+Shape letters beside those of `metasgd_jax.types`: H steps of a trajectory at the most, B trajectories of a task,
+O entries of an observation, A of an action.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+
+from metasgd_jax.types import PyTree
+
+
+class Environment(NamedTuple):
+  """A distribution of tasks, each a Markov decision process, as pure functions of one task.
+
+  Attributes:
+    sample: `key → task`, a pytree; consumes key.
+    reset: `(task, key) → state`, a pytree; consumes key.
+    observe: `(task, state) → observation [O]`.
+    step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` is an end
+      that lies in the task, such as a goal reached; that of time is the rollout's.
+    observation_size: O.
+    action_size: A.
+    horizon: H, after which time is up.
+  """
+
+  sample: Callable[[chex.PRNGKey], PyTree]
+  reset: Callable[[PyTree, chex.PRNGKey], PyTree]
+  observe: Callable[[PyTree, PyTree], chex.Array]
+  step: Callable[[PyTree, PyTree, chex.Array, chex.PRNGKey], tuple[PyTree, chex.Array, chex.Array]]
+  observation_size: int
+  action_size: int
+  horizon: int
+
+
+class Policy(NamedTuple):
+  """A stochastic policy as pure functions; a distribution over actions is a pytree of its parameters.
+
+  Attributes:
+    init: `key → θ`; consumes key.
+    apply: `(θ, observations […, O]) → distribution […]`.
+    sample: `(distribution, key) → action`, of one distribution; consumes key.
+    log_prob: `(distribution […], actions […, A]) → […]`.
+    kl: `(p […], q […]) → […]`, the divergence KL(p ‖ q).
+  """
+
+  init: Callable[[chex.PRNGKey], PyTree]
+  apply: Callable[[PyTree, chex.Array], Any]
+  sample: Callable[[Any, chex.PRNGKey], chex.Array]
+  log_prob: Callable[[Any, chex.Array], chex.Array]
+  kl: Callable[[Any, Any], chex.Array]
+
+
+class Trajectories(NamedTuple):
+  """What was seen and done; of one trajectory, or with `[B]` in front of several of one task.
+
+  A step after the end has `valid` False, and whatever the other leaves hold there counts for nothing.
+
+  Attributes:
+    observations: `[H, O]`, before each step.
+    actions: `[H, A]`.
+    log_probs: `[H]`, of the actions under the policy that took them.
+    rewards: `[H]`, zero after the end.
+    valid: `[H]`, bool: the step was taken.
+    terminated: `[]`, bool: the task ended the trajectory, not time.
+    last_observation: `[O]`, after the last valid step; what follows there, if time ended it, is not known.
+  """
+
+  observations: chex.Array
+  actions: chex.Array
+  log_probs: chex.Array
+  rewards: chex.Array
+  valid: chex.Array
+  terminated: chex.Array
+  last_observation: chex.Array

@@ -1,0 +1,181 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metasgd_jax import rl
+
+H = 12
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def draw(lengths=(12, 5, 1, 12, 7), terminated=(False, True, True, True, False), seed=0):
+  """Trajectories of these lengths, junk after their ends."""
+  rng = np.random.default_rng(seed)
+  B = len(lengths)
+  valid = np.arange(H)[None] < np.array(lengths)[:, None]
+  return rl.Trajectories(
+    observations=jnp.asarray(rng.normal(size=(B, H, 2)) * 6),
+    actions=jnp.zeros((B, H, 1)),
+    log_probs=jnp.zeros((B, H)),
+    rewards=jnp.asarray(rng.normal(size=(B, H))),
+    valid=jnp.asarray(valid),
+    terminated=jnp.array(terminated),
+    last_observation=jnp.asarray(rng.normal(size=(B, 2))),
+  )
+
+
+def steps_of(drawn, b):
+  """One trajectory's valid steps, as lists."""
+  n = int(drawn.valid[b].sum())
+  return n, np.asarray(drawn.observations[b])[:n], np.asarray(drawn.rewards[b])[:n]
+
+
+def returns_by_loop(rewards, discount):
+  return [sum(discount ** (s - t) * rewards[s] for s in range(t, len(rewards))) for t in range(len(rewards))]
+
+
+def advantages_by_loop(rewards, values, last, discount, decay):
+  values = [*values, last]
+  errors = [rewards[t] + discount * values[t + 1] - values[t] for t in range(len(rewards))]
+  return [sum((discount * decay) ** (s - t) * errors[s] for s in range(t, len(errors))) for t in range(len(errors))]
+
+
+def features_by_loop(observation, t):
+  o = np.clip(observation, -10, 10)
+  return np.array([*o, *o**2, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1.0])
+
+
+def padded(values):
+  return np.pad(values, (0, H - len(values)))
+
+
+@pytest.mark.parametrize('discount', [0.0, 0.9, 1.0])
+def test_discounted_returns(discount):
+  drawn = draw()
+  for b in range(5):
+    _, _, rewards = steps_of(drawn, b)
+    found = rl.discounted_returns(drawn.rewards[b], drawn.valid[b], discount)
+    # After the end rewards are none, whatever stands there.
+    np.testing.assert_allclose(found, padded(returns_by_loop(rewards, discount)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.7, 1.0])
+@pytest.mark.parametrize('last', [0.0, 2.5])
+def test_generalized_advantages(decay, last):
+  drawn = draw()
+  values = jnp.asarray(np.random.default_rng(1).normal(size=(5, H)))
+  for b in range(5):
+    n, _, rewards = steps_of(drawn, b)
+    found = rl.generalized_advantages(drawn.rewards[b], values[b], drawn.valid[b], last, discount=0.9, decay=decay)
+    expected = advantages_by_loop(rewards, np.asarray(values[b])[:n], last, 0.9, decay)
+    np.testing.assert_allclose(found, padded(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_features():
+  observations = np.random.default_rng(0).normal(size=(H, 2)) * 12
+  expected = [features_by_loop(o, t) for t, o in enumerate(observations)]
+  np.testing.assert_allclose(rl.linear_features(jnp.asarray(observations)), expected, rtol=1e-12)
+  later = [features_by_loop(o, t + 4) for t, o in enumerate(observations)]
+  np.testing.assert_allclose(rl.linear_features(jnp.asarray(observations), 4), later, rtol=1e-12)
+
+
+def baseline_by_normal_equations(drawn, discount, ridge):
+  """Weights by NumPy's least squares on the normal equations over the valid steps, as rllab has it."""
+  rows, targets = [], []
+  for b in range(len(drawn.valid)):
+    n, observations, rewards = steps_of(drawn, b)
+    rows += [features_by_loop(observations[t], t) for t in range(n)]
+    targets += returns_by_loop(rewards, discount)
+  rows, targets = np.array(rows), np.array(targets)
+  return np.linalg.lstsq(rows.T @ rows + ridge * np.eye(rows.shape[1]), rows.T @ targets)[0]
+
+
+@pytest.mark.parametrize('ridge', [1e-5, 0.3])
+def test_the_baseline_is_the_ridge_regression(ridge):
+  drawn = draw()
+  returns = jax.vmap(rl.discounted_returns, (0, 0, None))(drawn.rewards, drawn.valid, 0.9)
+  features = jax.vmap(rl.linear_features)(drawn.observations)
+  found = rl.fit_linear(features, returns, drawn.valid, ridge=ridge)
+  expected = baseline_by_normal_equations(drawn, 0.9, ridge)
+  np.testing.assert_allclose(features @ found, features @ expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_baseline_in_single_precision_bears_dependent_features():
+  rng = np.random.default_rng(0)
+  angle = rng.uniform(0, 2 * np.pi, (20, 100))
+  observations = np.stack([np.cos(angle), np.sin(angle)], -1)
+  targets = 3 * observations[..., 0] + 1
+  features = jax.vmap(rl.linear_features)(jnp.asarray(observations, jnp.float32))
+  weights = rl.fit_linear(features, jnp.asarray(targets, jnp.float32), jnp.ones((20, 100), bool))
+  assert weights.dtype == jnp.float32
+  np.testing.assert_allclose(features @ weights, targets, atol=1e-4)
+
+
+def test_normalize_sees_valid_steps_alone():
+  drawn = draw()
+  x = jnp.where(drawn.valid, drawn.rewards, 1e6)
+  inside = np.asarray(x)[np.asarray(drawn.valid)]
+  found = np.asarray(rl.normalize(x, drawn.valid))
+  np.testing.assert_allclose(
+    found[np.asarray(drawn.valid)], (inside - inside.mean()) / (inside.std() + 1e-8), rtol=1e-12
+  )
+  np.testing.assert_array_equal(found[~np.asarray(drawn.valid)], 0)
+  np.testing.assert_array_equal(rl.normalize(jnp.full((2, 3), 7.0), jnp.ones((2, 3), bool)), 0)
+
+
+CONFIGS = {
+  "MAML's": rl.MAML,
+  'neither baseline nor normalised': rl.AdvantageConfig(discount=0.8, baseline=False, normalized=False),
+  'short-sighted': rl.AdvantageConfig(discount=0.9, decay=0.5, normalized=False),
+  'bootstrapped': rl.AdvantageConfig(discount=0.9, decay=0.7, bootstrap=True, normalized=False),
+}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_all_together_against_loops(name):
+  config, drawn = CONFIGS[name], draw()
+  found = np.asarray(rl.advantages(drawn, config))
+  weights = baseline_by_normal_equations(drawn, config.discount, config.ridge) * config.baseline
+  expected = []
+  for b in range(5):
+    n, observations, rewards = steps_of(drawn, b)
+    values = [features_by_loop(observations[t], t) @ weights for t in range(n)]
+    time_ended_it = not bool(drawn.terminated[b])
+    beyond = features_by_loop(np.asarray(drawn.last_observation[b]), n) @ weights
+    last = beyond if config.bootstrap and time_ended_it else 0.0
+    expected.append(advantages_by_loop(rewards, values, last, config.discount, config.decay))
+  together = np.concatenate(expected)
+  if config.normalized:
+    expected = [(np.array(row) - together.mean()) / (together.std() + 1e-8) for row in expected]
+  np.testing.assert_allclose(found, np.stack([padded(row) for row in expected]), rtol=1e-5, atol=1e-6)
+
+
+def test_what_lies_after_the_end_counts_for_nothing():
+  drawn = draw()
+  spoilt = drawn._replace(
+    rewards=jnp.where(drawn.valid, drawn.rewards, jnp.nan),
+    observations=jnp.where(drawn.valid[..., None], drawn.observations, jnp.inf),
+  )
+  for config in CONFIGS.values():
+    np.testing.assert_array_equal(rl.advantages(spoilt, config), rl.advantages(drawn, config))
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(discount=1.1), r'discount must be in \[0, 1\], got 1.1'),
+    (dict(decay=-0.1), r'decay must be in \[0, 1\], got -0.1'),
+    (dict(ridge=0.0), 'ridge must be above 0, got 0.0'),
+    (dict(baseline=False, bootstrap=True), 'bootstrap=True takes its value from the baseline'),
+  ],
+)
+def test_bad_options(options, message):
+  with pytest.raises(ValueError, match=message):
+    rl.AdvantageConfig(**options)

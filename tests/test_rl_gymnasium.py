@@ -1,0 +1,272 @@
+"""Trajectories of Gymnasium's environments against those of the device."""
+
+import functools
+import sys
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+
+from metasgd_jax import adapt
+from metasgd_jax.rl.advantages import AdvantageConfig, advantages
+from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_host, to_box
+from metasgd_jax.rl.learner import Rollouts, policy_gradient, policy_learner
+from metasgd_jax.rl.pendulum import pendulum
+from metasgd_jax.rl.policies import gaussian
+from metasgd_jax.rl.rollout import collect
+from metasgd_jax.rl.surrogate import dice
+from metasgd_jax.types import Batch, Episode
+
+H, B = 30, 4
+POLICY = gaussian(3, 1, hidden=(8,))
+ADVANTAGE = AdvantageConfig(ridge=1e-2)  # cos² + sin² = 1 leaves the fit of few steps to the ridge.
+
+
+class Starting(PendulumEnv):
+  """Gymnasium's pendulum with a task's constants, from a given state."""
+
+  def __init__(self, task, start):
+    super().__init__(g=float(task.gravity))
+    self.m, self.l, self.start = float(task.mass), float(task.length), start
+
+  def reset(self, **options):
+    super().reset(**options)
+    self.state = np.array(self.start, np.float64)
+    return self._get_obs(), {}
+
+
+def starting(environment, keys):
+  """`make`, whose environments start where trajectories do that `collect` draws with these keys, one after another."""
+  starts = []
+
+  def make(task):
+    if not starts:
+      for key in jax.random.split(keys.pop(0), B):
+        starts.append(environment.reset(jax.tree.map(jnp.asarray, task), jax.random.split(key)[0]))
+    return Starting(task, starts.pop(0))
+
+  return make
+
+
+class Count(gymnasium.Env):
+  """Counts to `last`, and says how often each of these was closed."""
+
+  observation_space = gymnasium.spaces.Dict(
+    {'count': gymnasium.spaces.Discrete(9), 'seen': gymnasium.spaces.Box(-np.inf, np.inf, (2, 1), np.float64)}
+  )
+  action_space = gymnasium.spaces.Box(np.array([0.0, -3.0], np.float32), np.array([1.0, 5.0], np.float32))
+
+  def __init__(self, last, log=None):
+    self.last, self.log = last, [] if log is None else log
+
+  def _now(self):
+    return {'count': self.count, 'seen': np.array([[self.count], [self.start]])}
+
+  def reset(self, *, seed=None, options=None):
+    super().reset(seed=seed)
+    self.log.append(seed)
+    self.count, self.start = 0, float(self.np_random.random())
+    return self._now(), {}
+
+  def step(self, action):
+    assert self.action_space.contains(action)
+    assert self.count < self.last, 'stepped after the end'
+    self.count += 1
+    return self._now(), float(action[1]), self.count == self.last, False, {}
+
+  def close(self):
+    self.log.append('closed')
+
+
+COUNTING = gaussian(11, 2, hidden=())
+
+
+def close(a, b, rtol=2e-4, atol=2e-5):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
+
+
+def pendulum_and_key(seed):
+  environment = pendulum(horizon=H)
+  task = environment.sample(jax.random.key(seed))
+  return environment, task, POLICY.init(jax.random.key(seed + 1)), jax.random.key(seed + 2)
+
+
+@pytest.mark.parametrize('seed', [0, 10])
+def test_pendulum_on_the_host_is_the_pendulum_on_the_device(seed):
+  environment, task, theta, key = pendulum_and_key(seed)
+  expected = jax.jit(functools.partial(collect, environment, POLICY, num=B))(theta, task, key)
+  found = collect_on_host(starting(environment, [key]), POLICY, theta, task, key, horizon=H, num=B)
+  assert [a.dtype for a in found] == [a.dtype for a in expected]
+  close(found, expected)  # Gymnasium's actions and observations are float32, its state float64.
+
+
+def test_adapt_runs_on_the_hosts_trajectories():
+  environment, task, theta, key = pendulum_and_key(20)
+  found = collect_on_host(starting(environment, [key]), POLICY, theta, task, key, horizon=H, num=B)
+  expected = jax.jit(functools.partial(collect, environment, POLICY, num=B))(theta, task, key)
+
+  def loss_fn(theta, drawn):
+    log_probs = POLICY.log_prob(POLICY.apply(theta, drawn.observations), drawn.actions)
+    return -jnp.mean(jax.vmap(dice)(log_probs, drawn.log_probs, advantages(drawn, ADVANTAGE), drawn.valid))
+
+  step = jax.jit(functools.partial(adapt, loss_fn=loss_fn))
+  adapted = step(theta, 0.1, found)
+  close(adapted, step(theta, 0.1, expected), rtol=1e-3, atol=1e-4)
+  moved = jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), adapted, theta))
+  assert min(moved) > 2e-3
+
+
+def after_one(make):
+  """`make`, but for the first call, which asks for sizes."""
+  calls = []
+
+  def f(task):
+    calls.append(task)
+    return make(task) if len(calls) > 1 else Starting(task, (0, 0))
+
+  return f
+
+
+def test_inner_loop_and_meta_gradient_are_those_of_the_device():
+  environment, task, _, _ = pendulum_and_key(30)
+  options = dict(trajectories=B, steps=2, alpha_range=(0.1, 0.1), advantage=ADVANTAGE)
+  key, act_key = jax.random.split(jax.random.key(3))
+  keys = [*jax.random.split(key, 2), act_key]
+  on_host = policy_gradient_on_host(
+    after_one(starting(environment, keys)), environment.sample, POLICY, horizon=H, **options
+  )
+  assert on_host.environment[4:] == environment[4:] == (3, 1, H)
+  on_device = policy_gradient(environment, POLICY, **options)
+  meta = on_device.init(jax.random.key(4))
+  close(on_host.init(jax.random.key(4)), meta, 0, 0)
+  episode = Episode(task, Batch(Rollouts(task, act_key), task))
+  of = lambda inner: jax.value_and_grad(policy_learner(inner).loss, has_aux=True)(meta, episode, key)
+  (_, found), grads = of(on_host)
+  (_, info), expected = of(on_device)
+  assert not keys
+  close(found, info, rtol=1e-3)
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+  assert np.linalg.norm(flat(grads) - flat(expected)) < 1e-3 * np.linalg.norm(flat(expected))
+
+
+def test_ends_by_the_task_by_its_time_limit_and_by_the_horizon():
+  theta = COUNTING.init(jax.random.key(0))
+  lasts = iter([3, 6, 8, 8])  # The task's end, that and the time limit at once, the time limit, and again.
+  make = lambda task: gymnasium.wrappers.TimeLimit(Count(next(lasts)), 6)
+  drawn = collect_on_host(make, COUNTING, theta, None, jax.random.key(1), horizon=7, num=4)
+  assert drawn.valid.sum(1).tolist() == [3, 6, 6, 6]
+  assert all(row == sorted(row, reverse=True) for row in drawn.valid.tolist())
+  assert drawn.terminated.tolist() == [True, True, False, False]
+  assert drawn.observations.shape == (4, 7, 11)
+  assert not np.any(np.where(drawn.valid, 0, drawn.rewards))
+  assert drawn.last_observation[:, 9].tolist() == [3, 6, 6, 6]
+  lasts = iter([8, 2])
+  drawn = collect_on_host(lambda task: Count(next(lasts)), COUNTING, theta, None, jax.random.key(1), horizon=4, num=2)
+  assert drawn.valid.sum(1).tolist() == [4, 2]
+  assert drawn.terminated.tolist() == [False, True]
+
+
+def test_what_is_stored_belongs_together():
+  theta = COUNTING.init(jax.random.key(0))
+  drawn = collect_on_host(lambda task: Count(task), COUNTING, theta, 8, jax.random.key(1), horizon=5, num=2)
+  for t in range(5):
+    one_hot = np.eye(9)[t]
+    np.testing.assert_array_equal(drawn.observations[:, t, :9], [one_hot, one_hot])  # Before the step.
+  log_probs = COUNTING.log_prob(COUNTING.apply(theta, drawn.observations), drawn.actions)
+  close(drawn.log_probs, log_probs)
+  close(drawn.rewards, -3 + 8 * (np.clip(drawn.actions[..., 1], -1, 1) + 1) / 2)
+
+
+def test_trajectories_are_a_function_of_the_key():
+  theta = COUNTING.init(jax.random.key(0))
+  log = []
+  collect_ = lambda seed: collect_on_host(
+    lambda task: Count(5, log), COUNTING, theta, None, jax.random.key(seed), horizon=5, num=3
+  )
+  first, again, other = collect_(0), collect_(0), collect_(1)
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  seeds = [s for s in log if s != 'closed']
+  assert seeds[:3] == seeds[3:6]
+  assert len(set(seeds)) == 6
+  starts = [d.observations[:, 0, 10].tolist() for d in (first, other)]
+  assert len(set(starts[0] + starts[1])) == 6
+  assert len(set(np.ravel(first.actions).tolist() + np.ravel(other.actions).tolist())) == 60
+  assert log.count('closed') == 9
+
+
+def test_environments_are_closed_after_an_error():
+  log = []
+  make = lambda task: Count(2, log)
+  with pytest.raises(RuntimeError, match='no action'):
+    collect_on_host(
+      make, COUNTING, COUNTING.init(jax.random.key(0)), None, jax.random.key(1), horizon=4, num=3, act=refuse
+    )
+  assert log.count('closed') == 3
+
+
+def refuse(space, action):
+  raise RuntimeError('no action')
+
+
+def test_actions_of_another_kind():
+  theta = gaussian(4, 1).init(jax.random.key(0))
+  act = lambda space, action: int(action[0] > 0)
+  make = lambda task: gymnasium.make('CartPole-v1', disable_env_checker=True)
+  drawn = collect_on_host(make, gaussian(4, 1), theta, None, jax.random.key(1), horizon=40, num=3, act=act)
+  steps = drawn.valid.sum(1)
+  assert np.all((steps > 5) & (drawn.terminated | (steps == 40)))  # Chance does not balance a pole for long.
+  np.testing.assert_array_equal(drawn.rewards.sum(1), steps)
+  assert np.all(np.abs(drawn.observations[:, 0]) <= 0.05)
+  with pytest.raises(ValueError, match=r'bounds of a Box, and the action space is Discrete\(2\); give act'):
+    collect_on_host(make, gaussian(4, 1), theta, None, jax.random.key(1), horizon=40)
+  endless = gymnasium.spaces.Box(-np.inf, 1, (1,))
+  with pytest.raises(ValueError, match='bounds of a Box'):
+    policy_gradient_on_host(lambda task: _with(Count(2), endless), lambda key: 0, COUNTING, horizon=3)
+
+
+def _with(env, action_space):
+  env.action_space = action_space
+  return env
+
+
+def test_actions_are_scaled_to_the_box():
+  box = gymnasium.spaces.Box(np.array([[0.0], [-3.0]], np.float32), np.array([[1.0], [5.0]], np.float32))
+  for action, expected in (((-1, -1), (0, -3)), ((1, 1), (1, 5)), ((0, 0.5), (0.5, 3)), ((9, -9), (1, -3))):
+    found = to_box(box, np.array(action, np.float32))
+    assert box.contains(found)
+    np.testing.assert_allclose(found, np.reshape(expected, (2, 1)), rtol=1e-6)
+
+
+def test_float64():
+  with jax.enable_x64(True):
+    environment, task, theta, key = pendulum_and_key(0)
+    drawn = collect_on_host(starting(environment, [key]), POLICY, theta, task, key, horizon=3, num=B)
+    assert drawn.observations.dtype == drawn.rewards.dtype == np.float64
+
+
+def test_the_device_cannot_step_it():
+  inner = policy_gradient_on_host(lambda task: Count(5), lambda key: 0, COUNTING, horizon=5)
+  assert (inner.environment.observation_size, inner.environment.action_size) == (11, 2)
+  with pytest.raises(RuntimeError, match='is stepped by collect_on_host'):
+    collect(inner.environment, COUNTING, COUNTING.init(jax.random.key(0)), 0, jax.random.key(0))
+
+
+def test_without_gymnasium(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gymnasium', None)
+  for call in (
+    lambda: collect_on_host(Count, COUNTING, {}, 3, jax.random.key(0), horizon=5),
+    lambda: policy_gradient_on_host(Count, lambda key: 3, COUNTING, horizon=5),
+  ):
+    with pytest.raises(ImportError, match=r"Gymnasium is not installed; pip install 'metasgd_jax\[gym\]'"):
+      call()
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'), [(dict(horizon=0), 'horizon must be'), (dict(horizon=3, num=0), 'num, of trajectories, must')]
+)
+def test_what_it_refuses(options, message):
+  with pytest.raises(ValueError, match=message):
+    collect_on_host(Count, COUNTING, {}, 3, jax.random.key(0), **options)
