@@ -6,11 +6,12 @@ Before anything is timed, both work on the same trajectories, from the same weig
 gradients, the surrogate's meta-gradient, the divergence elsewhere, its curvature's product with a vector, and what one
 TRPO step makes of θ and α must be equal; and the peer's environments must give the same rewards for the same actions.
 Each program has a process of its own, and waits while another has its turn. Both draw new tasks in each iteration.
+Processor seconds count all threads, and say more than rates where a machine has other work.
 """
 
-import contextlib
 import functools
 import multiprocessing
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,11 @@ RATE = 0.5
 """Of the inner step, where it starts: that of MAML's released script."""
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
+TASKS = 20
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
+_LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'What to train.')
+_THREADS = flags.DEFINE_multi_integer('threads', None, "The peer's; 1 and as many as there are if not given.")
 _SECONDS = flags.DEFINE_float('seconds', 4.0, 'About how long a turn takes.', lower_bound=0.1)
 
 
@@ -40,19 +44,31 @@ def build_inner(learner: str, **environment) -> rl.PolicyGradient:
 class Ours:
   """Our meta-iterations, as many as are asked for in one call of a compiled loop; meta stays on the device."""
 
-  def __init__(self, learner: str) -> None:
+  def __init__(self, learner: str, whole: bool = True) -> None:
     inner = build_inner(learner)
-    self.meta, self.key = inner.init(jax.random.key(0)), jax.random.key(1)
+    self.state, self.key = (inner.init(jax.random.key(0)), jnp.zeros(())), jax.random.key(1)
 
-    def loop(meta, key, iterations):
-      step = lambda i, meta: rl.trpo_meta_step(meta, jax.random.fold_in(key, i), inner=inner)[0]
-      return jax.lax.fori_loop(0, iterations, step, meta)
+    def step(i, state, key):
+      meta, total = state
+      key = jax.random.fold_in(key, i)
+      if whole:
+        return rl.trpo_meta_step(meta, key, inner=inner)[0], total
+      return meta, total + jnp.sum(jax.vmap(functools.partial(_draw, inner, meta))(jax.random.split(key, TASKS)))
 
-    self.loop = jax.jit(loop)
+    self.loop = jax.jit(lambda state, key, n: jax.lax.fori_loop(0, n, lambda i, s: step(i, s, key), state))
 
   def __call__(self, iterations: int) -> None:
     self.key, key = jax.random.split(self.key)
-    self.meta = jax.block_until_ready(self.loop(self.meta, key, iterations))
+    self.state = jax.block_until_ready(self.loop(self.state, key, iterations))
+
+
+def _draw(inner: rl.PolicyGradient, meta, key):
+  """A meta-iteration's trajectories and advantages in a new task, without the update; a scalar that needs them all."""
+  sample_key, explore_key, act_key = jax.random.split(key, 3)
+  task = inner.environment.sample(sample_key)
+  (before,), path = inner.explore(meta, task, explore_key)
+  drawn = before, inner.experience(path[-1], task, act_key)
+  return sum(jnp.sum(e.trajectories.log_probs + e.advantages) for e in drawn)
 
 
 def check(learner: str, tasks: int = 3) -> None:
@@ -180,10 +196,16 @@ class Program:
     self._process = context.Process(target=serve, args=(theirs, build, *args), daemon=True)
     self._process.start()
     theirs.close()
+    self._cpu: list[tuple[int, float]] = []
 
   def __call__(self, iterations: int) -> None:
     self._pipe.send(iterations)
-    self._pipe.recv()
+    self._cpu.append((iterations, self._pipe.recv()))
+
+  def cpu(self) -> float:
+    """Returns the processor's seconds, of all threads, that an iteration took; the first call's left out."""
+    iterations, seconds = zip(*self._cpu[1:], strict=True)
+    return sum(seconds) / sum(iterations)
 
   def close(self) -> None:
     self._pipe.send(0)
@@ -191,11 +213,12 @@ class Program:
 
 
 def serve(pipe, build, *args) -> None:
-  """Does as many iterations as each message says, and answers; 0 ends it."""
+  """Does as many iterations as each message says, and answers with the processor's seconds; 0 ends it."""
   run = build(*args)
   while iterations := pipe.recv():
+    start = time.process_time()
     run(iterations)
-    pipe.send(iterations)
+    pipe.send(time.process_time() - start)
 
 
 def main(argv) -> None:
@@ -206,17 +229,21 @@ def main(argv) -> None:
 
   from benchmarks import navigation_peer as peers
 
-  for learner in LEARNERS:
+  threads = _THREADS.value or sorted({1, torch.get_num_threads()})
+  for learner in _LEARNERS.value:
     check(learner)
     print(f'\n## {learner}: both agree in float64; timing in turn', flush=True)
-    with contextlib.ExitStack() as stack:
-      programs = {OURS: Program(Ours, learner)}
-      for threads in sorted({1, torch.get_num_threads()}):
-        name = f'torch and Gymnasium, {threads} thread(s)'
-        programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, threads)
+    for whole in (True, False):
+      print('\nmeta-iterations:' if whole else '\nthe same without updates, sampling and inner steps alone:')
+      programs = {OURS: Program(Ours, learner, whole)}
+      for count in threads:
+        name = f'torch and Gymnasium, {count} thread(s)'
+        programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, whole)
+      found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
+      columns = {'processor seconds an iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
+      print(timing.table(found, OURS, columns), flush=True)
       for program in programs.values():
-        stack.callback(program.close)
-      print(timing.table(timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value), OURS), flush=True)
+        program.close()
   about = writers.provenance()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 

@@ -106,7 +106,6 @@ class Peer:
     self.alpha = [torch.full_like(t, rate).requires_grad_(learns_alpha) for t in self.theta]
     self.params = self.theta + (self.alpha if learns_alpha else [])
     self.envs = SyncVectorEnv([Navigation2D] * TRAJECTORIES)
-    self.returns: list[float] = []
 
   def sample(self, theta, start, goal) -> Batch:
     self.envs.call('set_task', start, goal)
@@ -177,17 +176,25 @@ class Peer:
         return
     self._set(start)
 
+  def draw(self) -> tuple[list[Batch], list[Batch]]:
+    """Samples new tasks' trajectories before and after the inner step."""
+    goals = np.random.default_rng().uniform(-0.5, 0.5, (TASKS, 2)).astype(np.float32)
+    start = np.zeros(2, np.float32)
+    before, after = [], []
+    for goal in goals:
+      before.append(self.sample(self.theta, start, goal))
+      after.append(self.sample(self.adapt(before[-1], create_graph=False), start, goal))
+    return before, after
+
+  def draw_only(self, iterations: int) -> None:
+    """Meta-iterations without their updates."""
+    for _ in range(iterations):
+      self.draw()
+
   def __call__(self, iterations: int) -> None:
     """That many meta-iterations."""
     for _ in range(iterations):
-      goals = np.random.default_rng().uniform(-0.5, 0.5, (TASKS, 2)).astype(np.float32)
-      before, after = [], []
-      for goal in goals:
-        start = np.zeros(2, np.float32)
-        before.append(self.sample(self.theta, start, goal))
-        after.append(self.sample(self.adapt(before[-1], create_graph=False), start, goal))
-      self.update(before, after)
-      self.returns.append(float(torch.stack([a.rewards.sum(-1).mean() for a in after]).mean()))
+      self.update(*self.draw())
 
   def _set(self, flat) -> None:
     torch.nn.utils.vector_to_parameters(flat, self.params)
@@ -208,10 +215,11 @@ def conjugate_gradient(product, b):
   return x
 
 
-def build(learns_alpha: bool, rate: float, threads: int) -> Peer:
-  """Returns a peer with new weights; sets the process's threads."""
+def build(learns_alpha: bool, rate: float, threads: int, whole: bool = True) -> Callable[[int], None]:
+  """Returns a peer with new weights, or what it does without updates; sets the process's threads."""
   torch.set_num_threads(threads)
-  return Peer(new_theta(), rate, learns_alpha)
+  peer = Peer(new_theta(), rate, learns_alpha)
+  return peer if whole else peer.draw_only
 
 
 def _normal(mean, log_std):

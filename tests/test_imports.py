@@ -19,6 +19,7 @@ ONLY_HERE = {  # library → where alone it may be imported
   'tensorboardX': ('writers.py',),
   'safetensors': ('model_file.py',),
   'orbax': ('checkpoint.py',),
+  'gymnasium': ('rl/gymnasium_host.py',),
   'sklearn': ('classifier.py',),
 }
 MAY_IMPORT = {  # part → parts of the package that it may use
@@ -41,7 +42,7 @@ MAY_IMPORT = {  # part → parts of the package that it may use
   'tasks': {'types', 'sharding', 'tasks'},
   'nn': {'types', 'nn'},
   'learners': {'types', 'adaptation', 'losses', 'learners'},
-  'rl': {'types', 'adaptation', 'rl'},
+  'rl': {'types', 'adaptation', 'training', 'rl'},
   'datasets': {'types', 'tasks', 'datasets'},
   'model_file': {'types', 'losses', 'learners', 'nn', 'writers'},
   'classifier': {'types', 'model_file', 'writers'},
@@ -80,7 +81,7 @@ def test_each_module_imports_only_what_it_may(path):
 def test_importing_the_package_leaves_the_slow_and_the_optional_alone():
   code = (
     'import sys, metasgd_jax; from jax._src import xla_bridge as b; '
-    "slow = ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'tensorboardX', 'orbax.checkpoint'); "
+    "slow = ('tensorflow_datasets', 'tensorflow', 'matplotlib', 'tensorboardX', 'orbax.checkpoint', 'gymnasium'); "
     'print([m for m in slow if m in sys.modules], '
     'b.backends_are_initialized())'
   )

@@ -26,9 +26,10 @@ def test_modules_exist(module):
 
 
 def test_flags_exist():
-  from experiments import classification, regression
+  from experiments import classification, navigation, regression, resuming
 
-  known = {*classification.Config.__dataclass_fields__, *regression.Config.__dataclass_fields__, 'workdir', 'help'}
+  configs = classification.Config, regression.Config, navigation.Config, resuming.Keeping
+  known = {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'help'}
   known |= {'support', 'query', 'out', 'model', 'transductive'}
   for name in set(re.findall(r'--([a-z_0-9]+)', README)):
     assert name in known or name.removeprefix('no') in known, name

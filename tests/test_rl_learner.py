@@ -198,7 +198,7 @@ def test_a_trpo_meta_step_by_its_parts():
 
 def trpo_by_its_parts(inner):
   meta, key = inner.init(jax.random.key(0)), jax.random.key(4)
-  found, info = jax.jit(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=3))(meta, key)
+  found, info = jax.jit(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=3, damping=0.01))(meta, key)
   explore, experience = jax.jit(inner.explore), jax.jit(inner.experience)
   explored, after = [], []
   for sample_key, explore_key, act_key in jax.random.split(key, (3, 3)).T:
@@ -225,7 +225,7 @@ def trpo_by_its_parts(inner):
     return total / sum(v.sum() for v in valid)
 
   expected, update = jax.jit(
-    lambda meta: rl.trpo_update(meta, distributions=distributions, surrogate=surrogate, kl=kl)
+    lambda meta: rl.trpo_update(meta, distributions=distributions, surrogate=surrogate, kl=kl, damping=0.01)
   )(meta)
   assert update.step > 0
   assert_trees_close(found, expected, rtol=1e-5, atol=1e-8)
@@ -243,9 +243,8 @@ def test_tasks_at_once_and_seeds_side_by_side_change_no_number():
   keys = jax.random.split(jax.random.key(0), (2, 2))
   metas = jax.vmap(inner.init)(keys[0])
   alone = [step(tasks_at_once=1)(jax.tree.map(lambda a, i=i: a[i], metas), keys[1][i]) for i in range(2)]
-  for at_once in (3, 4):
-    other = step(tasks_at_once=at_once)(jax.tree.map(lambda a: a[0], metas), keys[1][0])
-    assert_trees_close(other, alone[0], rtol=5e-3, atol=1e-4)
+  other = step(tasks_at_once=3)(jax.tree.map(lambda a: a[0], metas), keys[1][0])  # Three, and then one.
+  assert_trees_close(other, alone[0], rtol=5e-3, atol=1e-4)
   together = jax.jit(jax.vmap(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=4, damping=0.01)))(
     metas, keys[1]
   )
@@ -255,7 +254,9 @@ def test_tasks_at_once_and_seeds_side_by_side_change_no_number():
 
 def test_curvature_of_a_part_of_the_tasks_keeps_the_bound_over_all():
   inner = INNER['meta_sgd']
-  step = lambda **options: jax.jit(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=4, **options))
+  step = lambda **options: jax.jit(
+    functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=4, damping=0.01, **options)
+  )
   meta, key = inner.init(jax.random.key(0)), jax.random.key(1)
   whole, part = step()(meta, key), step(curvature_tasks=2)(meta, key)
   assert_close(part[1]['return_after'], whole[1]['return_after'], rtol=1e-5)  # The same trajectories.

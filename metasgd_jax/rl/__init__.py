@@ -10,6 +10,7 @@ from metasgd_jax.rl.advantages import (
   linear_features,
   normalize,
 )
+from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_host
 from metasgd_jax.rl.learner import (
   Experience,
   PolicyGradient,
@@ -21,9 +22,12 @@ from metasgd_jax.rl.learner import (
   task_distribution,
   trpo_meta_step,
 )
+from metasgd_jax.rl.navigation import Navigation, navigation
+from metasgd_jax.rl.pendulum import Pendulum, PendulumConfig, pendulum
 from metasgd_jax.rl.policies import Gaussian, gaussian
 from metasgd_jax.rl.rollout import collect, rollout, undiscounted_return
 from metasgd_jax.rl.surrogate import dice, likelihood_ratio, score
+from metasgd_jax.rl.training import init, train
 from metasgd_jax.rl.trpo import TrpoInfo, conjugate_gradient, fisher_product, trpo_update
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 
@@ -33,6 +37,9 @@ __all__ = [
   'Environment',
   'Experience',
   'Gaussian',
+  'Navigation',
+  'Pendulum',
+  'PendulumConfig',
   'Policy',
   'PolicyGradient',
   'Rollouts',
@@ -40,6 +47,7 @@ __all__ = [
   'TrpoInfo',
   'advantages',
   'collect',
+  'collect_on_host',
   'conjugate_gradient',
   'dice',
   'discounted_returns',
@@ -47,16 +55,21 @@ __all__ = [
   'fit_linear',
   'gaussian',
   'generalized_advantages',
+  'init',
   'likelihood_ratio',
   'linear_features',
   'mean_return',
+  'navigation',
   'normalize',
+  'pendulum',
   'policy_gradient',
+  'policy_gradient_on_host',
   'policy_learner',
   'returns_by_step',
   'rollout',
   'score',
   'task_distribution',
+  'train',
   'trpo_meta_step',
   'trpo_update',
   'undiscounted_return',

@@ -48,8 +48,8 @@ MAML = AdvantageConfig()
 def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML) -> chex.Array:
   """Returns the advantages `[B, H]` of one task's trajectories, leaves `[B, …]`; zero after the end.
 
-  The baseline is fitted to these trajectories' discounted returns, as in MAML's released code; then equation 16 of
-  Schulman et al. 2016, and then they are normalised.
+  The baseline is fitted to these trajectories' own discounted returns; then equation 16 of Schulman et al. 2016, and
+  then they are normalised.
   """
   t = trajectories
   if config.baseline:

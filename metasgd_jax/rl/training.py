@@ -47,8 +47,9 @@ def train(
 ) -> TrainState:
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done; returns the last state.
 
-  Meta-iteration i is a function of (state.key, i) and meta, so a run goes on from its state exactly. As
-  `metasgd_jax.train`, whose callbacks it takes; `info` has `loss` too, the negative of `return_after`.
+  Meta-iteration i is a function of (state.key, i) and meta, so a run goes on from its state exactly. Callbacks are as
+  those of `metasgd_jax.train`; `info` has `loss` too, the negative of `return_after`, and calls TRPO's share of a step
+  `taken`.
 
   Args:
     state: from `init`, of one run or of R.
@@ -69,8 +70,8 @@ def train(
   done = before = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
-  step = functools.partial(trpo_meta_step, inner=inner, meta_batch=int(meta_batch), **trpo)
-  run = jax.jit(functools.partial(_run_chunk, step, chunk))
+  options = tuple(sorted(trpo.items()))
+  run = functools.partial(_run_chunk, inner=inner, meta_batch=int(meta_batch), chunk=int(chunk), trpo=options)
   if done < meta_iterations:
     jax.block_until_ready(run(state, 0))  # Compiled with a chunk of no steps, so that this is not timed.
   seconds = 0.0
@@ -87,11 +88,14 @@ def train(
   return state
 
 
-def _run_chunk(step, chunk, state, n):
+@functools.partial(jax.jit, static_argnames=('inner', 'meta_batch', 'chunk', 'trpo'))
+def _run_chunk(state, n, *, inner, meta_batch, chunk, trpo):
   """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
 
   def one(state):
-    meta, info = step(state.meta, jax.random.fold_in(state.key, state.step))
+    key = jax.random.fold_in(state.key, state.step)
+    meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, **dict(trpo))
+    info['taken'] = info.pop('step')
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
 
   step_runs = jax.vmap(one) if state.step.ndim else one
