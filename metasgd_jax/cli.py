@@ -20,13 +20,18 @@ import numpy as np
 
 from metasgd_jax.version import __version__
 
-_say = functools.partial(print, flush=True)
+
+def _say(text: str = '') -> None:
+  """Prints lines, with escapes for what names of files and facts of models may hold and a terminal may obey."""
+  from metasgd_jax.datasets.messages import printable
+
+  print('\n'.join(map(printable, text.split('\n'))), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code: 0, or 1 after a mistake, told in a sentence on standard error."""
   args = parse(sys.argv[1:] if argv is None else argv)
-  from metasgd_jax.datasets.preparing import DatasetError
+  from metasgd_jax.datasets.messages import DatasetError
   from metasgd_jax.writers import WriterError
 
   for stream in (sys.stdout, sys.stderr):  # A file's name may hold what a terminal cannot show.
@@ -111,7 +116,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _refuse(e: Exception) -> int:
-  print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+  from metasgd_jax.datasets.messages import printable
+
+  print(f'error: {printable(" ".join(str(e).split()))}', file=sys.stderr)
   return 1
 
 
@@ -119,9 +126,10 @@ def _prepare_predict(args: argparse.Namespace) -> Callable[[], None]:
   """Reads and checks everything, and adapts; what it returns answers, draws and writes."""
   from metasgd_jax.classifier import FewShotClassifier
   from metasgd_jax.datasets import image_folder
+  from metasgd_jax.datasets.messages import at_home
   from metasgd_jax.model_file import load_model
 
-  out, query_dir = (pathlib.Path(path).expanduser() for path in (args.out, args.query))
+  out, query_dir = at_home(args.out), at_home(args.query)
   model = load_model(args.model)
   *size, channels = model.config.image_shape
   fit = 'pad' if model.config.background == 'dark' else 'crop'  # A drawing's strokes go to its edges.
@@ -133,7 +141,7 @@ def _prepare_predict(args: argparse.Namespace) -> Callable[[], None]:
       f'{_classes(model.config)} apart; a class is a sub-folder'
     )
   query = image_folder.read_images(query_dir, **how)
-  _check_out(out, {'--support': pathlib.Path(args.support).expanduser(), '--query': query_dir})
+  _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
   invert: Any = {'auto': 'auto', 'yes': True, 'no': False}[args.invert]
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=invert)
   sizes = [int(n) for n in support.bank.sizes]
@@ -191,7 +199,7 @@ def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   from metasgd_jax.writers import WriterError
 
   for flag, folder in inputs.items():
-    if out.resolve().is_relative_to(folder.resolve()):
+    if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails at loops.
       raise WriterError(f'--out={out} lies in {flag}, whose pictures the results would join; give another --out')
   there = next(path for path in (out, *out.absolute().parents) if path.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

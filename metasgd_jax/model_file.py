@@ -27,6 +27,7 @@ Background = Literal['dark', 'any']
 """Of the pictures trained on: `dark` is light ink on black, as Omniglot here."""
 
 _MOST = {'way': 10_000, 'filters': 10_000, 'hidden': 100_000, 'inner_steps': 1000}
+_MOST_LEVELS = 10  # Of facts within facts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,14 @@ class ModelConfig:
       raise ValueError(f'image_shape must be a tuple (height, width, channels) of integers 1 to 4096, got {shape!r}')
     if min(shape[:2]) < 16:
       raise ValueError(f'image_shape must be at least 16x16, which Conv4 halves four times, got {shape!r}')
-    if self.learner == 'maml' and not (_is_number(self.alpha) and math.isfinite(self.alpha or 0.0)):
+    if self.learner == 'maml' and not _is_finite(self.alpha):
       raise ValueError(f"alpha must be MAML's rate, a finite number, got {self.alpha!r}")
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
     if not isinstance(self.training, dict) or not all(isinstance(k, str) for k in self.training):
       raise ValueError(f'training must be a dict of facts by name, got {self.training!r}')
+    if not _is_shallow(self.training, _MOST_LEVELS):
+      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
     try:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError) as e:
@@ -137,8 +140,9 @@ def save_model(path: PathLike, model: FewShotModel) -> None:
   try:
     with atomic(pathlib.Path(path).expanduser()) as file:
       file.write(data)
-  except OSError as e:
-    raise WriterError(f'the model file {path} cannot be written ({e.strerror}); give another path') from e
+  except (OSError, ValueError, RuntimeError) as e:  # Of a name with a NUL, or ~ of nobody.
+    reason = getattr(e, 'strerror', None) or e
+    raise WriterError(f'the model file {path} cannot be written ({reason}); give another path') from e
 
 
 def load_model(path_or_name: PathLike) -> FewShotModel:
@@ -157,7 +161,8 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
         _check_tensors(str(path), shapes, _by_name(structure))
         tensors = {name: file.get_tensor(name) for name in slices}
     except (safetensors.SafetensorError, OSError) as e:
-      raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({e}); get it again') from e
+      reason = _shown(str(e))
+      raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({reason}); get it again') from e
   _check_finite(str(path), tensors)
   leaves = [tensors[name] for name in _by_name(structure)]
   return FewShotModel(config, jax.tree.unflatten(jax.tree.structure(structure), leaves))
@@ -212,7 +217,8 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     raise ValueError(f'{path} has no metadata of a metasgd_jax model; write one with metasgd_jax.save_model')
   version = metadata['format_version']
   if not version.isascii() or not version.isdigit() or len(version) > 9 or int(version) < 1:
-    raise ValueError(f'{path} has format version {version!r}, which is no positive integer; get it again')
+    shown = f"'{_shown(version)}'"
+    raise ValueError(f'{path} has format version {shown}, which is no positive integer; get it again')
   if int(version) > FORMAT_VERSION:
     raise ValueError(
       f'{path} is of format version {version}, and this metasgd_jax reads up to {FORMAT_VERSION}; upgrade metasgd_jax'
@@ -225,7 +231,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
-    reason = str(e).replace('ModelConfig.__init__()', 'the config')
+    reason = _shown(str(e).replace('ModelConfig.__init__()', 'the config'))
     raise ValueError(f'{path} does not describe a model ({reason}); get it again, or write it anew') from e
 
 
@@ -246,12 +252,14 @@ def _by_name(meta: MetaParams) -> dict[str, Any]:
 def _check_tensors(whose: str, found: Mapping[str, tuple[tuple, str]], wanted: Mapping[str, Any]) -> None:
   for names, what in ((set(wanted) - set(found), 'lacks'), (set(found) - set(wanted), 'has beside what belongs there')):
     if names:
-      raise ValueError(f'{whose} {what} the tensor {min(names)} ({len(names)} in all); was it made with its config?')
+      raise ValueError(
+        f'{whose} {what} the tensor {_shown(min(names))} ({len(names)} in all); was it made with its config?'
+      )
   for name, (shape, dtype) in found.items():
     want = wanted[name].shape, wanted[name].dtype.name
     if (shape, dtype) != want:
       raise ValueError(
-        f'{whose} has {dtype} {shape} for the tensor {name}, where its config asks for {want[1]} {want[0]}; '
+        f'{whose} has {dtype} {shape} for the tensor {_shown(name)}, where its config asks for {want[1]} {want[0]}; '
         'was it made with another?'
       )
 
@@ -259,7 +267,7 @@ def _check_tensors(whose: str, found: Mapping[str, tuple[tuple, str]], wanted: M
 def _check_finite(whose: str, tensors: Mapping[str, Any]) -> None:
   for name, tensor in tensors.items():
     if not np.all(np.isfinite(tensor)):
-      raise ValueError(f'{whose} has values in the tensor {name} that are not finite; did training diverge?')
+      raise ValueError(f'{whose} has values in the tensor {_shown(name)} that are not finite; did training diverge?')
 
 
 def _check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -271,5 +279,20 @@ def _is_int(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_finite(value: Any) -> bool:
+  try:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  except OverflowError:  # Of an integer beyond all floats.
+    return False
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+  if not isinstance(value, dict | list | tuple):
+    return True
+  return levels > 0 and all(_is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def _shown(text: str) -> str:
+  """What a file says, as part of a sentence: without line ends and without end."""
+  text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:300])
+  return text if len(text) < 300 else f'{text[:300]}…'

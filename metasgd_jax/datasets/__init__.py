@@ -1,7 +1,7 @@
 """Real data sets as class banks. The only place that imports tensorflow_datasets."""
 
 from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot
-from metasgd_jax.datasets.preparing import DatasetError
+from metasgd_jax.datasets.messages import DatasetError
 from metasgd_jax.datasets.splits import (
   ClassNames,
   Splits,

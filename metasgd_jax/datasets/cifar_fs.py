@@ -4,12 +4,12 @@ TensorFlow is not needed, neither to read nor to prepare the data.
 """
 
 import os
-import pathlib
 import time
 
 import numpy as np
 
-from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, images_as_pillow, prepare, without_advice
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
+from metasgd_jax.datasets.preparing import images_as_pillow, prepare, reading, without_advice
 from metasgd_jax.datasets.splits import Splits, published_split, split_bank
 from metasgd_jax.tasks.few_shot import ClassBank
 
@@ -38,12 +38,15 @@ def load(
     DatasetError: the directory is missing or cannot be written, the archive is missing, broken or another than the
       registered one, there is no network, or the data found is not CIFAR-100 in array_record files.
   """
-  builder = _builder(pathlib.Path(data_dir).expanduser())
-  archives = None if archives is None else pathlib.Path(archives).expanduser()
+  data_dir, report = at_home(data_dir), printing(report)
+  archives = None if archives is None else at_home(archives)
+  with reading('CIFAR-100', data_dir, 'cifar100'):
+    builder = _builder(data_dir)
   if not builder.data_path.exists():
     with images_as_pillow(builder):
       prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
-  return _read(builder, report)
+  with reading('CIFAR-100', data_dir, 'cifar100'):
+    return _read(builder, report)
 
 
 def _builder(data_dir):
@@ -54,14 +57,10 @@ def _builder(data_dir):
 
 def _read(builder, report: Report) -> Splits:
   report(f'reading CIFAR-100 from {builder.data_path}')
-  try:
-    images, labels, ids = _read_splits(builder, report)
-    names = builder.info.features['label'].names
-  except (NotImplementedError, ValueError, KeyError, IndexError, OSError, RuntimeError) as e:
-    raise DatasetError(
-      f'{builder.data_path} cannot be read as array_record files of CIFAR-100 ({first_line(e)}); '
-      'prepare it again in another data_dir'
-    ) from e
+  images, labels, ids = _read_splits(builder, report)
+  if images.shape[1:] != (SIZE, SIZE, 3):
+    raise ValueError(f'images of shape {images.shape[1:]}')
+  names = builder.info.features['label'].names
   lists = published_split('cifar_fs')
   wrong = sorted(set(names) ^ {name for part in lists for name in part})
   if wrong:

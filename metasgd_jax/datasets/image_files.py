@@ -5,10 +5,13 @@ and a folder that is linked into itself is read once.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import io
 import os
 import pathlib
 import stat
+import threading
 import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -16,14 +19,20 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from metasgd_jax.datasets.preparing import DatasetError, Report, first_line
+from metasgd_jax.datasets.messages import DatasetError, Report, first_line, printing
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 SECONDS_BETWEEN_REPORTS = 5.0
 REPORTED_ONE_BY_ONE = 10
+SECONDS_OF_A_FILE = 60.0
+"""A file that takes longer to decode is skipped: some are made so that they take hours."""
 
 Fit = Literal['crop', 'pad']
 """What becomes of an image of another shape: cut to its middle, or laid on a ground of its border's median colour."""
+
+_LARGE = 1 << 24
+_large_ones = threading.BoundedSemaphore(2)
+"""Of more pixels than _LARGE, so many are decoded at once; the largest allowed takes 1.5 GB."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -82,7 +91,7 @@ def read_all(
   Raises:
     ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
   """
-  form = check_form(size, channels, fit)
+  form, report = check_form(size, channels, fit), printing(report)
   images = np.empty((len(paths), *form, channels), np.uint8)
   read: list[pathlib.Path] = []
   skipped: list[tuple[pathlib.Path, str]] = []
@@ -121,7 +130,10 @@ def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
   while waiting:
     folder = waiting.pop()
     entries = list_directory(folder)
-    status = folder.stat()
+    try:
+      status = folder.stat()
+    except OSError as e:
+      raise DatasetError(f'the directory of images {folder} cannot be listed ({first_line(e)})') from e
     if (status.st_dev, status.st_ino) in seen:
       continue
     seen.add((status.st_dev, status.st_ino))
@@ -175,20 +187,22 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, 
       return 'it is not a file'
     if status.st_size == 0:
       return 'the file is empty'
-    with Image.open(path, formats=_FORMATS) as opened:
-      if Image.MAX_IMAGE_PIXELS is not None and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+    with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened:
+      if _is_too_large(opened.width * opened.height):
         return _too_large()
-      opened.load()
-      image = _eight_bit(_upright(opened))
-      if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-      image = image.convert('RGB')
-      if channels == 1:
-        image = image.convert('L')
-      shaped = _crop if fit == 'crop' else _pad
-      image = shaped(image, height, width).resize((width, height), Image.Resampling.LANCZOS)
-      return np.array(image).reshape(height, width, channels)
+      with _large_ones if opened.width * opened.height > _LARGE else contextlib.nullcontext():
+        file.restart()  # Waiting for others does not count.
+        opened.load()
+        image = _eight_bit(_upright(opened))
+        if image.has_transparency_data:
+          image = image.convert('RGBA')
+          image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        image = image.convert('RGB')
+        if channels == 1:
+          image = image.convert('L')
+        shaped = _crop if fit == 'crop' else _pad
+        image = shaped(image, height, width).resize((width, height), Image.Resampling.LANCZOS)
+        return np.array(image).reshape(height, width, channels)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     return _too_large()
   except UnidentifiedImageError:
@@ -197,6 +211,26 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, 
     return e.strerror or first_line(e)
   except Exception as e:  # Decoders raise anything at broken files.
     return f'it is broken ({first_line(e)})'
+
+
+class _Timed(io.BufferedReader):
+  """A file that can be read for some time only; decoders come back for more all the while."""
+
+  def __init__(self, path: str | os.PathLike[str]):
+    super().__init__(io.FileIO(path))
+    self.restart()
+
+  def restart(self) -> None:
+    self._until = time.monotonic() + SECONDS_OF_A_FILE
+
+  def read(self, size: int | None = -1) -> bytes:
+    if time.monotonic() > self._until:
+      raise OSError(f'it takes more than {SECONDS_OF_A_FILE:g} s to decode')
+    return super().read(size)
+
+
+def _is_too_large(pixels: int) -> bool:
+  return Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
 
 
 def _too_large() -> str:
@@ -222,6 +256,8 @@ def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
   """Returns the image in the middle of the smallest ground of the shape height:width that it lies on."""
   scale = max(image.height / height, image.width / width)
   full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
+  if _is_too_large(full[0] * full[1]):
+    raise OSError(f'it is too thin, {image.width}x{image.height}, to be laid on a ground of the shape {height}:{width}')
   pixels = np.asarray(image).reshape(image.height, image.width, -1)
   border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
   colour = tuple(int(v) for v in np.median(border, 0))

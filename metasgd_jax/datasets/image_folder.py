@@ -17,7 +17,7 @@ from metasgd_jax.datasets.image_files import (
   read_all,
 )
 from metasgd_jax.datasets.image_files import read_image as read_image
-from metasgd_jax.datasets.preparing import DatasetError, Report
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
 from metasgd_jax.datasets.splits import some
 from metasgd_jax.tasks.few_shot import ClassBank
 
@@ -64,7 +64,7 @@ def load(
     ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
   """
   check_form(size, channels, fit)
-  directory = pathlib.Path(directory).expanduser()
+  directory, report = at_home(directory), printing(report)
   entries = list_directory(directory)
   folders = [path for path in entries if is_folder(path)]
   if not folders:
@@ -104,7 +104,7 @@ def read_images(
     ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
   """
   check_form(size, channels, fit)
-  directory = pathlib.Path(directory).expanduser()
+  directory, report = at_home(directory), printing(report)
   paths = list_images(directory)
   report(f'reading {len(paths):,} images from {directory}')
   found = read_all(paths, size, channels, report, fit)

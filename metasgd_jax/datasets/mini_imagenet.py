@@ -17,7 +17,7 @@ import numpy as np
 
 from metasgd_jax.datasets import image_cache
 from metasgd_jax.datasets.image_files import check_form, is_folder, list_directory, list_images, read_all
-from metasgd_jax.datasets.preparing import DatasetError, Report, first_line
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, first_line, printing
 from metasgd_jax.datasets.splits import ClassNames, Splits, published_split, some
 from metasgd_jax.tasks.few_shot import ClassBank
 
@@ -66,7 +66,7 @@ def load(
     ValueError: a size below 1.
   """
   height, width = check_form(size, 3)
-  directory = pathlib.Path(directory).expanduser()
+  directory, report = at_home(directory), printing(report)
   lists = published_split('mini_imagenet')
   classes = [name for part in lists for name in part]
   sources = _of_classes(directory, list(_sources(directory)), classes, report)
@@ -80,7 +80,7 @@ def load(
   if cache is None:
     bank = decode()
   else:
-    place = image_cache.Cache(pathlib.Path(cache).expanduser(), f'mini_imagenet_{height}x{width}')
+    place = image_cache.Cache(at_home(cache), f'mini_imagenet_{height}x{width}')
     source = image_cache.fingerprint(directory, paths)
     source['of_each_class'] = [len(sources[name]) for name in classes]  # Of a list that moves an image between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)
@@ -132,11 +132,13 @@ def _sources(directory: pathlib.Path) -> Iterator[_Source]:
 def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
   """Yields the images that a CSV file names."""
   folder = directory / 'images' if is_folder(directory / 'images') else directory
+  if not path.is_file():  # To open a pipe would wait for ever.
+    raise DatasetError(f'{path} is not a file; take it away, or put the list there')
   try:
     with path.open(newline='', encoding='utf-8-sig') as file:
       rows = csv.DictReader(file)
       if not {'filename', 'label'} <= set(rows.fieldnames or ()):
-        raise DatasetError(f'{path} has the columns {rows.fieldnames}; its first line must be filename,label')
+        raise DatasetError(f'{path} has the columns {rows.fieldnames!s:.200}; its first line must be filename,label')
       for row in rows:
         name, label = row['filename'], row['label']
         if not name or not label:
@@ -144,7 +146,8 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
         parts = re.split(r'[\\/]', name)
         if '..' in parts or '' in parts or '\0' in name or ':' in parts[0]:
           raise DatasetError(
-            f'line {rows.line_num} of {path} names {name!r}, which may lie outside {folder}; give names of files in it'
+            f'line {rows.line_num} of {path} names {name!r:.200}, which may lie outside {folder}; '
+            'give names of files in it'
           )
         yield _Source(folder.joinpath(*parts), label, _PARTS[path.stem.lower()])
   except (csv.Error, UnicodeDecodeError, OSError) as e:
@@ -158,7 +161,7 @@ def _of_classes(directory, found: list[_Source], classes: list[str], report: Rep
   for source in found:
     label = label_of.setdefault(source.path, source.wordnet_id)
     if label != source.wordnet_id:
-      raise DatasetError(f'{source.path} is listed as {label} and as {source.wordnet_id}; leave one of them')
+      raise DatasetError(f'{source.path} is listed as {label:.100} and as {source.wordnet_id:.100}; leave one of them')
     sources.setdefault(source.wordnet_id, {})[source.path] = source
   if missing := [name for name in classes if name not in sources]:
     raise DatasetError(_what_is_missing(directory, missing))

@@ -4,13 +4,13 @@ TensorFlow is not needed, neither to read nor to prepare the data.
 """
 
 import os
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from metasgd_jax.datasets.preparing import DatasetError, Report, first_line, prepare, without_advice
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
+from metasgd_jax.datasets.preparing import prepare, reading, without_advice
 from metasgd_jax.datasets.splits import Splits
 from metasgd_jax.tasks.few_shot import class_bank
 
@@ -66,11 +66,14 @@ def load(
   """
   if not 1 <= size <= ORIGINAL:
     raise ValueError(f'size must be from 1 to {ORIGINAL} pixels, got {size}')
-  builder = _builder(pathlib.Path(data_dir).expanduser())
-  archives = None if archives is None else pathlib.Path(archives).expanduser()
+  data_dir, report = at_home(data_dir), printing(report)
+  archives = None if archives is None else at_home(archives)
+  with reading('Omniglot', data_dir, 'omniglot'):
+    builder = _builder(data_dir)
   if not builder.data_path.exists():
     prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
-  return _read(builder, size, report)
+  with reading('Omniglot', data_dir, 'omniglot'):
+    return _read(builder, size, report)
 
 
 def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) -> Splits:
@@ -117,21 +120,17 @@ def _read(builder, size: int, report: Report) -> Characters:
   numbers = np.zeros(CHARACTERS, int)
   count = np.zeros(CHARACTERS, int)
   alphabet_name = builder.info.features['alphabet'].int2str
-  try:
-    with without_advice():
-      for split in ('train', 'test'):
-        for example in builder.as_data_source(split=split):
-          label = int(example['label'])
-          if count[label] < DRAWINGS:
-            images[label, count[label], :, :, 0] = _shrink(example['image'], size)
-          count[label] += 1
-          alphabets[label] = alphabet_name(int(example['alphabet']))
-          numbers[label] = int(example['alphabet_char_id'])
-  except (NotImplementedError, ValueError, KeyError, IndexError, OSError, RuntimeError) as e:
-    raise DatasetError(
-      f'{builder.data_path} cannot be read as array_record files of Omniglot ({first_line(e)}); '
-      'prepare it again in another data_dir'
-    ) from e
+  with without_advice():
+    for split in ('train', 'test'):
+      for example in builder.as_data_source(split=split):
+        label = int(example['label'])
+        if not 0 <= label < CHARACTERS or example['image'].shape[:2] != (ORIGINAL, ORIGINAL):
+          raise ValueError(f'a drawing of character {label} and of shape {example["image"].shape}')
+        if count[label] < DRAWINGS:
+          images[label, count[label], :, :, 0] = _shrink(example['image'], size)
+        count[label] += 1
+        alphabets[label] = alphabet_name(int(example['alphabet']))
+        numbers[label] = int(example['alphabet_char_id'])
   if not np.all(count == DRAWINGS):
     bad = int(np.flatnonzero(count != DRAWINGS)[0])
     raise DatasetError(

@@ -7,34 +7,20 @@ handed to it as Pillow's.
 """
 
 import contextlib
-import gzip
 import importlib.util
 import os
 import pathlib
 import sys
-import tarfile
 import tempfile
 import types
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 from PIL import Image
 
-Report = Callable[[str], None]
-"""Called with a line of text before something that takes seconds."""
-
-
-_BROKEN = (
-  zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, NotImplementedError,
-  RuntimeError,
-)  # fmt: skip
-
-
-class DatasetError(Exception):
-  """A data set cannot be had as asked; the message says why and what to do."""
+from metasgd_jax.datasets.archives import is_archive, unpack
+from metasgd_jax.datasets.messages import DatasetError, Report, first_line
 
 
 def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
@@ -67,7 +53,7 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
   with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
     for path in paths:
       method = tfds.download.Resource(path=path).extract_method.name
-      _extract(path, pathlib.Path(extract_dir) / f'{method}.{path.name}')
+      unpack(path, pathlib.Path(extract_dir) / f'{method}.{path.name}')
     config = tfds.download.DownloadConfig(
       extract_dir=extract_dir, manual_dir=None if archives is None else pathlib.Path(archives)
     )
@@ -76,7 +62,7 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
         builder.download_and_prepare(
           download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
         )
-    except (OSError, ValueError, AssertionError, IndexError) as e:
+    except Exception as e:  # The builders check little of what they read.
       if isinstance(e, OSError) and not str(e.filename).startswith(extract_dir):
         raise DatasetError(f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)})') from e
       raise DatasetError(
@@ -101,6 +87,32 @@ def images_as_pillow(builder: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(what: str, data_dir: pathlib.Path, name: str) -> Iterator[None]:
+  """Turns what is raised at prepared files that are not what tfds wrote, of many kinds, into one error.
+
+  Args:
+    what: the data set, as people call it.
+    data_dir: tfds' data directory.
+    name: the data set's folder in it.
+
+  Raises:
+    DatasetError: whatever was raised; or there is something in the folder that is no file.
+  """
+  try:
+    for path in (data_dir / name).rglob('*'):
+      if not path.is_file() and not path.is_dir():  # To open a pipe would wait for ever.
+        raise DatasetError(f'{path} is not a file; prepare {what} again in another data_dir')
+    yield
+  except DatasetError:
+    raise
+  except Exception as e:
+    raise DatasetError(
+      f'{data_dir / name} cannot be read as array_record files of {what} ({first_line(e)}); '
+      'prepare it again in another data_dir'
+    ) from e
+
+
+@contextlib.contextmanager
 def without_advice() -> Iterator[None]:
   """Leaves out what tfds logs of decoders that are not installed, at each start."""
   before = logging.get_verbosity()
@@ -111,19 +123,15 @@ def without_advice() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-def first_line(e: BaseException) -> str:
-  """Returns the first line of an error's text, or its type's name."""
-  return (str(e).strip().splitlines() or [type(e).__name__])[0]
-
-
 def _make_writable(data_dir: pathlib.Path) -> None:
   try:
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=data_dir):
       pass
-  except OSError as e:
+  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+    reason = getattr(e, 'strerror', None) or e
     raise DatasetError(
-      f'data_dir {data_dir} does not have the data set and cannot be written to prepare it there ({e.strerror}); '
+      f'data_dir {data_dir} does not have the data set and cannot be written to prepare it there ({reason}); '
       'give a data_dir that has it or that can be written'
     ) from e
 
@@ -142,7 +150,7 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
   import tensorflow_datasets as tfds
 
   kind = 'zip' if path.suffix == '.zip' else 'tar'
-  if not (zipfile.is_zipfile(path) if kind == 'zip' else _is_tar(path)):
+  if not is_archive(path):
     raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
   found = tfds.core.download.checksums.compute_url_info(path)
   if verify and found != builder.url_infos[url]:
@@ -152,13 +160,6 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
       '(--noverify_archives)'
     )
   return found
-
-
-def _is_tar(path: pathlib.Path) -> bool:
-  try:
-    return tarfile.is_tarfile(path)
-  except _BROKEN:
-    return False
 
 
 def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Report) -> list[pathlib.Path]:
@@ -183,24 +184,6 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
       f'check data_dir, or get {", ".join(urls)} elsewhere and give their directory as archives'
     ) from e
-
-
-def _extract(path: pathlib.Path, to: pathlib.Path) -> None:
-  try:
-    if zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        archive.extractall(to)  # Leaves out '..' and roots of names.
-    else:
-      with tarfile.open(path) as archive:
-        archive.extractall(to, filter='data')  # Refuses members, links and devices that lead outside.
-        while archive.fileobj and archive.fileobj.read(1 << 20):
-          pass  # The checksum of what was unpacked comes last, and tarfile does not read so far.
-  except tarfile.FilterError as e:
-    raise DatasetError(f'{path} has a member that leads outside of it ({first_line(e)}); do not trust it') from e
-  except _BROKEN as e:
-    raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
-  except OSError as e:
-    raise DatasetError(f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make room, or free the way') from e
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ import importlib.resources
 import math
 import numbers
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.preparing import DatasetError
+from metasgd_jax.datasets.messages import DatasetError, at_home
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -82,10 +81,13 @@ def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
   """Reads one class name a line; blank lines and lines that begin with # are left out.
 
   Raises:
-    DatasetError: the file is missing or is not UTF-8 text.
+    DatasetError: the file is missing, is not a file or is not UTF-8 text.
   """
   try:
-    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8-sig')
+    file = at_home(path)
+    if file.exists() and not file.is_file():  # To read a pipe would wait for ever.
+      raise DatasetError(f'the list of classes {path} is not a file; give a text file')
+    text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as e:
     raise DatasetError(f'the list of classes {path} is not UTF-8 text; write one class name a line') from e
   except (OSError, ValueError) as e:

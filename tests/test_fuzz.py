@@ -1,0 +1,35 @@
+"""Some hostile files for each reader, the same ones each time; `make fuzz` reads ten thousand others."""
+
+import random
+
+import pytest
+from fuzz.reader import attempt, trees_of
+from fuzz.readers import READERS
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+EXAMPLES = {'checkpoint': 3, 'omniglot.load, archives': 4, 'cifar_fs.load, archives': 4}
+
+
+@pytest.mark.parametrize('reader', READERS, ids=lambda reader: reader.name)
+def test_valid_files_are_accepted(reader):
+  for tree in trees_of(reader):
+    assert attempt(reader, random.Random(0), tree=tree) is None
+
+
+@pytest.mark.parametrize('reader', READERS, ids=lambda reader: reader.name)
+def test_changed_files_are_accepted_or_refused_in_a_sentence(reader):
+  @settings(
+    max_examples=EXAMPLES.get(reader.name, 25),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+  )
+  @given(st.randoms(use_true_random=False))
+  def read(rng):
+    attempt(reader, rng)
+
+  trees_of(reader)
+  read()
