@@ -1,7 +1,9 @@
 # make demo   Meta-SGD beside MAML on sine curves, as in the paper's Table 1 and Figure 3
 # make test   the tests
 # make lint   style and types
+# make fuzz   ten thousand hostile files for everything that is read from disk, in some minutes
 # make bench  ours against its peers; needs the extra `bench`
+# make torture  kills a run at random moments, 60 times; it must end as if never killed
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test lint bench lowest clean
+.PHONY: demo test fuzz lint bench torture lowest clean
 
 demo: $(VENV)/plots
 	$(BIN)/python -m experiments.regression --workdir=runs/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+fuzz: $(VENV)/test
+	$(BIN)/python -m tests.fuzz --inputs=10000
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -27,6 +32,10 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.omniglot
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.navigation
+
+torture: $(VENV)/test
+	$(BIN)/python tests/torture.py --kills=60
 
 # The tests with the oldest versions that pyproject.toml allows.
 lowest:

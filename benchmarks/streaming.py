@@ -33,8 +33,8 @@ def build(directory: pathlib.Path) -> dict[str, ms.TaskDistribution | ms.TaskStr
     images[start : start + INSTANCES] = rng.integers(0, 256, (INSTANCES, SIDE, SIDE, 3), np.uint8)
   images.flush()
   sizes = np.full(CLASSES, INSTANCES)
-  bank = ms.tasks.ClassBank(np.load(path), sizes)
-  mapped = ms.tasks.ClassBank(np.load(path, mmap_mode='r'), sizes)
+  bank = ms.tasks.ClassBank(np.load(path, allow_pickle=False), sizes)
+  mapped = ms.tasks.ClassBank(np.load(path, mmap_mode='r', allow_pickle=False), sizes)
   indices = ms.tasks.image_indices(bank, way=5, shot=1, query=15)
   return {
     RESIDENT: ms.tasks.few_shot(bank, way=5, shot=1, query=15),

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_table, few_shot_training, options, reporting
+from experiments import few_shot_data, few_shot_table, few_shot_training, options, reporting, resuming, trainings
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import (
   LEARNERS,
@@ -28,6 +28,7 @@ from experiments.few_shot_learners import (
 from experiments.few_shot_training import Setup, build
 from experiments.options import option
 from experiments.reporting import test_keys
+from experiments.resuming import Keeping
 from metasgd_jax import writers
 from metasgd_jax.evaluation import estimate
 
@@ -110,7 +111,10 @@ class Config:
   eval_seed: int = option(0, 'Of the tasks to test on.', low=0, high=2**31 - 1)
   eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
   eval_query: int = option(15, 'Query images of a class in testing.', low=1, high=1000)
-
+  bad_steps: str = option(
+    'stop', 'Where a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.',
+    choices=('stop', 'skip'),
+  )  # fmt: skip
   tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
@@ -161,20 +165,26 @@ class Config:
     return self.eval_shots or (self.shot,)
 
 
-def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -> list[dict]:
+def run(
+  config: Config, workdir: writers.PathLike, setup: Setup | None = None, keeping: Keeping | None = None
+) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
-  workdir = writers.open_workdir(workdir)
-  metrics = reporting.start(workdir, config)
+  with resuming.open_run(workdir, config, keeping) as opened:
+    return _run(config, setup, opened)
+
+
+def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
+  workdir = opened.workdir
   rows, curves = [], {}
   pictures: dict[str, Callable[[Any], Any]] = {}
   for name in config.learners:
-    meta, curve = few_shot_training.train(name, config, setup, metrics)
+    meta, curve, skipped = few_shot_training.train(name, config, setup, opened)
     writers.write_params(workdir / f'params_{name}.msgpack', meta)
     about_run = {
       'meta_iterations': 0 if name in UNTRAINED else config.meta_iterations, 'meta_batch': meta_batch(name, config),
       'query': 0 if name == 'joint' else query_images(name, config), 'eval_query': config.eval_query,
-      'ensemble': config.ensemble, 'metric': 'accuracy',
+      'ensemble': config.ensemble, 'metric': 'accuracy', **skipped,
     }  # fmt: skip
     if name in SEQUENTIAL:
       about_run['accuracy_by_instance'] = few_shot_training.by_instance(name, meta, config, setup)
@@ -187,7 +197,7 @@ def run(config: Config, workdir: writers.PathLike, setup: Setup | None = None) -
         print(_sentence(name, result, rows[-1], config))
     if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
       _save_model(workdir / f'model_{name}.safetensors', name, meta, results, config, setup)
-    writers.write_json(workdir / 'results.json', {'rows': rows})
+    writers.write_json(workdir / 'results.json', {**options.recipe('classification', config), 'rows': rows})
     if curve:
       curves[NAMES[name]] = curve['accuracy']
     pictures[f'task_{name}'] = functools.partial(_draw_task, name, meta, config, setup)
@@ -261,19 +271,23 @@ def _draw_instances(name, values, plotting):
 
 
 def _prepare() -> Callable[[], object]:
-  config = options.from_flags(Config)
+  config, keeping = options.from_flags(Config), options.from_flags(Keeping)
   workdir = writers.open_workdir(flags.FLAGS.workdir)
   if config.table2 or config.table3:
-    return few_shot_table.prepare(config, workdir, build, run)
+    if keeping.debug_task is not None or keeping.check_determinism:
+      raise ValueError("debug_task and check_determinism look into one cell; give its flags and workdir, not a table's")
+    return few_shot_table.prepare(config, workdir, build, functools.partial(run, keeping=keeping), keeping.restart)
   setup = build(config)
-  return lambda: run(config, workdir, setup)
+  looked_into = trainings.look(few_shot_training.plan(config, setup), config, workdir, keeping)
+  return looked_into or (lambda: run(config, workdir, setup, keeping))
 
 
 if __name__ == '__main__':
   options.define_flags(Config)
+  options.define_flags(Keeping)
   flags.DEFINE_string(
     'workdir',
     'runs/classification',
-    'Where config.json, metrics, results and pictures go; an earlier run there is replaced.',
+    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
   options.main(_prepare)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -109,6 +110,12 @@ def head_alone(config: Any, rate: float) -> dict[str, float]:
   return {**dict.fromkeys(body, 0.0), last: rate}
 
 
+_NOT_FINITE_IS_NAN = optax.stateless(
+  lambda grads, _: jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.nan), grads)
+)
+"""So that clipping does not make an infinite gradient one that goes unseen."""
+
+
 def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
   """Returns Adam, its gradient clipped where the learner's paper or the configuration says so."""
   rate: Any = config.learning_rate
@@ -118,7 +125,7 @@ def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
   if name == 'meta_lstm':
     before.append(optax.clip_by_global_norm(0.25))  # Ravi and Larochelle 2017, section 5.1.1.
   if config.clip:
-    before.append(optax.clip(config.clip))
+    before += [_NOT_FINITE_IS_NAN, optax.clip(config.clip)]
   return optax.chain(*before, optax.adam(rate))
 
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from experiments import few_shot_data, reporting
+from experiments import few_shot_data, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
 from metasgd_jax import writers
 
@@ -58,7 +58,9 @@ def cells(config: Any) -> list[Any]:
   ]
 
 
-def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) -> Callable[[], object]:
+def prepare(
+  config: Any, workdir: pathlib.Path, build: Callable, run: Callable, restart: bool = False
+) -> Callable[[], object]:
   """Checks that the table can be made, and returns what makes it.
 
   Args:
@@ -66,8 +68,11 @@ def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) 
     workdir: where the cells go.
     build: `(cell's config, data) → Setup`.
     run: `(cell's config, directory, Setup) → rows`.
+    restart: whether unfinished cells are begun anew; else those of another configuration are refused.
   """
   todo = cells(config)
+  for cell in () if restart else todo:
+    resuming.check(_directory(workdir, cell), cell)
   data = few_shot_data.placed(few_shot_data.load(todo[0]), todo[0].stream)  # Once for all cells.
   for cell in todo:
     build(cell, data)  # Raises what is wrong with it.
@@ -77,7 +82,7 @@ def prepare(config: Any, workdir: pathlib.Path, build: Callable, run: Callable) 
 def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
   dataset, failed = todo[0].dataset, []
   for i, cell in enumerate(todo):
-    directory = workdir / 'cells' / f'{dataset}_{cell.learner[0]}_{cell.way}way_{cell.shot}shot'
+    directory = _directory(workdir, cell)
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
     if _done(cell, directory):
       print(f'{about}: is there already')
@@ -96,8 +101,14 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
     raise reporting.TrainingError(f'{len(failed)} of {len(todo)} cells are missing: {"; ".join(failed)}')
 
 
+def _directory(workdir: pathlib.Path, cell: Any) -> pathlib.Path:
+  return workdir / 'cells' / f'{cell.dataset}_{cell.learner[0]}_{cell.way}way_{cell.shot}shot'
+
+
 def _done(cell: Any, directory: pathlib.Path) -> bool:
   """Whether a cell was made with this configuration, to the end."""
+  if resuming.unfinished(directory):
+    return False
   try:
     found = json.loads((directory / 'config.json').read_text())
     json.loads((directory / 'results.json').read_text())

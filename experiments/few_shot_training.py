@@ -11,9 +11,11 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_learners, reporting
+from experiments import few_shot_data, few_shot_learners, reporting, trainings
 from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from experiments.reporting import test_keys
+from experiments.resuming import Run
+from experiments.trainings import Training
 from metasgd_jax import sharding, writers
 
 Config = Any
@@ -76,7 +78,7 @@ def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
       for name in config.learners
       for inductive in (False, True)
     },
-    {name: build_optimizer(name, config) for name in config.learners},
+    {name: trainings.optimizer_of(config, build_optimizer(name, config)) for name in config.learners},
     {shot: test(data.test, shot) for shot in config.test_shots},
     test(data.validation, config.shot) if config.validate_every else None,
     _start(config),
@@ -104,58 +106,81 @@ class Best:
 
   def __init__(self, judge: Callable[[Any], float], every: int, keep: int, writer: Callable[[int, float], None]):
     """`judge` gives a meta's accuracy; it is asked each `every` meta-iterations, and `writer` is told."""
-    self._judge, self._every, self._keep, self._writer, self._next = judge, every, keep, writer, every
+    self._judge, self._every, self.keep, self._writer, self._next = judge, every, keep, writer, every
     self.found: list[tuple[float, int, Any]] = []
 
-  def __call__(self, progress: ms.Progress) -> None:
-    """Takes a chunk."""
+  def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
+    """Goes on after a step, with the best so far."""
+    self.found, self._next = found, (step // self._every + 1) * self._every
+
+  def __call__(self, progress: ms.Progress) -> float | None:
+    """Takes a chunk; returns its accuracy where it is asked for."""
     if progress.step < min(self._next, progress.total):
-      return
+      return None
     self._next = progress.step + self._every
     meta = jax.device_get(progress.state.meta)
     accuracy = self._judge(meta)
     self._writer(progress.step, accuracy)
-    self.found = sorted([*self.found, (accuracy, progress.step, meta)], key=lambda f: f[:2], reverse=True)[: self._keep]
+    self.found = sorted([*self.found, (accuracy, progress.step, meta)], key=lambda f: f[:2], reverse=True)[: self.keep]
+    return accuracy
 
 
-def train(name, config: Config, setup: Setup, metrics: list[writers.Writer]):
-  """Returns the meta of R runs, R in front, and their curves, `None` without training.
+def plan(config: Config, setup: Setup) -> list[Training]:
+  """Returns every training of the configuration, R of each learner that is trained, before it is trained."""
+  return [_training(name, r, config, setup) for name in config.learners for r in _runs(name, config)]
 
-  They are trained one after the other; a network as large as this gains nothing from running them side by side.
-  """
+
+def _runs(name: str, config: Config) -> range:
+  return range(0 if name in UNTRAINED else config.seeds)
+
+
+def _training(name: str, r: int, config: Config, setup: Setup) -> Training:
   learner, tasks, optimizer, batch = (
     setup.learners[name], setup.train[name], setup.optimizers[name], few_shot_learners.meta_batch(name, config)
   )  # fmt: skip
-  metas, curves = [], []
-  for r, key in enumerate(reporting.seed_keys(config.seed, config.seeds)):
-    label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
-    recorder = reporting.Recorder(label, metrics)
-    print(f'{label}: compiling', flush=True)
-    state = ms.init(key, tasks, learner=learner, optimizer=optimizer)
-    if setup.start is not None:
-      state = state._replace(meta=setup.start)
-    if name in UNTRAINED:
-      metas.append(_as_members([state.meta], config))
-      continue
-    callbacks: list[Callable[[ms.Progress], None]] = [recorder]
+  label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
+  return trainings.by_gradient(
+    f'{name}_run{r}', label, functools.partial(_first_state, name, r, config, setup), tasks, learner=learner,
+    optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch, mesh=sharding.task_mesh(batch),
+    mapping='vmap' if name in SEQUENTIAL else 'auto', chunk=_chunk(config),
+  )  # fmt: skip
+
+
+def _first_state(name: str, r: int, config: Config, setup: Setup) -> ms.TrainState:
+  key = reporting.seed_keys(config.seed, config.seeds)[r]
+  state = ms.init(key, setup.train[name], learner=setup.learners[name], optimizer=setup.optimizers[name])
+  return state if setup.start is None else state._replace(meta=jax.tree.map(jnp.asarray, setup.start))
+
+
+def train(name: str, config: Config, setup: Setup, run: Run):
+  """Returns the meta of R runs, R in front, their curves, `None` without training, and what a row says of skips.
+
+  They are trained one after the other; a network as large as this gains nothing from running them side by side.
+  """
+  if name in UNTRAINED:
+    metas = [_as_members([_first_state(name, r, config, setup).meta], config) for r in range(config.seeds)]
+    return _stacked(metas), None, {}
+  metas, curves, skipped = [], [], []
+  for r in _runs(name, config):
+    training = _training(name, r, config, setup)
+    best = None
     if setup.validation:
       best = Best(
         functools.partial(_validate, name, config, setup), config.validate_every, config.ensemble,
-        functools.partial(_report_validation, label, metrics),
+        functools.partial(_report_validation, training.label, run.metrics),
       )  # fmt: skip
-      callbacks.append(best)
-    state = ms.train(
-      state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
-      mesh=sharding.task_mesh(batch), mapping='vmap' if name in SEQUENTIAL else 'auto', chunk=_chunk(config),
-      callbacks=callbacks,
-    )  # fmt: skip
-    members = [found[2] for found in best.found] if setup.validation else [state.meta]
+    print(f'{training.label}: compiling', flush=True)
+    found = trainings.train(training, run, best)
+    members = [found.state.meta] if best is None else [meta for _, _, meta in best.found]
     metas.append(_as_members(members, config))
-    curves.append(recorder.curves)
-  meta = jax.tree.map(lambda *leaves: np.stack(leaves), *metas)
-  if not curves:
-    return meta, None
-  return meta, {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
+    curves.append(found.curves)
+    skipped.append(found.skipped)
+  together = {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
+  return _stacked(metas), together, {k: np.stack([s[k] for s in skipped]) for k in skipped[0]}
+
+
+def _stacked(metas: list[Any]) -> Any:
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *metas)
 
 
 def _as_members(members: list[Any], config: Config) -> Any:

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 
 from experiments.reporting import TrainingError
 from metasgd_jax import sharding
+from metasgd_jax.checkpoint import CheckpointError
 from metasgd_jax.datasets import DatasetError
 from metasgd_jax.writers import WriterError
 
@@ -123,6 +124,13 @@ def as_flags(config: Any) -> str:
   return ' '.join(texts)
 
 
+def recipe(experiment: str, config: Any) -> dict[str, Any]:
+  """Returns what is needed to run it again, for results.json beside the rows, which have versions and device."""
+  flags_text = as_flags(config)
+  command = f'python -m experiments.{experiment}' + (f' {flags_text}' if flags_text else '')
+  return {'command': command, 'config': dataclasses.asdict(config)}
+
+
 def main(prepare: Callable[[], Callable[[], object]]) -> None:
   """Runs an experiment from the command line.
 
@@ -141,7 +149,7 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
       except ValueError as e:
         sys.exit(f'error: {e}')
       run()
-    except (DatasetError, TrainingError, WriterError) as e:
+    except (CheckpointError, DatasetError, TrainingError, WriterError) as e:
       sys.exit(f'error: {e}')
 
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.

@@ -15,9 +15,11 @@ import optax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import options, reporting
+from experiments import options, reporting, resuming, trainings
 from experiments.options import option
 from experiments.reporting import NAMES, test_keys
+from experiments.resuming import Keeping
+from experiments.trainings import Training
 from metasgd_jax import writers
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
@@ -60,7 +62,10 @@ class Config:
   eval_tasks: int = option(100, 'Unseen curves to test on.', low=2, high=100_000)
   eval_repeats: int = option(100, 'Draws of support and query points a curve.', low=1, high=10_000)
   eval_query: int = option(100, 'Query points in testing.', low=1, high=10_000)
-
+  bad_steps: str = option(
+    'stop', 'Where a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.',
+    choices=('stop', 'skip'),
+  )  # fmt: skip
   tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
@@ -94,12 +99,32 @@ def build_learner(name: str, config: Config) -> ms.Learner:
   return ms.meta_sgd(model, loss, alpha_range=start, steps=config.inner_steps)
 
 
-def run(config: Config, workdir: writers.PathLike) -> list[dict]:
-  """Trains, tests, prints, draws and writes; returns the rows of results.json."""
-  workdir = writers.open_workdir(workdir)
-  metrics = reporting.start(workdir, config)
+def plan(config: Config) -> list[tuple[Training, ms.Learner]]:
+  """Returns what `config.runs` names, before it is trained."""
   learners = {name: build_learner(name, config) for name in LEARNERS}
-  optimizer = optax.adam(config.learning_rate)
+  optimizer = trainings.optimizer_of(config, optax.adam(config.learning_rate))
+  return [(_training(name, shot, learners[name], optimizer, config), learners[name]) for name, shot in config.runs]
+
+
+def _training(name: str, shot: int, learner: ms.Learner, optimizer, config: Config) -> Training:
+  tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.query)
+  keys = reporting.seed_keys(config.seed, config.seeds)
+  return trainings.by_gradient(
+    f'{name}_{shot}shot', f'{NAMES[name]} {shot}-shot',
+    lambda: ms.init(keys, tasks, learner=learner, optimizer=optimizer), tasks, learner=learner, optimizer=optimizer,
+    meta_iterations=config.meta_iterations, meta_batch=config.meta_batch,
+    chunk=min(1000, -(-config.meta_iterations // 20)),
+  )  # fmt: skip
+
+
+def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None) -> list[dict]:
+  """Trains, tests, prints, draws and writes; returns the rows of results.json."""
+  with resuming.open_run(workdir, config, keeping) as opened:
+    return _run(config, opened)
+
+
+def _run(config: Config, opened: resuming.Run) -> list[dict]:
+  workdir = opened.workdir
   tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
   about_run = {
     'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
@@ -108,28 +133,17 @@ def run(config: Config, workdir: writers.PathLike) -> list[dict]:
   trained: list[Trained] = []
   results: list[reporting.Result] = []
   rows: list[dict] = []
-  for name, shot in config.runs:
-    trained.append(_train(name, shot, learners[name], optimizer, config, metrics))
+  for (name, shot), (training, learner) in zip(config.runs, plan(config), strict=True):
+    done = trainings.train(training, opened)
+    trained.append(Trained(name, shot, learner, done.state.meta, done.curves))
     writers.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
     found = [_test(trained[-1], test_shot, tasks, config) for test_shot, tasks in tests.items()]
-    rows += [result.row(workdir, about_run) for result in found]
+    rows += [result.row(workdir, {**about_run, **done.skipped}) for result in found]
     results += found
-    writers.write_json(workdir / 'results.json', {'rows': rows})
+    writers.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
   print(_table(results, config))
   reporting.save_pictures(workdir, _pictures(trained, config))
   return rows
-
-
-def _train(name, shot, learner, optimizer, config: Config, metrics: list[writers.Writer]) -> Trained:
-  tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.query)
-  state = ms.init(reporting.seed_keys(config.seed, config.seeds), tasks, learner=learner, optimizer=optimizer)
-  recorder = reporting.Recorder(f'{NAMES[name]} {shot}-shot', metrics)
-  state = ms.train(
-    state, tasks, learner=learner, optimizer=optimizer, meta_iterations=config.meta_iterations,
-    meta_batch=config.meta_batch,
-    chunk=min(1000, -(-config.meta_iterations // 20)), callbacks=[recorder],
-  )  # fmt: skip
-  return Trained(name, shot, learner, state.meta, recorder.curves)
 
 
 def _test(trained: Trained, shot: int, tasks: ms.TaskDistribution, config: Config) -> reporting.Result:
@@ -221,16 +235,18 @@ def _fit_path(learner, meta, support, x, key):
 
 
 def _prepare() -> Callable[[], object]:
-  config = options.from_flags(Config)
+  config, keeping = options.from_flags(Config), options.from_flags(Keeping)
   workdir = writers.open_workdir(flags.FLAGS.workdir)
-  return lambda: run(config, workdir)
+  looked_into = trainings.look([training for training, _ in plan(config)], config, workdir, keeping)
+  return looked_into or (lambda: run(config, workdir, keeping))
 
 
 if __name__ == '__main__':
   options.define_flags(Config)
+  options.define_flags(Keeping)
   flags.DEFINE_string(
     'workdir',
     'runs/regression',
-    'Where config.json, metrics, results and pictures go; an earlier run there is replaced.',
+    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
   options.main(_prepare)

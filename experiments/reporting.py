@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax import writers
+from metasgd_jax import bad_numbers, writers
 from metasgd_jax.evaluation import Estimate, estimate
 from metasgd_jax.training import Progress
 from metasgd_jax.types import PyTree
@@ -19,9 +19,12 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 
 
 _OWN_FILES = (
-  'results.json', 'per_task_*.npy', 'params_*.msgpack',
-  'curves_*.png', 'alpha_*.png', 'task_*.png', 'instances_*.png', 'learning_curves.png', 'model_*.safetensors',
+  'results.json', 'per_task_*.npy', 'params_*.msgpack', 'model_*.safetensors', 'curves_*.png', 'alpha_*.png',
+  'task_*.png', 'instances_*.png', 'learning_curves.png', 'paths_*.png', 'adaptation_*.gif',
 )  # fmt: skip
+
+
+_EXTRA = ('alpha_negative', 'skipped')  # Of a line of metrics, beside the means of what training reports.
 
 
 def seed_keys(seed: int, seeds: int) -> jax.Array:
@@ -46,6 +49,13 @@ def negative_share(alpha: PyTree) -> float:
   return float(sum(jnp.sum(a < 0) for a in leaves) / sum(a.size for a in leaves))
 
 
+def clear_leftovers(workdir: pathlib.Path) -> None:
+  """Removes the halves of files that a killed run was writing; see `writers.atomic`."""
+  for pattern in (*_OWN_FILES, 'config.json', 'metrics.jsonl', 'timings.jsonl'):
+    for path in workdir.glob(f'.{pattern}-????????'):
+      path.unlink()
+
+
 def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
   """Clears what an earlier run left, if one did, writes config.json, returns the writers of metrics.
 
@@ -65,6 +75,12 @@ def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
   return [*found, writers.TensorBoardWriter(workdir)] if config.tensorboard else found
 
 
+def go_on(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
+  """Returns the writers of metrics of a run that goes on where it stopped; nothing is cleared."""
+  found: list[writers.Writer] = [writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True)]
+  return [*found, writers.TensorBoardWriter(workdir)] if config.tensorboard else found
+
+
 class TrainingError(Exception):
   """Training cannot go on; the message says why and what to do."""
 
@@ -75,26 +91,40 @@ class Recorder:
   `curves` is `{name: (steps [n], values [n, R])}`, of each info entry; a value is its chunk's mean.
   """
 
-  def __init__(self, label: str, metrics: Sequence[writers.Writer]):
-    """`label` names the run in the progress line and in the metrics."""
+  def __init__(self, label: str, metrics: Sequence[writers.Writer], history: Sequence[Mapping[str, Any]] = ()):
+    """Begins a run, or goes on with one.
+
+    Args:
+      label: names the run in the progress line and in the metrics.
+      metrics: the writers.
+      history: its lines of metrics so far, for whole curves.
+    """
     self._label, self._metrics = label, metrics
     self._line = writers.ProgressLine(label)
     self._steps: list[int] = []
     self._values: dict[str, list[np.ndarray]] = {}
+    for line in history:
+      if 'loss' in line:
+        self._keep(line['step'], {k: v for k, v in line.items() if k not in ('label', 'step', *_EXTRA)})
+
+  def _keep(self, step: int, values: Mapping[str, Any]) -> None:
+    self._steps.append(step)
+    for name, value in values.items():
+      self._values.setdefault(name, []).append(np.atleast_1d(np.asarray(value, float)))
 
   def __call__(self, progress: Progress) -> None:
     """Takes a chunk."""
-    means = {name: np.mean(values, axis=0) for name, values in progress.info.items()}
-    if not np.all(np.isfinite(means['loss'])):
+    skips = bad_numbers.skipped(progress.state)
+    mean = np.mean if skips is None else _finite_mean
+    means = {name: mean(values, axis=0) for name, values in progress.info.items()}
+    if skips is None and not np.all(np.isfinite(means['loss'])):
       runs = np.flatnonzero(~np.isfinite(np.atleast_1d(means['loss']))).tolist()
       raise TrainingError(
         f'{self._label}: the loss of run {", ".join(map(str, runs))} (from 0) is no longer finite by meta-iteration '
         f'{progress.step}; lower --alpha, --learning_rate or --inner_steps'
       )
-    self._steps.append(progress.step)
-    for name, value in means.items():
-      self._values.setdefault(name, []).append(np.atleast_1d(value))
-    extra = {}
+    self._keep(progress.step, means)
+    extra: dict[str, Any] = {} if skips is None else {'skipped': skips}
     if getattr(progress.state.meta, 'alpha', None) is not None:
       extra['alpha_negative'] = negative_share(progress.state.meta.alpha)
     for writer in self._metrics:
@@ -111,6 +141,16 @@ class Recorder:
   def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What was recorded so far."""
     return {name: (np.array(self._steps), np.array(values)) for name, values in self._values.items()}
+
+
+def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
+  """The mean of what is finite, as `np.mean` where all is; NaN where nothing is."""
+  finite = np.isfinite(values)
+  if finite.all():
+    return np.mean(values, axis=axis)
+  counts = finite.sum(axis)
+  sums = np.where(finite, values, 0).sum(axis)
+  return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan).astype(values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,25 @@ from metasgd_jax.types import PyTree
 
 PathLike = str | os.PathLike[str]
 
-_PACKAGES = ('metasgd_jax', 'jax', 'jaxlib', 'optax', 'flax', 'chex', 'numpy', 'tensorflow-datasets')
+_PACKAGES = (
+  'metasgd_jax',
+  'jax',
+  'jaxlib',
+  'optax',
+  'flax',
+  'chex',
+  'numpy',
+  'orbax-checkpoint',
+  'tensorflow-datasets',
+)
+
+_JAX_SETTINGS = (
+  'jax_enable_x64',
+  'jax_default_matmul_precision',
+  'jax_default_prng_impl',
+  'jax_threefry_partitionable',
+)
+"""Those that change numbers."""
 
 
 class WriterError(Exception):
@@ -33,13 +51,17 @@ def open_workdir(path: PathLike) -> pathlib.Path:
   Raises:
     WriterError: it cannot be made or written.
   """
-  workdir = pathlib.Path(path).expanduser()
+  try:
+    workdir = pathlib.Path(path).expanduser()
+  except RuntimeError as e:
+    raise WriterError(f'workdir {path} begins with ~ of nobody who has a home; give another --workdir') from e
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass
-  except OSError as e:
-    raise WriterError(f'workdir {workdir} cannot be written ({e.strerror}); give another --workdir') from e
+  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+    reason = getattr(e, 'strerror', None) or e
+    raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir') from e
   return workdir
 
 
@@ -68,7 +90,7 @@ def write_json(path: PathLike, value: Any) -> None:
 def write_array(path: PathLike, array: np.ndarray) -> None:
   """Writes an array as .npy."""
   with atomic(path) as file:
-    np.save(file, np.asarray(array))
+    np.save(file, np.asarray(array), allow_pickle=False)
 
 
 def write_params(path: PathLike, params: PyTree) -> None:
@@ -81,24 +103,34 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
   """Returns what `write_params` wrote, in the structure of `like`.
 
   Raises:
-    ValueError: the file is not such a file, or its structure or a shape is not that of `like`.
+    ValueError: there is no such file, it is not of this kind, or its structure, a shape or a dtype is not that of
+      `like`.
   """
-  data = pathlib.Path(path).read_bytes()
   try:
-    params = flax.serialization.from_bytes(like, data)
+    if not pathlib.Path(path).is_file():  # To read a pipe would wait for ever.
+      raise ValueError('there is no such file')
+    params = flax.serialization.from_bytes(like, pathlib.Path(path).read_bytes())
+    if str(jax.tree.structure(params)) != str(jax.tree.structure(like)):
+      raise ValueError('they are of another structure')
   except Exception as e:  # msgpack has a dozen errors of its own for a file that is broken.
-    raise ValueError(f'{path} does not hold the parameters asked for: {e}') from e
+    reason = repr(str(e) or type(e).__name__)[1:-1][:300]
+    raise ValueError(f'{path} does not hold the parameters asked for: {reason}') from e
   for (name, want), got in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
     if np.shape(want) != np.shape(got):
       raise ValueError(
         f'{path} has shape {np.shape(got)} for {jax.tree_util.keystr(name)}, expected {np.shape(want)}; '
         'was it trained with other settings?'
       )
+    if np.result_type(want) != (dtype := np.asarray(got).dtype):
+      raise ValueError(
+        f'{path} has {dtype} for {jax.tree_util.keystr(name)}, expected {np.result_type(want)}; '
+        'was it trained with other settings?'
+      )
   return params
 
 
 def provenance() -> dict[str, Any]:
-  """Returns the versions and the device that a figure was made with."""
+  """Returns the versions, the device and JAX's settings that a figure was made with."""
   versions = {'python': platform.python_version()}
   for name in _PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -108,7 +140,9 @@ def provenance() -> dict[str, Any]:
   if devices[0].platform == 'cpu':
     device['cores'] = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     device['cpu'] = _cpu_model()
-  return {'versions': versions, 'device': device}
+  settings = {name: getattr(jax.config, name) for name in _JAX_SETTINGS}
+  settings['XLA_FLAGS'] = os.environ.get('XLA_FLAGS')
+  return {'versions': versions, 'device': device, 'jax_settings': settings}
 
 
 class Writer(Protocol):
@@ -125,18 +159,69 @@ class Writer(Protocol):
 
 
 class MetricsWriter:
-  """A `Writer` that appends lines of JSON to a file."""
+  """A `Writer` that appends lines of JSON to a file; clock times go to timings.jsonl beside it.
 
-  def __init__(self, path: PathLike):
-    """Starts the file anew."""
+  So that the same run leaves the same metrics, byte for byte.
+  """
+
+  def __init__(self, path: PathLike, *, go_on: bool = False):
+    """Starts both files anew, or with `go_on` leaves what is in them."""
     self._path = pathlib.Path(path)
-    self._path.write_text('')
+    self._timings = self._path.with_name('timings.jsonl')
+    if not go_on:
+      self._timings.unlink(missing_ok=True)
+      self._path.write_text('')
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line."""
-    line = _plain({'label': label, 'step': step, **values})
-    with self._path.open('a') as file:
-      file.write(json.dumps(line, allow_nan=False) + '\n')
+    """Appends one line; `seconds` stands in one of its own, of timings."""
+    values = dict(values)
+    if 'seconds' in values:
+      _append(self._timings, {'label': label, 'step': step, 'seconds': values.pop('seconds')})
+    if values:
+      _append(self._path, {'label': label, 'step': step, **values})
+
+  def cut(self, label: str, step: int) -> list[dict[str, Any]]:
+    """Takes away a run's lines past a step, and any that is not whole; returns its lines of metrics that stay.
+
+    Raises:
+      WriterError: they cannot be read, or where they should be is no file.
+    """
+    _cut(self._timings, label, step)
+    return [line for line in _cut(self._path, label, step) if line['label'] == label]
+
+  def sync(self) -> None:
+    """Returns when what was written is on the disk."""
+    with self._path.open('ab') as file:
+      os.fsync(file.fileno())
+
+
+def _append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
+  with path.open('a') as file:
+    file.write(json.dumps(_plain(line), allow_nan=False) + '\n')
+
+
+def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
+  """Returns the lines that stay; the file is replaced as a whole, and only if one goes."""
+  if path.exists() and not path.is_file():  # To read a pipe would wait for ever.
+    raise WriterError(f'{path} is not a file; move it away, or give another --workdir')
+  try:
+    old, kept, lines = path.read_bytes() if path.exists() else b'', [], []
+  except OSError as e:
+    raise WriterError(f'{path} cannot be read ({e.strerror}); move it away, or give another --workdir') from e
+  for text in old.splitlines(keepends=True):
+    try:
+      line = json.loads(text)
+      gone = not text.endswith(b'\n') or (line['label'] == label and not line['step'] <= step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+      continue  # What a run that was killed half-way through it left.
+    if not gone:
+      kept.append(text)
+      lines.append(line)
+  new = b''.join(kept)
+  if new != old:
+    with atomic(path) as file:
+      file.write(new)
+  return lines
 
 
 class TensorBoardWriter:

@@ -52,6 +52,9 @@ def test_results_say_what_was_run(kind, request):
   read = json.loads((workdir / 'results.json').read_text())['rows']
   assert len(read) == len(rows)
   config = json.loads((workdir / 'config.json').read_text())
+  whole = json.loads((workdir / 'results.json').read_text())
+  assert whole['config'] == config
+  assert whole['command'].startswith(f'python -m experiments.{kind.removesuffix("_run")} --')
   for row in read:
     shots = ('train_shot', 'test_shot') if kind == 'regression_run' else ('way', 'shot')
     for name in ('learner', 'dataset', *shots):
@@ -73,7 +76,10 @@ def test_results_say_what_was_run(kind, request):
 def test_metrics_have_a_line_a_chunk(kind, request):
   workdir, _ = request.getfixturevalue(kind)
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert {'label', 'step', 'seconds', 'loss'} <= set(lines[0])
+  assert {'label', 'step', 'loss'} <= set(lines[0])
+  timings = [json.loads(line) for line in (workdir / 'timings.jsonl').read_text().splitlines()]
+  assert [(t['label'], t['step']) for t in timings] == [(line['label'], line['step']) for line in lines]
+  assert all(t['seconds'] > 0 and 'seconds' not in line for t, line in zip(timings, lines, strict=True))
   meta_sgd = [line for line in lines if line['label'].startswith('Meta-SGD')]
   assert 0 <= meta_sgd[-1]['alpha_negative'] <= 1
   assert meta_sgd[-1]['step'] == json.loads((workdir / 'config.json').read_text())['meta_iterations']

@@ -1,0 +1,294 @@
+"""2D navigation by policy gradients: Table 4 and Figure 4 of Li et al. 2017.
+
+python -m experiments.navigation             Meta-SGD and MAML from a fixed start, beside the paper's figures
+python -m experiments.navigation --table4    both task sets: all of Table 4
+"""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+import metasgd_jax as ms
+from experiments import options, reporting, resuming, trainings
+from experiments.options import option
+from experiments.reporting import NAMES, test_keys
+from experiments.resuming import Keeping
+from experiments.trainings import Training
+from metasgd_jax import rl, writers
+
+LEARNERS = ('meta_sgd', 'maml')
+STARTS = ('fixed', 'varying')
+MAML_RATE = 0.5
+"""MAML's released script, with actions in [−1, 1]."""
+FILM_STEPS = 30
+"""Of an animation; a path that knows its goal is there sooner."""
+
+PAPER_TABLE = {  # (learner, start) → mean return after one update and half-width; Li et al. 2017, Table 4.
+  ('maml', 'fixed'): (-9.12, 0.66),
+  ('meta_sgd', 'fixed'): (-8.64, 0.68),
+  ('maml', 'varying'): (-10.71, 0.76),
+  ('meta_sgd', 'varying'): (-10.15, 0.62),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The paper's settings, section 4.3; what it leaves out is MAML's released code for the same tasks."""
+
+  learner: tuple[str, ...] = option(LEARNERS, 'What to train.', choices=LEARNERS)
+  start: tuple[str, ...] = option(('fixed',), 'Where tasks start: at the origin, or anywhere.', choices=STARTS)
+  table4: bool = option(False, 'Train both learners on both task sets, whatever --learner and --start say.')
+  inner_steps: int = option(1, 'Updates in training.', low=1, high=10)
+  eval_updates: int = option(3, 'Updates in testing, each on trajectories of the policy before it.', low=1, high=100)
+  alpha: float | None = option(
+    None, "MAML's inner rate (0.5 if not given), and Meta-SGD's start (the same).", low=-100.0, high=100.0, kind=float
+  )
+  estimator: str = option(
+    'dice', "Of the inner gradient: DiCE, low-variance curvature, or MAML's released score function, which is biased.",
+    choices=('dice', 'lvc', 'score'),
+  )  # fmt: skip
+  trajectories: int = option(20, 'Of a task before an update, and after the last.', low=2, high=1000)
+  meta_batch: int = option(20, 'Tasks in a meta-iteration.', low=1, high=10_000)
+  meta_iterations: int = option(100, 'Meta-iterations.', low=1, high=2**31 - 1)
+  optimizer: str = option('trpo', "The outer one: TRPO, the paper's, or Adam.", choices=('trpo', 'adam'))
+  max_kl: float = option(0.01, 'Of a TRPO step, in nats.', low=1e-9, high=10.0)
+  curvature_tasks: int | None = option(
+    None, "Tasks of a meta-iteration that TRPO's curvature is taken from; all if not given. Fewer are faster.",
+    low=1, high=10_000, kind=int,
+  )  # fmt: skip
+  learning_rate: float = option(1e-3, 'Of Adam.', low=1e-12, high=1e3)
+  discount: float = option(0.99, 'Of a step.', low=0.0, high=1.0)
+  seeds: int = option(1, 'Training runs, side by side.', low=1, high=1000)
+  seed: int = option(0, 'Of the first run; the next has the next.', low=0, high=2**31 - 1001)
+  eval_seed: int = option(0, 'Of the tasks to test on.', low=0, high=2**31 - 1)
+  eval_tasks: int = option(600, 'Unseen tasks to test on.', low=2, high=100_000)
+
+  tensorboard: bool = option(False, "Write TensorBoard's event files too.")
+
+  def __post_init__(self):
+    options.check(self)
+    if self.curvature_tasks is not None and self.curvature_tasks > self.meta_batch:
+      raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={self.meta_batch}; lower it')
+
+  @property
+  def runs(self) -> list[tuple[str, str]]:
+    """What is trained: (start, learner)."""
+    starts, learners = (STARTS, LEARNERS) if self.table4 else (self.start, self.learner)
+    return [(start, learner) for start in starts for learner in learners]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """One training: its task set and learner, the last meta-parameters of R runs, and its curves."""
+
+  start: str
+  name: str
+  meta: ms.MetaParams
+  curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+  @property
+  def label(self) -> str:
+    """What people read."""
+    return f'{NAMES[self.name]}, {self.start} start'
+
+
+def build_inner(name: str, environment: rl.Environment, config: Config, steps: int | None = None) -> rl.PolicyGradient:
+  """Returns how the learner adapts, with the paper's policy, 2-100-100-2; MAML and Meta-SGD differ by α alone."""
+  rate = MAML_RATE if config.alpha is None else config.alpha
+  alpha = dict(alpha=rate) if name == 'maml' else dict(alpha_range=(rate, rate))
+  return rl.policy_gradient(
+    environment, rl.gaussian(environment.observation_size, environment.action_size),
+    trajectories=config.trajectories, steps=steps or config.inner_steps, estimator=config.estimator,
+    advantage=dataclasses.replace(rl.MAML, discount=config.discount), **alpha,
+  )  # fmt: skip
+
+
+def plan(config: Config, environments: dict[str, rl.Environment]) -> list[Training]:
+  """Returns what `config.runs` names, before it is trained."""
+  return [_training(start, name, environments[start], config) for start, name in config.runs]
+
+
+def _training(start: str, name: str, environment: rl.Environment, config: Config) -> Training:
+  inner = build_inner(name, environment, config)
+  keys = reporting.seed_keys(config.seed, config.seeds)
+  label, chunk = f'{NAMES[name]}, {start} start', min(5, -(-config.meta_iterations // 20))
+  if config.optimizer == 'adam':
+    tasks, learner, adam = rl.task_distribution(environment), rl.policy_learner(inner), optax.adam(config.learning_rate)
+    return trainings.by_gradient(
+      f'{name}_{start}', label, lambda: ms.init(keys, tasks, learner=learner, optimizer=adam), tasks, learner=learner,
+      optimizer=adam, meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=chunk, mapping='vmap',
+    )  # fmt: skip
+
+  def go(state, step, callbacks):
+    return rl.train(
+      state, inner=inner, meta_iterations=step, meta_batch=config.meta_batch, max_kl=config.max_kl,
+      curvature_tasks=config.curvature_tasks, chunk=chunk, callbacks=callbacks,
+    )  # fmt: skip
+
+  return Training(f'{name}_{start}', label, config.meta_iterations, chunk, lambda: rl.init(keys, inner), go)
+
+
+def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None) -> list[dict]:
+  """Trains, tests, prints, draws and writes; returns the rows of results.json."""
+  with resuming.open_run(workdir, config, keeping) as opened:
+    return _run(config, opened)
+
+
+def _run(config: Config, opened: resuming.Run) -> list[dict]:
+  workdir, environments = opened.workdir, build_environments()
+  about_run = {
+    'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
+    'trajectories': config.trajectories, 'optimizer': config.optimizer, 'metric': 'mean undiscounted return',
+  }  # fmt: skip
+  trained: list[Trained] = []
+  results: list[reporting.Result] = []
+  rows: list[dict] = []
+  for (start, name), training in zip(config.runs, plan(config, environments), strict=True):
+    print(f'{training.label}: compiling', flush=True)
+    done = trainings.train(training, opened)
+    trained.append(Trained(start, name, done.state.meta, done.curves))
+    writers.write_params(workdir / f'params_{name}_{start}.msgpack', trained[-1].meta)
+    print(f'{training.label}: testing on {config.eval_tasks} unseen tasks', flush=True)
+    results.append(_test(trained[-1], environments[start], config))
+    rows.append(results[-1].row(workdir, about_run))
+    writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
+  print(_table(results, config))
+  reporting.save_pictures(workdir, _pictures(trained, environments, config))
+  _save_films(workdir, trained, environments, config)
+  return rows
+
+
+def build_environments() -> dict[str, rl.Environment]:
+  """Returns both task sets."""
+  return {start: rl.navigation(start) for start in STARTS}
+
+
+def _test(trained: Trained, environment, config: Config) -> reporting.Result:
+  learner = rl.policy_learner(build_inner(trained.name, environment, config, steps=config.eval_updates))
+  values = [
+    ms.evaluate(
+      learner, reporting.one_run(trained.meta, r), rl.task_distribution(environment), test_keys(config.eval_seed)[0],
+      metric_fn=rl.mean_return, num_tasks=config.eval_tasks, mapping='vmap',
+    )[:, 0]
+    for r in range(config.seeds)
+  ]  # fmt: skip
+  return reporting.Result({'start': trained.start, 'learner': trained.name}, np.stack(values))
+
+
+def _table(results: list[reporting.Result], config: Config) -> str:
+  """Returns as text, each beside the paper's, and the paired difference."""
+  counts = range(config.eval_updates + 1)
+  lines = [
+    f'mean undiscounted return ± 95% interval over {config.eval_tasks} unseen tasks; {config.seeds} training run(s) of '
+    f'{config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks, {config.trajectories} trajectories '
+    'before and after each update',
+    f'{"start":<9}{"learner":<10}' + ''.join(f'{f"{n} updates":<15}' for n in counts) + 'paper, 1 update',
+  ]  # fmt: skip
+  by_cell = {(r.about['start'], r.about['learner']): r for r in results}
+  for (start, name), result in by_cell.items():
+    cells = [ms.estimate(result.values[..., n].mean(0)) for n in counts]
+    paper = ms.Estimate(*PAPER_TABLE[name, start])
+    lines.append(f'{start:<9}{NAMES[name]:<10}' + ''.join(f'{cell!s:<15}' for cell in cells) + str(paper))
+  if config.seeds > 1:
+    lines.append('95% interval of the mean over training runs:')
+    for (start, name), result in by_cell.items():
+      spans = [f'±{ms.estimate(result.values[..., n].mean(1)).ci95:.2f}' for n in counts]
+      lines.append(f'{start:<9}{NAMES[name]:<10}' + ''.join(f'{span:<15}' for span in spans))
+  for start in STARTS:
+    if {(start, name) for name in LEARNERS} <= set(by_cell):
+      difference = by_cell[start, 'meta_sgd'].values - by_cell[start, 'maml'].values  # [R, tasks, updates]
+      lines.append(f'Meta-SGD − MAML, {start} start, on the same tasks:')
+      for n in counts:
+        over_tasks, over_runs = (ms.estimate(difference[..., n].mean(axis)) for axis in (0, 1))
+        more = f', ±{over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
+        lines.append(f'         {n} updates {over_tasks} over tasks{more}')
+  return '\n'.join(lines)
+
+
+def _pictures(trained: list[Trained], environments, config: Config) -> dict[str, Callable[[Any], Any]]:
+  pictures: dict[str, Callable[[Any], Any]] = {}
+  for start in dict.fromkeys(t.start for t in trained):
+    group = [t for t in trained if t.start == start]
+    pictures[f'paths_{start}'] = functools.partial(_draw_paths, group, environments[start], config)
+  curves = {t.label: t.curves['return_after'] for t in trained}
+  pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
+    curves, ylabel='mean return after the update, training tasks'
+  )
+  for t in trained:
+    if t.meta.alpha is not None:
+      pictures[f'alpha_{t.name}_{t.start}'] = functools.partial(reporting.draw_alpha, t.meta.alpha)
+  return pictures
+
+
+def _walks(group: list[Trained], environment, config: Config, plotting, count: int) -> list[list]:
+  """For each of `count` unseen tasks, what the first run of each learner does there."""
+  columns = []
+  for key in jax.random.split(test_keys(config.eval_seed)[1], count):
+    task_key, walk_key = jax.random.split(key)
+    task = environment.sample(task_key)
+    column = []
+    for t in group:
+      inner = build_inner(t.name, environment, config, steps=config.eval_updates)
+      paths, returns = jax.device_get(
+        jax.jit(functools.partial(_act, inner))(reporting.one_run(t.meta, 0), task, walk_key)
+      )
+      column.append(plotting.Walks(NAMES[t.name], np.asarray(task.start), np.asarray(task.goal), paths, returns))
+    columns.append(column)
+  return columns
+
+
+def _act(inner: rl.PolicyGradient, meta, task, key):
+  """Positions `[k + 1, B, H + 1, 2]` and mean returns `[k + 1]` of fresh trajectories after 0, 1, …, k updates."""
+  explore_key, act_key = jax.random.split(key)
+  _, thetas = inner.explore(meta, task, explore_key)
+  keys = jax.random.split(act_key, len(thetas))
+  drawn = [inner.experience(theta, task, key).trajectories for theta, key in zip(thetas, keys, strict=True)]
+  paths = [jnp.concatenate([d.observations, d.last_observation[:, None]], 1) for d in drawn]
+  return jnp.stack(paths), jnp.stack([rl.mean_return(d) for d in drawn])
+
+
+def _draw_paths(group, environment, config: Config, plotting):
+  return plotting.navigation_paths(_walks(group, environment, config, plotting, 3))
+
+
+def _save_films(workdir, trained: list[Trained], environments, config: Config) -> None:
+  """Writes an animation of one unseen task for each task set; nothing without matplotlib."""
+  try:
+    from metasgd_jax import plotting
+  except ImportError:
+    return
+  for start in dict.fromkeys(t.start for t in trained):
+    group = [t for t in trained if t.start == start]
+    film = plotting.navigation_animation(_walks(group, environments[start], config, plotting, 1)[0], steps=FILM_STEPS)
+    path = workdir / f'adaptation_{start}.gif'
+    with tempfile.TemporaryDirectory(dir=workdir, prefix='.film-') as aside:
+      film.save(pathlib.Path(aside) / path.name, writer='pillow', dpi=80)
+      (pathlib.Path(aside) / path.name).replace(path)
+    print(f'animation: {path}')
+
+
+def _prepare() -> Callable[[], object]:
+  config, keeping = options.from_flags(Config), options.from_flags(Keeping)
+  workdir = writers.open_workdir(flags.FLAGS.workdir)
+  looked_into = trainings.look(plan(config, build_environments()), config, workdir, keeping)
+  return looked_into or (lambda: run(config, workdir, keeping))
+
+
+if __name__ == '__main__':
+  options.define_flags(Config)
+  options.define_flags(Keeping)
+  flags.DEFINE_string(
+    'workdir',
+    'runs/navigation',
+    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
+  )
+  options.main(_prepare)

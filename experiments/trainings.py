@@ -1,0 +1,252 @@
+"""One training of an experiment: kept by checkpoints, gone on with, watched for bad numbers, and looked into."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import optax
+
+import metasgd_jax as ms
+from experiments import reporting, resuming
+from experiments.reporting import TrainingError
+from experiments.resuming import Keeping, Run
+from metasgd_jax import bad_numbers, checkpoint, leaves, writers
+
+SECONDS = 15.0
+"""Between checkpoints where their number is not given."""
+
+Callbacks = Sequence[Callable[[ms.Progress], Any]]
+
+
+class Best(Protocol):
+  """A callback that returns the accuracy of states that it validates, and `None` of others."""
+
+  keep: int
+
+  def __call__(self, progress: ms.Progress) -> float | None:
+    """Takes a chunk."""
+
+  def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
+    """Goes on after `step` with the best (accuracy, step, meta) so far, the best first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What is trained, before it is.
+
+  Attributes:
+    name: of its directory of checkpoints.
+    label: what people read, in metrics too; no other training of the run has it.
+    total: meta-iterations.
+    chunk: of them between callbacks; a resumed training has the same boundaries, and so the same metrics.
+    start: gives the state before the first.
+    go: `(state, step, callbacks) → state` trains until `step`.
+    inspect: `state of one run → StepReport` of the next meta-iteration; `None` where there is no such view.
+  """
+
+  name: str
+  label: str
+  total: int
+  chunk: int
+  start: Callable[[], ms.TrainState]
+  go: Callable[[ms.TrainState, int, Callbacks], ms.TrainState]
+  inspect: Callable[[ms.TrainState], bad_numbers.StepReport] | None = None
+
+
+class Trained(NamedTuple):
+  """The last state, and the curves over meta-iterations, `{name: (steps [n], values [n, R])}`."""
+
+  state: ms.TrainState
+  curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+  @property
+  def skipped(self) -> dict[str, Any]:
+    """Returns how many steps were skipped, for a row of results; nothing where none can be."""
+    count = bad_numbers.skipped(self.state)
+    return {} if count is None else {'skipped_steps': count}
+
+
+def by_gradient(
+  name: str, label: str, start: Callable[[], ms.TrainState], tasks: Any, *, learner: ms.Learner,
+  optimizer: optax.GradientTransformation, meta_iterations: int, meta_batch: int, chunk: int, **options: Any,
+) -> Training:  # fmt: skip
+  """Returns a training by `ms.train`, whose arguments these are."""
+
+  def go(state, step, callbacks=()):
+    if step == np.max(state.step):
+      return state
+    return ms.train(
+      state, tasks, learner=learner, optimizer=optimizer, meta_iterations=step, meta_batch=meta_batch, chunk=chunk,
+      callbacks=callbacks, **options,
+    )  # fmt: skip
+
+  def inspect(state):
+    return bad_numbers.inspect_step(state, tasks, learner=learner, meta_batch=meta_batch)
+
+  return Training(name, label, meta_iterations, chunk, start, go, inspect)
+
+
+def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns the optimiser with a guard where `config.bad_steps` says that bad steps are skipped."""
+  return bad_numbers.skip_bad_steps(optimizer) if config.bad_steps == 'skip' else optimizer
+
+
+def train(training: Training, run: Run, best: Best | None = None) -> Trained:
+  """Trains, from the newest checkpoint if there is one; saves as it goes, at the end, and when it is told to stop.
+
+  Raises:
+    TrainingError: a loss or a gradient is not finite; the state before the chunk is saved.
+    CheckpointError: a checkpoint cannot be used or written.
+  """
+  with run.stop.held():
+    state = training.start()
+    with checkpoint.Checkpoints(
+      run.directory(training.name), like=state, config=run.config, keep_best=0 if best is None else best.keep
+    ) as kept:
+      state, history = _resume(training, run, kept, state, best)
+      recorder = reporting.Recorder(training.label, run.metrics, history)
+      good, saved = state, time.monotonic()
+
+      def after(progress: ms.Progress) -> None:
+        nonlocal good, saved
+        bad = bad_numbers.find(good, progress, lambda state, step: training.go(state, step, ()))
+        if bad is not None:
+          kept.save(good)
+          kept.wait()
+          raise TrainingError(_what_is_bad(training, bad, run, kept.last))
+        good = progress.state
+        recorder(progress)
+        accuracy = None if best is None else best(progress)
+        every = run.keeping.checkpoint_every
+        due = progress.step // every > max(kept.last, 0) // every if every else time.monotonic() - saved >= SECONDS
+        if due or accuracy is not None or run.stop.asked or progress.step == progress.total:
+          run.file.sync()
+          kept.save(good, accuracy)
+          saved = time.monotonic()
+        if run.stop.asked:
+          kept.wait()
+          run.stop.leave(
+            f'{training.label} is saved at meta-iteration {progress.step:,} of {progress.total:,} in {run.workdir}'
+          )
+
+      state = training.go(state, training.total, [after])
+  return Trained(state, recorder.curves)
+
+
+def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints, state, best: Best | None):
+  """Returns the state to go on from, and the lines of metrics up to there."""
+  found = kept.latest
+  history = run.file.cut(training.label, 0 if found is None else found.step)
+  if found is None:
+    return state, history
+  done = [line['step'] for line in history if 'loss' in line]
+  if found.step and (not done or done[-1] != found.step):
+    raise checkpoint.CheckpointError(
+      f'{run.workdir / "metrics.jsonl"} has lost lines of {training.label} before meta-iteration {found.step}; give '
+      '--restart to begin anew'
+    )
+  at = 'is trained already' if found.step == training.total else f'goes on from meta-iteration {found.step:,}'
+  print(f'{training.label}: {at}', flush=True)
+  now = writers.provenance()['versions']
+  changed = [f'{k} {v} → {now.get(k, "none")}' for k, v in found.versions.items() if now.get(k) != v]
+  if changed:
+    print(f'{training.label}: versions have changed ({", ".join(changed)}), so the rest may differ in its last digits')
+  if best is not None:
+    best.resume(found.step, [(float(c.metric or 0), c.step, jax.device_get(c.state.meta)) for c in kept.best])
+  return found.state, history
+
+
+def _what_is_bad(training: Training, bad: bad_numbers.BadStep, run: Run, saved: int) -> str:
+  before = jax.device_put(bad.before, jax.devices()[0])
+  report = None if training.inspect is None else training.inspect(before)
+  return (
+    f'{training.label}: {bad_numbers.describe(bad, report)}; the state of meta-iteration {saved} is saved in '
+    f'{run.directory(training.name)}; --debug_task={bad.step} shows the step; lower --alpha, --learning_rate or '
+    '--inner_steps with --restart, or skip such steps with --restart --bad_steps=skip'
+  )
+
+
+def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:
+  """Returns what `--debug_task` or `--check_determinism` ask for instead of a run; `None` without them.
+
+  Raises:
+    ValueError: both, a meta-iteration that there is not, or nothing to train.
+  """
+  if keeping.debug_task is None and not keeping.check_determinism:
+    return None
+  if keeping.debug_task is not None and keeping.check_determinism:
+    raise ValueError('debug_task and check_determinism are two commands; give one')
+  if not plan:
+    raise ValueError('there is nothing to look into: what is asked for is not trained')
+  if keeping.check_determinism:
+    return lambda: check_determinism(plan)
+  step = keeping.debug_task
+  if step >= plan[0].total:  # type: ignore[operator]
+    raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; they count from 0')
+  return lambda: debug(plan, config, workdir, step)  # type: ignore[arg-type]
+
+
+def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:
+  """Replays a meta-iteration, of the last training with checkpoints or else the first, and prints its tasks.
+
+  From the newest checkpoint not past it, or from the beginning; the work directory is left as it is.
+
+  Raises:
+    CheckpointError: the directory holds a run of another configuration.
+    TrainingError: the training cannot be looked into.
+  """
+  resuming.check(workdir, config)
+  there = resuming.trainings(workdir)
+  training = next((t for t in reversed(plan) if t.name in there), plan[0])
+  if training.inspect is None:
+    raise TrainingError(f'{training.label}: its meta-iterations cannot be shown task by task')
+  state = training.start()
+  found = checkpoint.newest(
+    workdir / 'checkpoints' / training.name, like=state, config=dataclasses.asdict(config), until=step
+  )
+  state = state if found is None else found.state
+  print(f'{training.label}: meta-iteration {step:,} (from 0), replayed from {int(np.max(state.step)):,}', flush=True)
+  state = training.go(state, step, ())
+  runs = [state] if state.step.ndim == 0 else [reporting.one_run(state, r) for r in range(len(state.step))]
+  for r, one in enumerate(runs):
+    if len(runs) > 1:
+      print(f'run {r} (from 0)')
+    print('\n'.join(bad_numbers.lines(training.inspect(one))), flush=True)
+
+
+def check_determinism(plan: Sequence[Training]) -> None:
+  """Takes each training's first two chunks twice, compiled anew, and prints whether all is equal to the bit.
+
+  Raises:
+    SystemExit: with 1, if it is not.
+  """
+  differ = False
+  for training in plan:
+    step = min(training.total, 2 * training.chunk)
+    first, second = _beginning(training, step), _beginning(training, step)
+    different = [name for name in first if first[name].tobytes() != second[name].tobytes()]
+    differ |= bool(different)
+    verdict = 'is the same to the bit'
+    if different:
+      verdict = f'differs in {different[0]} and {len(different) - 1} more arrays'
+    print(f'{training.label}: the beginning, {step:,} meta-iterations, taken twice, {verdict}', flush=True)
+  if differ:
+    sys.exit(1)
+
+
+def _beginning(training: Training, step: int) -> dict[str, np.ndarray]:
+  """Returns the state and all that was reported, by name, of a training until `step`, compiled anew."""
+  jax.clear_caches()
+  cache = getattr(jax.config, 'jax_enable_compilation_cache', True)  # jax.config has no types.
+  jax.config.update('jax_enable_compilation_cache', False)
+  try:
+    infos: list[dict[str, np.ndarray]] = []
+    state = training.go(training.start(), step, [lambda progress: infos.append(progress.info)])
+  finally:
+    jax.config.update('jax_enable_compilation_cache', cache)
+  return leaves.named_arrays({'state': state, 'reported': infos})

@@ -1,0 +1,26 @@
+"""A pytree's leaves by name, such as 'meta.theta.Dense_0.kernel'."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax.types import PyTree
+
+
+def named(tree: PyTree) -> list[tuple[str, Any]]:
+  """Returns the names and the leaves, in order."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(path, simple=True, separator='.'), leaf) for path, leaf in leaves]
+
+
+def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+  """Returns the leaves on the host, by name; of keys their data."""
+  data = lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf
+  return {name: np.asarray(jax.device_get(data(leaf))) for name, leaf in named(tree)}
+
+
+def is_key(leaf: Any) -> bool:
+  """Whether a leaf is a key or an array of keys."""
+  return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,276 @@
+"""Checkpoints: what is read is what was written, or it is not used."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from problems import sinusoid_learner
+
+import metasgd_jax as ms
+from metasgd_jax import checkpoint
+from metasgd_jax.checkpoint import CheckpointError, Checkpoints
+from metasgd_jax.leaves import is_key, named_arrays
+
+TASKS, LEARNER, ADAM = ms.tasks.sinusoid(), sinusoid_learner(hidden=(4,)), optax.adam(1e-2)
+CONFIG = {'learning_rate': 1e-2, 'learner': ('meta_sgd', 'maml'), 'alpha': None}
+
+
+def a_state(step=0, **changes):
+  state = ms.init(jax.random.key(7), TASKS, learner=LEARNER, optimizer=ADAM)
+  meta = jax.tree.map(lambda a: a + step, state.meta)
+  return state._replace(step=jnp.int32(step), meta=meta, **changes)
+
+
+def opened(directory, like=None, config=CONFIG, **options):
+  return Checkpoints(directory, like=a_state() if like is None else like, config=config, **options)
+
+
+def assert_equal(a, b):
+  a, b = named_arrays(a), named_arrays(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    assert (a[name].dtype, a[name].shape, a[name].tobytes()) == (b[name].dtype, b[name].shape, b[name].tobytes()), name
+
+
+def write(directory, steps, **options):
+  with opened(directory, **options) as kept:
+    for step in steps:
+      kept.save(a_state(step))
+
+
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
+def test_a_state_comes_back_to_the_bit(tmp_path, impl):
+  """With arrays that orbax alone does not take as they are: keys, no entries, no leaf; and bfloat16, NaN and −0."""
+  extra = {
+    'none': None, 'empty': jnp.zeros((0, 3)), 'half': jnp.array([0.1, -0.0, jnp.nan], jnp.bfloat16),
+    'flags': jnp.array([True, False]), 'key': jax.random.key(3), 'nothing': (), 'scalar': jnp.float32(1 / 3),
+  }  # fmt: skip
+  state = a_state(5, key=jax.random.key(2, impl=impl), opt_state=extra)
+  with opened(tmp_path / 'c', like=state) as kept:
+    assert kept.latest is None
+    kept.save(state)
+  like = jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.zeros_like(leaf), state)
+  with opened(tmp_path / 'c', like=like) as kept:
+    assert kept.latest.step == 5
+    assert jax.tree.structure(kept.latest.state) == jax.tree.structure(state)
+    assert_equal(kept.latest.state, state)
+    assert jax.random.key_impl(kept.latest.state.key) == jax.random.key_impl(state.key)
+
+
+def test_runs_side_by_side(tmp_path):
+  state = ms.init(jax.vmap(jax.random.key)(jnp.arange(3)), TASKS, learner=LEARNER, optimizer=ADAM)
+  with opened(tmp_path, like=state) as kept:
+    kept.save(state)
+  with opened(tmp_path, like=state) as kept:
+    assert_equal(kept.latest.state, state)
+
+
+def test_a_restored_state_is_trained_by_the_same_program(tmp_path):
+  """A weak type or another device would compile anew, and could round otherwise."""
+  go = lambda state, end: ms.train(
+    state, TASKS, learner=LEARNER, optimizer=ADAM, meta_iterations=end, meta_batch=2, chunk=5
+  )
+  state = go(a_state(), 5)
+  with opened(tmp_path) as kept:
+    kept.save(state)
+  with opened(tmp_path) as kept:
+    restored = kept.latest.state
+  expected = go(state, 10)
+  before = ms.training._run_chunk._cache_size()
+  assert_equal(go(restored, 10), expected)
+  assert ms.training._run_chunk._cache_size() == before
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+  """Orbax's best_fn alone would delete the newest where it is not among the best; a resume would go back."""
+  accuracies = {10: 0.5, 20: 0.9, 30: None, 40: 0.7, 50: 0.9, 60: 0.1, 70: None, 80: 0.2}
+  with opened(tmp_path, keep_best=2) as kept:
+    for step, accuracy in accuracies.items():
+      kept.save(a_state(step), accuracy)
+  assert checkpoint.steps(tmp_path) == [20, 50, 70, 80]
+  with opened(tmp_path, keep_best=2) as kept:
+    assert (kept.latest.step, kept.latest.metric) == (80, 0.2)
+    assert [(c.metric, c.step) for c in kept.best] == [(0.9, 50), (0.9, 20)]
+    assert_equal(kept.best[1].state, a_state(20))
+
+
+def test_without_a_metric_the_last_two_are_kept(tmp_path):
+  write(tmp_path, range(0, 50, 10))
+  assert checkpoint.steps(tmp_path) == [30, 40]
+  assert {p.name for p in tmp_path.iterdir()} == {'30', '40'}
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed(tmp_path):
+  """Killed when the last was written and an older one not yet removed, with nothing to be saved any more."""
+  for keep_best, left in ((0, [30, 40]), (1, [10, 30, 40])):
+    directory = tmp_path / str(keep_best)
+    directory.mkdir()
+    for step, accuracy in ((10, 0.9), (20, 0.1), (30, None), (40, None)):
+      alone = tmp_path / f'{keep_best}_{step}'
+      with opened(alone, keep_best=keep_best) as kept:
+        kept.save(a_state(step), accuracy)
+      (alone / str(step)).rename(directory / str(step))
+    with opened(directory, keep_best=keep_best) as kept:
+      assert kept.latest.step == 40
+    assert checkpoint.steps(directory) == left
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+  with opened(tmp_path) as kept:
+    kept.save(a_state(10), 0.5)
+    kept.save(a_state(10))
+    assert kept.last == 10
+  with opened(tmp_path) as kept:
+    kept.save(a_state(10))
+  assert json.loads((tmp_path / '10' / 'about' / 'metadata').read_text())['metric'] == 0.5
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path):
+  write(tmp_path, [10])
+  about = json.loads((tmp_path / '10' / 'about' / 'metadata').read_text())
+  assert about['config'] == {'learning_rate': 0.01, 'learner': ['meta_sgd', 'maml'], 'alpha': None}
+  assert about['versions']['jax'] == jax.__version__
+  assert about['leaves']['meta.theta.Dense_0.kernel']['shape'] == [1, 4]
+  assert checkpoint.read_config(tmp_path) == about['config']
+
+
+def damages():
+  halve = lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  empty = lambda path: path.write_bytes(b'')
+  remove = lambda path: path.unlink()
+
+  def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+
+  return dict(halve=halve, empty=empty, remove=remove, flip=flip)
+
+
+@pytest.mark.parametrize('damage', damages())
+def test_whatever_file_is_damaged_what_is_read_is_right(tmp_path, damage):
+  """Either the file does not matter, or the checkpoint before it is taken and the user told."""
+  write(tmp_path / 'c', [10, 20])
+  files = sorted(p.relative_to(tmp_path / 'c') for p in (tmp_path / 'c' / '20').rglob('*') if p.is_file())
+  fell_back = set()
+  for i, file in enumerate(files):
+    directory, said = tmp_path / str(i), []
+    write(directory, [10, 20])
+    path = directory / file
+    if not path.exists():  # Arrays' files have other names each time.
+      path = sorted(p for p in (directory / file.parent).iterdir() if p.is_file())[0]
+    if path.stat().st_size == 0:
+      continue
+    damages()[damage](path)
+    with opened(directory, report=said.append) as kept:
+      assert_equal(kept.latest.state, a_state(kept.latest.step))
+      if kept.latest.step == 10:
+        fell_back.add(file.parts[1])
+        assert f'checkpoint {directory / "20"} cannot be read (' in said[0]
+        assert said[0].endswith('; the one before, 10, is taken')
+        assert checkpoint.steps(directory) == [10]
+        kept.save(a_state(20))
+    with opened(directory) as kept:
+      assert kept.latest.step == 20
+  assert fell_back >= {'about', 'state'}
+
+
+def test_all_damaged(tmp_path):
+  write(tmp_path, [10, 20])
+  for step in ('10', '20'):
+    (tmp_path / step / 'about' / 'metadata').write_text('{')
+  said = []
+  with pytest.raises(CheckpointError, match=r'none of the checkpoints in .* can be read; give --restart to begin anew'):
+    opened(tmp_path, report=said.append)
+  assert len(said) == 2
+  assert checkpoint.steps(tmp_path) == [10, 20]
+
+
+def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
+  with opened(tmp_path, keep_best=2) as kept:
+    for step, accuracy in ((10, 0.9), (20, 0.8), (30, 0.1), (40, 0.2)):
+      kept.save(a_state(step), accuracy)
+  (tmp_path / '10' / 'state' / 'manifest.ocdbt').write_bytes(b'x')
+  said = []
+  with opened(tmp_path, keep_best=2, report=said.append) as kept:
+    assert [c.step for c in kept.best] == [20, 40]
+  assert 'the best are chosen without it' in said[0]
+
+
+def test_one_that_was_being_written_is_not_there(tmp_path):
+  write(tmp_path, [10, 20])
+  (tmp_path / '20').rename(tmp_path / '20.orbax-checkpoint-tmp')
+  said = []
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+    kept.save(a_state(20))
+  assert not said
+  assert {p.name for p in tmp_path.iterdir()} == {'10', '20'}
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+  write(tmp_path, [10])
+  other = {'learning_rate': 1e-3, 'learner': ('meta_sgd', 'maml'), 'shot': 5}
+  with pytest.raises(CheckpointError) as e:
+    opened(tmp_path, config=other)
+  assert str(e.value) == (
+    f'{tmp_path} holds an unfinished run of another configuration (learning_rate: 0.01 there, 0.001 asked for; alpha: '
+    'None there, nothing asked for; shot: nothing there, 5 asked for); give another --workdir, the same configuration '
+    'to go on with it, or --restart to begin anew'
+  )
+  assert checkpoint.steps(tmp_path) == [10]
+
+
+@pytest.mark.parametrize(
+  ('other', 'message'),
+  [
+    (lambda s: s._replace(opt_state=()), r'opt_state.* is int32\[\] there and nothing here'),
+    (
+      lambda s: s._replace(meta=jax.tree.map(lambda a: a[None], s.meta)),
+      r'float32\[4\] there and float32\[1, 4\] here',
+    ),
+    (lambda s: s._replace(step=jnp.float32(0)), r'step is int32\[\] there and float32\[\] here'),
+    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), r'key is uint32\[2\] there and uint32\[4\] here'),
+  ],
+)
+def test_other_arrays_are_refused(tmp_path, other, message):
+  write(tmp_path, [10])
+  with pytest.raises(CheckpointError, match=f'does not fit what is trained: .*{message}'):
+    opened(tmp_path, like=other(a_state()))
+
+
+def test_up_to_a_step(tmp_path):
+  write(tmp_path, [10, 20])
+  before = sorted(tmp_path.rglob('*'))
+  found = checkpoint.newest(tmp_path, like=a_state(), config=CONFIG, until=15)
+  assert found.step == 10
+  assert checkpoint.newest(tmp_path, like=a_state(), config=CONFIG, until=5) is None
+  assert checkpoint.newest(tmp_path / 'nowhere', like=a_state(), config=CONFIG) is None
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(CheckpointError, match=r'a checkpoint cannot be written to .*; make room, or give another'):
+    opened(tmp_path / 'file' / 'c')
+
+
+def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
+  kept = opened(tmp_path / 'c')
+
+  def full(*args, **options):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(kept._manager, 'save', full)
+  with pytest.raises(CheckpointError, match='No space left on device'):
+    kept.save(a_state(10))
+  kept.close()
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write('here', [10])
+  assert checkpoint.newest(pathlib.Path('here'), like=a_state(), config=CONFIG).step == 10

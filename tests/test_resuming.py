@@ -1,0 +1,347 @@
+"""Runs that are killed, stopped, damaged or refused; those that go on end to the bit as if nothing had been."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+
+import jax
+import numpy as np
+import pytest
+import torture
+from test_bad_numbers import poisoned
+
+import metasgd_jax as ms
+from experiments import classification, few_shot_table, few_shot_training, regression, reporting, resuming, trainings
+from experiments.reporting import TrainingError
+from experiments.resuming import Keeping
+from metasgd_jax import bad_numbers, checkpoint, writers
+from metasgd_jax.checkpoint import CheckpointError
+
+CONFIG = regression.Config(meta_iterations=40, seeds=2, eval_tasks=3, eval_repeats=2)
+MAML = dataclasses.replace(CONFIG, learner=('maml',), meta_iterations=20)
+KEEPING = Keeping(checkpoint_every=4, keep_checkpoints=True)
+VALIDATION = classification.Config(
+  learner=('prototypical',), way=3, query=1, filters=2, meta_batch=1, meta_iterations=40, validate_every=4, ensemble=2,
+  eval_tasks=3, eval_query=1,
+)  # fmt: skip
+
+
+class CrashError(Exception):
+  """As if the program had been killed here."""
+
+
+@pytest.fixture
+def at(monkeypatch):
+  """`at(label, step, what)`: does something after these metrics have been written, and before anything is saved."""
+  recorded = reporting.Recorder.__call__
+
+  def arrange(label, step, what):
+    def call(recorder, progress):
+      recorded(recorder, progress)
+      if (recorder._label, progress.step) == (label, step):
+        what()
+
+    monkeypatch.setattr(reporting.Recorder, '__call__', call)
+
+  yield arrange
+  monkeypatch.undo()
+
+
+def crash():
+  raise CrashError
+
+
+def never_stopped(run, config, directory):
+  run(config, directory, keeping=KEEPING)
+  return torture.contents(directory)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  return never_stopped(regression.run, CONFIG, tmp_path_factory.mktemp('whole'))
+
+
+@pytest.fixture(scope='module')
+def whole_maml(tmp_path_factory):
+  return never_stopped(regression.run, MAML, tmp_path_factory.mktemp('whole_maml'))
+
+
+def assert_same(workdir, expected):
+  got = torture.contents(workdir)
+  assert got.keys() == expected.keys()
+  assert [name for name in got if got[name] != expected[name]] == []
+
+
+def crashed(at, workdir, config=MAML, label='MAML 5-shot', step=11, keeping=KEEPING):
+  at(label, step, crash)
+  with pytest.raises(CrashError):
+    regression.run(config, workdir, keeping)
+  at(label, -1, crash)
+
+
+def test_killed_at_random_moments(tmp_path, monkeypatch):
+  """With SIGKILL, for which no program can prepare; `make torture` does it for longer."""
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  hits = torture.torture(torture.REGRESSION, 3, tmp_path, random.Random(0))
+  assert hits.total() >= 3
+
+
+def test_cut_off_several_times_in_several_trainings(tmp_path, at, whole, capsys):
+  for label, step in (('Meta-SGD 5-shot', 2), ('Meta-SGD 5-shot', 14), ('Meta-SGD 5-shot', 40), ('MAML 5-shot', 22)):
+    crashed(at, tmp_path, CONFIG, label, step)
+  capsys.readouterr()
+  regression.run(CONFIG, tmp_path, KEEPING)
+  out = capsys.readouterr().out
+  assert f'{tmp_path} holds an unfinished run of this configuration, which goes on; --restart begins anew' in out
+  assert 'Meta-SGD 5-shot: is trained already' in out
+  assert 'MAML 5-shot: goes on from meta-iteration 20' in out
+  assert_same(tmp_path, whole)
+
+
+def test_the_same_run_twice_leaves_the_same_files(tmp_path, whole_maml):
+  regression.run(MAML, tmp_path, KEEPING)
+  assert_same(tmp_path, whole_maml)
+
+
+def test_a_line_of_metrics_that_was_half_written(tmp_path, at, whole_maml):
+  crashed(at, tmp_path)
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"label": "MAML 5-shot", "step": 1')
+  (tmp_path / '.results.json-abcdefgh').write_text('{')
+  regression.run(MAML, tmp_path, KEEPING)
+  assert_same(tmp_path, whole_maml)
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, at, whole_maml, capsys):
+  crashed(at, tmp_path)
+  newest = tmp_path / 'checkpoints' / 'maml_5shot' / '8'
+  for path in (newest / 'state').rglob('d/*'):
+    path.write_bytes(path.read_bytes()[:10])
+  regression.run(MAML, tmp_path, KEEPING)
+  out = capsys.readouterr().out
+  assert f'checkpoint {newest} cannot be read' in out
+  assert 'the one before, 4, is taken' in out
+  assert 'MAML 5-shot: goes on from meta-iteration 4' in out
+  assert_same(tmp_path, whole_maml)
+
+
+def test_another_configuration_is_refused_and_nothing_touched(tmp_path, at, capsys):
+  crashed(at, tmp_path)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  other = dataclasses.replace(MAML, learning_rate=0.5, shot=3)
+  with pytest.raises(CheckpointError) as e:
+    regression.run(other, tmp_path, KEEPING)
+  assert str(e.value) == (
+    f'{tmp_path} holds an unfinished run of another configuration (shot: 5 there, 3 asked for; learning_rate: 0.001 '
+    'there, 0.5 asked for); give another --workdir, the same configuration to go on with it, or --restart to begin anew'
+  )
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+  regression.run(other, tmp_path, Keeping(restart=True))
+  assert json.loads((tmp_path / 'config.json').read_text())['shot'] == 3
+  assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 20
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_restart_begins_the_same_configuration_anew(tmp_path, at, whole_maml, capsys):
+  crashed(at, tmp_path)
+  regression.run(MAML, tmp_path, dataclasses.replace(KEEPING, restart=True))
+  assert 'goes on' not in capsys.readouterr().out
+  assert_same(tmp_path, whole_maml)
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_a_finished_run_is_replaced(tmp_path, keep, capsys):
+  regression.run(dataclasses.replace(MAML, shot=3), tmp_path, Keeping(keep_checkpoints=keep))
+  assert (tmp_path / 'checkpoints').exists() == keep
+  assert not resuming.unfinished(tmp_path)
+  regression.run(MAML, tmp_path)
+  assert 'goes on' not in capsys.readouterr().out
+  assert not (tmp_path / 'checkpoints').exists()
+  assert not list(tmp_path.glob('*_3shot*'))
+  assert not list(tmp_path.glob('.*'))
+
+
+def test_metrics_that_were_lost_are_missed(tmp_path, at):
+  crashed(at, tmp_path)
+  (tmp_path / 'metrics.jsonl').write_text('')
+  with pytest.raises(
+    CheckpointError, match=r'metrics.jsonl has lost lines of MAML 5-shot before meta-iteration 8; give'
+  ):
+    regression.run(MAML, tmp_path, KEEPING)
+
+
+def test_other_versions_are_told_of(tmp_path, at, monkeypatch, capsys):
+  crashed(at, tmp_path)
+  now = writers.provenance()
+  monkeypatch.setattr(trainings.writers, 'provenance', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
+  regression.run(MAML, tmp_path, KEEPING)
+  assert f'versions have changed (jax {jax.__version__} → 99), so the rest may differ' in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_leaves(tmp_path, at, whole_maml, capsys):
+  before = signal.getsignal(signal.SIGTERM)
+  at('MAML 5-shot', 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  with pytest.raises(SystemExit) as e:
+    regression.run(MAML, tmp_path, dataclasses.replace(KEEPING, checkpoint_every=100))
+  assert e.value.code == 143
+  assert capsys.readouterr().out == (
+    f'stopped by SIGTERM: MAML 5-shot is saved at meta-iteration 7 of 20 in {tmp_path}; the same command goes on from '
+    'there\n'
+  )
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [7]
+  at('MAML 5-shot', -1, crash)
+  regression.run(MAML, tmp_path, KEEPING)
+  name = lambda found: {k: v for k, v in found.items() if not k.startswith('checkpoints')}
+  assert name(torture.contents(tmp_path)) == name(whole_maml)
+
+
+def test_sigterm_while_nothing_is_trained_leaves_at_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(regression, '_test', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+  with pytest.raises(SystemExit) as e:
+    regression.run(MAML, tmp_path, KEEPING)
+  assert e.value.code == 143
+  assert 'stopped by SIGTERM: what was trained is saved; the same command goes on' in capsys.readouterr().out
+  assert resuming.unfinished(tmp_path)
+
+
+def test_two_programs_do_not_train_in_one_directory(tmp_path):
+  with resuming.open_run(tmp_path, MAML), pytest.raises(writers.WriterError, match='another program trains in'):
+    regression.run(MAML, tmp_path)
+  with resuming.open_run(tmp_path, MAML):
+    pass
+
+
+def test_the_best_of_validation_survive(tmp_path, at, capsys):
+  expected = never_stopped(classification.run, VALIDATION, tmp_path / 'whole')
+  directory = tmp_path / 'killed'
+  for step in (14, 32, 40):
+    at('Prototypical Nets', step, crash)
+    with pytest.raises(CrashError):
+      classification.run(VALIDATION, directory, keeping=KEEPING)
+  at('Prototypical Nets', -1, crash)
+  classification.run(VALIDATION, directory, keeping=KEEPING)
+  assert 'Prototypical Nets: goes on from meta-iteration 36' in capsys.readouterr().out
+  assert_same(directory, expected)
+  accuracies = {
+    step: json.loads((path / 'about' / 'metadata').read_text())['metric']
+    for path in (directory / 'checkpoints' / 'prototypical_run0').iterdir()
+    for step in [int(path.name)]
+  }
+  lines = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+  found = {line['step']: line['validation_accuracy'] for line in lines if 'validation_accuracy' in line}
+  assert list(found) == list(range(4, 41, 4))
+  best = sorted(found, key=lambda step: (found[step], step))[-2:]
+  assert {*best, 36, 40} == set(accuracies)
+  assert all(accuracies[step] == found[step] for step in accuracies)
+
+
+def test_a_bad_number_stops_the_run_with_the_last_good_state_saved(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(regression, 'sinusoid', lambda *args, **options: poisoned([13], task=3))
+  config = dataclasses.replace(MAML, seeds=1, meta_iterations=40)
+  with pytest.raises(TrainingError) as e:
+    regression.run(config, tmp_path)
+  said = str(e.value)
+  assert said.startswith(
+    'MAML 5-shot: the loss of run 0 (from 0) is not finite at meta-iteration 13 (from 0), in task 3 of 4 (from 0): '
+    'loss nan, gradient of theta.Dense_0.bias and '
+  )
+  assert 'the task is drawn with jax.random.wrap_key_data(jax.numpy.uint32([' in said
+  assert (
+    f'the state of meta-iteration 12 is saved in {tmp_path / "checkpoints" / "maml_5shot"}; --debug_task=13' in said
+  )
+  assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [12]
+  assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['step'] == 12
+  with pytest.raises(TrainingError, match='is not finite at meta-iteration 13'):  # It goes on, and meets it again.
+    regression.run(config, tmp_path)
+
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+  capsys.readouterr()
+  trainings.look([t for t, _ in regression.plan(config)], config, tmp_path, Keeping(debug_task=13))()
+  out = capsys.readouterr().out
+  assert 'MAML 5-shot: meta-iteration 13 (from 0), replayed from 12' in out
+  assert '1 of 4 tasks are not finite' in out
+  assert 'task 3: loss nan  not finite' in out
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+
+
+def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
+  monkeypatch.setattr(regression, 'sinusoid', lambda *args, **options: poisoned([13, 14], task=3, seed=1))
+  monkeypatch.setattr(regression, 'TEST_SHOTS', ())
+  monkeypatch.setattr(regression, '_table', lambda *_: '')
+  monkeypatch.setattr(regression, '_pictures', lambda *_: {})
+  monkeypatch.setattr(regression, '_test', lambda *_: None)
+  tests = regression.trainings.train
+  done = []
+  monkeypatch.setattr(regression.trainings, 'train', lambda *args: done.append(tests(*args)) or done[-1])
+  config = dataclasses.replace(MAML, bad_steps='skip')
+  regression.run(config, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['skipped'] for line in lines[12:16]] == [[0, 0], [0, 1], [0, 2], [0, 2]]
+  assert [line['loss'][1] is None for line in lines] == [i in (13, 14) for i in range(20)]
+  assert all(line['loss'][0] is not None for line in lines)
+  assert done[0].skipped['skipped_steps'].tolist() == [0, 2]
+
+
+def test_a_chunk_with_a_skipped_step_has_the_mean_of_the_others():
+  values = np.array([[1.0, np.nan], [2.0, np.inf], [np.nan, np.nan]], np.float32)
+  np.testing.assert_array_equal(reporting._finite_mean(values, 0), np.array([1.5, np.nan], np.float32))
+  whole = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+  assert np.array_equal(reporting._finite_mean(whole, 0), np.mean(whole, axis=0))
+
+
+def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, capsys):
+  config = dataclasses.replace(MAML, meta_iterations=20)
+  plan = [t for t, _ in regression.plan(config)]
+  trainings.look(plan, config, tmp_path, Keeping(debug_task=5))()
+  out = capsys.readouterr().out
+  assert 'MAML 5-shot: meta-iteration 5 (from 0), replayed from 0' in out
+  assert out.count('0 of 4 tasks are not finite') == 2
+  state = plan[0].go(plan[0].start(), 5, ())
+  report = bad_numbers.inspect_step(
+    reporting.one_run(state, 1), regression.sinusoid(regression.PAPER, shot=5, query=10),
+    learner=regression.build_learner('maml', config), meta_batch=4,
+  )  # fmt: skip
+  assert f'task 2: loss {report.losses[2]:.6g}' in out
+
+
+def test_the_same_beginning_twice(tmp_path, capsys):
+  plan = [t for t, _ in regression.plan(MAML)]
+  trainings.look(plan, MAML, tmp_path, Keeping(check_determinism=True))()
+  said = 'MAML 5-shot: the beginning, 2 meta-iterations, taken twice, is the same to the bit\n'
+  assert capsys.readouterr().out == said
+  seeds = iter(range(10))
+  another = lambda: plan[0].start()._replace(key=reporting.seed_keys(next(seeds), 2))
+  with pytest.raises(SystemExit) as e:
+    trainings.check_determinism([dataclasses.replace(plan[0], start=another)])
+  assert e.value.code == 1
+  assert 'taken twice, differs in ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('keeping', 'message'),
+  [
+    (dict(debug_task=3, check_determinism=True), 'debug_task and check_determinism are two commands; give one'),
+    (dict(debug_task=20), 'debug_task must be less than meta_iterations=20, got 20; they count from 0'),
+  ],
+)
+def test_what_cannot_be_looked_into(tmp_path, keeping, message):
+  with pytest.raises(ValueError, match=message):
+    trainings.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(**keeping))
+
+
+def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_begins(tmp_path, monkeypatch):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  cell = few_shot_table.cells(config)[1]
+  state = ms.TrainState(np.int32(3), jax.random.key(0), {'w': np.zeros(2)}, ())
+  directory = tmp_path / 'cells' / 'omniglot_lstm_20way_1shot'
+  there = dataclasses.asdict(dataclasses.replace(cell, meta_iterations=7))
+  with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=there) as kept:
+    kept.save(state)
+  writers.write_json(directory / 'config.json', dataclasses.asdict(cell))
+  writers.write_json(directory / 'results.json', {'rows': []})
+  assert not few_shot_table._done(cell, directory)
+  with pytest.raises(CheckpointError, match=r'meta_iterations: 7 there, 500 asked for'):
+    few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
