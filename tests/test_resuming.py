@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, damaged or refused; those that go on end to the bit as if nothing had been."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -26,6 +27,18 @@ VALIDATION = classification.Config(
   learner=('prototypical',), way=3, query=1, filters=2, meta_batch=1, meta_iterations=40, validate_every=4, ensemble=2,
   eval_tasks=3, eval_query=1,
 )  # fmt: skip
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+  """Runs share their compiled programs and draw nothing; the one with SIGKILL compiles, and draws."""
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in ((regression, 'build_learner'), (regression, 'sinusoid'), (trainings, 'optimizer_of')):
+      patch.setattr(module, name, functools.cache(getattr(module, name)))
+    patch.setattr(regression.optax, 'adam', functools.cache(regression.optax.adam))
+    patch.setattr(regression, 'TEST_SHOTS', (5,))
+    patch.setattr(reporting, 'save_pictures', lambda *_: None)
+    yield
 
 
 class CrashError(Exception):
@@ -84,7 +97,7 @@ def crashed(at, workdir, config=MAML, label='MAML 5-shot', step=11, keeping=KEEP
 def test_killed_at_random_moments(tmp_path, monkeypatch):
   """With SIGKILL, for which no program can prepare; `make torture` does it for longer."""
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-  hits = torture.torture(torture.REGRESSION, 3, tmp_path, random.Random(0))
+  hits = torture.torture((*torture.REGRESSION, '--learner=maml', '--seeds=1'), 3, tmp_path, random.Random(0))
   assert hits.total() >= 3
 
 
@@ -215,14 +228,16 @@ def test_two_programs_do_not_train_in_one_directory(tmp_path):
 
 
 def test_the_best_of_validation_survive(tmp_path, at, capsys):
-  expected = never_stopped(classification.run, VALIDATION, tmp_path / 'whole')
+  setup = few_shot_training.build(VALIDATION)
+  run = functools.partial(classification.run, setup=setup)
+  expected = never_stopped(run, VALIDATION, tmp_path / 'whole')
   directory = tmp_path / 'killed'
   for step in (14, 32, 40):
     at('Prototypical Nets', step, crash)
     with pytest.raises(CrashError):
-      classification.run(VALIDATION, directory, keeping=KEEPING)
+      run(VALIDATION, directory, keeping=KEEPING)
   at('Prototypical Nets', -1, crash)
-  classification.run(VALIDATION, directory, keeping=KEEPING)
+  run(VALIDATION, directory, keeping=KEEPING)
   assert 'Prototypical Nets: goes on from meta-iteration 36' in capsys.readouterr().out
   assert_same(directory, expected)
   accuracies = {

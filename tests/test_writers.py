@@ -118,3 +118,33 @@ def test_provenance_names_versions_and_device():
   about = writers.provenance()
   assert {'python', 'jax', 'optax', 'flax', 'metasgd_jax'} <= set(about['versions'])
   assert about['device']['kind']
+  assert about['jax_settings']['jax_enable_x64'] is False
+
+
+def test_clock_times_have_a_file_of_their_own(tmp_path):
+  writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
+  writer.write('MAML', 10, {'loss': 0.5, 'seconds': 1.25})
+  assert json.loads((tmp_path / 'm.jsonl').read_text()) == {'label': 'MAML', 'step': 10, 'loss': 0.5}
+  assert json.loads((tmp_path / 'timings.jsonl').read_text()) == {'label': 'MAML', 'step': 10, 'seconds': 1.25}
+  writers.MetricsWriter(tmp_path / 'm.jsonl')
+  assert not (tmp_path / 'timings.jsonl').exists()
+
+
+def test_metrics_are_cut_to_a_step(tmp_path):
+  path = tmp_path / 'm.jsonl'
+  writer = writers.MetricsWriter(path)
+  for label, step in (('A', 10), ('A', 20), ('B', 10), ('B', 20), ('B', 30)):
+    writer.write(label, step, {'loss': np.float32(0.1), 'seconds': 1.0})
+  before = path.read_bytes()
+  with path.open('a') as file:
+    file.write('{"label": "B", "st')
+  writer = writers.MetricsWriter(path, go_on=True)
+  assert [line['step'] for line in writer.cut('A', 20)] == [10, 20]
+  assert path.read_bytes() == before
+  found = writer.cut('B', 20)
+  assert [line['step'] for line in found] == [10, 20]
+  assert np.float32(found[0]['loss']) == np.float32(0.1)
+  for file in (path, tmp_path / 'timings.jsonl'):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line['label'], line['step']) for line in lines] == [('A', 10), ('A', 20), ('B', 10), ('B', 20)]
+  assert writers.MetricsWriter(tmp_path / 'none.jsonl', go_on=True).cut('A', 5) == []

@@ -82,7 +82,7 @@ def until_killed(case, workdir: pathlib.Path, seconds: float, rng: random.Random
   if list(workdir.glob('checkpoints/*/*tmp*')):
     return 'while a checkpoint was written'
   if (workdir / 'results.json').exists():
-    return 'after the first test'
+    return 'when the first training was done'
   return 'in training' if trained(workdir) != before else 'before training went on'
 
 

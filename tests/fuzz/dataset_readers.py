@@ -20,8 +20,9 @@ import metasgd_jax as ms
 from metasgd_jax import checkpoint, training
 from metasgd_jax.datasets import DatasetError, cifar_fs, omniglot, published_split
 
-from .mutations import Tree, in_json
+from .mutations import in_json
 from .reader import Reader, in_folder
+from .trees import Tree
 
 _ALPHABETS, _CHARACTERS, _DRAWINGS = 2, 4, 3
 _OMNIGLOT = ('images_background', 'images_evaluation', 'images_background_small1', 'images_background_small2')

@@ -136,6 +136,13 @@ def watched(
   return refusal
 
 
+def refused(read: Callable[[], Any], folder: pathlib.Path, error: type[Exception]) -> str:
+  """Returns the sentence with which something is refused, with nothing written outside of `folder`."""
+  sentence = watched(read, folder, (error,))
+  assert sentence is not None, 'it was accepted'
+  return sentence
+
+
 def _sentence(e: Exception) -> str:
   text = str(e)
   if type(e) is UnicodeEncodeError or type(e) is UnicodeDecodeError:

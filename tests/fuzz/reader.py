@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import guard
-from .mutations import Edit, Other, Tree, change_tree, write
-from .mutations import read as take_up
+from .mutations import Edit
+from .trees import Other, Tree, change_tree, write
+from .trees import read as take_up
 
 
 class Reader(NamedTuple):

@@ -20,8 +20,9 @@ from metasgd_jax.datasets import DatasetError, archives, image_cache, image_file
 from metasgd_jax.tasks.few_shot import ClassBank
 
 from .dataset_readers import DATASET_READERS
-from .mutations import Tree, in_json, in_json_lines, in_numpy, in_png, in_safetensors, text
+from .mutations import in_json, in_json_lines, in_numpy, in_png, in_safetensors, text
 from .reader import Reader, in_folder
+from .trees import Tree
 
 IMAGE_ENDINGS = ('png', 'jpg', 'bmp', 'gif', 'webp', 'tif', 'ppm', 'pgm')
 

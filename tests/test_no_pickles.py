@@ -1,0 +1,25 @@
+"""No code opens a pickle: neither by its name nor through NumPy."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SOURCE = [path for part in ('metasgd_jax', 'experiments', 'benchmarks') for path in sorted((ROOT / part).rglob('*.py'))]
+RUN_CODE = ('pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal', 'yaml')
+
+
+@pytest.mark.parametrize('path', SOURCE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_code_opens_pickles_or_runs_text(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      module = [getattr(node, 'module', None) or ''] if isinstance(node, ast.ImportFrom) else []
+      for name in (*module, *(alias.name for alias in node.names)):
+        assert name.split('.')[0] not in RUN_CODE, f'{path}:{node.lineno} imports {name}'
+    if isinstance(node, ast.Call):
+      called = ast.unparse(node.func)
+      if called in ('np.load', 'numpy.load', 'np.save', 'numpy.save'):
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        assert given.get('allow_pickle') == 'False', f'{path}:{node.lineno} calls {called} without allow_pickle=False'
+      assert called not in ('eval', 'exec', 'torch.load'), f'{path}:{node.lineno} calls {called}'
