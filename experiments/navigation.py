@@ -9,7 +9,7 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def build_inner(name: str, environment: rl.Environment, config: Config, steps: i
   alpha = dict(alpha=rate) if name == 'maml' else dict(alpha_range=(rate, rate))
   return rl.policy_gradient(
     environment, rl.gaussian(environment.observation_size, environment.action_size),
-    trajectories=config.trajectories, steps=steps or config.inner_steps, estimator=config.estimator,
+    trajectories=config.trajectories, steps=steps or config.inner_steps, estimator=cast(Any, config.estimator),
     advantage=dataclasses.replace(rl.MAML, discount=config.discount), **alpha,
   )  # fmt: skip
 
@@ -169,7 +169,7 @@ def _run(config: Config, opened: resuming.Run) -> list[dict]:
 
 def build_environments() -> dict[str, rl.Environment]:
   """Returns both task sets."""
-  return {start: rl.navigation(start) for start in STARTS}
+  return {start: rl.navigation(cast(Any, start)) for start in STARTS}
 
 
 def _test(trained: Trained, environment, config: Config) -> reporting.Result:

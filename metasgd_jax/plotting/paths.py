@@ -1,7 +1,7 @@
 """Paths of a point in the plane, before and after adapting: Figure 4 of Li et al. 2017, and an animation of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.animation import FuncAnimation
@@ -29,7 +29,10 @@ class Walks(NamedTuple):
   returns: np.ndarray
 
 
-_STYLE = {'start': dict(marker='o', color='black', markersize=6), 'goal': dict(marker='*', color=GREY, markersize=13)}
+_STYLE: dict[str, dict[str, Any]] = {
+  'start': dict(marker='o', color='black', markersize=6),
+  'goal': dict(marker='*', color=GREY, markersize=13),
+}
 
 
 def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
