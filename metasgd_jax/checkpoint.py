@@ -1,5 +1,6 @@
 """Checkpoints of a training by orbax: the latest and the best, written in the background, each whole or not there."""
 
+import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -153,6 +154,13 @@ class Checkpoints:
 
   def _tidy(self) -> None:
     """Removes what orbax would have, had the program not been killed between writing one and removing another."""
+    for step in steps(self._directory):
+      path = self._directory / str(step)
+      try:
+        _check_files(path)
+      except Exception as e:  # Orbax, which opens them all, would raise it anew.
+        self._report(f'checkpoint {path} is damaged ({_first_line(e)}), and removed')
+        _remove(path)
     there = steps(self._directory)
     for step in {*there[:-LATEST]} - {checkpoint.step for checkpoint in self.best}:
       _remove(self._directory / str(step))
@@ -266,10 +274,21 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
   """Returns a checkpoint's description; raises ValueError if it is not what was written."""
   import orbax.checkpoint as ocp
 
+  _check_files(path)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
   check_about(about)
   return about
+
+
+def _check_files(path: pathlib.Path) -> None:
+  """Raises ValueError where there is anything but files and folders, which orbax would wait for, or broken metrics."""
+  for part in path.rglob('*'):
+    if part.is_symlink() or not (part.is_file() or part.is_dir()):
+      raise ValueError(f'{part.relative_to(path)} is no file')
+  metrics = path / 'metrics' / 'metrics'
+  if metrics.exists() and not isinstance(json.loads(metrics.read_bytes()), dict):
+    raise ValueError('its metrics are not those of a checkpoint')
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, or it is not used."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -198,6 +199,32 @@ def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
   with opened(tmp_path, keep_best=2, report=said.append) as kept:
     assert [c.step for c in kept.best] == [20, 40]
   assert 'the best are chosen without it' in said[0]
+
+
+@pytest.mark.parametrize('step', [10, 20])
+@pytest.mark.parametrize('text', ['{"metric": 2 "', '[]', '[' * 100_000])
+def test_broken_metrics(tmp_path, step, text):
+  with opened(tmp_path, keep_best=2) as kept:
+    kept.save(a_state(10), 0.9)
+    kept.save(a_state(20), 0.8)
+  (tmp_path / str(step) / 'metrics' / 'metrics').write_text(text)
+  said = []
+  with opened(tmp_path, keep_best=2, report=said.append) as kept:
+    assert kept.latest.step == (20 if step == 10 else 10)
+    assert checkpoint.steps(tmp_path) == [kept.latest.step]
+  assert f'checkpoint {tmp_path / str(step)} ' in said[0]
+
+
+@pytest.mark.parametrize('file', ['about/metadata', 'state/manifest.ocdbt', 'other'])
+def test_a_pipe_is_not_waited_for(tmp_path, file):
+  write(tmp_path, [10, 20])
+  path = tmp_path / '20' / file
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  said = []
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert f'{file} is no file' in said[0]
 
 
 def test_one_that_was_being_written_is_not_there(tmp_path):

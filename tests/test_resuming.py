@@ -36,7 +36,6 @@ def quick():
     for module, name in ((regression, 'build_learner'), (regression, 'sinusoid'), (trainings, 'optimizer_of')):
       patch.setattr(module, name, functools.cache(getattr(module, name)))
     patch.setattr(regression.optax, 'adam', functools.cache(regression.optax.adam))
-    patch.setattr(regression, 'TEST_SHOTS', (5,))
     patch.setattr(reporting, 'save_pictures', lambda *_: None)
     yield
 

@@ -167,6 +167,5 @@ DATASET_READERS = [
     (checkpoint.CheckpointError,),
     0.1,
     {'about': (in_json,), 'metadata': (in_json,), '.json': (in_json,), '.zarray': (in_json,)},
-    waits=True,
   ),
 ]

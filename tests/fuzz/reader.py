@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import guard
 from .mutations import Edit
-from .trees import Other, Tree, change_tree, write
+from .trees import Tree, change_tree, write
 from .trees import read as take_up
 
 
@@ -22,7 +22,6 @@ class Reader(NamedTuple):
     refuses: the errors that it documents.
     share: of the inputs, beside the other readers'.
     edits: what may be done to files, by their names' endings.
-    waits: whether it opens pipes and devices, and waits for ever, in a library's threads; then it gets folders instead.
   """
 
   name: str
@@ -31,15 +30,12 @@ class Reader(NamedTuple):
   refuses: tuple[type[Exception], ...]
   share: float = 1.0
   edits: dict[str, tuple[Edit, ...]] = {}  # noqa: RUF012
-  waits: bool = False
 
 
 def attempt(reader: Reader, rng: random.Random, *, tree: Tree | None = None) -> str | None:
   """Reads one input: a valid one changed, or the one given; returns what `guard.watched` does."""
   if tree is None:
     tree = change_tree(rng, rng.choice(trees_of(reader)), reader.edits)
-    if reader.waits:
-      tree = {n: Other('folder') if c in (Other('pipe'), Other('link', '/dev/zero')) else c for n, c in tree.items()}
   with tempfile.TemporaryDirectory(prefix='fuzz-') as directory:
     folder = pathlib.Path(directory, 'in')
     folder.mkdir()
