@@ -114,7 +114,8 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
     json.loads((directory / 'results.json').read_text())
   except (OSError, ValueError):
     return False
-  return found == json.loads(json.dumps(dataclasses.asdict(cell)))
+  defaults = {field.name: field.default for field in dataclasses.fields(cell)}  # Of options newer than the cell.
+  return json.loads(json.dumps({**defaults, **found})) == json.loads(json.dumps(dataclasses.asdict(cell)))
 
 
 def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:

@@ -359,3 +359,13 @@ def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_beg
   assert not few_shot_table._done(cell, directory)
   with pytest.raises(CheckpointError, match=r'meta_iterations: 7 there, 500 asked for'):
     few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
+
+
+def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
+  cell = few_shot_table.cells(classification.Config(learner=('lstm',), table2=True, data_dir='somewhere'))[0]
+  older = dataclasses.asdict(cell)
+  del older['bad_steps']
+  writers.write_json(tmp_path / 'config.json', older)
+  writers.write_json(tmp_path / 'results.json', {'rows': []})
+  assert few_shot_table._done(cell, tmp_path)
+  assert not few_shot_table._done(dataclasses.replace(cell, bad_steps='skip'), tmp_path)
