@@ -68,9 +68,7 @@ def init(
   Raises:
     ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; what the learner raises.
   """
-  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
-  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
-    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
+  check_key(key)
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
@@ -78,6 +76,13 @@ def init(
     task_keys, episode_keys, _ = jnp.moveaxis(jax.vmap(_init_keys)(jnp.atleast_1d(key)), 1, 0)
     tasks = tasks.send(task_keys, episode_keys)
   return start(key, tasks.as_arguments())
+
+
+def check_key(key: chex.PRNGKey) -> None:
+  """Raises ValueError unless key is `jax.random.key`'s, or an array [R] of such."""
+  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
+  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
+    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
 
 
 def _init_keys(key):
@@ -246,18 +251,27 @@ def _chunk_keys(key, step, *, meta_batch, chunk):
 
 @functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'chunk'))
 def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh, chunk):
-  """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
-  step = functools.partial(
-    train_step, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh
-  )
+  options = dict(learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh)
+  return repeat(lambda state: train_step(state, tasks, **options), state, n, chunk)
+
+
+def repeat(
+  step: Callable[[TrainState], tuple[TrainState, dict[str, chex.Array]]], state: TrainState, n: chex.Numeric, chunk: int
+) -> tuple[TrainState, dict[str, chex.Array]]:
+  """Returns the state after n ≤ chunk steps, and their info, with room for `chunk` of them: the first n are filled.
+
+  Args:
+    step: `state → (state, info)` of one run.
+    state: of one run, or of R side by side.
+    n: may be a run-time number.
+    chunk: the most steps.
+  """
   step = _over_runs(step, state)
-  rooms = jax.tree.map(
-    lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s, tasks)[1], state)
-  )
+  rooms = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s)[1], state))
 
   def body(i, carry):
     state, infos = carry
-    state, info = step(state, tasks)
+    state, info = step(state)
     return state, jax.tree.map(lambda room, v: jax.lax.dynamic_update_index_in_dim(room, v, i, 0), infos, info)
 
   return jax.lax.fori_loop(0, n, body, (state, rooms))
@@ -268,10 +282,10 @@ def _over_runs(step, state):
   if state.step.ndim == 0:
     return step
   if state.step.shape[0] > 1:
-    return jax.vmap(step, (0, None))
+    return jax.vmap(step)
 
-  def single(state, tasks):
-    out = step(jax.tree.map(lambda a: a[0], state), tasks)
+  def single(state):
+    out = step(jax.tree.map(lambda a: a[0], state))
     return jax.tree.map(lambda a: a[None], out)
 
   return single

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.rl.learner import PolicyGradient, trpo_meta_step
-from metasgd_jax.training import Progress, TrainState
+from metasgd_jax.training import Progress, TrainState, check_key, repeat
 
 
 def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
@@ -24,15 +24,13 @@ def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
   Raises:
     ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank.
   """
-  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
-  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
-    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
+  check_key(key)
 
   def one(key):
     meta = inner.init(jax.random.fold_in(key, -1 % 2**32))
     return TrainState(jnp.zeros((), jnp.int32), key, meta, ())
 
-  return (jax.vmap(one) if shape else one)(key)
+  return (jax.vmap(one) if jnp.ndim(key) else one)(key)
 
 
 def train(
@@ -90,20 +88,10 @@ def train(
 
 @functools.partial(jax.jit, static_argnames=('inner', 'meta_batch', 'chunk', 'trpo'))
 def _run_chunk(state, n, *, inner, meta_batch, chunk, trpo):
-  """N ≤ chunk steps; info has room for `chunk` of them, and the first n are filled."""
-
   def one(state):
     key = jax.random.fold_in(state.key, state.step)
     meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, **dict(trpo))
     info['taken'] = info.pop('step')
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
 
-  step_runs = jax.vmap(one) if state.step.ndim else one
-  rooms = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(step_runs, state)[1])
-
-  def body(i, carry):
-    state, infos = carry
-    state, info = step_runs(state)
-    return state, jax.tree.map(lambda room, v: jax.lax.dynamic_update_index_in_dim(room, v, i, 0), infos, info)
-
-  return jax.lax.fori_loop(0, n, body, (state, rooms))
+  return repeat(one, state, n, chunk)
