@@ -52,8 +52,12 @@ class Config:
   alpha: float | None = option(
     None, "MAML's inner rate (0.5 if not given), and Meta-SGD's start (the same).", low=-100.0, high=100.0, kind=float
   )
+  later_rate: float = option(
+    0.5, "Of testing's updates beyond --inner_steps, times α; MAML's released test script halves it.", low=0.0,
+    high=100.0,
+  )  # fmt: skip
   estimator: str = option(
-    'dice', "Of the inner gradient: DiCE, low-variance curvature, or MAML's released score function, which is biased.",
+    'lvc', "Of the inner gradient: DiCE, low-variance curvature, or MAML's released score function, which is biased.",
     choices=('dice', 'lvc', 'score'),
   )  # fmt: skip
   trajectories: int = option(20, 'Of a task before an update, and after the last.', low=2, high=1000)
@@ -67,6 +71,9 @@ class Config:
   )  # fmt: skip
   learning_rate: float = option(1e-3, 'Of Adam.', low=1e-12, high=1e3)
   discount: float = option(0.99, 'Of a step.', low=0.0, high=1.0)
+  decay: float = option(
+    0.9, "λ of the generalised advantages; MAML's released code has 1, whose updates are noisier.", low=0.0, high=1.0
+  )  # fmt: skip
   seeds: int = option(1, 'Training runs, side by side.', low=1, high=1000)
   seed: int = option(0, 'Of the first run; the next has the next.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Of the tasks to test on.', low=0, high=2**31 - 1)
@@ -108,7 +115,8 @@ def build_inner(name: str, environment: rl.Environment, config: Config, steps: i
   return rl.policy_gradient(
     environment, rl.gaussian(environment.observation_size, environment.action_size),
     trajectories=config.trajectories, steps=steps or config.inner_steps, estimator=cast(Any, config.estimator),
-    advantage=dataclasses.replace(rl.MAML, discount=config.discount), **alpha,
+    advantage=dataclasses.replace(rl.MAML, discount=config.discount, decay=config.decay),
+    rates=[1.0 if i < config.inner_steps else config.later_rate for i in range(steps or config.inner_steps)], **alpha,
   )  # fmt: skip
 
 

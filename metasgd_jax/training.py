@@ -256,7 +256,12 @@ def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh
 
 
 def repeat(
-  step: Callable[[TrainState], tuple[TrainState, dict[str, chex.Array]]], state: TrainState, n: chex.Numeric, chunk: int
+  step: Callable[[TrainState], tuple[TrainState, dict[str, chex.Array]]],
+  state: TrainState,
+  n: chex.Numeric,
+  chunk: int,
+  *,
+  in_turn: bool = False,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Returns the state after n ≤ chunk steps, and their info, with room for `chunk` of them: the first n are filled.
 
@@ -265,8 +270,10 @@ def repeat(
     state: of one run, or of R side by side.
     n: may be a run-time number.
     chunk: the most steps.
+    in_turn: several runs are taken one after the other instead of side by side: the memory of one, for steps that fill
+      the device by themselves.
   """
-  step = _over_runs(step, state)
+  step = _over_runs(step, state, in_turn)
   rooms = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s)[1], state))
 
   def body(i, carry):
@@ -277,12 +284,12 @@ def repeat(
   return jax.lax.fori_loop(0, n, body, (state, rooms))
 
 
-def _over_runs(step, state):
+def _over_runs(step, state, in_turn=False):
   """`step` for a state of one run, or of R. One run in a vmap would be three times slower on a CPU, so is unpacked."""
   if state.step.ndim == 0:
     return step
   if state.step.shape[0] > 1:
-    return jax.vmap(step)
+    return functools.partial(jax.lax.map, step) if in_turn else jax.vmap(step)
 
   def single(state):
     out = step(jax.tree.map(lambda a: a[0], state))

@@ -1,7 +1,8 @@
 """Meta-SGD and MAML of a policy: adapting is a policy-gradient step on trajectories of the policy's own."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import chex
@@ -71,6 +72,7 @@ def policy_gradient(
   alpha_per: Per = 'entry',
   trajectories: int = 20,
   steps: int = 1,
+  rates: Sequence[float] | None = None,
   first_order: bool = False,
   estimator: Estimator = 'dice',
   advantage: AdvantageConfig = MAML,
@@ -90,13 +92,15 @@ def policy_gradient(
     alpha_per: where learned, what has a rate of its own; see `meta_sgd`.
     trajectories: B of each step, and of the judging after the last; the paper's 20.
     steps: k; the paper's 1.
+    rates: `[k]`, step i takes rates[i] · α; ones where left out. MAML's released test script has 1, ½, ½, ….
     first_order: drop the second derivatives.
     estimator: what the inner step differentiates; see `surrogate.Estimator`.
     advantage: how advantages are estimated.
     mean_over: what a surrogate is a mean over.
 
   Raises:
-    ValueError: an empty alpha_range, an unknown alpha_per, estimator or mean_over, or a count that is none. From
+    ValueError: an empty alpha_range, an unknown alpha_per, estimator or mean_over, rates that are not
+      `steps` finite numbers, or a count that is none. From
       `init`: alpha does not fit θ, naming the leaf.
   """
   low, high = alpha_range
@@ -106,6 +110,8 @@ def policy_gradient(
   for name, value, known in (('alpha_per', alpha_per, Per), ('mean_over', mean_over, MeanOver)):
     if value not in get_args(known):
       raise ValueError(f'{name} must be one of {get_args(known)}, got {value!r}')
+  if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
+    raise ValueError(f'rates must be {steps} finite numbers, one for each of steps={steps}, got {rates}')
   inner_surrogate = surrogate_of(estimator)
 
   def init(key) -> MetaParams:
@@ -129,19 +135,24 @@ def policy_gradient(
   def loss_fn(theta, experience: Experience):
     return -surrogate(inner_surrogate, policy.apply(theta, experience.trajectories.observations), experience)
 
-  def step(meta: MetaParams, theta, experience: Experience):
+  def step(meta: MetaParams, theta, experience: Experience, i: int):
     rate = meta.alpha if alpha is None else alpha
+    if rates is not None:
+      rate = jax.tree.map(lambda a: rates[i] * a, rate)
     return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order)
 
   def explore(meta: MetaParams, task, key):
     experiences, path = [], [meta.theta]
-    for step_key in jax.random.split(key, steps):
+    for i, step_key in enumerate(jax.random.split(key, steps)):
       experiences.append(experience(path[-1], task, step_key))
-      path.append(step(meta, path[-1], experiences[-1]))
+      path.append(step(meta, path[-1], experiences[-1], i))
     return tuple(experiences), tuple(path)
 
   def replay(meta: MetaParams, experiences):
-    return functools.reduce(functools.partial(step, meta), experiences, meta.theta)
+    theta = meta.theta
+    for i, drawn in enumerate(experiences):
+      theta = step(meta, theta, drawn, i)
+    return theta
 
   return PolicyGradient(environment, policy, int(steps), init, experience, explore, replay, surrogate)
 

@@ -94,4 +94,4 @@ def _run_chunk(state, n, *, inner, meta_batch, chunk, trpo):
     info['taken'] = info.pop('step')
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
 
-  return repeat(one, state, n, chunk)
+  return repeat(one, state, n, chunk, in_turn=jax.default_backend() == 'cpu')
