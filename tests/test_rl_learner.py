@@ -107,6 +107,22 @@ def test_replay_is_what_explore_did_and_follows_meta(name):
   assert not np.allclose(moved['Dense_0']['kernel'], path[-1]['Dense_0']['kernel'] + 0.1, rtol=1e-4)
 
 
+def test_rates_scale_each_step_when_drawn_and_when_replayed():
+  options = dict(trajectories=6, steps=2, alpha=0.3)
+  plain, halved, none = (
+    rl.policy_gradient(ENVIRONMENT, POLICY, rates=rates, **options) for rates in (None, (1.0, 0.5), (1.0, 0.0))
+  )
+  meta, task, key = plain.init(jax.random.key(0)), draw_episode(0).support, jax.random.key(1)
+  experiences, full = plain.explore(meta, task, key)
+  _, half = halved.explore(meta, task, key)
+  _, still = none.explore(meta, task, key)
+  assert_trees_close(half[1], full[1], rtol=1e-6)
+  assert_trees_close(still[2], full[1], rtol=1e-6)
+  middle = jax.tree.map(lambda a, b: (a + b) / 2, full[1], full[2])
+  assert_trees_close(half[2], middle, rtol=1e-5, atol=1e-6)
+  assert_trees_close(halved.replay(meta, experiences), middle, rtol=1e-5, atol=1e-6)
+
+
 def test_batched_equals_a_loop_and_compiled_equals_not(name):
   learner, meta, _ = start(name)
   keys, several = jax.random.split(jax.random.key(2), 3), [draw_episode(seed) for seed in range(3)]
@@ -309,6 +325,8 @@ def test_returns_by_step_are_those_of_the_path():
     (dict(mean_over='batch'), r"mean_over must be one of \('step', 'trajectory'\), got 'batch'"),
     (dict(estimator='reinforce'), 'estimator must be one of'),
     (dict(steps=-1), 'steps must be an integer of at least 0, got -1'),
+    (dict(steps=2, rates=(1.0,)), r'rates must be 2 finite numbers, one for each of steps=2, got \(1.0,\)'),
+    (dict(rates=(float('nan'),)), 'rates must be 1 finite numbers'),
     (dict(trajectories=0), 'num, of trajectories, must be an integer of at least 1, got 0'),
   ],
 )
