@@ -83,9 +83,12 @@ def _of_jax(name, way, shot, tasks):
   return conv4.our_runs(way, shot, tasks, [name])[name]
 
 
-def _peak() -> float:
+def resident(*, peak: bool = True, reset: bool = False) -> float:
+  """Returns MiB of this process's resident memory (Linux): the peak, or what is there now; may begin the peak anew."""
   status = pathlib.Path('/proc/self/status').read_text()
-  return int(status.split('VmHWM:')[1].split()[0]) / 1024
+  if reset:
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+  return int(status.split('VmHWM:' if peak else 'VmRSS:')[1].split()[0]) / 1024
 
 
 def main() -> None:
@@ -96,11 +99,10 @@ def main() -> None:
   for line in sys.stdin:
     request = json.loads(line)
     if request == 'peak':
-      print(json.dumps([_peak(), max(before, _peak())]), flush=True)
+      print(json.dumps([resident(), max(before, resident())]), flush=True)
       continue
     if calls == 1:
-      before = _peak()
-      pathlib.Path('/proc/self/clear_refs').write_text('5')
+      before = resident(reset=True)
     start = time.perf_counter()
     run(request)
     print(json.dumps(time.perf_counter() - start), flush=True)

@@ -5,8 +5,10 @@ from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
 from metasgd_jax.classifier import FewShotClassifier
 from metasgd_jax.evaluation import Estimate, estimate, evaluate
 from metasgd_jax.learners import maml, meta_sgd
+from metasgd_jax.memory_plan import MemoryPlan, plan_memory
 from metasgd_jax.model_file import FewShotModel, ModelConfig, load_model, save_model
 from metasgd_jax.objective import Mapping, mean_loss, value_and_grad
+from metasgd_jax.partial import low_rank, partly
 from metasgd_jax.training import Progress, TrainState, init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution, TaskStream
 from metasgd_jax.version import __version__
@@ -19,6 +21,7 @@ __all__ = [
   'FewShotModel',
   'Learner',
   'Mapping',
+  'MemoryPlan',
   'MetaParams',
   'Model',
   'ModelConfig',
@@ -36,10 +39,13 @@ __all__ = [
   'learners',
   'load_model',
   'losses',
+  'low_rank',
   'maml',
   'mean_loss',
   'meta_sgd',
   'nn',
+  'partly',
+  'plan_memory',
   'rl',
   'save_model',
   'sharding',

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -12,15 +12,16 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from metasgd_jax.descent import descend
-from metasgd_jax.types import PyTree
+from metasgd_jax.leaves import named
+from metasgd_jax.types import Adapts, PyTree
 
 LossFn = Callable[[PyTree, Any], chex.Array]
 
 Per = Literal['entry', 'leaf', 'layer', 'all']
 """What has a rate of its own in α; a layer is a child of θ's root."""
 
-Backward = Literal['reverse', 'recompute', 'forward']
-"""How the gradient of the outer loss goes back through the inner steps; all three give the same, to rounding.
+Backward = Literal['reverse', 'recompute', 'forward', 'sparse']
+"""How the gradient of the outer loss goes back through the inner steps; all give the same, to rounding.
 
 With v = dL/dθ_{t+1}, H_t the Hessian and g_t the gradient of the support loss at θ_t, a step back is
 v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v, the chain rule of θ_{t+1} = θ_t − α ∘ g_t.
@@ -29,6 +30,8 @@ v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v, the chain rule of θ_{t+1}
 `recompute`: the same, with a step's intermediates computed again when it is its turn; of each step θ_t alone is kept.
 `forward`: H_t (α ∘ v) by forward mode over the gradient, which keeps nothing but θ_t either. No forward mode through
   the result.
+`sparse`: as `forward`, but few of the θ_t are kept, of 200 steps 9, and the others are computed again, twice at most:
+  for steps by the hundred. With rates by step, which are as many as the θ_t, it is `forward`.
 """
 
 
@@ -52,7 +55,8 @@ def adapt(
   Args:
     theta: any pytree of floating-point arrays.
     alpha: a pytree of θ's structure, each leaf of θ's shape or a scalar; or a prefix of that structure whose leaves
-      are scalars: `0.01`, or one number a layer. Entries may be negative.
+      are scalars: `0.01`, or one number a layer. Entries may be negative. Where it has `None`, θ is not adapted: no
+      inner gradient is computed for it, while the derivative of the result by it is as ever.
     batch: the task's support, handed to `loss_fn` as it is.
     loss_fn: `(θ, batch) → scalar`.
     steps: inner steps, 0 or more; the paper takes 1 everywhere.
@@ -69,18 +73,17 @@ def adapt(
   """
   check_backward(backward)
   check_steps(steps)
-  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
-  theta = jax.tree.map(jnp.asarray, theta)
-  step = _step(grad)
-  if backward == 'forward' and not first_order:
+  inner = _inner(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
+  step, sparse = _step(inner.grad), backward == 'sparse'
+  if sparse or (backward == 'forward' and not first_order):
     if not alpha_by_step:
-      return descend(grad, int(steps), theta, rates)
-    step = functools.partial(descend, grad, 1)
+      return inner.whole(descend(inner.grad, int(steps), inner.moving, inner.rates, sparse=sparse))
+    step = functools.partial(descend, inner.grad, 1)
   if backward == 'recompute':
     step = jax.checkpoint(step, prevent_cse=steps == 1)
   if steps == 1 and not alpha_by_step:
-    return step(theta, rates)
-  return _over_steps(step, theta, rates, steps, alpha_by_step, keep=False)
+    return inner.whole(step(inner.moving, inner.rates))
+  return inner.whole(_over_steps(step, inner.moving, inner.rates, steps, alpha_by_step, keep=False))
 
 
 def adapt_path(
@@ -98,10 +101,10 @@ def adapt_path(
   Arguments and errors are `adapt`'s, but for `backward`; entry −1 is what `adapt` returns.
   """
   check_steps(steps)
-  grad, rates = _inner_gradient(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
-  theta = jax.tree.map(jnp.asarray, theta)
-  later = _over_steps(_step(grad), theta, rates, steps, alpha_by_step, keep=True)
-  return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), theta, later)
+  inner = _inner(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
+  later = _over_steps(_step(inner.grad), inner.moving, inner.rates, steps, alpha_by_step, keep=True)
+  path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), inner.moving, later)
+  return inner.whole(path, copies=int(steps) + 1)
 
 
 def _over_steps(step, theta, rates, steps, by_step, *, keep):
@@ -123,6 +126,7 @@ def init_alpha(
   high: float = 0.1,
   per: Per = 'entry',
   steps: int | None = None,
+  adapts: Adapts | None = None,
 ) -> PyTree:
   """Returns the starting α, every entry the same number, drawn once from U[low, high].
 
@@ -135,6 +139,7 @@ def init_alpha(
     high: the greatest value drawn.
     per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ.
     steps: where given, every inner step has rates of its own: `[steps]` in front of each leaf.
+    adapts: says by name which of θ's leaves adapt; the others have no rate. All of them where left out.
 
   Raises:
     ValueError: low > high, a bound that is not finite, or an unknown `per`.
@@ -146,10 +151,30 @@ def init_alpha(
   front = () if steps is None else (steps,)
   if per == 'all':
     return jnp.full(front, value)
+  moves = which_adapt(theta, adapts)
   if per == 'layer':
-    return jax.tree.map(lambda _: jnp.full(front, value), theta, is_leaf=lambda t: t is not theta)
+    of_layer = lambda layer, _: jnp.full(front, value) if any(jax.tree.leaves(layer)) else None
+    return jax.tree.map(of_layer, moves, theta, is_leaf=lambda t: t is not moves)
   shape = lambda t: front if per == 'leaf' else front + jnp.shape(t)
-  return jax.tree.map(lambda t: jnp.full(shape(t), value, jnp.result_type(t)), theta)
+  return jax.tree.map(lambda t, m: jnp.full(shape(t), value, jnp.result_type(t)) if m else None, theta, moves)
+
+
+def which_adapt(theta: PyTree, adapts: Adapts | None) -> PyTree:
+  """Returns for each leaf of θ whether it adapts, by its name; all do without `adapts`."""
+  moves = [adapts is None or bool(adapts(name)) for name, _ in named(theta)]
+  return jax.tree.unflatten(jax.tree.structure(theta), moves)
+
+
+def held(alpha: PyTree, theta: PyTree, adapts: Adapts | None, by_step: int | None = None) -> PyTree:
+  """Returns α with `None` for the leaves of θ that do not adapt; as it is without `adapts`.
+
+  Raises:
+    ValueError: as `adapt`.
+  """
+  if adapts is None:
+    return alpha
+  whole = broadcast_alpha(alpha, theta, by_step)
+  return jax.tree.map(lambda move, a: a if move else None, which_adapt(theta, adapts), whole)
 
 
 def check_alpha_range(low: float, high: float) -> None:
@@ -170,26 +195,43 @@ def check_backward(backward: str) -> None:
     raise ValueError(f'backward must be one of {get_args(Backward)}, got {backward!r}')
 
 
-def _inner_gradient(theta, alpha, batch, loss_fn, first_order, by_step):
-  """The gradient of the support loss as a function of θ, and α with the whole of θ's structure.
+class _Inner(NamedTuple):
+  """The inner problem: what moves of θ, as a list of leaves, its rates, its gradient, and how it is put back."""
 
-  `by_step` is the number of steps that each leaf of α has in front, or `None`.
-  """
-  alpha = broadcast_alpha(alpha, theta, by_step)
+  moving: list[chex.Array]
+  rates: list[chex.Array]
+  grad: Callable[[list[chex.Array]], list[chex.Array]]
+  whole: Callable[..., PyTree]
 
-  def scalar_loss(t):
-    loss = loss_fn(t, batch)
+
+def _inner(theta, alpha, batch, loss_fn, first_order, by_step) -> _Inner:
+  """`by_step` is the number of steps that each leaf of α has in front, or `None`."""
+  theta = jax.tree.map(jnp.asarray, theta)
+  leaves = jax.tree.leaves(theta)
+  structure: Any = jax.tree.structure(theta)
+  rates = structure.flatten_up_to(broadcast_alpha(alpha, theta, by_step))
+  moves = [rate is not None for rate in rates]
+
+  def whole(moving, copies=None):
+    """θ from what moves of it and the rest, which has `copies` in front where they are given."""
+    rest = lambda t: t if copies is None else jnp.broadcast_to(t[None], (copies, *t.shape))
+    moving = iter(moving)
+    return structure.unflatten([next(moving) if m else rest(t) for t, m in zip(leaves, moves, strict=True)])
+
+  def scalar_loss(moving):
+    loss = loss_fn(whole(moving), batch)
     if not hasattr(loss, 'dtype') and not isinstance(loss, float):
       raise ValueError(f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out')
     if jnp.ndim(loss):
       raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
     return loss
 
-  def grad(t):
-    grads = jax.grad(scalar_loss)(t)
+  def grad(moving):
+    grads = jax.grad(scalar_loss)(moving)
     return jax.lax.stop_gradient(grads) if first_order else grads
 
-  return grad, jax.tree.map(lambda p, a: jnp.asarray(a, jnp.result_type(p)), theta, alpha)
+  pairs = [(t, jnp.asarray(a, t.dtype)) for t, a in zip(leaves, rates, strict=True) if a is not None]
+  return _Inner([t for t, _ in pairs], [a for _, a in pairs], grad, whole)
 
 
 def _step(grad):
@@ -197,7 +239,7 @@ def _step(grad):
 
 
 def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) -> PyTree:
-  """Returns α, a prefix of θ's structure, with the whole of it; each leaf has θ's shape or is a scalar.
+  """Returns α, a prefix of θ's structure, with the whole of it; each leaf has θ's shape, or is a scalar or `None`.
 
   With `by_step`, a number of steps, each leaf has that many of these in front.
 
@@ -205,7 +247,8 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
     ValueError: as `adapt`, naming the leaf.
   """
   theta_leaves = tree_flatten_with_path(theta)[0]
-  alpha_leaves = tree_flatten_with_path(alpha)[0]
+  alpha_leaves = tree_flatten_with_path(alpha, is_leaf=lambda a: a is None)[0]
+  empty = [path for path, leaf in tree_flatten_with_path(theta, is_leaf=lambda t: t is None)[0] if leaf is None]
   for path, leaf in theta_leaves:
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
       raise ValueError(
@@ -214,8 +257,10 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
       )
   owners: dict[int, int] = {}
   for index, (path, leaf) in enumerate(alpha_leaves):
-    shape = jnp.shape(leaf)
-    if by_step is not None:
+    if leaf is None and (not path or path in empty):  # Of all of θ it is no α; θ's own `None` has no leaves.
+      continue
+    shape = jnp.shape(leaf) if leaf is not None else ()
+    if by_step is not None and leaf is not None:
       if shape[:1] != (by_step,):
         raise ValueError(
           f'alpha{keystr(path)} has shape {shape}, but each of {by_step} steps has its own; put [{by_step}] in front'
@@ -236,5 +281,5 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
         )
   missing = [keystr(path) for i, (path, _) in enumerate(theta_leaves) if i not in owners]
   if missing:
-    raise ValueError(f'alpha has no entry for theta{missing[0]}; give it one (0.0 keeps a leaf fixed)')
+    raise ValueError(f'alpha has no entry for theta{missing[0]}; give it one (None keeps a leaf as it is)')
   return jax.tree.unflatten(jax.tree.structure(theta), [alpha_leaves[owners[i]][1] for i in range(len(theta_leaves))])

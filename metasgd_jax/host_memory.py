@@ -1,6 +1,7 @@
 """The host's memory."""
 
 import ctypes
+import pathlib
 
 
 def give_back() -> bool:
@@ -14,3 +15,21 @@ def give_back() -> bool:
     return False
   trim(0)
   return True
+
+
+def available() -> int | None:
+  """Returns the bytes that this process may still take, of Linux; `None` where the system does not say.
+
+  What the system has available, or a control group (version 2) leaves, whichever is less.
+  """
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+    system = next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable:'))
+  except (OSError, StopIteration, ValueError):
+    return None
+  group = pathlib.Path('/sys/fs/cgroup')
+  try:
+    limit, used = (int((group / name).read_text()) for name in ('memory.max', 'memory.current'))
+  except (OSError, ValueError):  # No group, or 'max': no limit.
+    return system
+  return max(0, min(system, limit - used))

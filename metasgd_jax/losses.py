@@ -1,5 +1,7 @@
 """Losses and metrics of outputs against targets, as scalars."""
 
+from collections.abc import Callable
+
 import chex
 import jax.numpy as jnp
 import optax
@@ -36,6 +38,15 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """
   _check_labels(logits, labels)
   return jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))
+
+
+def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
+  """Returns a metric of sequences, that of all their tokens together: outputs `[B, L, N]`, targets `[B, L]`."""
+
+  def of_sequences(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+    return metric(outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1))
+
+  return of_sequences
 
 
 def _check_labels(logits, labels):

@@ -16,6 +16,9 @@ from jax.tree_util import Partial
 
 PyTree = Any
 
+Adapts = Callable[[str], bool]
+"""Whether a leaf of θ adapts, by its name, such as 'Dense_0.kernel'."""
+
 
 class Batch(NamedTuple):
   """Inputs and targets of one task: `x [S, …]`, `y [S, …]`."""
@@ -36,7 +39,8 @@ class MetaParams(NamedTuple):
 
   Attributes:
     theta: any pytree of floating-point arrays.
-    alpha: a pytree of θ's structure or a prefix of it; `None` where α is held still and so not learned.
+    alpha: a pytree of θ's structure or a prefix of it; `None` where α is held still and so not learned, and for a leaf
+      of θ that does not adapt.
   """
 
   theta: PyTree
@@ -51,11 +55,14 @@ class Model(NamedTuple):
     apply: `(θ, x [B, …]) → outputs [B, …]`; where there are statistics also `(θ, x, statistics)`, with which no output
       depends on the other items of x.
     statistics: `(θ, x [B, …]) →` batch norm's means and variances over x, a pytree; `None` for a network without.
+    adapts: which leaves of θ an inner loop moves, by their names; all of them where it is `None`. The rest is
+      meta-learned and shared by all tasks; see `partly` and `low_rank`.
   """
 
   init: Callable[[chex.PRNGKey, Any], PyTree]
   apply: Callable[..., Any]
   statistics: Callable[[PyTree, Any], PyTree] | None = None
+  adapts: Adapts | None = None
 
 
 class Learner(NamedTuple):

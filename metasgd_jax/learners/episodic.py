@@ -130,6 +130,12 @@ def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
   return model.apply(theta, x) if statistics is None else model.apply(theta, x, statistics)
 
 
+def check_adapts_all(model: Model) -> None:
+  """Raises ValueError where a model says that a part of θ adapts, for a learner that adapts all of it."""
+  if model.adapts is not None:
+    raise ValueError('this learner adapts all of theta; meta_sgd and maml take a model of which a part adapts')
+
+
 def check_inductive(model: Model, inductive: bool) -> None:
   """Raises ValueError where a model has no statistics to give."""
   if inductive and model.statistics is None:

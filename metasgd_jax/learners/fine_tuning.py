@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.adaptation import adapt, adapt_path, check_steps
-from metasgd_jax.learners.episodic import Metric, apply, check_way, measure, of_parameters
+from metasgd_jax.learners.episodic import Metric, apply, check_adapts_all, check_way, measure, of_parameters
 from metasgd_jax.losses import cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
@@ -53,11 +53,12 @@ def fine_tuning(
     metrics: as in `meta_sgd`; in training over the C classes.
 
   Raises:
-    ValueError: a way or classes below 2, steps that are no count, a metric named 'loss', or inductive with a model that
-      has no statistics.
+    ValueError: a way or classes below 2, steps that are no count, a metric named 'loss', an embedding of which
+      a part adapts, or inductive with one that has no statistics.
   """
   check_way(way)
   check_steps(steps)
+  check_adapts_all(embedding)
   if classes < 2:
     raise ValueError(f'classes must be at least 2, got {classes}')
 

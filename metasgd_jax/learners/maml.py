@@ -28,7 +28,8 @@ def maml(
     loss_fn: `(outputs, targets) → scalar`.
     alpha: the inner rate: a number, or a pytree as `adapt` takes it. 0.01 is MAML's for sinusoids, which Table 1 of
       Li et al. uses; for 5-way Omniglot MAML has 0.4. It is no part of `meta`, whose alpha is `None`, so that no
-      optimiser and no weight decay can move it.
+      optimiser and no weight decay can move it. A part of θ whose α is `None`, as in {'body': None, 'head': 0.1},
+      does not adapt.
     steps: inner steps.
     first_order: drop the second derivatives (FOMAML).
     backward: as in `meta_sgd`.

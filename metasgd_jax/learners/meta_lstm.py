@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from metasgd_jax.adaptation import check_steps
-from metasgd_jax.learners.episodic import Metric, of_parameters
+from metasgd_jax.learners.episodic import Metric, check_adapts_all, of_parameters
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
@@ -97,9 +97,11 @@ def meta_lstm(
     metrics: as in `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, a metric named 'loss', or inductive with a model that has no statistics.
+    ValueError: steps that are no count, a metric named 'loss', a model of which a part adapts, or inductive with one
+      that has no statistics.
   """
   check_steps(steps)
+  check_adapts_all(model)
   gates = Gates(units)
 
   def init(key, episode: Episode) -> MetaLstmParams:

@@ -16,6 +16,7 @@ from metasgd_jax.adaptation import (
   check_alpha_range,
   check_backward,
   check_steps,
+  held,
   init_alpha,
 )
 from metasgd_jax.learners.episodic import Metric, measure, of_parameters
@@ -45,11 +46,11 @@ def meta_sgd(
   optimiser, or a smaller alpha_range, are the usual remedies.
 
   Args:
-    model: the network.
+    model: the network; where it says what `adapts`, α has rates for that part of θ alone.
     loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
     steps: inner steps; the paper's 1.
     first_order: drop the second derivatives.
-    backward: how the outer gradient goes through the inner steps; see `adaptation.Backward`.
+    backward: how the outer gradient goes through the inner steps; see `adaptation.Backward`. 'sparse' is for hundreds.
     inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
       the paper's does; see `nn.BatchNorm`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
@@ -71,8 +72,8 @@ def meta_sgd(
   def init(key, episode: Episode) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    by_step = steps if alpha_by_step else None
-    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per, steps=by_step))
+    start: dict[str, Any] = dict(low=low, high=high, per=alpha_per, steps=steps if alpha_by_step else None)
+    return MetaParams(theta, init_alpha(alpha_key, theta, adapts=model.adapts, **start))
 
   return gradient_learner(
     model,
@@ -129,14 +130,17 @@ def gradient_learner(
     raise ValueError(f'step_weights must be {steps} finite numbers, one a step, got {step_weights!r}')
   inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step)
 
+  def rates(meta: MetaParams) -> PyTree:
+    return held(alpha_of(meta), meta.theta, model.adapts, steps if alpha_by_step else None)
+
   def support_loss(theta, batch: Batch):
     return loss_fn(model.apply(theta, batch.x), batch.y)
 
   def adapt_(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, backward=backward, **inner)
+    return adapt(meta.theta, rates(meta), support, loss_fn=support_loss, backward=backward, **inner)
 
   def path(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt_path(meta.theta, alpha_of(meta), support, loss_fn=support_loss, **inner)
+    return adapt_path(meta.theta, rates(meta), support, loss_fn=support_loss, **inner)
 
   metrics = dict(metrics or {})
   learner = of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)

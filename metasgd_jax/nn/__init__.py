@@ -3,6 +3,8 @@
 from metasgd_jax.nn.block import BatchNorm, ConvBlock, conv_block
 from metasgd_jax.nn.conv import Conv, conv_general_dilated, max_pool
 from metasgd_jax.nn.networks import MLP, Conv4, KochNet, from_linen
+from metasgd_jax.nn.resnet import ResidualBlock, ResNet12
+from metasgd_jax.nn.transformer import Transformer, TransformerBlock
 
 __all__ = [
   'MLP',
@@ -11,6 +13,10 @@ __all__ = [
   'Conv4',
   'ConvBlock',
   'KochNet',
+  'ResNet12',
+  'ResidualBlock',
+  'Transformer',
+  'TransformerBlock',
   'conv_block',
   'conv_general_dilated',
   'from_linen',

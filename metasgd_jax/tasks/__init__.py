@@ -13,12 +13,15 @@ from metasgd_jax.tasks.few_shot import (
   rotate_classes,
 )
 from metasgd_jax.tasks.glyphs import GlyphConfig, glyphs
+from metasgd_jax.tasks.markov import MarkovChain, MarkovConfig, markov_chains
 from metasgd_jax.tasks.sinusoid import Sinusoid, SinusoidConfig, sinusoid
 from metasgd_jax.tasks.streaming import stream
 
 __all__ = [
   'ClassBank',
   'GlyphConfig',
+  'MarkovChain',
+  'MarkovConfig',
   'Sinusoid',
   'SinusoidConfig',
   'all_classes',
@@ -30,6 +33,7 @@ __all__ = [
   'few_shot_from',
   'glyphs',
   'image_indices',
+  'markov_chains',
   'rotate_classes',
   'sinusoid',
   'stream',

@@ -1,0 +1,80 @@
+"""Markov chains over tokens: each task is a chain, to be learned from a few of its sequences."""
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from metasgd_jax.types import Batch, Episode, TaskDistribution
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkovConfig:
+  """What chains are drawn from.
+
+  Attributes:
+    tokens: V, the chain's states.
+    length: L, of a sequence's inputs; it has one token more.
+    concentration: of the Dirichlet distribution that each row of transitions is drawn from: near 0, rows have one
+      likely successor; 1 is uniform over all rows.
+  """
+
+  tokens: int = 8
+  length: int = 16
+  concentration: float = 0.2
+
+  def __post_init__(self):
+    for name, least in (('tokens', 2), ('length', 1)):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < least:
+        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+    if not 0 < self.concentration < float('inf'):
+      raise ValueError(f'concentration must be a finite number above 0, got {self.concentration}')
+
+
+class MarkovChain(NamedTuple):
+  """A task: `log_transitions` `[V, V]`, in row i the logarithms of the probabilities of what follows token i."""
+
+  log_transitions: chex.Array
+
+  def __call__(self, x: chex.Array) -> chex.Array:
+    """Returns the logits of whoever knows the chain, the best there are: `[…]` → `[…, V]`."""
+    return self.log_transitions[x]
+
+
+def markov_chains(config: MarkovConfig = MarkovConfig(), *, shot: int, query: int) -> TaskDistribution:
+  """Builds the distribution; a task is a `MarkovChain`, an episode has `[shot, L]` and `[query, L]` tokens.
+
+  y is x one token later. A sequence's first token is uniform.
+
+  Args:
+    config: what chains are drawn from.
+    shot: support sequences, K.
+    query: query sequences.
+
+  Raises:
+    ValueError: shot or query below 1.
+  """
+  for name, value in (('shot', shot), ('query', query)):
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}')
+
+  def sample(key) -> MarkovChain:
+    gammas = jax.random.loggamma(key, config.concentration, (config.tokens, config.tokens), jnp.float32)
+    return MarkovChain(jax.nn.log_softmax(gammas))
+
+  def episode(task: MarkovChain, key) -> Episode:
+    first_key, step_key = jax.random.split(key)
+    first = jax.random.randint(first_key, (shot + query,), 0, config.tokens)
+
+    def step(now, key):
+      return jax.random.categorical(key, task(now)).astype(first.dtype), now
+
+    last, before = jax.lax.scan(step, first, jax.random.split(step_key, config.length))
+    x = before.T
+    y = jnp.concatenate([x[:, 1:], last[:, None]], 1)
+    return Episode(Batch(x[:shot], y[:shot]), Batch(x[shot:], y[shot:]))
+
+  return TaskDistribution(sample, episode)
