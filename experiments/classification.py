@@ -8,13 +8,22 @@ python -m experiments.classification --table2 --data_dir=~/tensorflow_datasets
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_table, few_shot_training, options, reporting, resuming, trainings
+from experiments import (
+  few_shot_data,
+  few_shot_table,
+  few_shot_training,
+  options,
+  processes,
+  reporting,
+  resuming,
+  trainings,
+)
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import (
   LEARNERS,
@@ -27,9 +36,11 @@ from experiments.few_shot_learners import (
 )
 from experiments.few_shot_training import Setup, build
 from experiments.options import option
+from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from metasgd_jax import writers
+from metasgd_jax.adaptation import Backward
 from metasgd_jax.evaluation import estimate
 
 MODEL_FACTS = (
@@ -80,7 +91,11 @@ class Config:
   shot: int = option(1, 'Support images of a class in training.', low=1, high=1000)
   eval_shots: tuple[int, ...] = option((), 'In testing; as in training if not given.', low=1)
   query: int = option(5, 'Query images of a class in training.', low=1, high=1000)
-  inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
+  inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
+  backward: str = option(
+    'reverse', "Of Meta-SGD and MAML: the outer gradient's way back; sparse for inner steps by the hundred.",
+    choices=get_args(Backward),
+  )  # fmt: skip
   alpha: float | None = option(
     None, "MAML's inner rate (that of its paper's data set if not given), and Meta-SGD's start (U[0.005, 0.1]).",
     low=-100.0, high=100.0, kind=float,
@@ -100,6 +115,10 @@ class Config:
     'float32', 'Of activations; parameters, rates and sums stay float32.', choices=('float32', 'bfloat16')
   )
   meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
+  tasks_at_once: int = option(
+    0, "Tasks that a device takes at the same time, gradients summed over such groups; 0 goes by the network's size.",
+    low=0, high=10_000,
+  )  # fmt: skip
   meta_iterations: int = option(500, 'Meta-iterations.', low=1, high=2**31 - 1)
   learning_rate: float = option(1e-3, 'Of Adam, the outer optimiser, at the start.', low=1e-12, high=1e3)
   clip: float = option(0.0, "Of each entry of the outer gradient; 0 for none, MAML's on mini-ImageNet is 10.", low=0.0)
@@ -272,12 +291,14 @@ def _draw_instances(name, values, plotting):
 
 def _prepare() -> Callable[[], object]:
   config, keeping = options.from_flags(Config), options.from_flags(Keeping)
-  workdir = writers.open_workdir(flags.FLAGS.workdir)
+  devices = options.from_flags(Machines).devices
+  workdir = processes.open_workdir(flags.FLAGS.workdir)
   if config.table2 or config.table3:
     if keeping.debug_task is not None or keeping.check_determinism:
       raise ValueError("debug_task and check_determinism look into one cell; give its flags and workdir, not a table's")
-    return few_shot_table.prepare(config, workdir, build, functools.partial(run, keeping=keeping), keeping.restart)
-  setup = build(config)
+    of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping)
+    return few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
+  setup = build(config, devices=devices)
   looked_into = trainings.look(few_shot_training.plan(config, setup), config, workdir, keeping)
   return looked_into or (lambda: run(config, workdir, setup, keeping))
 
@@ -285,9 +306,10 @@ def _prepare() -> Callable[[], object]:
 if __name__ == '__main__':
   options.define_flags(Config)
   options.define_flags(Keeping)
+  options.define_flags(Machines)
   flags.DEFINE_string(
     'workdir',
     'runs/classification',
     'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
-  options.main(_prepare)
+  processes.main(_prepare)

@@ -130,5 +130,5 @@ def streamed(bank: ms.tasks.ClassBank, choice: str) -> bool:
   """Returns whether images stay on the host: 'yes', 'no', or with 'auto' where they would fill half of the device."""
   if choice != 'auto':
     return choice == 'yes'
-  statistics: dict[str, int] = jax.devices()[0].memory_stats() or {}
+  statistics: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
   return bank.images.nbytes > statistics.get('bytes_limit', np.inf) / 2

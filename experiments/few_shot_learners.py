@@ -57,7 +57,7 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
   shared: dict[str, Any] = dict(
     inductive=config.inductive if inductive is None else inductive, metrics={'accuracy': accuracy}
   )
-  steps = config.inner_steps
+  steps, backward = config.inner_steps, config.backward
   if name in ('meta_sgd', 'layer_rates'):
     start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
     weights = None
@@ -65,15 +65,16 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
       weights = (1 / steps,) * steps
     return ms.meta_sgd(
       classifier, cross_entropy, steps=steps, alpha_range=start, alpha_by_step=config.alpha_by_step,
-      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, **shared,
+      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, backward=backward, **shared,
     )  # fmt: skip
   if name in ('maml', 'fomaml', 'anil', 'maml_5'):
     if name == 'maml_5':
       steps = 10 if test else 5
     rate = maml_rate(name, config)
     alpha = head_alone(config, rate) if name == 'anil' else rate
-    first_order = name == 'fomaml'
-    return ms.maml(classifier, cross_entropy, alpha=alpha, steps=steps, first_order=first_order, **shared)
+    return ms.maml(
+      classifier, cross_entropy, alpha=alpha, steps=steps, first_order=name == 'fomaml', backward=backward, **shared
+    )
   if name == 'meta_lstm':
     return ms.learners.meta_lstm(classifier, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)
   if name in ('matching', 'matching_fce'):
@@ -103,11 +104,11 @@ def maml_rate(name: str, config: Any) -> float:
   return 0.1 if name == 'maml_5' else 0.4
 
 
-def head_alone(config: Any, rate: float) -> dict[str, float]:
+def head_alone(config: Any, rate: float) -> dict[str, float | None]:
   """Returns ANIL's α: the body of Conv4 keeps still, its last layer alone adapts (Raghu et al. 2020)."""
   last = f'Dense_{1 if config.sizes[1] else 0}'
   body = [f'ConvBlock_{i}' for i in range(4)] + (['Dense_0'] if config.sizes[1] else [])
-  return {**dict.fromkeys(body, 0.0), last: rate}
+  return {**dict.fromkeys(body, None), last: rate}
 
 
 _NOT_FINITE_IS_NAN = optax.stateless(

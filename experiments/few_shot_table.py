@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from experiments import few_shot_data, reporting, resuming
+import numpy as np
+
+from experiments import few_shot_data, processes, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
 from metasgd_jax import writers
 
@@ -84,7 +86,7 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
   for i, cell in enumerate(todo):
     directory = _directory(workdir, cell)
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
-    if _done(cell, directory):
+    if processes.from_first(np.bool_(_done(cell, directory))):
       print(f'{about}: is there already')
     else:
       print(about, flush=True)

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_learners, reporting, trainings
+from experiments import few_shot_data, few_shot_learners, processes, reporting, trainings
 from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from experiments.reporting import test_keys
 from experiments.resuming import Run
 from experiments.trainings import Training
 from metasgd_jax import sharding, writers
+from metasgd_jax.objective import tasks_at_once
 
 Config = Any
 """`classification.Config`."""
@@ -36,6 +37,7 @@ class Setup:
     tests: unseen tasks, by shots.
     validation: tasks of other classes; `None` without.
     start: what training starts from; `None` for what the learner draws.
+    devices: of each process, to share tasks; `None` for as many as can.
   """
 
   data: few_shot_data.Data
@@ -47,6 +49,7 @@ class Setup:
   tests: dict[int, few_shot_data.Tasks]
   validation: few_shot_data.Tasks | None
   start: ms.MetaParams | None
+  devices: int | None = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -55,17 +58,21 @@ class Setup:
     return height, width, channels
 
 
-def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
+def build(config: Config, data: few_shot_data.Data | None = None, devices: int | None = None) -> Setup:
   """Builds tasks, learners and optimisers; reads the data set unless it is given.
 
   Raises:
-    ValueError: settings that do not fit the data.
+    ValueError: settings that do not fit the data, or devices that cannot share a meta-iteration's tasks evenly.
     DatasetError: the data set cannot be had.
   """
   data = few_shot_data.placed(data or few_shot_data.load(config), config.stream)
   test = lambda bank, shot: few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
   if config.validate_every and data.train is not None and data.validation is None:
     raise ValueError('validate_every needs classes to validate on; give --validation_classes=100, or --split=vinyals')
+  for name in set(config.learners) - set(UNTRAINED):
+    batch = few_shot_learners.meta_batch(name, config)
+    mesh = sharding.task_mesh(batch, devices=devices)
+    tasks_at_once(_mapping(name, config), (), batch // (mesh.size if mesh else 1))
   classes = 2 if data.train is None else len(data.train.sizes)
   together = ms.learners.ensemble if config.ensemble > 1 else lambda learner: learner
   return Setup(
@@ -82,6 +89,7 @@ def build(config: Config, data: few_shot_data.Data | None = None) -> Setup:
     {shot: test(data.test, shot) for shot in config.test_shots},
     test(data.validation, config.shot) if config.validate_every else None,
     _start(config),
+    devices,
   )
 
 
@@ -141,9 +149,16 @@ def _training(name: str, r: int, config: Config, setup: Setup) -> Training:
   label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
   return trainings.by_gradient(
     f'{name}_run{r}', label, functools.partial(_first_state, name, r, config, setup), tasks, learner=learner,
-    optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch, mesh=sharding.task_mesh(batch),
-    mapping='vmap' if name in SEQUENTIAL else 'auto', chunk=_chunk(config),
+    optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
+    mesh=sharding.task_mesh(batch, devices=setup.devices), mapping=_mapping(name, config),
+    chunk=_chunk(config),
   )  # fmt: skip
+
+
+def _mapping(name: str, config: Config) -> ms.Mapping:
+  if name in SEQUENTIAL:
+    return 'vmap'
+  return 'auto' if name == 'joint' else config.tasks_at_once or 'auto'
 
 
 def _first_state(name: str, r: int, config: Config, setup: Setup) -> ms.TrainState:
@@ -200,9 +215,8 @@ def _validate(name: str, config: Config, setup: Setup, meta) -> float:
   learner, tasks = setup.validators[name], setup.validation
   assert tasks is not None
   key, count = test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
-  values = ms.evaluate(
-    learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, mesh=sharding.task_mesh(count)
-  )
+  mesh = processes.mesh_to_judge(count, setup.devices)
+  values = ms.evaluate(learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, mesh=mesh)
   return float(values[:, 0, -1].mean())
 
 
@@ -222,7 +236,7 @@ def judge(name: str, meta, shot: int, config: Config, setup: Setup) -> list[repo
       ms.evaluate(
         setup.testers[name, bool(inductive)], reporting.one_run(meta, r), setup.tests[shot],
         test_keys(config.eval_seed)[0], metric_fn=ms.losses.accuracy, num_tasks=config.eval_tasks,
-        mesh=sharding.task_mesh(config.eval_tasks),
+        mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices),
       )[:, 0]
       for r in range(config.seeds)
     ]  # fmt: skip

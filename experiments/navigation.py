@@ -18,8 +18,9 @@ import optax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import options, reporting, resuming, trainings
+from experiments import options, processes, reporting, resuming, trainings
 from experiments.options import option
+from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
@@ -294,9 +295,10 @@ def _prepare() -> Callable[[], object]:
 if __name__ == '__main__':
   options.define_flags(Config)
   options.define_flags(Keeping)
+  options.define_flags(Machines)
   flags.DEFINE_string(
     'workdir',
     'runs/navigation',
     'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
-  options.main(_prepare)
+  processes.main(_prepare, several=False)

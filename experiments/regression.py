@@ -15,12 +15,13 @@ import optax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import options, reporting, resuming, trainings
+from experiments import options, processes, reporting, resuming, trainings
 from experiments.options import option
+from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import writers
+from metasgd_jax import sharding, writers
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
 LEARNERS = ('meta_sgd', 'maml')
@@ -99,31 +100,40 @@ def build_learner(name: str, config: Config) -> ms.Learner:
   return ms.meta_sgd(model, loss, alpha_range=start, steps=config.inner_steps)
 
 
-def plan(config: Config) -> list[tuple[Training, ms.Learner]]:
-  """Returns what `config.runs` names, before it is trained."""
+def plan(config: Config, devices: int = 1) -> list[tuple[Training, ms.Learner]]:
+  """Returns what `config.runs` names, before it is trained, on so many devices of each process.
+
+  One device has a few small curves done before several have talked to each other.
+
+  Raises:
+    ValueError: the devices cannot share the curves of a meta-iteration evenly.
+  """
   learners = {name: build_learner(name, config) for name in LEARNERS}
   optimizer = trainings.optimizer_of(config, optax.adam(config.learning_rate))
-  return [(_training(name, shot, learners[name], optimizer, config), learners[name]) for name, shot in config.runs]
+  mesh = sharding.task_mesh(config.meta_batch, devices=devices)
+  return [
+    (_training(name, shot, learners[name], optimizer, mesh, config), learners[name]) for name, shot in config.runs
+  ]
 
 
-def _training(name: str, shot: int, learner: ms.Learner, optimizer, config: Config) -> Training:
+def _training(name: str, shot: int, learner: ms.Learner, optimizer, mesh, config: Config) -> Training:
   tasks = sinusoid(DATASETS[config.dataset], shot=shot, query=config.query)
   keys = reporting.seed_keys(config.seed, config.seeds)
   return trainings.by_gradient(
     f'{name}_{shot}shot', f'{NAMES[name]} {shot}-shot',
     lambda: ms.init(keys, tasks, learner=learner, optimizer=optimizer), tasks, learner=learner, optimizer=optimizer,
-    meta_iterations=config.meta_iterations, meta_batch=config.meta_batch,
+    meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, mesh=mesh,
     chunk=min(1000, -(-config.meta_iterations // 20)),
   )  # fmt: skip
 
 
-def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None) -> list[dict]:
-  """Trains, tests, prints, draws and writes; returns the rows of results.json."""
+def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None, devices: int = 1) -> list[dict]:
+  """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
-    return _run(config, opened)
+    return _run(config, opened, devices)
 
 
-def _run(config: Config, opened: resuming.Run) -> list[dict]:
+def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
   workdir = opened.workdir
   tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
   about_run = {
@@ -133,11 +143,11 @@ def _run(config: Config, opened: resuming.Run) -> list[dict]:
   trained: list[Trained] = []
   results: list[reporting.Result] = []
   rows: list[dict] = []
-  for (name, shot), (training, learner) in zip(config.runs, plan(config), strict=True):
+  for (name, shot), (training, learner) in zip(config.runs, plan(config, devices), strict=True):
     done = trainings.train(training, opened)
     trained.append(Trained(name, shot, learner, done.state.meta, done.curves))
     writers.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
-    found = [_test(trained[-1], test_shot, tasks, config) for test_shot, tasks in tests.items()]
+    found = [_test(trained[-1], test_shot, tasks, config, devices) for test_shot, tasks in tests.items()]
     rows += [result.row(workdir, {**about_run, **done.skipped}) for result in found]
     results += found
     writers.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
@@ -146,11 +156,12 @@ def _run(config: Config, opened: resuming.Run) -> list[dict]:
   return rows
 
 
-def _test(trained: Trained, shot: int, tasks: ms.TaskDistribution, config: Config) -> reporting.Result:
+def _test(trained: Trained, shot: int, tasks: ms.TaskDistribution, config: Config, devices: int) -> reporting.Result:
   values = [
     ms.evaluate(
       trained.learner, reporting.one_run(trained.meta, r), tasks, test_keys(config.eval_seed)[0],
       metric_fn=ms.losses.mean_squared_error, num_tasks=config.eval_tasks, repeats=config.eval_repeats,
+      mesh=processes.mesh_to_judge(config.eval_tasks, devices),
     ).mean(1)
     for r in range(config.seeds)
   ]  # fmt: skip
@@ -236,17 +247,19 @@ def _fit_path(learner, meta, support, x, key):
 
 def _prepare() -> Callable[[], object]:
   config, keeping = options.from_flags(Config), options.from_flags(Keeping)
-  workdir = writers.open_workdir(flags.FLAGS.workdir)
-  looked_into = trainings.look([training for training, _ in plan(config)], config, workdir, keeping)
-  return looked_into or (lambda: run(config, workdir, keeping))
+  devices = options.from_flags(Machines).devices or 1
+  workdir = processes.open_workdir(flags.FLAGS.workdir)
+  looked_into = trainings.look([training for training, _ in plan(config, devices)], config, workdir, keeping)
+  return looked_into or (lambda: run(config, workdir, keeping, devices))
 
 
 if __name__ == '__main__':
   options.define_flags(Config)
   options.define_flags(Keeping)
+  options.define_flags(Machines)
   flags.DEFINE_string(
     'workdir',
     'runs/regression',
     'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
-  options.main(_prepare)
+  processes.main(_prepare)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ class Recorder:
       history: its lines of metrics so far, for whole curves.
     """
     self._label, self._metrics = label, metrics
-    self._line = writers.ProgressLine(label)
+    self._line = writers.ProgressLine(label, out=sys.stdout if jax.process_index() else None)  # Silent if not first.
     self._steps: list[int] = []
     self._values: dict[str, list[np.ndarray]] = {}
     for line in history:
@@ -199,7 +200,12 @@ def draw_alpha(alpha: PyTree, plotting):
 
 
 def save_pictures(workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]]) -> None:
-  """Draws each figure, `plotting → Figure`, to workdir/NAME.png; without matplotlib it says what to install."""
+  """Draws each figure, `plotting → Figure`, to workdir/NAME.png; without matplotlib it says what to install.
+
+  Of several processes the first draws.
+  """
+  if jax.process_index():
+    return
   try:
     from metasgd_jax import plotting
   except ImportError:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from experiments import options, reporting
+from experiments import options, processes, reporting
 from experiments.options import option
 from metasgd_jax import checkpoint, writers
 from metasgd_jax.checkpoint import CheckpointError
@@ -32,6 +32,7 @@ class Keeping:
     None, 'Replay this meta-iteration, from 0, of the training under way, and show its tasks; nothing else is done.',
     low=0, high=2**31 - 1, kind=int,
   )  # fmt: skip
+  plan: bool = option(False, 'Print what memory each training will take, and whether it fits; nothing else is done.')
   check_determinism: bool = option(
     False, 'Begin each training twice, and compare to the bit; nothing else is done. The exit code is 1 if they differ.'
   )
@@ -108,22 +109,26 @@ def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = N
     WriterError: another program runs there, or it cannot be written.
     CheckpointError: it holds an unfinished run of another configuration, and `keeping.restart` is not set.
   """
-  workdir, keeping = writers.open_workdir(workdir), keeping or Keeping()
-  with _alone(workdir), _sigterm() as stop:
-    reporting.clear_leftovers(workdir)
-    if unfinished(workdir) and not keeping.restart:
-      check(workdir, config)
-      print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
-      metrics = reporting.go_on(workdir, config)
-    else:
-      _remove(_checkpoints(workdir))
-      metrics = reporting.start(workdir, config)
+  with contextlib.ExitStack() as held:
+    with processes.together():
+      workdir, keeping = writers.open_workdir(workdir), keeping or Keeping()
+      held.enter_context(_alone(workdir))
+      stop = held.enter_context(_sigterm())
+      reporting.clear_leftovers(workdir)
+      if unfinished(workdir) and not keeping.restart:
+        check(workdir, config)
+        print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
+        metrics = reporting.go_on(workdir, config)
+      else:
+        _remove(_checkpoints(workdir))
+        metrics = reporting.start(workdir, config)
     yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop)
     if not keeping.keep_checkpoints:
       _remove(_checkpoints(workdir))
     elif _checkpoints(workdir).exists():
       with writers.atomic(_finished(workdir)) as file:
         file.write(b'')
+    processes.any_of(False)  # The first has drawn its pictures; the others wait for it, lest it be taken for lost.
 
 
 def unfinished(workdir: writers.PathLike) -> bool:

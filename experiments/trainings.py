@@ -1,5 +1,6 @@
 """One training of an experiment: kept by checkpoints, gone on with, watched for bad numbers, and looked into."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from experiments import reporting, resuming
+from experiments import processes, reporting, resuming
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
 from metasgd_jax import bad_numbers, checkpoint, leaves, writers
@@ -47,6 +48,7 @@ class Training:
     start: gives the state before the first.
     go: `(state, step, callbacks) → state` trains until `step`.
     inspect: `state of one run → StepReport` of the next meta-iteration; `None` where there is no such view.
+    memory: plans what one run of it takes; `None` where there is no such plan.
   """
 
   name: str
@@ -56,6 +58,7 @@ class Training:
   start: Callable[[], ms.TrainState]
   go: Callable[[ms.TrainState, int, Callbacks], ms.TrainState]
   inspect: Callable[[ms.TrainState], bad_numbers.StepReport] | None = None
+  memory: Callable[[], ms.MemoryPlan] | None = None
 
 
 class Trained(NamedTuple):
@@ -88,7 +91,10 @@ def by_gradient(
   def inspect(state):
     return bad_numbers.inspect_step(state, tasks, learner=learner, meta_batch=meta_batch)
 
-  return Training(name, label, meta_iterations, chunk, start, go, inspect)
+  def memory():
+    return ms.plan_memory(tasks, learner=learner, optimizer=optimizer, meta_batch=meta_batch, **options)
+
+  return Training(name, label, meta_iterations, chunk, start, go, inspect, memory)
 
 
 def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -99,16 +105,21 @@ def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.
 def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   """Trains, from the newest checkpoint if there is one; saves as it goes, at the end, and when it is told to stop.
 
+  Of several processes the first reads and saves; each is told to stop by itself or by another, after the same chunk.
+
   Raises:
     TrainingError: a loss or a gradient is not finite; the state before the chunk is saved.
     CheckpointError: a checkpoint cannot be used or written.
   """
   with run.stop.held():
     state = training.start()
-    with checkpoint.Checkpoints(
-      run.directory(training.name), like=state, config=run.config, keep_best=0 if best is None else best.keep
-    ) as kept:
-      state, history = _resume(training, run, kept, state, best)
+    with contextlib.ExitStack() as opened:
+      with processes.together():
+        kept = opened.enter_context(_checkpoints(training, run, state, best))
+        state, history, found = _resume(training, run, kept, state)
+      state = processes.from_first(state)
+      if best is not None:
+        best.resume(int(np.max(state.step)), _best_of_first(found, state))
       recorder = reporting.Recorder(training.label, run.metrics, history)
       good, saved = state, time.monotonic()
 
@@ -122,13 +133,14 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
         good = progress.state
         recorder(progress)
         accuracy = None if best is None else best(progress)
+        stop = processes.any_of(run.stop.asked)
         every = run.keeping.checkpoint_every
         due = progress.step // every > max(kept.last, 0) // every if every else time.monotonic() - saved >= SECONDS
-        if due or accuracy is not None or run.stop.asked or progress.step == progress.total:
+        if due or accuracy is not None or stop or progress.step == progress.total:
           run.file.sync()
           kept.save(good, accuracy)
           saved = time.monotonic()
-        if run.stop.asked:
+        if stop:
           kept.wait()
           run.stop.leave(
             f'{training.label} is saved at meta-iteration {progress.step:,} of {progress.total:,} in {run.workdir}'
@@ -138,12 +150,33 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   return Trained(state, recorder.curves)
 
 
-def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints, state, best: Best | None):
-  """Returns the state to go on from, and the lines of metrics up to there."""
+class _Unkept:
+  """Takes the place of checkpoints in all processes but the first."""
+
+  latest, best, last = None, (), -1
+
+  def save(self, state: ms.TrainState, metric: float | None = None) -> None:
+    """Notes what the first saves."""
+    self.last = int(np.max(state.step))
+
+  def wait(self) -> None:
+    """Waits for nothing."""
+
+
+def _checkpoints(training: Training, run: Run, state, best: Best | None) -> contextlib.AbstractContextManager[Any]:
+  if not processes.first():
+    return contextlib.nullcontext(_Unkept())
+  return checkpoint.Checkpoints(
+    run.directory(training.name), like=state, config=run.config, keep_best=0 if best is None else best.keep
+  )
+
+
+def _resume(training: Training, run: Run, kept, state):
+  """Returns the state to go on from, the lines of metrics up to there, and the best checkpoints."""
   found = kept.latest
   history = run.file.cut(training.label, 0 if found is None else found.step)
   if found is None:
-    return state, history
+    return state, history, []
   done = [line['step'] for line in history if 'loss' in line]
   if found.step and (not done or done[-1] != found.step):
     raise checkpoint.CheckpointError(
@@ -156,14 +189,19 @@ def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints, state, b
   changed = [f'{k} {v} → {now.get(k, "none")}' for k, v in found.versions.items() if now.get(k) != v]
   if changed:
     print(f'{training.label}: versions have changed ({", ".join(changed)}), so the rest may differ in its last digits')
-  if best is not None:
-    best.resume(found.step, [(float(c.metric or 0), c.step, jax.device_get(c.state.meta)) for c in kept.best])
-  return found.state, history
+  return found.state, history, [(float(c.metric or 0), c.step, jax.device_get(c.state.meta)) for c in kept.best]
+
+
+def _best_of_first(found: list[tuple[float, int, Any]], state) -> list[tuple[float, int, Any]]:
+  """Returns the best checkpoints of the first process in all."""
+  count = int(processes.from_first(np.int32(len(found))))
+  shapes = jax.device_get(state.meta)
+  best = [processes.from_first(b) for b in found or [(0.0, 0, shapes)] * count]
+  return [(float(accuracy), int(step), meta) for accuracy, step, meta in best]
 
 
 def _what_is_bad(training: Training, bad: bad_numbers.BadStep, run: Run, saved: int) -> str:
-  before = jax.device_put(bad.before, jax.devices()[0])
-  report = None if training.inspect is None else training.inspect(before)
+  report = None if training.inspect is None else training.inspect(bad.before)
   return (
     f'{training.label}: {bad_numbers.describe(bad, report)}; the state of meta-iteration {saved} is saved in '
     f'{run.directory(training.name)}; --debug_task={bad.step} shows the step; lower --alpha, --learning_rate or '
@@ -172,23 +210,36 @@ def _what_is_bad(training: Training, bad: bad_numbers.BadStep, run: Run, saved: 
 
 
 def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:
-  """Returns what `--debug_task` or `--check_determinism` ask for instead of a run; `None` without them.
+  """Returns what `--plan`, `--debug_task` or `--check_determinism` ask for instead of a run; `None` without them.
 
   Raises:
-    ValueError: both, a meta-iteration that there is not, or nothing to train.
+    ValueError: more than one, a meta-iteration that there is not, nothing to train, or debug_task of several processes.
   """
-  if keeping.debug_task is None and not keeping.check_determinism:
+  asked = {'plan': keeping.plan, 'debug_task': keeping.debug_task is not None}
+  asked['check_determinism'] = keeping.check_determinism
+  if not any(asked.values()):
     return None
-  if keeping.debug_task is not None and keeping.check_determinism:
-    raise ValueError('debug_task and check_determinism are two commands; give one')
+  if sum(asked.values()) > 1:
+    raise ValueError(f'{" and ".join(name for name in asked if asked[name])} are two commands; give one')
   if not plan:
     raise ValueError('there is nothing to look into: what is asked for is not trained')
+  if keeping.plan:
+    return lambda: print_memory(plan)
   if keeping.check_determinism:
     return lambda: check_determinism(plan)
+  if jax.process_count() > 1:
+    raise ValueError('debug_task reads the checkpoints, which the first process has; give it without --coordinator')
   step = keeping.debug_task
   if step >= plan[0].total:  # type: ignore[operator]
     raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; they count from 0')
   return lambda: debug(plan, config, workdir, step)  # type: ignore[arg-type]
+
+
+def print_memory(plan: Sequence[Training]) -> None:
+  """Prints what memory each training will take: of several runs side by side, that of one."""
+  for training in plan:
+    said = 'its memory cannot be planned' if training.memory is None else training.memory()
+    print(f'{training.label}: {said}', flush=True)
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:

@@ -1,4 +1,7 @@
-"""Checkpoints of a training by orbax: the latest and the best, written in the background, each whole or not there."""
+"""Checkpoints of a training by orbax: the latest and the best, written in the background, each whole or not there.
+
+Of several processes one reads and writes them, and by itself: the arrays are whole in each.
+"""
 
 import json
 import pathlib
@@ -179,6 +182,8 @@ class Checkpoints:
       best_fn=metric if self._keep_best else None,
       cleanup_tmp_directories=True,
       todelete_subdir=_REMOVED,
+      create=False,  # It is there; orbax makes none for a process by itself.
+      multiprocessing_options=_by_itself(),
     )
     return ocp.CheckpointManager(self._directory, options=options)
 
@@ -251,7 +256,7 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
   about = _read_about(path)
   check_leaves(about['leaves'], like, path)
   arrays: dict[str, np.ndarray] = {}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     for name in (name for name, leaf in about['leaves'].items() if 0 not in leaf['shape']):
       # One at a time: where one of several is damaged, orbax leaves the others to a loop that is closed, and Python
       # prints a traceback for each.
@@ -275,10 +280,20 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
   import orbax.checkpoint as ocp
 
   _check_files(path)
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
   check_about(about)
   return about
+
+
+def _by_itself():
+  """Returns options with which orbax does not wait for other processes."""
+  from orbax.checkpoint.options import MultiprocessingOptions
+
+  if jax.process_count() == 1:
+    return MultiprocessingOptions()
+  here = jax.process_index()
+  return MultiprocessingOptions(primary_host=here, active_processes={here})
 
 
 def _check_files(path: pathlib.Path) -> None:

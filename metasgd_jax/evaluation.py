@@ -56,7 +56,8 @@ def evaluate(
     repeats: episodes drawn of each task.
     mapping: how tasks are laid over a device, see `objective.Mapping`; of `vmap`, and of groups that do not come out
       even, the greatest divisor up to 32, or up to the group, is laid out at once.
-    mesh: of devices to share the tasks, such as `sharding.task_mesh(num_tasks)`; one device where left out.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(num_tasks)`; one device where left out. Of several
+      processes all must call this; each gets all values.
 
   Raises:
     ValueError: num_tasks or repeats below 1, an unknown mapping, or tasks that cannot be shared evenly.
@@ -73,14 +74,14 @@ def evaluate(
   meta = sharding.on_all(mesh, meta)
   judge = functools.partial(_evaluate, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
   if isinstance(tasks, TaskDistribution):
-    return np.asarray(judge(meta, sharding.on_all(mesh, tasks.as_arguments()), keys))
+    return sharding.gathered(judge(meta, *sharding.on_all(mesh, (tasks.as_arguments(), keys))))
   step = group * (1 if mesh is None else mesh.size)
   step *= max(n for n in range(1, max(1, SENT_AT_ONCE // step) + 1) if num_tasks // step % n == 0)
   values = []
   for start in range(0, num_tasks, step):
     part = keys[start : start + step]
     sent = tasks.send(*_episode_keys(part, repeats=repeats))
-    values.append(np.asarray(judge(meta, sharding.on_all(mesh, sent.as_arguments()), part)))
+    values.append(sharding.gathered(judge(meta, *sharding.on_all(mesh, (sent.as_arguments(), part)))))
   return np.concatenate(values)
 
 

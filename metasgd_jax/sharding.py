@@ -1,11 +1,14 @@
-"""Tasks over several devices; on a CPU, over its cores."""
+"""Tasks over several devices, of one process or of several; on a CPU, over its cores."""
 
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from metasgd_jax.types import PyTree
 
@@ -24,19 +27,39 @@ def cpu_cores_as_devices() -> None:
     jax.config.update('jax_num_cpu_devices', cores)
 
 
-def task_mesh(num_tasks: int) -> Mesh | None:
-  """Returns a mesh with one axis, 'tasks', over as many of JAX's devices as share num_tasks evenly; None for one."""
-  devices = jax.devices()
-  count = max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)
-  return Mesh(devices[:count], ('tasks',)) if count > 1 else None
+def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
+  """Returns a mesh with one axis, 'tasks', of as many devices of each process; `None` for a single device.
+
+  Args:
+    num_tasks: to be shared evenly.
+    devices: so many of each process; as many as share num_tasks evenly where left out.
+
+  Raises:
+    ValueError: there are not so many, or they cannot share the tasks evenly.
+  """
+  processes = range(jax.process_count())
+  of_each = [jax.local_devices(process) for process in processes]
+  most = min(map(len, of_each))
+  if devices is None:
+    if num_tasks % len(processes):
+      raise ValueError(
+        f'{num_tasks} tasks cannot be shared evenly by {len(processes)} processes; take a multiple of {len(processes)}'
+      )
+    devices = max(n for n in range(1, most + 1) if num_tasks % (n * len(processes)) == 0)
+  if not 1 <= devices <= most:
+    whose = ' of a process' if len(processes) > 1 else ''
+    raise ValueError(f'devices must be from 1 to {most}, as many as JAX has{whose}, got {devices}')
+  mesh = Mesh([device for those in of_each for device in those[:devices]], ('tasks',))
+  check_mesh(mesh, num_tasks)
+  return mesh if mesh.size > 1 else None
 
 
 def host_device() -> jax.Device:
-  """Returns a CPU as a device of JAX; the first device of all where JAX was told to leave CPUs out."""
+  """Returns a CPU of this process as a device of JAX; its first device of all where JAX was told to leave CPUs out."""
   try:
-    return jax.devices('cpu')[0]
+    return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
-    return jax.devices()[0]
+    return jax.local_devices()[0]
 
 
 def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
@@ -52,8 +75,53 @@ def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
 
 
 def on_all(mesh: Mesh | None, tree: PyTree) -> PyTree:
-  """Returns the tree with a copy on each device of the mesh; as it is without one."""
-  return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  """Returns the tree with a copy on each device of the mesh; as it is without one.
+
+  Of several processes each gives its own copy, which must be that of the others; nothing passes between them.
+  """
+  if mesh is None:
+    return tree
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda leaf: placed(leaf, everywhere), tree)
+
+
+def placed(leaf: Any, sharding: Sharding) -> jax.Array:
+  """Returns an array as a sharding has it; in several processes each gives the whole array, or all a global one."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(leaf, sharding)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return jax.jit(lambda a: a, out_shardings=sharding)(leaf)
+  if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+  array = np.asarray(leaf)
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_one(mesh: Mesh | None, tree: PyTree) -> PyTree:
+  """Returns what `on_all` has copied, on this process's first device of the mesh alone; as it is without a mesh."""
+  return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def gathered(tree: PyTree) -> PyTree:
+  """Returns the tree on the host; where its arrays lie in several processes all must call this, and get the whole."""
+
+  def one(leaf):
+    in_parts = not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if in_parts else leaf)
+
+  return jax.tree.map(one, tree)
+
+
+def mean_over(tree: PyTree, axis: str) -> PyTree:
+  """Returns the mean over devices, inside shard_map, in one message for all arrays of a type."""
+  leaves, structure = jax.tree.flatten(tree)
+  found: dict[int, jax.Array] = {}
+  for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+    mine = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+    mean = jax.lax.pmean(jnp.concatenate([leaves[i].ravel() for i in mine]), axis)
+    ends = np.cumsum([leaves[i].size for i in mine])
+    found |= {i: part.reshape(leaves[i].shape) for i, part in zip(mine, jnp.split(mean, ends[:-1]), strict=True)}
+  return jax.tree.unflatten(structure, [found[i] for i in range(len(leaves))])
 
 
 def share_tasks(
@@ -76,7 +144,7 @@ def share_tasks(
 
   def on_device(shared, tasks):
     out = function(shared, tasks)
-    return jax.lax.pmean(out, axis) if average else out
+    return mean_over(out, axis) if average else out
 
   return jax.shard_map(
     on_device,

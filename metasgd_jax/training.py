@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metasgd_jax import host_memory, sharding
+from metasgd_jax import fully_sharded, host_memory, sharding
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
 from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
 
@@ -106,6 +106,7 @@ def train_step(
   meta_batch: int,
   mapping: Mapping = 'auto',
   mesh: Mesh | None = None,
+  shard_meta: bool = False,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
@@ -119,11 +120,12 @@ def train_step(
     meta_batch: tasks in a meta-iteration.
     mapping: see `objective.Mapping`.
     mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out.
+    shard_meta: whether they share the state's large arrays too; see `fully_sharded`.
 
   Raises:
-    ValueError: an unknown mapping, or tasks that cannot be shared evenly.
+    ValueError: an unknown mapping, tasks that cannot be shared evenly, or shard_meta without a mesh.
   """
-  sharding.check_mesh(mesh, meta_batch)
+  _check_sharing(mesh, meta_batch, shard_meta)
   keys = step_keys(state.key, state.step, meta_batch)
 
   def of_tasks(shared, keys):
@@ -132,11 +134,21 @@ def train_step(
     episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(sample_keys), episode_keys)
     return value_and_grad(learner, meta, episodes, adapt_keys, mapping=mapping)
 
-  of_all = sharding.share_tasks(of_tasks, mesh, average=True)
+  if mesh is not None and shard_meta:
+    of_all = fully_sharded.share_gradients(of_tasks, mesh, state.meta)
+  else:
+    of_all = sharding.share_tasks(of_tasks, mesh, average=True)
   (loss, info), grads = of_all((state.meta, tasks.as_arguments()), tuple(keys))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
   meta = optax.apply_updates(state.meta, updates)
-  return TrainState(state.step + 1, state.key, meta, opt_state), {**info, 'loss': loss}
+  state = TrainState(state.step + 1, state.key, meta, opt_state)
+  return fully_sharded.constrained(mesh, state) if mesh is not None and shard_meta else state, {**info, 'loss': loss}
+
+
+def _check_sharing(mesh: Mesh | None, meta_batch: int, shard_meta: bool) -> None:
+  sharding.check_mesh(mesh, meta_batch)
+  if shard_meta and mesh is None:
+    raise ValueError('shard_meta is over the devices of a mesh, got none; give mesh=sharding.task_mesh(meta_batch)')
 
 
 def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:
@@ -154,6 +166,7 @@ def train(
   meta_batch: int,
   mapping: Mapping = 'auto',
   mesh: Mesh | None = None,
+  shard_meta: bool = False,
   chunk: int = 1000,
   callbacks: Sequence[Callable[[Progress], None]] = (),
 ) -> TrainState:
@@ -171,20 +184,25 @@ def train(
     meta_iterations: where to stop, counted from the run's beginning.
     meta_batch: tasks in a meta-iteration.
     mapping: how tasks are laid over a device; see `objective.Mapping`.
-    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out. The state
-      comes back on the first.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out. They
+      may be those of several processes, each of which calls this with the same arguments; each device draws its own
+      share of the tasks. The state comes back, and goes to callbacks, on this process's first.
+    shard_meta: whether the devices share the state's large arrays too (`fully_sharded`), of one run; the state then
+      comes back as it lies, in parts.
     chunk: meta-iterations between callbacks.
     callbacks: called in order.
 
   Raises:
     ValueError: a count that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
-      runs at different steps, or a state that is already past `meta_iterations`.
+      runs at different steps, a state that is already past `meta_iterations`, shard_meta without a mesh or for R runs.
   """
   check_mapping(mapping)
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
     if not isinstance(value, int | np.integer) or value < 1:
       raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
-  sharding.check_mesh(mesh, meta_batch)
+  _check_sharing(mesh, meta_batch, shard_meta)
+  if shard_meta and state.step.ndim:
+    raise ValueError(f'shard_meta is for one run, got {len(state.step)} side by side; train them one after the other')
   if np.ptp(state.step):
     raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
   done = before = int(np.max(state.step))
@@ -192,7 +210,9 @@ def train(
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
   if done == meta_iterations:
     return state
-  key, state = state.key, sharding.on_all(mesh, state)
+  state = fully_sharded.split(mesh, state) if mesh is not None and shard_meta else sharding.on_all(mesh, state)
+  key = sharding.on_one(mesh, state.key)
+  seen = (lambda state: state) if shard_meta else functools.partial(sharding.on_one, mesh)
   if isinstance(tasks, TaskDistribution):
     tasks = sharding.on_all(mesh, tasks.as_arguments())
   run_chunk = functools.partial(
@@ -202,6 +222,7 @@ def train(
     meta_batch=meta_batch,
     mapping=mapping,
     mesh=mesh,
+    shard_meta=shard_meta,
     chunk=chunk,
   )
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -223,10 +244,10 @@ def train(
       seconds += time.perf_counter() - start
       done += n
       info = {name: np.asarray(values)[:n] for name, values in info.items()}
-      progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
+      progress = Progress(seen(state), done, meta_iterations, info, seconds, (done - before) / seconds)
       for callback in callbacks:
         callback(progress)
-  return state if mesh is None else jax.device_put(state, mesh.devices.flat[0])
+  return seen(state)
 
 
 def _send_ahead(thread, tasks, key, meta_batch, chunk, mesh, step):
@@ -249,10 +270,17 @@ def _chunk_keys(key, step, *, meta_batch, chunk):
   return tuple(keys[:, :, i].ravel() for i in range(2))
 
 
-@functools.partial(jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'chunk'))
-def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh, chunk):
+@functools.partial(
+  jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'shard_meta', 'chunk')
+)
+def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh, shard_meta, chunk):
   options = dict(learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh)
-  return repeat(lambda state: train_step(state, tasks, **options), state, n, chunk)
+  state, info = repeat(lambda state: train_step(state, tasks, shard_meta=shard_meta, **options), state, n, chunk)
+  if mesh is None:
+    return state, info
+  everywhere = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec()))
+  state = fully_sharded.constrained(mesh, state) if shard_meta else jax.tree.map(everywhere, state)
+  return state, jax.tree.map(everywhere, info)
 
 
 def repeat(

@@ -52,7 +52,8 @@ def test_each_device_adapts_to_its_own_tasks():
   trapped = jax.shard_map(
     of_tasks, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec('tasks')), out_specs=PartitionSpec('tasks')
   )
-  assert not np.array_equal(jax.jit(trapped)(jnp.float32(1.0), tasks), tasks)
+  summed = tasks.reshape(2, 2).sum(0)  # Each device's first task with the other's first, and so on.
+  assert np.array_equal(jax.jit(trapped)(jnp.float32(1.0), tasks), jnp.tile(summed, 2))
 
 
 def test_a_users_own_gradient_over_devices():
@@ -85,6 +86,11 @@ def test_a_mesh_has_as_many_devices_as_share_the_tasks():
       ms.init(jax.random.key(0), TASKS, learner=sinusoid_learner(), optimizer=ADAM), TASKS,
       learner=sinusoid_learner(), optimizer=ADAM, meta_iterations=1, meta_batch=3, mesh=mesh,
     )  # fmt: skip
+  with pytest.raises(ValueError, match='devices must be from 1 to 2, as many as JAX has, got 3'):
+    ms.sharding.task_mesh(3, devices=3)
+  with pytest.raises(ValueError, match='3 tasks cannot be shared evenly by 2 devices; take a multiple of 2'):
+    ms.sharding.task_mesh(3, devices=2)
+  assert ms.sharding.task_mesh(4, devices=1) is None
   both = jax.make_mesh((1, 2), ('a', 'b'))
   with pytest.raises(ValueError, match=r"mesh must have one axis, for tasks, got \('a', 'b'\)"):
     ms.sharding.check_mesh(both, 2)

@@ -1,0 +1,157 @@
+"""Weak scaling: tasks a device stay the same, devices are 1, 2, 4, 8; a table for sinusoids and one for Conv4.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --problem=conv4 --filters=64 --seconds=10 --rounds=7
+
+Where JAX finds no accelerator the devices are virtual ones of the CPU, and beyond its cores there is nothing to win:
+the table has what the cores allow beside what was reached. Meta-SGD, one inner step, second order. Each number of
+devices has a process of its own; they take their turns one after the other, and an efficiency is a median over rounds.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+
+import metasgd_jax as ms
+from benchmarks import timing
+from metasgd_jax import sharding, writers
+
+PROBLEMS = ('sinusoids', 'conv4')
+
+
+class Worker:
+  """A process with some devices: `worker(n)` takes n meta-iterations."""
+
+  def __init__(self, problem: str, devices: int, tasks: int, filters: int) -> None:
+    """Starts it."""
+    command = [
+      sys.executable, '-m', 'benchmarks.scaling', f'--alone={devices}', f'--problem={problem}', f'--tasks={tasks}',
+      f'--filters={filters}',
+    ]  # fmt: skip
+    # On a GPU several processes share the memory.
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert self._process.stdin
+    assert self._process.stdout
+    self._to, self._from = self._process.stdin, self._process.stdout
+
+  def __call__(self, iterations: int) -> dict[str, float]:
+    """Returns the devices that held the tasks, the meta-iterations done so far and the last loss."""
+    print(iterations, file=self._to, flush=True)
+    answer = self._from.readline()
+    if not answer:
+      raise RuntimeError(f'{self._process.args!r} ended with {self._process.wait()}')
+    return json.loads(answer)
+
+  def close(self) -> None:
+    """Ends it."""
+    self._to.close()
+    self._from.close()
+    self._process.wait()
+
+
+def build(problem: str, filters: int) -> tuple[ms.Learner, ms.TaskDistribution]:
+  """Returns Meta-SGD and its tasks: 5-shot sinusoids, or 5-way 1-shot of 28×28 noise with a query image a class."""
+  if problem == 'sinusoids':
+    return ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error), ms.tasks.sinusoid(shot=5)
+  images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
+  model = ms.nn.from_linen(ms.nn.Conv4(5, filters=filters))
+  return (
+    ms.meta_sgd(model, ms.losses.cross_entropy),
+    ms.tasks.few_shot(ms.tasks.class_bank(images), way=5, shot=1, query=1),
+  )
+
+
+def take_turns(problem: str, devices: int, tasks_a_device: int, filters: int) -> None:
+  """Trains as many meta-iterations as each line of stdin says, and answers in JSON when they are done."""
+  learner, tasks = build(problem, filters)
+  optimizer, meta_batch = optax.adam(1e-3), devices * tasks_a_device
+  mesh = sharding.task_mesh(meta_batch, devices=devices)
+  state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+  losses = [float('nan')]
+  for line in sys.stdin:
+    state = ms.train(
+      state, tasks, learner=learner, optimizer=optimizer, meta_iterations=int(state.step) + int(line),
+      meta_batch=meta_batch, mesh=mesh, callbacks=[lambda progress: losses.append(float(progress.info['loss'][-1]))],
+    )  # fmt: skip
+    used = 1 if mesh is None else mesh.size
+    print(json.dumps({'devices': used, 'step': int(state.step), 'loss': losses[-1]}), flush=True)
+
+
+def table(found: Mapping[str, list[float]], tasks_a_device: int, cores: int | None) -> str:
+  """Returns Markdown, a line for each number of devices.
+
+  Efficiency is the rate divided by that of the first line, whose devices have as many tasks each: 1 where more devices
+  cost nothing.
+
+  Args:
+    found: of `timing.rates`, by the number of devices.
+    tasks_a_device: so many.
+    cores: that virtual devices share; `None` for real devices.
+  """
+  lines = ['| devices | tasks | meta-iterations/s | tasks/s | efficiency | what the cores allow |', '|' + ' --- |' * 6]
+  first = next(iter(found))
+  could = lambda n: 1.0 if cores is None else min(1.0, cores / n)
+  for devices, rates in found.items():
+    n, rate = int(devices), statistics.median(rates)
+    allowed = could(n) / could(int(first))
+    lines.append(
+      f'| {n} | {n * tasks_a_device} | {rate:,.1f} | {rate * n * tasks_a_device:,.0f} | '
+      f'{timing.ratio(found, devices, first):.2f} | {allowed:.2f} |'
+    )
+  return '\n'.join(lines)
+
+
+def measure(problem: str, counts: list[int], tasks: int, filters: int, seconds: float, rounds: int):
+  """Returns the rates of `timing.rates`, by the number of devices."""
+  workers = {str(n): Worker(problem, n, tasks, filters) for n in counts}
+  try:
+    return timing.rates(workers, seconds=seconds, rounds=rounds)
+  finally:
+    for worker in workers.values():
+      worker.close()
+
+
+def main(argv) -> None:
+  """Measures, and prints a table for each problem; or takes turns, as one of the processes."""
+  del argv
+  given = flags.FLAGS
+  if not set(given.problem) <= set(PROBLEMS):
+    raise app.UsageError(f'problem must be some of {", ".join(PROBLEMS)}, got {",".join(given.problem)}')
+  if not given.devices or not all(n.isdecimal() and int(n) for n in given.devices):
+    raise app.UsageError(f'devices must be integers of at least 1, got {",".join(given.devices) or "none"}')
+  if given.alone:
+    take_turns(given.problem[0], given.alone, given.tasks, given.filters)
+    return
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  virtual, begun = jax.default_backend() == 'cpu', time.perf_counter()
+  counts = [int(n) for n in given.devices if virtual or int(n) <= jax.local_device_count()]
+  if not counts:
+    raise app.UsageError(f'devices must be up to {jax.local_device_count()}, as many as there are')
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  for problem in given.problem:
+    tasks = given.tasks or {'sinusoids': 64, 'conv4': 2}[problem]
+    found = measure(problem, counts, tasks, given.filters, given.seconds, given.rounds)
+    print(f'{problem}, {tasks} tasks a device:\n\n{table(found, tasks, cores if virtual else None)}\n', flush=True)
+  what = f'virtual devices of {cores} cores: beyond {cores} devices there is nothing to win' if virtual else 'devices'
+  print(f'{what}; {time.perf_counter() - begun:.0f} s; {writers.provenance()["device"]}')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'Numbers of devices; the first is what others go by.')
+  flags.DEFINE_list('problem', list(PROBLEMS), 'What to train on: sinusoids, conv4.')
+  flags.DEFINE_integer('tasks', 0, 'Tasks a device; 0 for 64 sinusoids and 2 of Conv4.', 0)
+  flags.DEFINE_integer('filters', 16, "Conv4's.", 1)
+  flags.DEFINE_float('seconds', 1.0, 'Of a turn.', 0.01)
+  flags.DEFINE_integer('rounds', 5, 'Turns of each.', 1)
+  flags.DEFINE_integer('alone', 0, 'Of a process that takes its turns from stdin: how many devices.', 0)
+  app.run(main)

@@ -1,0 +1,220 @@
+"""One run by several processes, on one host or on many: they find each other, the first alone writes and prints.
+
+All run the same program on the same numbers, so they take the same turns. What only the first can know, such as where a
+checkpoint left off, it tells the others.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from experiments import options
+from experiments.options import option
+from metasgd_jax import leaves, sharding, writers
+from metasgd_jax.types import PyTree
+
+PATIENCE = 300
+"""Seconds to wait for the other processes at the start."""
+FAREWELL = 20
+"""Seconds that a process which ends by an error waits for the others; then they are ended too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machines:
+  """Where a run is computed; it changes nothing but rounding, so none of it is in the configuration."""
+
+  devices: int | None = option(
+    None, 'Of each process, to share the tasks of a meta-iteration evenly; if not given one for regression, for '
+    'classification as many as can.', low=1, high=100_000, kind=int,
+  )  # fmt: skip
+  distributed: bool = option(
+    False, 'One of several processes that the cluster started (SLURM, Cloud TPU, Open MPI), which says who they are.'
+  )
+  coordinator: str | None = option(
+    None, 'One of several processes, by hand: HOST:PORT of the first, the same for all.', kind=str
+  )
+  num_processes: int | None = option(None, 'With coordinator: how many there are.', low=1, high=100_000, kind=int)
+  process_id: int | None = option(
+    None, 'With coordinator: which of them this is, from 0, the first.', low=0, high=99_999, kind=int
+  )
+
+  def __post_init__(self):
+    options.check(self)
+    three = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
+    given = {name: value for name, value in three.items() if value is not None}
+    if self.distributed and given:
+      raise ValueError(f'distributed finds {" and ".join(given)} by itself; leave out one or the other')
+    if given and len(given) < 3:
+      missing = ' and '.join(f'--{name}' for name in three if name not in given)
+      got = ', '.join(f'{name}={value}' for name, value in given.items())
+      raise ValueError(f'coordinator, num_processes and process_id go together, got {got}; give {missing} too')
+    if self.coordinator is None or self.num_processes is None or self.process_id is None:
+      return
+    host, _, port = self.coordinator.rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+      raise ValueError(f'coordinator must be HOST:PORT, such as node1:1234, got {self.coordinator!r}')
+    if self.process_id >= self.num_processes:
+      raise ValueError(
+        f'process_id must be less than num_processes={self.num_processes}, got {self.process_id}; they count from 0'
+      )
+
+  @property
+  def several(self) -> bool:
+    """Whether this is one of several processes, or is said to be."""
+    return self.distributed or self.coordinator is not None
+
+
+def main(prepare: Callable[[], Callable[[], object]], *, several: bool = True) -> None:
+  """Runs an experiment from the command line as `options.main` does, where the flags of `Machines` say.
+
+  Args:
+    prepare: as there.
+    several: whether it can take several devices or processes.
+  """
+
+  def prepare_all():
+    machines = options.from_flags(Machines)
+    if not several and (machines.several or machines.devices not in (None, 1)):
+      raise ValueError(
+        'this experiment runs in one process, on one device; leave out devices, distributed, coordinator, '
+        'num_processes and process_id'
+      )
+    if machines.several:
+      start(machines)
+    with together():
+      return prepare()
+
+  options.main(prepare_all)
+
+
+def start(machines: Machines) -> None:
+  """Joins the other processes; from here on the first alone prints, errors excepted.
+
+  To be called before JAX is used.
+
+  Raises:
+    ValueError: there is no cluster to ask, or the others do not come.
+  """
+  if machines.process_id:
+    _find(str(machines.coordinator))
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.config.update('jax_enable_preemption_service', False)  # It takes SIGTERM for itself; see resuming.Stop.
+  try:
+    jax.distributed.initialize(
+      machines.coordinator, machines.num_processes, machines.process_id, initialization_timeout=PATIENCE,
+      shutdown_timeout_seconds=FAREWELL,
+    )  # fmt: skip
+  except (RuntimeError, ValueError) as e:
+    reason = str(e).strip().splitlines()[0][:300]
+    if machines.distributed:
+      raise ValueError(
+        f'no cluster tells of its processes ({reason}); give --coordinator=HOST:PORT, --num_processes and --process_id'
+      ) from e
+    raise ValueError(f'the processes cannot meet at {machines.coordinator} ({reason}); give another port') from e
+  _keep_stdout(first())
+
+
+def _keep_stdout(ours: bool) -> None:
+  """Leaves stdout to the first process's `print`; what libraries write there (Gloo greets its peers) goes to stderr."""
+  sys.stdout.flush()
+  where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
+  os.dup2(2, 1)
+  sys.stdout = os.fdopen(where, 'w', 1, sys.stdout.encoding)
+
+
+def _find(coordinator: str) -> None:
+  """Waits until the first process answers; JAX would wait as well, but end with an abort. Raises ValueError."""
+  host, _, port = coordinator.rpartition(':')
+  end = time.monotonic() + PATIENCE
+  while True:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+    except OSError as e:
+      if time.monotonic() > end or isinstance(e, socket.gaierror):
+        raise ValueError(
+          f'nobody answers at {coordinator} ({e.strerror or e}); start process 0 there, and let its port be reached'
+        ) from e
+      time.sleep(0.2)
+    else:
+      return
+
+
+def first() -> bool:
+  """Whether this process is the one that writes and prints; the only one is."""
+  return jax.process_index() == 0
+
+
+def open_workdir(path: writers.PathLike) -> pathlib.Path:
+  """Returns the first process's directory as `writers.open_workdir` does; of others one of their own, soon gone.
+
+  So nothing is written twice, whatever is written; and only what the first sees must last.
+  """
+  if first():
+    return writers.open_workdir(path)
+  scratch = tempfile.mkdtemp(prefix='metasgd-')
+  atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+  return pathlib.Path(scratch)
+
+
+def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
+  """Returns devices to test on: as many of each process, up to `devices`, as share the tasks evenly.
+
+  Where the processes cannot share them each tests on all of them, on one device: `None`.
+  """
+  processes = jax.process_count()
+  most = min(devices or jax.local_device_count(), jax.local_device_count())
+  fitting = [n for n in range(1, most + 1) if num_tasks % (n * processes) == 0]
+  return sharding.task_mesh(num_tasks, devices=fitting[-1]) if fitting else None
+
+
+def from_first(tree: PyTree) -> PyTree:
+  """Returns the first process's tree in all, to the bit; elsewhere only shapes and dtypes are looked at."""
+  if jax.process_count() == 1:
+    return tree
+  data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if leaves.is_key(leaf) else leaf, tree)
+  arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(data)]
+  sent = multihost_utils.broadcast_one_to_all([np.frombuffer(array.tobytes(), np.uint8) for array in arrays])
+  found = []
+  for leaf, array, received in zip(jax.tree.leaves(tree), arrays, sent, strict=True):
+    value: Any = np.frombuffer(np.asarray(received).tobytes(), array.dtype).reshape(array.shape)
+    if isinstance(leaf, jax.Array):
+      value = jax.numpy.asarray(value)
+    found.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if leaves.is_key(leaf) else value)
+  return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def any_of(here: bool) -> bool:
+  """Whether it is so in any process."""
+  if jax.process_count() == 1:
+    return here
+  return bool(multihost_utils.process_allgather(np.uint8(here)).any())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Of a block that may fail in one process: ends the others too, with a sentence, where they would wait for it.
+
+  Raises:
+    SystemExit: another process has failed here.
+  """
+  try:
+    yield
+  except (Exception, SystemExit):
+    any_of(True)
+    raise
+  if any_of(False):
+    raise SystemExit('error: another process has failed, and says why')
