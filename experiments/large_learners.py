@@ -82,10 +82,7 @@ class Config:
   seed: int = option(0, 'Of training.', low=0, high=2**31 - 1)
   eval_seed: int = option(0, 'Of the tasks to test on.', low=0, high=2**31 - 1)
   eval_tasks: int = option(200, 'Unseen tasks to test on.', low=2, high=100_000)
-  bad_steps: str = option(
-    'stop', 'Where a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.',
-    choices=('stop', 'skip'),
-  )  # fmt: skip
+  bad_steps: str = trainings.bad_steps_option()
   tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
@@ -246,11 +243,5 @@ def _prepare() -> Callable[[], object]:
 
 
 if __name__ == '__main__':
-  options.define_flags(Config)
-  options.define_flags(Keeping)
-  flags.DEFINE_string(
-    'workdir',
-    'runs/large_learners',
-    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
-  )
+  resuming.define_flags(Config, Keeping, workdir='runs/large_learners')
   options.main(_prepare)

@@ -293,12 +293,5 @@ def _prepare() -> Callable[[], object]:
 
 
 if __name__ == '__main__':
-  options.define_flags(Config)
-  options.define_flags(Keeping)
-  options.define_flags(Machines)
-  flags.DEFINE_string(
-    'workdir',
-    'runs/navigation',
-    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
-  )
+  resuming.define_flags(Config, Keeping, Machines, workdir='runs/navigation')
   processes.main(_prepare, several=False)

@@ -63,10 +63,7 @@ class Config:
   eval_tasks: int = option(100, 'Unseen curves to test on.', low=2, high=100_000)
   eval_repeats: int = option(100, 'Draws of support and query points a curve.', low=1, high=10_000)
   eval_query: int = option(100, 'Query points in testing.', low=1, high=10_000)
-  bad_steps: str = option(
-    'stop', 'Where a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.',
-    choices=('stop', 'skip'),
-  )  # fmt: skip
+  bad_steps: str = trainings.bad_steps_option()
   tensorboard: bool = option(False, "Write TensorBoard's event files too.")
 
   def __post_init__(self):
@@ -254,12 +251,5 @@ def _prepare() -> Callable[[], object]:
 
 
 if __name__ == '__main__':
-  options.define_flags(Config)
-  options.define_flags(Keeping)
-  options.define_flags(Machines)
-  flags.DEFINE_string(
-    'workdir',
-    'runs/regression',
-    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
-  )
+  resuming.define_flags(Config, Keeping, Machines, workdir='runs/regression')
   processes.main(_prepare)

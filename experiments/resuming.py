@@ -10,10 +10,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from absl import flags
+
 from experiments import options, processes, reporting
 from experiments.options import option
 from metasgd_jax import checkpoint, writers
 from metasgd_jax.checkpoint import CheckpointError
+
+flags.disclaim_key_flags()  # As in options.
 
 STOPPED = 128 + signal.SIGTERM
 """The exit code of a run that SIGTERM stopped, as shells give it."""
@@ -39,6 +43,17 @@ class Keeping:
 
   def __post_init__(self):
     options.check(self)
+
+
+def define_flags(*configs: type, workdir: str) -> None:
+  """Defines the flags of an experiment: those of its configurations, and where it writes, `workdir` if not given."""
+  for config in configs:
+    options.define_flags(config)
+  flags.DEFINE_string(
+    'workdir',
+    workdir,
+    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
+  )
 
 
 class Stop:

@@ -14,6 +14,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import processes, reporting, resuming
+from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
 from metasgd_jax import bad_numbers, checkpoint, leaves, writers
@@ -95,6 +96,14 @@ def by_gradient(
     return ms.plan_memory(tasks, learner=learner, optimizer=optimizer, meta_batch=meta_batch, **options)
 
   return Training(name, label, meta_iterations, chunk, start, go, inspect, memory)
+
+
+def bad_steps_option() -> Any:
+  """Returns the field `bad_steps` of a configuration, which `optimizer_of` goes by."""
+  return option(
+    'stop', 'Where a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.',
+    choices=('stop', 'skip'),
+  )  # fmt: skip
 
 
 def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

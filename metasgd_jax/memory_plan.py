@@ -1,6 +1,7 @@
 """What meta-training will take of memory, before it does: nothing is allocated, the step is compiled."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -114,7 +115,8 @@ def plan_memory(
     tasks = tasks.send(keys[0], keys[1])
   given = jax.eval_shape(lambda t: t, tasks.as_arguments())
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = jax.eval_shape(lambda key, given: _first_state(key, given, learner, optimizer), key, given)
+  start = functools.partial(training.init, learner=learner, optimizer=optimizer)
+  state = jax.eval_shape(start, key, given)
   devices = 1 if mesh is None else mesh.size
   available = _available(devices) if available is None else available
   share = meta_batch // devices
@@ -147,12 +149,6 @@ def _groups_that_may_fit(plan: MemoryPlan, one: MemoryPlan) -> list[int]:
   each = (plan.total - one.total) / (plan.at_once - 1)
   room = ROOM * (plan.available or 0) - one.total
   return [g for g in range(plan.at_once - 1, 0, -1) if plan.tasks % g == 0 and (g - 1) * each <= room]
-
-
-def _first_state(key, tasks, learner, optimizer) -> training.TrainState:
-  episode = tasks.episode(tasks.sample(key), key)
-  meta = learner.init(key, episode)
-  return training.TrainState(jnp.zeros((), jnp.int32), key, meta, optimizer.init(meta))
 
 
 def _parts(state: training.TrainState) -> dict[str, int]:

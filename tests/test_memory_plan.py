@@ -72,7 +72,7 @@ def test_of_data_that_tasks_bring_and_of_devices():
   assert 'to each device' in str(found)
 
 
-def test_is_the_program_that_trains():
+def test_arguments_are_what_training_is_given():
   """The plan's arguments are the bytes of what training is given."""
   tasks, learner, optimizer = ms.tasks.sinusoid(), sinusoid_learner(hidden=(32, 32)), optax.adam(1e-3)
   state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
