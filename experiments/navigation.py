@@ -6,6 +6,7 @@ python -m experiments.navigation --table4    both task sets: all of Table 4
 
 import dataclasses
 import functools
+import math
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import rl, writers
+from metasgd_jax import rl, sharding, writers
 
 LEARNERS = ('meta_sgd', 'maml')
 STARTS = ('fixed', 'varying')
@@ -67,8 +68,8 @@ class Config:
   optimizer: str = option('trpo', "The outer one: TRPO, the paper's, or Adam.", choices=('trpo', 'adam'))
   max_kl: float = option(0.01, 'Of a TRPO step, in nats.', low=1e-9, high=10.0)
   curvature_tasks: int | None = option(
-    None, "Tasks of a meta-iteration that TRPO's curvature is taken from; all if not given. Fewer are faster.",
-    low=1, high=10_000, kind=int,
+    None, "Tasks of a meta-iteration that TRPO's curvature is taken from; 4, or all of fewer, if not given. With all "
+    'of 20 it is most of the work.', low=1, high=10_000, kind=int,
   )  # fmt: skip
   learning_rate: float = option(1e-3, 'Of Adam.', low=1e-12, high=1e3)
   discount: float = option(0.99, 'Of a step.', low=0.0, high=1.0)
@@ -86,6 +87,11 @@ class Config:
     options.check(self)
     if self.curvature_tasks is not None and self.curvature_tasks > self.meta_batch:
       raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={self.meta_batch}; lower it')
+
+  @property
+  def curved(self) -> int:
+    """Tasks that TRPO's curvature is taken from."""
+    return min(4, self.meta_batch) if self.curvature_tasks is None else self.curvature_tasks
 
   @property
   def runs(self) -> list[tuple[str, str]]:
@@ -121,12 +127,18 @@ def build_inner(name: str, environment: rl.Environment, config: Config, steps: i
   )  # fmt: skip
 
 
-def plan(config: Config, environments: dict[str, rl.Environment]) -> list[Training]:
-  """Returns what `config.runs` names, before it is trained."""
-  return [_training(start, name, environments[start], config) for start, name in config.runs]
+def plan(config: Config, environments: dict[str, rl.Environment], devices: int | None = None) -> list[Training]:
+  """Returns what `config.runs` names, before it is trained, on so many devices; on as many as can where left out.
+
+  Raises:
+    ValueError: the devices cannot share the tasks of a meta-iteration, or of its curvature, evenly.
+  """
+  shared = math.gcd(config.meta_batch, config.curved if config.optimizer == 'trpo' else 0)
+  mesh = sharding.task_mesh(shared, devices=devices)
+  return [_training(start, name, environments[start], mesh, config) for start, name in config.runs]
 
 
-def _training(start: str, name: str, environment: rl.Environment, config: Config) -> Training:
+def _training(start: str, name: str, environment: rl.Environment, mesh, config: Config) -> Training:
   inner = build_inner(name, environment, config)
   keys = reporting.seed_keys(config.seed, config.seeds)
   label, chunk = f'{NAMES[name]}, {start} start', min(5, -(-config.meta_iterations // 20))
@@ -135,24 +147,27 @@ def _training(start: str, name: str, environment: rl.Environment, config: Config
     return trainings.by_gradient(
       f'{name}_{start}', label, lambda: ms.init(keys, tasks, learner=learner, optimizer=adam), tasks, learner=learner,
       optimizer=adam, meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=chunk, mapping='vmap',
+      mesh=mesh,
     )  # fmt: skip
 
   def go(state, step, callbacks):
     return rl.train(
       state, inner=inner, meta_iterations=step, meta_batch=config.meta_batch, max_kl=config.max_kl,
-      curvature_tasks=config.curvature_tasks, chunk=chunk, callbacks=callbacks,
+      curvature_tasks=config.curved, chunk=chunk, callbacks=callbacks, mesh=mesh,
     )  # fmt: skip
 
   return Training(f'{name}_{start}', label, config.meta_iterations, chunk, lambda: rl.init(keys, inner), go)
 
 
-def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None) -> list[dict]:
-  """Trains, tests, prints, draws and writes; returns the rows of results.json."""
+def run(
+  config: Config, workdir: writers.PathLike, keeping: Keeping | None = None, devices: int | None = None
+) -> list[dict]:
+  """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
-    return _run(config, opened)
+    return _run(config, opened, devices)
 
 
-def _run(config: Config, opened: resuming.Run) -> list[dict]:
+def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict]:
   workdir, environments = opened.workdir, build_environments()
   about_run = {
     'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
@@ -161,17 +176,17 @@ def _run(config: Config, opened: resuming.Run) -> list[dict]:
   trained: list[Trained] = []
   results: list[reporting.Result] = []
   rows: list[dict] = []
-  for (start, name), training in zip(config.runs, plan(config, environments), strict=True):
+  for (start, name), training in zip(config.runs, plan(config, environments, devices), strict=True):
     print(f'{training.label}: compiling', flush=True)
     done = trainings.train(training, opened)
     trained.append(Trained(start, name, done.state.meta, done.curves))
     writers.write_params(workdir / f'params_{name}_{start}.msgpack', trained[-1].meta)
     print(f'{training.label}: testing on {config.eval_tasks} unseen tasks', flush=True)
-    results.append(_test(trained[-1], environments[start], config))
+    results.append(_test(trained[-1], environments[start], config, devices))
     rows.append(results[-1].row(workdir, about_run))
     writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
   print(_table(results, config))
-  reporting.save_pictures(workdir, _pictures(trained, environments, config))
+  reporting.save_pictures(workdir, _pictures(trained, environments, config), opened.metrics)
   _save_films(workdir, trained, environments, config)
   return rows
 
@@ -181,12 +196,13 @@ def build_environments() -> dict[str, rl.Environment]:
   return {start: rl.navigation(cast(Any, start)) for start in STARTS}
 
 
-def _test(trained: Trained, environment, config: Config) -> reporting.Result:
+def _test(trained: Trained, environment, config: Config, devices: int | None) -> reporting.Result:
   learner = rl.policy_learner(build_inner(trained.name, environment, config, steps=config.eval_updates))
   values = [
     ms.evaluate(
       learner, reporting.one_run(trained.meta, r), rl.task_distribution(environment), test_keys(config.eval_seed)[0],
       metric_fn=rl.mean_return, num_tasks=config.eval_tasks, mapping='vmap',
+      mesh=processes.mesh_to_judge(config.eval_tasks, devices),
     )[:, 0]
     for r in range(config.seeds)
   ]  # fmt: skip
@@ -287,11 +303,12 @@ def _save_films(workdir, trained: list[Trained], environments, config: Config) -
 
 def _prepare() -> Callable[[], object]:
   config, keeping = options.from_flags(Config), options.from_flags(Keeping)
-  workdir = writers.open_workdir(flags.FLAGS.workdir)
-  looked_into = trainings.look(plan(config, build_environments()), config, workdir, keeping)
-  return looked_into or (lambda: run(config, workdir, keeping))
+  devices = options.from_flags(Machines).devices
+  workdir = processes.open_workdir(flags.FLAGS.workdir)
+  looked_into = trainings.look(plan(config, build_environments(), devices), config, workdir, keeping)
+  return looked_into or (lambda: run(config, workdir, keeping, devices))
 
 
 if __name__ == '__main__':
   resuming.define_flags(Config, Keeping, Machines, workdir='runs/navigation')
-  processes.main(_prepare, several=False)
+  processes.main(_prepare, Config, several=False)

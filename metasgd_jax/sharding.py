@@ -22,9 +22,13 @@ def cpu_cores_as_devices() -> None:
   Raises:
     RuntimeError: JAX is in use already.
   """
-  if getattr(jax.config, 'jax_num_cpu_devices', 0) < 1:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    jax.config.update('jax_num_cpu_devices', cores)
+  devices = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  given = getattr(jax.config, 'jax_num_cpu_devices', 0)
+  if given < 1:
+    jax.config.update('jax_num_cpu_devices', devices)
+  # A device whose program has a loop holds one of XLA's threads, which are as many as NPROC says or else as cores. The
+  # loop's products want another; where each is a device's, all wait forever.
+  os.environ.setdefault('NPROC', str(2 * max(devices, given)))
 
 
 def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
@@ -36,6 +40,11 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
 
   Raises:
     ValueError: there are not so many, or they cannot share the tasks evenly.
+
+  Example:
+    >>> mesh = ms.sharding.task_mesh(4)  # For `train(..., meta_batch=4, mesh=mesh)`.
+    >>> mesh is None or 4 % mesh.size == 0  # None where there is one device.
+    True
   """
   processes = range(jax.process_count())
   of_each = [jax.local_devices(process) for process in processes]
@@ -103,7 +112,12 @@ def on_one(mesh: Mesh | None, tree: PyTree) -> PyTree:
 
 
 def gathered(tree: PyTree) -> PyTree:
-  """Returns the tree on the host; where its arrays lie in several processes all must call this, and get the whole."""
+  """Returns the tree on the host; where its arrays lie in several processes all must call this, and get the whole.
+
+  Example:
+    >>> ms.sharding.gathered({'w': jnp.zeros(2)})
+    {'w': array([0., 0.], dtype=float32)}
+  """
 
   def one(leaf):
     in_parts = not (leaf.is_fully_addressable or leaf.is_fully_replicated)

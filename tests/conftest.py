@@ -4,6 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('NPROC', '4')  # As sharding.cpu_cores_as_devices has it, for two devices.
 
 import jax
 import pytest

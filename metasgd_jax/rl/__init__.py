@@ -20,8 +20,8 @@ from metasgd_jax.rl.learner import (
   policy_learner,
   returns_by_step,
   task_distribution,
-  trpo_meta_step,
 )
+from metasgd_jax.rl.meta_step import trpo_meta_step
 from metasgd_jax.rl.navigation import Navigation, navigation
 from metasgd_jax.rl.pendulum import Pendulum, PendulumConfig, pendulum
 from metasgd_jax.rl.policies import Gaussian, gaussian

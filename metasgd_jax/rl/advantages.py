@@ -22,6 +22,11 @@ class AdvantageConfig:
     bootstrap: where time, not the task, ends a trajectory, count the baseline's value of what would follow. The code
       does not: its baseline sees the time, and so has learned that nothing follows.
     normalized: to mean 0 and deviation 1 over a task's valid steps.
+
+  Example:
+    >>> import dataclasses
+    >>> dataclasses.replace(ms.rl.MAML, decay=0.9).decay
+    0.9
   """
 
   discount: float = 0.99
@@ -50,6 +55,16 @@ def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML) -> ch
 
   The baseline is fitted to these trajectories' own discounted returns; then equation 16 of Schulman et al. 2016, and
   then they are normalised.
+
+  Args:
+    trajectories: of one task, leaves `[B, …]`.
+    config: discount, λ, and whether there is a baseline.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> ms.rl.advantages(ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3)).shape
+    (3, 20)
   """
   t = trajectories
   if config.baseline:
@@ -78,6 +93,10 @@ def discounted_returns(rewards: chex.Array, valid: chex.Array, discount: float) 
     rewards: `[H]`.
     valid: `[H]` bool.
     discount: γ.
+
+  Example:
+    >>> print(ms.rl.discounted_returns(jnp.array([1.0, 1.0, 1.0]), jnp.array([True, True, True]), 0.5))
+    [1.75 1.5  1.  ]
   """
   return _discounted_sums(jnp.where(valid, rewards, 0), discount)
 
@@ -102,6 +121,11 @@ def generalized_advantages(
     last_value: `[]`, V after the last valid step: zero where the task ended the trajectory.
     discount: γ.
     decay: λ.
+
+  Example:
+    >>> rewards, valid = jnp.array([1.0, 1.0]), jnp.array([True, True])
+    >>> print(ms.rl.generalized_advantages(rewards, jnp.zeros(2), valid, discount=0.5, decay=1.0))
+    [1.5 1. ]
   """
   follows = jnp.append(valid[1:], False)
   after = jnp.where(follows, jnp.append(values[1:], 0), last_value)
@@ -117,6 +141,10 @@ def linear_features(observations: chex.Array, first_step: chex.Numeric = 0) -> c
   Args:
     observations: `[H, O]`.
     first_step: t of the first of them.
+
+  Example:
+    >>> ms.rl.linear_features(jnp.zeros((20, 2))).shape
+    (20, 8)
   """
   o = jnp.clip(observations, -10, 10)
   t = ((first_step + jnp.arange(len(o))) / 100).astype(o.dtype)[:, None]
@@ -135,6 +163,11 @@ def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, 
     targets: `[…]`.
     valid: `[…]` bool.
     ridge: rllab's 1e-5.
+
+  Example:
+    >>> weights = ms.rl.fit_linear(jnp.ones((4, 1)), jnp.array([1.0, 3.0, 1.0, 3.0]), jnp.ones(4, bool))
+    >>> print(weights.round(3))
+    [2.]
   """
   size = features.shape[-1]
   rows = jnp.where(valid[..., None], features, 0).reshape(-1, size)
@@ -151,6 +184,10 @@ def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -
     values: `[…]`.
     valid: `[…]` bool.
     epsilon: rllab's 1e-8.
+
+  Example:
+    >>> print(ms.rl.normalize(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
+    [-1.  1.  0.]
   """
   count = jnp.maximum(jnp.sum(valid), 1)
   x = jnp.where(valid, values, 0)

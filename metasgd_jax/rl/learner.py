@@ -1,6 +1,5 @@
 """Meta-SGD and MAML of a policy: adapting is a policy-gradient step on trajectories of the policy's own."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -13,7 +12,6 @@ from metasgd_jax.adaptation import Per, adapt, broadcast_alpha, check_alpha_rang
 from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
 from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
-from metasgd_jax.rl.trpo import fisher_product, trpo_update
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, PyTree, TaskDistribution
 
@@ -203,7 +201,7 @@ def task_distribution(environment: Environment) -> TaskDistribution:
 
 
 def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
-  """Returns the mean undiscounted return of trajectories, scalar: a `metric_fn` of `evaluate`."""
+  """Returns the mean undiscounted return of trajectories, scalar, whatever the task: a `metric_fn` of `evaluate`."""
   del task
   return jnp.mean(undiscounted_return(trajectories))
 
@@ -225,97 +223,3 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
   keys = jax.random.split(judge_key, len(jax.tree.leaves(path)[0]))
   act = lambda theta, key: learner.predict(theta, Rollouts(task, key))
   return undiscounted_return(jax.vmap(act)(path, keys))
-
-
-def trpo_meta_step(
-  meta: MetaParams,
-  key: chex.PRNGKey,
-  *,
-  inner: PolicyGradient,
-  meta_batch: int = 20,
-  tasks_at_once: int | None = None,
-  curvature_tasks: int | None = None,
-  max_kl: float = 0.01,
-  cg_steps: int = 10,
-  damping: float = 1e-5,
-  backtrack_ratio: float = 0.8,
-  max_backtracks: int = 15,
-) -> tuple[MetaParams, dict[str, chex.Array]]:
-  """Returns meta after one meta-iteration with TRPO, and its info: Algorithm 2 of Li et al. 2017, whole.
-
-  Draws tasks; in each, adapts on trajectories of θ and draws trajectories of θ′; then one `trpo_update` of (θ, α)
-  together, or of θ where α is held still. The surrogate is the mean over tasks of TRPO's on the trajectories after
-  adapting, as a function of meta through the inner steps; the divergence is that of the adapted policies, the mean
-  over the valid steps of all tasks, as in MAML's released code.
-
-  For many: `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
-
-  Args:
-    meta: of `inner.init`.
-    key: consumed: split `[3, meta_batch]`, to sample each task, to adapt in it, and to act in it after.
-    inner: from `policy_gradient`.
-    meta_batch: T; the paper's 20.
-    tasks_at_once: how many tasks' inner steps are laid out together; the numbers are the same, to rounding. Where left
-      out, one on a CPU, whose cache holds one, and all elsewhere.
-    curvature_tasks: how many of the tasks give F; all where left out. Its products are nearly all of the work, and TRPO
-      takes a part of the data for them (Schulman et al. 2015, appendix C); the bound is kept over all of it.
-    max_kl: as in `trpo_update`, and so are the rest.
-    cg_steps: as in `trpo_update`.
-    damping: as in `trpo_update`.
-    backtrack_ratio: as in `trpo_update`.
-    max_backtracks: as in `trpo_update`.
-
-  Returns:
-    meta, and a dict of scalars: `return_before` and `return_after` adapting, the mean undiscounted returns in the
-    environment's units, of the meta that was given; and of the step `improvement`, `kl` and `step`, see `TrpoInfo`.
-
-  Raises:
-    ValueError: meta_batch, tasks_at_once or curvature_tasks is no integer of at least 1, or there are fewer tasks than
-      curvature_tasks; as `trpo_update`.
-  """
-  if tasks_at_once is None:
-    tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
-  curved = meta_batch if curvature_tasks is None else curvature_tasks
-  for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
-  if curved > meta_batch:
-    raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
-  sample_keys, explore_keys, act_keys = jax.random.split(key, (3, meta_batch))
-  tasks = jax.vmap(inner.environment.sample)(sample_keys)
-  experiences, path = jax.vmap(inner.explore, (None, 0, 0))(meta, tasks, explore_keys)
-  after = jax.vmap(inner.experience)(path[-1], tasks, act_keys)
-  acted = after.trajectories
-
-  def distributions_of(data, meta):
-    one = lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1])
-    return jax.lax.map(one, data, batch_size=tasks_at_once if tasks_at_once > 1 else None)
-
-  def surrogate(distributions):
-    return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions, after))
-
-  def mean_kl(valid, old, new):
-    return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / jnp.sum(valid)
-
-  data = (experiences, acted.observations)
-  fisher = None
-  if curved < meta_batch:
-    part, valid = jax.tree.map(lambda a: a[:curved], (data, acted.valid))
-    fisher = fisher_product(
-      functools.partial(distributions_of, part), functools.partial(mean_kl, valid), meta, damping=damping
-    )
-  meta, update = trpo_update(
-    meta,
-    distributions=functools.partial(distributions_of, data),
-    surrogate=surrogate,
-    kl=functools.partial(mean_kl, acted.valid),
-    fisher=fisher,
-    max_kl=max_kl,
-    cg_steps=cg_steps,
-    damping=damping,
-    backtrack_ratio=backtrack_ratio,
-    max_backtracks=max_backtracks,
-  )
-  before = experiences[0].trajectories if experiences else acted
-  returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
-  return meta, {**returns, **update._asdict()}

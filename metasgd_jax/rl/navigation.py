@@ -18,7 +18,17 @@ HALF_WIDTH = 0.5
 
 
 class Navigation(NamedTuple):
-  """A task: where trajectories begin and where they should go, positions `[2]` each."""
+  """A task: where trajectories begin and where they should go, positions `[2]` each.
+
+  Attributes:
+    start: where trajectories begin.
+    goal: where they should go.
+
+  Example:
+    >>> task = ms.rl.Navigation(start=jnp.zeros(2), goal=jnp.array([0.3, -0.4]))
+    >>> print(jnp.linalg.norm(task.goal - task.start))
+    0.5
+  """
 
   start: chex.Array
   goal: chex.Array
@@ -44,6 +54,14 @@ def navigation(
 
   Raises:
     ValueError: an unknown start, a horizon that is no integer of at least 1, or a length that is not above 0.
+
+  Example:
+    >>> environment = ms.rl.navigation('fixed', horizon=20)
+    >>> task = environment.sample(jax.random.key(0))
+    >>> state = environment.reset(task, jax.random.key(1))
+    >>> state, reward, ended = environment.step(task, state, jnp.array([1.0, 0.0]), jax.random.key(2))
+    >>> print(state, bool(reward < 0))
+    [0.1 0. ] True
   """
   if start not in get_args(Start):
     raise ValueError(f'start must be one of {get_args(Start)}, got {start!r}')

@@ -31,6 +31,11 @@ class PendulumConfig:
     gravity: in m/s².
     mass: in kg.
     length: in m.
+
+  Example:
+    >>> environment = ms.rl.pendulum(ms.rl.PendulumConfig())
+    >>> len(environment.sample(jax.random.key(0)))
+    3
   """
 
   gravity: Range = (8.0, 12.0)
@@ -82,6 +87,11 @@ def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environm
 
   Raises:
     ValueError: a horizon that is no integer of at least 1.
+
+  Example:
+    >>> environment = ms.rl.pendulum()
+    >>> environment.observation_size, environment.action_size
+    (3, 1)
   """
   check_horizon(horizon)
 

@@ -13,7 +13,16 @@ from metasgd_jax.types import PyTree
 
 
 class Gaussian(NamedTuple):
-  """Independent normal distributions: mean and logarithm of the standard deviation, both `[…, A]`."""
+  """Independent normal distributions: mean and logarithm of the standard deviation, both `[…, A]`.
+
+  Attributes:
+    mean: `[…, A]`, in the units of the actions.
+    log_std: `[…, A]`.
+
+  Example:
+    >>> ms.rl.Gaussian(mean=jnp.zeros(2), log_std=jnp.zeros(2)).mean.shape
+    (2,)
+  """
 
   mean: chex.Array
   log_std: chex.Array
@@ -43,6 +52,12 @@ def gaussian(
 
   Raises:
     ValueError: a size that is no integer of at least 1, or not 0 < min_std <= std < ∞.
+
+  Example:
+    >>> policy = ms.rl.gaussian(observation_size=2, action_size=2, hidden=(8,))
+    >>> theta = policy.init(jax.random.key(0))
+    >>> policy.sample(policy.apply(theta, jnp.zeros(2)), jax.random.key(1)).shape
+    (2,)
   """
   sizes = [observation_size, *hidden, action_size]
   for name, value in [

@@ -22,6 +22,12 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
     task: of `environment.sample`.
     key: consumed: split into one for the start and one for the steps; the latter into `[H, 2]`, for the action and
       for the dynamics.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> ms.rl.rollout(environment, policy, theta, task, jax.random.key(2)).rewards.shape
+    (20,)
   """
   theta, task = jax.lax.stop_gradient((theta, task))
   reset_key, steps_key = jax.random.split(key)
@@ -59,6 +65,12 @@ def collect(
 
   Raises:
     ValueError: num is no integer of at least 1.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3).actions.shape
+    (3, 20, 2)
   """
   check_num(num)
   one = lambda key: rollout(environment, policy, theta, task, key)
@@ -72,5 +84,16 @@ def check_num(num: int) -> None:
 
 
 def undiscounted_return(trajectories: Trajectories) -> chex.Array:
-  """Returns the sum of rewards up to the end of each trajectory, `[…]`, in the environment's units."""
+  """Returns the sum of rewards up to the end of each trajectory, `[…]`, in the environment's units.
+
+  Args:
+    trajectories: one or several, leaves `[…, H]`.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> trajectories = ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3)
+    >>> ms.rl.undiscounted_return(trajectories).shape
+    (3,)
+  """
   return jnp.sum(jnp.where(trajectories.valid, trajectories.rewards, 0), -1)

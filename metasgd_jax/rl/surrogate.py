@@ -36,6 +36,11 @@ def dice(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, val
     sampled: `[H]`, of the same under the policy that took them.
     advantages: `[H]`.
     valid: `[H]` bool.
+
+  Example:
+    >>> here = jnp.log(jnp.array([0.5, 0.5]))  # The same policy as at sampling: all weights are 1, so the sum is 0.
+    >>> print(ms.rl.dice(here, here, jnp.array([1.0, 2.0]), jnp.array([True, True])))
+    0.0
   """
   log_ratios = _log_ratios(log_probs, sampled, valid)
   until = jnp.cumsum(log_ratios)
@@ -55,6 +60,11 @@ def likelihood_ratio(
     sampled: as in `dice`.
     advantages: as in `dice`.
     valid: as in `dice`.
+
+  Example:
+    >>> here = jnp.array([-1.0, -1.0])
+    >>> print(ms.rl.likelihood_ratio(here, here, jnp.array([1.0, 2.0]), jnp.array([True, True])))
+    3.0
   """
   return jnp.sum(jnp.exp(_log_ratios(log_probs, sampled, valid)) * jnp.where(valid, advantages, 0))
 
@@ -69,6 +79,11 @@ def score(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, va
     sampled: not used.
     advantages: as in `dice`.
     valid: as in `dice`.
+
+  Example:
+    >>> here = jnp.array([-1.0, -1.0])
+    >>> print(ms.rl.score(here, here, jnp.array([1.0, 2.0]), jnp.array([True, True])))
+    -3.0
   """
   del sampled
   return jnp.sum(jnp.where(valid, log_probs, 0) * jnp.where(valid, advantages, 0))

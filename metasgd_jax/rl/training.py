@@ -9,8 +9,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metasgd_jax.rl.learner import PolicyGradient, trpo_meta_step
+from metasgd_jax import sharding
+from metasgd_jax.rl.learner import PolicyGradient
+from metasgd_jax.rl.meta_step import trpo_meta_step
 from metasgd_jax.training import Progress, TrainState, check_key, repeat
 
 
@@ -41,6 +44,7 @@ def train(
   meta_batch: int = 20,
   chunk: int = 10,
   callbacks: Sequence[Callable[[Progress], None]] = (),
+  mesh: Mesh | None = None,
   **trpo: Any,
 ) -> TrainState:
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done; returns the last state.
@@ -56,11 +60,12 @@ def train(
     meta_batch: tasks in a meta-iteration; the paper's 20.
     chunk: meta-iterations between callbacks.
     callbacks: called in order.
+    mesh: shares each meta-iteration's tasks over its devices; see `sharding.task_mesh`.
     **trpo: options of `trpo_meta_step`.
 
   Raises:
-    ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, or options
-      that `trpo_meta_step` does not take.
+    ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, a mesh that
+      cannot share the tasks evenly, or options that `trpo_meta_step` does not take.
   """
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -69,7 +74,11 @@ def train(
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
   options = tuple(sorted(trpo.items()))
-  run = functools.partial(_run_chunk, inner=inner, meta_batch=int(meta_batch), chunk=int(chunk), trpo=options)
+  run = functools.partial(
+    _run_chunk, inner=inner, meta_batch=int(meta_batch), chunk=int(chunk), mesh=mesh, trpo=options
+  )
+  seen = functools.partial(sharding.on_one, mesh)
+  state = sharding.on_all(mesh, state)
   if done < meta_iterations:
     jax.block_until_ready(run(state, 0))  # Compiled with a chunk of no steps, so that this is not timed.
   seconds = 0.0
@@ -80,18 +89,19 @@ def train(
     seconds += time.perf_counter() - start
     done += n
     info = {name: np.asarray(values)[:n] for name, values in info.items()}
-    progress = Progress(state, done, meta_iterations, info, seconds, (done - before) / seconds)
+    progress = Progress(seen(state), done, meta_iterations, info, seconds, (done - before) / seconds)
     for callback in callbacks:
       callback(progress)
-  return state
+  return seen(state)
 
 
-@functools.partial(jax.jit, static_argnames=('inner', 'meta_batch', 'chunk', 'trpo'))
-def _run_chunk(state, n, *, inner, meta_batch, chunk, trpo):
+@functools.partial(jax.jit, static_argnames=('inner', 'meta_batch', 'chunk', 'mesh', 'trpo'))
+def _run_chunk(state, n, *, inner, meta_batch, chunk, mesh, trpo):
   def one(state):
     key = jax.random.fold_in(state.key, state.step)
-    meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, **dict(trpo))
+    meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, mesh=mesh, **dict(trpo))
     info['taken'] = info.pop('step')
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
 
-  return repeat(one, state, n, chunk, in_turn=jax.default_backend() == 'cpu')
+  done = repeat(one, state, n, chunk, in_turn=jax.default_backend() == 'cpu')
+  return done if mesh is None else jax.lax.with_sharding_constraint(done, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,132 @@
+"""A meta-iteration of Meta-SGD or MAML of a policy with TRPO, Algorithm 2 of Li et al. 2017."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from metasgd_jax.rl.learner import PolicyGradient, mean_return
+from metasgd_jax.rl.surrogate import likelihood_ratio
+from metasgd_jax.rl.trpo import fisher_product, trpo_update
+from metasgd_jax.sharding import check_mesh, mean_over, share_tasks
+from metasgd_jax.types import MetaParams
+
+
+def trpo_meta_step(
+  meta: MetaParams,
+  key: chex.PRNGKey,
+  *,
+  inner: PolicyGradient,
+  meta_batch: int = 20,
+  tasks_at_once: int | None = None,
+  curvature_tasks: int | None = None,
+  max_kl: float = 0.01,
+  cg_steps: int = 10,
+  damping: float = 1e-5,
+  backtrack_ratio: float = 0.8,
+  max_backtracks: int = 15,
+  mesh: Mesh | None = None,
+) -> tuple[MetaParams, dict[str, chex.Array]]:
+  """Returns meta after one meta-iteration with TRPO, and its info: Algorithm 2 of Li et al. 2017, whole.
+
+  Draws tasks; in each, adapts on trajectories of θ and draws trajectories of θ′; then one `trpo_update` of (θ, α)
+  together, or of θ where α is held still. The surrogate is the mean over tasks of TRPO's on the trajectories after
+  adapting, as a function of meta through the inner steps; the divergence is that of the adapted policies, the mean
+  over the valid steps of all tasks, as in MAML's released code.
+
+  For many: `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
+
+  Args:
+    meta: of `inner.init`.
+    key: consumed: split `[3, meta_batch]`, to sample each task, to adapt in it, and to act in it after.
+    inner: from `policy_gradient`.
+    meta_batch: T; the paper's 20.
+    tasks_at_once: how many tasks' inner steps are laid out together; the numbers are the same, to rounding. Where left
+      out, one on a CPU, whose cache holds one, and all elsewhere.
+    curvature_tasks: how many of the tasks give F; all where left out. Its products are nearly all of the work, and TRPO
+      takes a part of the data for them (Schulman et al. 2015, appendix C); the bound is kept over all of it.
+    max_kl: as in `trpo_update`, and so are the rest.
+    cg_steps: as in `trpo_update`.
+    damping: as in `trpo_update`.
+    backtrack_ratio: as in `trpo_update`.
+    max_backtracks: as in `trpo_update`.
+    mesh: shares the tasks over its devices, see `sharding.task_mesh`; to be jitted then. The numbers are the same, to
+      rounding.
+
+  Returns:
+    meta, and a dict of scalars: `return_before` and `return_after` adapting, the mean undiscounted returns in the
+    environment's units, of the meta that was given; and of the step `improvement`, `kl` and `step`, see `TrpoInfo`.
+
+  Raises:
+    ValueError: meta_batch, tasks_at_once or curvature_tasks is no integer of at least 1, or there are fewer tasks than
+      curvature_tasks, or the mesh cannot share either evenly; as `trpo_update`.
+  """
+  if tasks_at_once is None:
+    tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
+  curved = meta_batch if curvature_tasks is None else curvature_tasks
+  for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+      raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
+  if curved > meta_batch:
+    raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
+  check_mesh(mesh, meta_batch)
+  devices = mesh.size if mesh else 1
+  if curved % devices:
+    raise ValueError(f'curvature_tasks={curved} cannot be shared evenly by {devices} devices; take a multiple')
+  over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
+
+  def step(meta, keys):
+    """One device's part: its tasks."""
+    tasks = jax.vmap(inner.environment.sample)(keys[0])
+    experiences, path = jax.vmap(inner.explore, (None, 0, 0))(meta, tasks, keys[1])
+    after = jax.vmap(inner.experience)(path[-1], tasks, keys[2])
+    acted = after.trajectories
+
+    def distributions_of(data, meta):
+      one = lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1])
+      return jax.lax.map(one, data, batch_size=tasks_at_once if tasks_at_once > 1 else None)
+
+    def surrogate(distributions):
+      return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions, after))
+
+    part = _spread(len(keys[0]), curved // devices)
+    # Of a device's share: what it adds to a mean goes by its valid steps. One message after the other, each with what
+    # the one before it brought: of two at once CPU devices may each wait for another.
+    counts = over_devices([jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])])
+    mean = lambda tree: over_devices((tree, counts))[0]
+
+    def mean_kl(valid, count, old, new):
+      return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / count
+
+    data = (experiences, acted.observations)
+    fisher = None
+    if curved < meta_batch:
+      kl = functools.partial(mean_kl, acted.valid[part], counts[1])
+      some = jax.tree.map(lambda a: a[part], data)
+      fisher = fisher_product(functools.partial(distributions_of, some), kl, meta, damping=damping)
+    meta, update = trpo_update(
+      meta,
+      distributions=functools.partial(distributions_of, data),
+      surrogate=surrogate,
+      kl=functools.partial(mean_kl, acted.valid, counts[0]),
+      fisher=fisher,
+      mean=mean,
+      max_kl=max_kl,
+      cg_steps=cg_steps,
+      damping=damping,
+      backtrack_ratio=backtrack_ratio,
+      max_backtracks=max_backtracks,
+    )
+    before = experiences[0].trajectories if experiences else acted
+    returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
+    return meta, {**returns, **update._asdict()}
+
+  return share_tasks(step, mesh, average=True)(meta, tuple(jax.random.split(key, (3, meta_batch))))
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+  """Returns `count` indices of `total`, evenly apart, so that devices have the same of them that one would take."""
+  return np.arange(count) * total // count
