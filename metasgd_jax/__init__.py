@@ -4,6 +4,8 @@ from metasgd_jax import learners, losses, nn, rl, sharding, tasks
 from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
 from metasgd_jax.classifier import FewShotClassifier
 from metasgd_jax.evaluation import Estimate, estimate, evaluate
+from metasgd_jax.export import Exported, export_learner, export_model, load_exported
+from metasgd_jax.inner_optax import adapt_with, adapt_with_path, scale_by_alpha
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.memory_plan import MemoryPlan, plan_memory
 from metasgd_jax.model_file import FewShotModel, ModelConfig, load_model, save_model
@@ -17,6 +19,7 @@ __all__ = [
   'Batch',
   'Episode',
   'Estimate',
+  'Exported',
   'FewShotClassifier',
   'FewShotModel',
   'Learner',
@@ -32,11 +35,16 @@ __all__ = [
   '__version__',
   'adapt',
   'adapt_path',
+  'adapt_with',
+  'adapt_with_path',
   'estimate',
   'evaluate',
+  'export_learner',
+  'export_model',
   'init',
   'init_alpha',
   'learners',
+  'load_exported',
   'load_model',
   'losses',
   'low_rank',
@@ -48,6 +56,7 @@ __all__ = [
   'plan_memory',
   'rl',
   'save_model',
+  'scale_by_alpha',
   'sharding',
   'tasks',
   'train',

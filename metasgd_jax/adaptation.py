@@ -26,11 +26,11 @@ Backward = Literal['reverse', 'recompute', 'forward', 'sparse']
 With v = dL/dθ_{t+1}, H_t the Hessian and g_t the gradient of the support loss at θ_t, a step back is
 v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v, the chain rule of θ_{t+1} = θ_t − α ∘ g_t.
 
-`reverse`: reverse mode over reverse mode; every step's intermediates are kept, so memory grows with the steps.
-`recompute`: the same, with a step's intermediates computed again when it is its turn; of each step θ_t alone is kept.
-`forward`: H_t (α ∘ v) by forward mode over the gradient, which keeps nothing but θ_t either. No forward mode through
+- `reverse`: reverse mode over reverse mode; every step's intermediates are kept, so memory grows with the steps.
+- `recompute`: the same, with a step's intermediates computed again when it is its turn; of each step θ_t alone is kept.
+- `forward`: H_t (α ∘ v) by forward mode over the gradient, which keeps nothing but θ_t either. No forward mode through
   the result.
-`sparse`: as `forward`, but few of the θ_t are kept, of 200 steps 9, and the others are computed again, twice at most:
+- `sparse`: as `forward`, but few of the θ_t are kept, of 200 steps 9, and the others are computed again, twice at most:
   for steps by the hundred. With rates by step, which are as many as the θ_t, it is `forward`.
 """
 
@@ -70,6 +70,14 @@ def adapt(
   Raises:
     ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, steps that are no count,
       an unknown `backward`, or a loss that is not a scalar.
+
+  Example:
+    >>> theta = {'w': jnp.array([1.0, 2.0])}
+    >>> loss = lambda theta, target: jnp.sum((theta['w'] - target) ** 2)  # Its gradient: 2 (w − target).
+    >>> ms.adapt(theta, {'w': jnp.array([0.5, 0.25])}, jnp.zeros(2), loss_fn=loss)
+    {'w': Array([0., 1.], dtype=float32)}
+    >>> ms.adapt(theta, 0.25, jnp.zeros(2), loss_fn=loss, steps=2)
+    {'w': Array([0.25, 0.5 ], dtype=float32)}
   """
   check_backward(backward)
   check_steps(steps)
@@ -98,7 +106,21 @@ def adapt_path(
 ) -> PyTree:
   """Returns θ after 0, 1, …, steps inner steps, stacked on a new leading axis `[steps + 1]`.
 
-  Arguments and errors are `adapt`'s, but for `backward`; entry −1 is what `adapt` returns.
+  Entry −1 is what `adapt` returns; errors are `adapt`'s.
+
+  Args:
+    theta: as in `adapt`, and so are the rest.
+    alpha: as in `adapt`.
+    batch: as in `adapt`.
+    loss_fn: as in `adapt`.
+    steps: as in `adapt`.
+    first_order: as in `adapt`.
+    alpha_by_step: as in `adapt`.
+
+  Example:
+    >>> loss = lambda theta, target: (theta - target) ** 2
+    >>> ms.adapt_path(1.0, 0.25, 0.0, loss_fn=loss, steps=3)
+    Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32)
   """
   check_steps(steps)
   inner = _inner(theta, alpha, batch, loss_fn, first_order, steps if alpha_by_step else None)
@@ -143,6 +165,13 @@ def init_alpha(
 
   Raises:
     ValueError: low > high, a bound that is not finite, or an unknown `per`.
+
+  Example:
+    >>> theta = {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}
+    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5)['b']
+    Array([0.5, 0.5, 0.5], dtype=float32)
+    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5, per='leaf', adapts=lambda name: name == 'w')
+    {'b': None, 'w': Array(0.5, dtype=float32)}
   """
   check_alpha_range(low, high)
   if per not in get_args(Per):
@@ -218,24 +247,43 @@ def _inner(theta, alpha, batch, loss_fn, first_order, by_step) -> _Inner:
     moving = iter(moving)
     return structure.unflatten([next(moving) if m else rest(t) for t, m in zip(leaves, moves, strict=True)])
 
-  def scalar_loss(moving):
-    loss = loss_fn(whole(moving), batch)
-    if not hasattr(loss, 'dtype') and not isinstance(loss, float):
-      raise ValueError(f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out')
-    if jnp.ndim(loss):
-      raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
-    return loss
-
   def grad(moving):
-    grads = jax.grad(scalar_loss)(moving)
+    grads = jax.grad(lambda moving: scalar_loss(loss_fn, whole(moving), batch))(moving)
     return jax.lax.stop_gradient(grads) if first_order else grads
 
   pairs = [(t, jnp.asarray(a, t.dtype)) for t, a in zip(leaves, rates, strict=True) if a is not None]
   return _Inner([t for t, _ in pairs], [a for _, a in pairs], grad, whole)
 
 
+def scalar_loss(loss_fn: LossFn, theta: PyTree, batch: Any) -> chex.Array:
+  """Returns loss_fn(θ, batch).
+
+  Raises:
+    ValueError: it is not a scalar.
+  """
+  loss = loss_fn(theta, batch)
+  if not hasattr(loss, 'dtype') and not isinstance(loss, float):
+    raise ValueError(
+      f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out, '
+      'and compute them where they are wanted, such as at the adapted theta'
+    )
+  if jnp.ndim(loss):
+    raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
+  return loss
+
+
 def _step(grad):
   return lambda theta, alpha: jax.tree.map(lambda t, a, g: t - a * g, theta, alpha, grad(theta))
+
+
+def check_theta(theta: PyTree) -> None:
+  """Raises ValueError where a leaf of θ is not floating-point, naming it."""
+  for path, leaf in tree_flatten_with_path(theta)[0]:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      raise ValueError(
+        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, '
+        'so keep integers and flags out of it'
+      )
 
 
 def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) -> PyTree:
@@ -249,15 +297,10 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
   theta_leaves = tree_flatten_with_path(theta)[0]
   alpha_leaves = tree_flatten_with_path(alpha, is_leaf=lambda a: a is None)[0]
   empty = [path for path, leaf in tree_flatten_with_path(theta, is_leaf=lambda t: t is None)[0] if leaf is None]
-  for path, leaf in theta_leaves:
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-      raise ValueError(
-        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, '
-        'so keep integers and flags out of it'
-      )
+  check_theta(theta)
   owners: dict[int, int] = {}
   for index, (path, leaf) in enumerate(alpha_leaves):
-    if leaf is None and (not path or path in empty):  # Of all of θ it is no α; θ's own `None` has no leaves.
+    if leaf is None and not path:  # Of all of θ it is no α.
       continue
     shape = jnp.shape(leaf) if leaf is not None else ()
     if by_step is not None and leaf is not None:
@@ -268,6 +311,8 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
       shape = shape[1:]
     covered = [i for i, (p, _) in enumerate(theta_leaves) if p[: len(path)] == path]
     if not covered:
+      if leaf is None and any(p[: len(path)] == path for p in empty):  # θ's own `None` has no leaves.
+        continue
       raise ValueError(
         f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
       )

@@ -15,6 +15,15 @@ def ensemble(learner: Learner) -> Learner:
 
   Args:
     learner: whose outputs are logits `[Q, N]`.
+
+  Example:
+    >>> one = ms.learners.prototypical(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)
+    >>> support = ms.Batch(jnp.arange(3.0).reshape(3, 1), jnp.arange(3))
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> metas = jax.vmap(one.init, (0, None))(keys, ms.Episode(support, support))  # Four members.
+    >>> learner = ms.learners.ensemble(one)
+    >>> learner.predict(learner.adapt(metas, support, jax.random.key(1)), support.x).shape
+    (3, 3)
   """
 
   def adapt(meta, support, key=None):

@@ -55,6 +55,14 @@ def fine_tuning(
   Raises:
     ValueError: a way or classes below 2, steps that are no count, a metric named 'loss', an embedding of which
       a part adapts, or inductive with one that has no statistics.
+
+  Example:
+    >>> learner = ms.learners.fine_tuning(ms.nn.from_linen(ms.nn.MLP(outputs=8)), classes=20, way=3)
+    >>> support = ms.Batch(jnp.arange(6.0).reshape(6, 1), jnp.array([0, 0, 1, 1, 2, 2]))  # 3 ways, 2 shots.
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> adapted = jax.jit(learner.adapt)(meta, support, jax.random.key(1))
+    >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
+    (4, 3)
   """
   check_way(way)
   check_steps(steps)

@@ -38,6 +38,13 @@ def maml(
 
   Raises:
     ValueError: alpha is `None`; as `meta_sgd`. From `init`: alpha does not fit θ, naming the leaf.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error, alpha=0.01)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> learner.init(jax.random.key(2), episode).alpha is None  # It is held, so is no part of meta.
+    True
   """
   if alpha is None:
     raise ValueError('alpha must be a number or a pytree of numbers, got None; meta_sgd learns it')

@@ -157,6 +157,14 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
 
   Raises:
     ValueError: a way below 2 or a metric named 'loss'. From `loss`: a key that is `None`.
+
+  Example:
+    >>> learner = ms.learners.mann(way=3, size=None)
+    >>> support = ms.Batch(jnp.arange(6.0).reshape(6, 1), jnp.array([0, 0, 1, 1, 2, 2]))  # 3 ways, 2 shots.
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> adapted = jax.jit(learner.adapt)(meta, support, jax.random.key(1))
+    >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
+    (4, 3)
   """
   check_way(way)
   metrics = check_metrics(metrics)

@@ -105,6 +105,14 @@ def matching(
   Raises:
     ValueError: a way below 2, read_steps below 1, a scale not above 0, a metric named 'loss', or inductive with a model
       that has no statistics.
+
+  Example:
+    >>> learner = ms.learners.matching(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)
+    >>> support = ms.Batch(jnp.arange(6.0).reshape(6, 1), jnp.array([0, 0, 1, 1, 2, 2]))  # 3 ways, 2 shots.
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> adapted = jax.jit(learner.adapt)(meta, support, jax.random.key(1))
+    >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
+    (4, 3)
   """
   check_way(way)
   check_inductive(embedding, inductive)

@@ -29,7 +29,7 @@ class MetaLstmParams(NamedTuple):
 def preprocess(x: chex.Array, p: float = 10.0) -> chex.Array:
   """Returns two numbers for each, of a size that a network can use: `[…]` → `[…, 2]` (Ravi and Larochelle, 3.2).
 
-  (log|x| / p, sgn x) where |x| ≥ e^−p, otherwise (−1, e^p x).
+  `(log|x| / p, sgn x)` where `|x| ≥ e^−p`, otherwise (−1, e^p x).
   """
   large = jnp.abs(x) >= jnp.exp(-p)
   log = jnp.log(jnp.where(large, jnp.abs(x), 1.0)) / p
@@ -99,6 +99,14 @@ def meta_lstm(
   Raises:
     ValueError: steps that are no count, a metric named 'loss', a model of which a part adapts, or inductive with one
       that has no statistics.
+
+  Example:
+    >>> learner = ms.learners.meta_lstm(ms.nn.from_linen(ms.nn.MLP(outputs=3)), ms.losses.cross_entropy, steps=2)
+    >>> support = ms.Batch(jnp.arange(6.0).reshape(6, 1), jnp.array([0, 0, 1, 1, 2, 2]))  # 3 ways, 2 shots.
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> adapted = jax.jit(learner.adapt)(meta, support, jax.random.key(1))
+    >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
+    (4, 3)
   """
   check_steps(steps)
   check_adapts_all(model)

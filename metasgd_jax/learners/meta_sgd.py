@@ -63,6 +63,17 @@ def meta_sgd(
   Raises:
     ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown backward, weights that
       are not one a step, a metric named 'loss', or inductive with a model that has no statistics.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error, steps=2)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> meta = learner.init(jax.random.key(2), episode)
+    >>> meta.alpha['Dense_0']['kernel'].shape == meta.theta['Dense_0']['kernel'].shape
+    True
+    >>> theta = learner.adapt(meta, episode.support, jax.random.key(3))
+    >>> learner.predict(theta, episode.query.x).shape
+    (10, 1)
   """
   low, high = alpha_range
   check_alpha_range(low, high)

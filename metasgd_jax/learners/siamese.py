@@ -43,7 +43,7 @@ class Twins(NamedTuple):
 def siamese(
   embedding: Model, *, way: int, inductive: bool = False, metrics: Mapping[str, Metric] | None = None
 ) -> Learner:
-  """Builds the learner: p(same | x, x′) = σ(Σ_j w_j |f(x)_j − f(x′)_j| + b) (Koch et al. 2015, section 3.1).
+  """Builds the learner: `p(same | x, x′) = σ(Σ_j w_j |f(x)_j − f(x′)_j| + b)` (Koch et al. 2015, section 3.1).
 
   Trained on pairs: the binary cross-entropy of every query item with every support item of the episode, those of one
   class and those of two weighing the same together. That is the mean of Koch's batches, which are half and half.
@@ -57,6 +57,14 @@ def siamese(
 
   Raises:
     ValueError: a way below 2, a metric named 'loss', or inductive with a model that has no statistics.
+
+  Example:
+    >>> learner = ms.learners.siamese(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)
+    >>> support = ms.Batch(jnp.arange(6.0).reshape(6, 1), jnp.array([0, 0, 1, 1, 2, 2]))  # 3 ways, 2 shots.
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> adapted = jax.jit(learner.adapt)(meta, support, jax.random.key(1))
+    >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
+    (4, 3)
   """
   check_way(way)
   check_inductive(embedding, inductive)

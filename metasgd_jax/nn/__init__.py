@@ -1,5 +1,6 @@
 """Networks, and layers that are fast under second derivatives."""
 
+from metasgd_jax.nn.adapters import from_equinox, from_nnx
 from metasgd_jax.nn.block import BatchNorm, ConvBlock, conv_block
 from metasgd_jax.nn.conv import Conv, conv_general_dilated, max_pool
 from metasgd_jax.nn.networks import MLP, Conv4, KochNet, from_linen
@@ -19,6 +20,8 @@ __all__ = [
   'TransformerBlock',
   'conv_block',
   'conv_general_dilated',
+  'from_equinox',
   'from_linen',
+  'from_nnx',
   'max_pool',
 ]

@@ -21,6 +21,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
@@ -170,7 +171,7 @@ def _kernel_gradient_by_one_product(x, y, window, size, precision):
 def _kernel_gradient_in_parts(x, y, window, size, precision):
   gradient = functools.partial(_lax_kernel_gradient, window=window, size=size, precision=precision)
   images = x.shape[0]
-  if images <= IMAGES_AT_ONCE:
+  if not _more_than(images, IMAGES_AT_ONCE):
     return gradient(x, y)
   rest = -images % IMAGES_AT_ONCE  # Images of zeros, which add nothing.
   parts = [jnp.pad(a, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(-1, IMAGES_AT_ONCE, *a.shape[1:]) for a in (x, y)]
@@ -198,8 +199,13 @@ def _conv_on_cpu(x, kernel, *, window, precision):
 def _suits_winograd(x, kernel, window):
   """Where it was measured to be the faster one: enough images, tiles and channels to make up for the sums around it."""
   plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
-  many = x.shape[0] > MANY_IMAGES and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
+  many = _more_than(x.shape[0], MANY_IMAGES) and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
   return plain and many and x.dtype in (jnp.float32, jnp.float64)
+
+
+def _more_than(images, few: int) -> bool:
+  """Whether there are known to be more: an exported program may leave their number open (`jax.export`)."""
+  return not jax.export.is_symbolic_dim(images) and images > few
 
 
 def _kernel_gradient_on_cpu(x, y, *, window, size, precision):

@@ -3,6 +3,7 @@
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -47,6 +48,11 @@ def conv_block(
 
   Raises:
     ValueError: parts that do not divide B; images smaller than 2×2.
+
+  Example:
+    >>> x, kernel = jnp.zeros((2, 28, 28, 1)), jnp.zeros((3, 3, 1, 8))
+    >>> jax.jit(ms.nn.conv_block)(x, kernel, jnp.ones(8), jnp.zeros(8)).shape
+    (2, 14, 14, 8)
   """
   return conv_block_and_statistics(x, kernel, scale, bias, epsilon=epsilon, parts=parts, statistics=statistics)[0]
 
@@ -80,9 +86,11 @@ def conv_block_and_statistics(
 def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
   """Returns 1, or on a CPU, for a cheap convolution, a divisor of B that makes parts of about `PART_BYTES`.
 
-  1 as well where B has no divisor near it, or is 0.
+  1 as well where B has no divisor near it, is 0, or is not known yet.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
+  if jax.export.is_symbolic_dim(batch):  # An exported program may leave their number open.
+    return 1
   if jax.default_backend() != 'cpu' or h * w * depth > CHEAP or batch == 0:
     return 1
   least = -(-batch * height * width * features * 4 // PART_BYTES)
@@ -113,6 +121,15 @@ class BatchNorm(nn.Module):
   are the collection 'statistics', which `Model.statistics` makes and `Model.apply` takes.
 
   ε = 1e-3 is the default of the layer that MAML's code uses. Statistics are summed in float32 at the least.
+
+  Attributes:
+    epsilon: ε, added to the variance.
+
+  Example:
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> outputs, variables = ms.nn.BatchNorm().init_with_output(jax.random.key(0), x)
+    >>> print(outputs.round(2).ravel())
+    [-1.  1.]
   """
 
   epsilon: float = 1e-3
@@ -137,6 +154,12 @@ class ConvBlock(nn.Module):
     features: F.
     epsilon: of batch norm.
     dtype: of the activations; where left out, what the input's and the kernel's promote to.
+
+  Example:
+    >>> block = ms.nn.ConvBlock(8)
+    >>> outputs, variables = block.init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
+    >>> outputs.shape
+    (2, 14, 14, 8)
   """
 
   features: int

@@ -55,6 +55,11 @@ def conv_general_dilated(
   Raises:
     ValueError: a kernel larger than the padded images; a stride or dilation below 1.
     ValueError, TypeError: shapes that do not fit, as lax says it.
+
+  Example:
+    >>> x, kernel = jnp.zeros((2, 28, 28, 1)), jnp.zeros((3, 3, 1, 8))
+    >>> ms.nn.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')).shape
+    (2, 28, 28, 8)
   """
 
   def by_lax(lhs, rhs):
@@ -109,7 +114,14 @@ class Conv(nn.Conv):
   """`flax.linen.Conv` through `conv_general_dilated`: the same arguments, parameters and results.
 
   Also with its padding 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes. Groups and three dimensions are as slow as
-  flax's own.
+  flax's own. What `flax.linen.Conv` says of its fields holds: features, kernel_size, strides, padding,
+  input_dilation, kernel_dilation, feature_group_count, use_bias, mask, dtype, param_dtype, precision, kernel_init,
+  bias_init, promote_dtype, preferred_element_type, conv_general_dilated_cls.
+
+  Example:
+    >>> outputs, variables = ms.nn.Conv(8, (3, 3)).init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
+    >>> outputs.shape, variables['params']['kernel'].shape
+    ((2, 28, 28, 8), (3, 3, 1, 8))
   """
 
   conv_general_dilated: Callable[..., Any] | None = conv_general_dilated
@@ -140,6 +152,11 @@ def max_pool(
 
   Raises:
     ValueError: images smaller than the window.
+
+  Example:
+    >>> ms.nn.max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2)).reshape(2, 2)
+    Array([[ 5.,  7.],
+           [13., 15.]], dtype=float32)
   """
   window = tuple(window_shape)
   if inputs.ndim != 4 or len(window) != 2 or padding != 'VALID' or strides is None or tuple(strides) != window:

@@ -22,6 +22,12 @@ class MLP(nn.Module):
     hidden: units of each hidden layer.
     outputs: units of the last.
     stddev: of the weights at the start.
+
+  Example:
+    >>> model = ms.nn.from_linen(ms.nn.MLP(hidden=(8,), outputs=2))
+    >>> theta = model.init(jax.random.key(0), jnp.zeros((1, 3)))
+    >>> model.apply(theta, jnp.zeros((5, 3))).shape
+    (5, 2)
   """
 
   hidden: Sequence[int] = (40, 40)
@@ -52,6 +58,12 @@ class Conv4(nn.Module):
     hidden: units of the fully connected layer; 0 leaves it out.
     dtype: of the activations; θ's where left out. With bfloat16, θ, its gradient, sums of products, batch norm's
       statistics and the last layer stay float32.
+
+  Example:
+    >>> model = ms.nn.from_linen(ms.nn.Conv4(way=5, filters=8))
+    >>> theta = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    >>> jax.jit(model.apply)(theta, jnp.zeros((3, 28, 28, 1))).shape
+    (3, 5)
   """
 
   way: int | None = 5
@@ -79,6 +91,12 @@ class KochNet(nn.Module):
   Convolutions 64@10×10, 128@7×7, 128@4×4 and 256@4×4 without padding, with ReLU, and 2×2 max-pools after the first
   three; then a layer of 4096 with a sigmoid. Weights as there: N(0, 0.01²) of convolutions, N(0, 0.2²) of the dense
   layer, biases N(0.5, 0.01²).
+
+  Example:
+    >>> twins = ms.nn.KochNet()
+    >>> x = jnp.zeros((1, 105, 105, 1))
+    >>> jax.eval_shape(lambda key, x: twins.init_with_output(key, x)[0], jax.random.key(0), x).shape
+    (1, 4096)
   """
 
   @nn.compact
@@ -102,6 +120,11 @@ def from_linen(module: nn.Module) -> Model:
 
   Raises (from `init`):
     ValueError: the module has other collections, such as running averages.
+
+  Example:
+    >>> model = ms.nn.from_linen(ms.nn.MLP())
+    >>> list(model.init(jax.random.key(0), jnp.zeros((1, 1))))
+    ['Dense_0', 'Dense_1', 'Dense_2']
   """
 
   def init(key, x):

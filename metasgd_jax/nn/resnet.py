@@ -23,6 +23,12 @@ class ResidualBlock(nn.Module):
   Attributes:
     features: F.
     dtype: of the activations; where left out, what the input's and the kernel's promote to.
+
+  Example:
+    >>> block = ms.nn.ResidualBlock(8)
+    >>> x = jnp.zeros((2, 28, 28, 3))
+    >>> jax.eval_shape(lambda key, x: block.init_with_output(key, x)[0], jax.random.key(0), x).shape
+    (2, 14, 14, 8)
   """
 
   features: int
@@ -53,6 +59,11 @@ class ResNet12(nn.Module):
     way: N; `None` leaves out the dense layer, so that the outputs are features `[B, D]`: an embedding.
     widths: features of each block.
     dtype: of the activations; θ's where left out. The mean over places and the dense layer stay float32.
+
+  Example:
+    >>> module = ms.nn.ResNet12(way=5, widths=(4, 4, 4, 4))
+    >>> jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 84, 84, 3)))['params'].keys() != {}
+    True
   """
 
   way: int | None = 5

@@ -14,6 +14,11 @@ class TransformerBlock(nn.Module):
     heads: of attention; a divisor of the width.
     hidden: units between the two dense layers.
     causal: whether a place sees none after it.
+
+  Example:
+    >>> block = ms.nn.TransformerBlock(heads=2, hidden=16, causal=True)
+    >>> jax.eval_shape(lambda key, x: block.init_with_output(key, x)[0], jax.random.key(0), jnp.zeros((2, 5, 8))).shape
+    (2, 5, 8)
   """
 
   heads: int
@@ -47,6 +52,13 @@ class Transformer(nn.Module):
     heads: of attention; a divisor of width.
     hidden: units between a block's two dense layers; 4 width where left out.
     causal: whether a place sees none after it, as for predicting the next token.
+
+  Example:
+    >>> module = ms.nn.Transformer(tokens=7, length=10, width=8, depth=1, heads=2)
+    >>> model = ms.nn.from_linen(module)
+    >>> theta = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 10), jnp.int32))
+    >>> jax.jit(model.apply)(theta, jnp.zeros((2, 10), jnp.int32)).shape
+    (2, 10, 7)
   """
 
   tokens: int

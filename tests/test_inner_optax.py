@@ -1,0 +1,344 @@
+"""Optax inside: Meta-SGD's update as a transformation, and inner loops by others, against those written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_slopes_by_differences, assert_trees_close, conv_learner, episodes, random_bank, to_float64
+
+import metasgd_jax as ms
+
+MSE = ms.losses.mean_squared_error
+NET = ms.nn.from_linen(ms.nn.MLP((6,), stddev=0.5))
+
+
+def drawn(like, low=0.02, high=0.2, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda a: jnp.asarray(rng.uniform(low, high, jnp.shape(a))), like)
+
+
+def loss_fn(theta, batch):
+  return MSE(NET.apply(theta, batch.x), batch.y)
+
+
+def problem():
+  """θ, α and an episode of a sine curve, in float64."""
+  episode = to_float64(jax.tree.map(lambda a: a[0], episodes(ms.tasks.sinusoid(), 1)))
+  theta = to_float64(NET.init(jax.random.key(0), episode.support.x))
+  return theta, drawn(theta), episode
+
+
+def outer_gradient(adapt, meta, episode):
+  """`adapt(θ, hyper, support) → θ′`; the query loss and its gradient by (θ, hyper)."""
+  loss = lambda meta: loss_fn(adapt(*meta, episode.support), episode.query)
+  return jax.jit(jax.value_and_grad(loss))(meta)
+
+
+def by(optimizer, **options):
+  return lambda theta, hyper, batch: ms.adapt_with(theta, hyper, batch, loss_fn=loss_fn, optimizer=optimizer, **options)
+
+
+class TestScaleByAlpha:
+  def test_the_update_is_minus_alpha_times_the_gradient(self):
+    theta = {'a': jnp.ones(2), 'b': jnp.ones((2, 2))}
+    grads = {'a': jnp.array([1.0, -2.0]), 'b': jnp.full((2, 2), 3.0)}
+    update = ms.scale_by_alpha({'a': jnp.array([0.5, 0.25]), 'b': -0.1})
+    updates, _ = update.update(grads, update.init(theta))
+    np.testing.assert_allclose(updates['a'], [-0.5, 0.5])
+    np.testing.assert_allclose(updates['b'], 0.3)
+    np.testing.assert_allclose(optax.apply_updates(theta, updates)['a'], [0.5, 1.5])
+
+  @pytest.mark.parametrize('prefix', [0.1, {'Dense_0': -0.2, 'Dense_1': {'kernel': None, 'bias': 0.3}}], ids=str)
+  def test_alpha_is_as_adapt_takes_it(self, prefix):
+    with jax.enable_x64(True):
+      theta, _, episode = problem()
+      adapted = by(ms.scale_by_alpha, steps=2)(theta, prefix, episode.support)
+      expected = ms.adapt(theta, prefix, episode.support, loss_fn=loss_fn, steps=2)
+      assert_trees_close(adapted, expected, rtol=1e-12, atol=1e-14)
+
+  def test_composes_with_clipping_and_has_a_gradient_by_alpha(self):
+    """Against clipping written down: g · min(1, 1 / ‖g‖), where ‖g‖ > 1."""
+    optimizer = lambda alpha: optax.chain(optax.clip_by_global_norm(1.0), ms.scale_by_alpha(alpha))
+    with jax.enable_x64(True):
+      theta, alpha, episode = problem()
+      steep = lambda theta, batch: 20 * loss_fn(theta, batch)
+
+      def by_hand(theta, alpha, batch):
+        grads = jax.grad(steep)(theta, batch)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+        return jax.tree.map(lambda t, a, g: t - a * g / jnp.maximum(norm, 1.0), theta, alpha, grads)
+
+      assert optax.tree.norm(jax.grad(steep)(theta, episode.support)) > 2
+      clipped = lambda theta, alpha, batch: ms.adapt_with(theta, alpha, batch, loss_fn=steep, optimizer=optimizer)
+      loss, grads = outer_gradient(clipped, (theta, alpha), episode)
+      expected, expected_grads = outer_gradient(by_hand, (theta, alpha), episode)
+      np.testing.assert_allclose(loss, expected, rtol=1e-12)
+      assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
+      assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads[1])) > 0.1
+
+  def test_is_an_outer_optimiser_like_any_other(self):
+    optimizer = ms.scale_by_alpha(0.1)
+    params = {'w': jnp.full(3, 2.0)}
+    state = optimizer.init(params)
+    for _ in range(50):
+      updates, state = jax.jit(optimizer.update)(params, state)  # The gradient of ½‖w‖² is w.
+      params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params['w'], 2 * 0.9**50, rtol=1e-4)
+
+  def test_keeps_dtypes(self):
+    update = ms.scale_by_alpha(jnp.float32(0.5))
+    updates, _ = update.update({'w': jnp.ones(2, jnp.bfloat16)}, update.init({'w': jnp.ones(2, jnp.bfloat16)}))
+    assert updates['w'].dtype == jnp.bfloat16
+
+  def test_names_a_leaf_that_does_not_fit(self):
+    with pytest.raises(ValueError, match=r"alpha\['w'\] has shape \(3,\) but theta\['w'\] has shape \(2,\)"):
+      ms.scale_by_alpha({'w': jnp.ones(3)}).init({'w': jnp.ones(2)})
+
+
+class TestAdaptWith:
+  @pytest.mark.parametrize('first_order', [False, True])
+  @pytest.mark.parametrize('steps', [0, 1, 3])
+  def test_with_scale_by_alpha_it_is_adapt(self, steps, first_order):
+    options = dict(steps=steps, first_order=first_order)
+    plain = lambda theta, alpha, batch: ms.adapt(theta, alpha, batch, loss_fn=loss_fn, **options)
+    with jax.enable_x64(True):
+      theta, alpha, episode = problem()
+      loss, grads = outer_gradient(by(ms.scale_by_alpha, **options), (theta, alpha), episode)
+      expected, expected_grads = outer_gradient(plain, (theta, alpha), episode)
+      np.testing.assert_allclose(loss, expected, rtol=1e-13)
+      assert_trees_close(grads, expected_grads, rtol=1e-10, atol=1e-13)
+
+  def test_momentum_by_hand(self):
+    """m ← μ m + g, θ ← θ − η m, its meta-gradient by θ, η and μ."""
+
+    def by_hand(theta, hyper, batch):
+      trace = jax.tree.map(jnp.zeros_like, theta)
+      for _ in range(3):
+        trace = jax.tree.map(lambda m, g: hyper['mu'] * m + g, trace, jax.grad(loss_fn)(theta, batch))
+        theta = jax.tree.map(lambda t, m: t - hyper['rate'] * m, theta, trace)
+      return theta
+
+    with jax.enable_x64(True):
+      theta, _, episode = problem()
+      meta = theta, {'rate': jnp.asarray(0.05), 'mu': jnp.asarray(0.8)}
+      adapt = by(lambda hyper: optax.sgd(hyper['rate'], hyper['mu']), steps=3)
+      (loss, grads), (expected, expected_grads) = (outer_gradient(a, meta, episode) for a in (adapt, by_hand))
+      np.testing.assert_allclose(loss, expected, rtol=1e-12)
+      assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
+      assert abs(grads[1]['mu']) > 1e-4
+
+  def test_adam_by_hand(self):
+    """Kingma and Ba 2015, Algorithm 1, with ε under the root as well; by θ, the rate, β₁ and β₂."""
+
+    def by_hand(theta, hyper, batch):
+      m = v = jax.tree.map(jnp.zeros_like, theta)
+      b1, b2 = hyper['b1'], hyper['b2']
+      for t in (1, 2, 3):
+        g = jax.grad(loss_fn)(theta, batch)
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, g)
+        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, g)
+        step = lambda t_, m, v, t=t: t_ - hyper['rate'] * m / (1 - b1**t) / (jnp.sqrt(v / (1 - b2**t) + 1e-8) + 1e-8)
+        theta = jax.tree.map(step, theta, m, v)
+      return theta
+
+    optimizer = lambda hyper: optax.adam(hyper['rate'], hyper['b1'], hyper['b2'], eps_root=1e-8)
+    with jax.enable_x64(True):
+      theta, _, episode = problem()
+      meta = theta, {'rate': jnp.asarray(0.02), 'b1': jnp.asarray(0.7), 'b2': jnp.asarray(0.9)}
+      (loss, grads), (expected, expected_grads) = (
+        outer_gradient(a, meta, episode) for a in (by(optimizer, steps=3), by_hand)
+      )
+      np.testing.assert_allclose(loss, expected, rtol=1e-12)
+      assert_trees_close(grads, expected_grads, rtol=1e-8, atol=1e-11)
+      assert all(abs(g) > 1e-5 for g in jax.tree.leaves(grads[1]))
+
+  @pytest.mark.parametrize('first_order', [False, True])
+  def test_adams_root_of_zero_needs_eps_root(self, first_order):
+    """Behind a ReLU that is off every gradient is zero: NaN without eps_root, finite with it."""
+    theta = {'w': jnp.array([1.0, -1.0]), 'out': jnp.ones(2)}  # The second unit is off for positive inputs.
+    loss_fn = lambda t, x: (jax.nn.relu(x * t['w']) @ t['out'] - 1) ** 2
+
+    def slope(eps_root):
+      optimizer = lambda hyper: optax.adam(hyper['rate'], b2=hyper['b2'], eps_root=eps_root)
+      options = dict(loss_fn=loss_fn, optimizer=optimizer, steps=2, first_order=first_order)
+      outer = lambda theta, hyper: loss_fn(ms.adapt_with(theta, hyper, 0.5, **options), 0.7)
+      return jax.tree.leaves(jax.grad(outer, (0, 1))(theta, {'rate': 0.1, 'b2': 0.99}))
+
+    assert any(jnp.isnan(leaf).any() for leaf in slope(0.0))
+    with_root = slope(1e-8)
+    assert all(jnp.isfinite(leaf).all() for leaf in with_root)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in with_root) > 0.01
+
+  def test_first_order_with_momentum_has_no_second_derivatives(self):
+    """The Jacobian of θ′ by θ is one; that by μ is what the constant gradients say."""
+    loss_fn = lambda t, _: jnp.sum(t**4)
+    adapt = lambda t, mu, order: ms.adapt_with(
+      t, mu, None, loss_fn=loss_fn, optimizer=lambda mu: optax.sgd(0.01, mu), steps=2, first_order=order
+    )
+    t = jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(jax.jacobian(adapt)(t, 0.5, True), np.eye(2), rtol=1e-6)
+    assert np.abs(jax.jacobian(adapt)(t, 0.5, False) - np.eye(2)).max() > 0.1
+    np.testing.assert_allclose(jax.jacobian(adapt, 1)(t, 0.5, True), -0.01 * 4 * t**3, rtol=1e-5)
+
+  def test_path_holds_each_step(self):
+    theta = {'w': jnp.array([3.0, -1.0])}
+    options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=lambda rate: optax.adam(rate, eps_root=1e-8))
+    path = ms.adapt_with_path(theta, 0.1, None, steps=3, **options)
+    for steps in range(4):
+      adapted = ms.adapt_with(theta, 0.1, None, steps=steps, **options)
+      np.testing.assert_allclose(path['w'][steps], adapted['w'], rtol=1e-6)
+    assert path['w'].shape == (4, 2)
+
+  def test_a_state_that_counts_is_new_for_each_task(self):
+    """A rate that falls with the step: two tasks side by side each take 0.1 and then 0.05."""
+    schedule = lambda rate: optax.sgd(lambda count: rate / (count + 1))
+    loss_fn = lambda t, b: jnp.sum(b * t)
+    one = lambda b: ms.adapt_with(jnp.zeros(()), 0.1, b, loss_fn=loss_fn, optimizer=schedule, steps=2)
+    np.testing.assert_allclose(jax.vmap(one)(jnp.array([1.0, 2.0])), [-0.15, -0.3], rtol=1e-6)
+
+  def test_what_asks_for_the_loss_gets_it(self):
+    """Polyak's step (f − f*) / ‖g‖² on f = ½‖t − c‖² with f* = 0 halves the distance: by hand, and differentiable."""
+    loss_fn = lambda t, c: 0.5 * jnp.sum((t - c) ** 2)
+    polyak = lambda scale: optax.chain(optax.scale_by_polyak(max_learning_rate=10.0), optax.scale(-scale))
+    adapt = lambda scale: ms.adapt_with(jnp.ones(3), scale, jnp.zeros(3), loss_fn=loss_fn, optimizer=polyak, steps=2)
+    np.testing.assert_allclose(adapt(1.0), np.full(3, 0.25), rtol=1e-6)
+    np.testing.assert_allclose(jax.jacobian(adapt)(1.0), np.full(3, -0.5), rtol=1e-5)  # (1 − s/2)²
+
+  def test_a_line_search_adapts(self):
+    loss_fn = lambda t, c: jnp.sum((t - c) ** 4)
+    adapted = ms.adapt_with(
+      jnp.zeros(3), None, jnp.arange(3.0), loss_fn=loss_fn, optimizer=lambda _: optax.lbfgs(), steps=12
+    )
+    assert loss_fn(adapted, jnp.arange(3.0)) < 1e-3 < loss_fn(jnp.zeros(3), jnp.arange(3.0))
+
+  def test_numbers_of_another_dtype_leave_the_state_as_it_is(self):
+    with jax.enable_x64(True):
+      theta = {'w': jnp.ones(2, jnp.float32)}
+      optimizer = lambda b1: optax.adam(0.1, b1, eps_root=1e-8)
+      options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=optimizer, steps=2)
+      assert ms.adapt_with(theta, jnp.float64(0.9), None, **options)['w'].dtype == jnp.float32
+
+  def test_a_part_adapts(self):
+    with jax.enable_x64(True):
+      theta, alpha, episode = problem()
+      head = lambda name: name.startswith('Dense_1')
+      rates = {'Dense_0': None, 'Dense_1': alpha['Dense_1']}
+      part = by(lambda a: ms.scale_by_alpha({'Dense_0': None, 'Dense_1': a}), steps=2, adapts=head)
+      loss, grads = outer_gradient(part, (theta, alpha['Dense_1']), episode)
+      whole = lambda theta, a, batch: ms.adapt(theta, rates | {'Dense_1': a}, batch, loss_fn=loss_fn, steps=2)
+      expected, expected_grads = outer_gradient(whole, (theta, alpha['Dense_1']), episode)
+      np.testing.assert_allclose(loss, expected, rtol=1e-13)
+      assert_trees_close(grads, expected_grads, rtol=1e-10, atol=1e-13)
+      path = ms.adapt_with_path(theta, 0.1, episode.support, loss_fn=loss_fn, optimizer=optax.sgd, steps=2, adapts=head)
+      assert {leaf.shape[0] for leaf in jax.tree.leaves(path)} == {3}
+      np.testing.assert_array_equal(path['Dense_0']['kernel'][2], theta['Dense_0']['kernel'])
+
+
+class TestMistakes:
+  def adapt(self, optimizer, theta=None, loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), **options):
+    return ms.adapt_with(theta or {'w': jnp.ones(2)}, 0.1, None, loss_fn=loss_fn, optimizer=optimizer, **options)
+
+  def test_an_optimiser_that_is_no_function(self):
+    with pytest.raises(ValueError, match=r'optimizer must be a function, hyper → optax.GradientTransformation, got'):
+      self.adapt(optax.sgd(0.1))
+
+  def test_a_function_that_returns_something_else(self):
+    with pytest.raises(ValueError, match=r'optimizer must return an optax.GradientTransformation, got float'):
+      self.adapt(lambda rate: rate)
+
+  @pytest.mark.parametrize('steps', [-1, 1.5, True])
+  def test_steps(self, steps):
+    with pytest.raises(ValueError, match=f'steps must be an integer of at least 0, got {steps}'):
+      self.adapt(optax.sgd, steps=steps)
+
+  def test_a_loss_for_each_item_also_under_jit(self):
+    with pytest.raises(ValueError, match=r'loss_fn must return a scalar, got shape \(2,\)'):
+      jax.jit(lambda: self.adapt(optax.sgd, loss_fn=lambda t, _: t['w']))()
+
+  def test_integers_in_theta(self):
+    with pytest.raises(ValueError, match=r"theta\['n'\] has dtype int32"):
+      self.adapt(optax.sgd, theta={'n': jnp.arange(2)})
+
+
+class TestLearner:
+  @staticmethod
+  def meta_sgd(model, loss_fn, **options):
+    hyper = lambda key, theta: ms.init_alpha(key, theta)
+    return ms.learners.inner_optimizer(model, loss_fn, optimizer=ms.scale_by_alpha, hyper=hyper, **options)
+
+  def test_with_scale_by_alpha_it_is_meta_sgd(self):
+    options = dict(steps=3, metrics={'error': MSE})
+    learner, meta_sgd = self.meta_sgd(NET, MSE, **options), ms.meta_sgd(NET, MSE, **options)
+    with jax.enable_x64(True):
+      some = to_float64(episodes(ms.tasks.sinusoid(), 2))
+      keys = jax.random.split(jax.random.key(0), 2)
+      start, expected_start = (
+        made.init(jax.random.key(1), jax.tree.map(lambda a: a[0], some)) for made in (learner, meta_sgd)
+      )
+      assert_trees_close(start, expected_start, rtol=0, atol=0)
+      meta = to_float64(start)
+      (loss, info), grads = jax.jit(lambda m: ms.value_and_grad(learner, m, some, keys))(meta)
+      (expected, expected_info), expected_grads = jax.jit(lambda m: ms.value_and_grad(meta_sgd, m, some, keys))(meta)
+      np.testing.assert_allclose(loss, expected, rtol=1e-12)
+      assert_trees_close(info, expected_info)
+      assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
+
+  def test_inductive_batch_norm(self):
+    tasks = ms.tasks.few_shot(random_bank(size=8), way=3, shot=1, query=2)
+    one = jax.tree.map(lambda a: a[0], episodes(tasks, 1))
+    learner, meta_sgd = (conv_learner(build, way=3, steps=2, inductive=True) for build in (self.meta_sgd, ms.meta_sgd))
+    meta = learner.init(jax.random.key(0), one)
+    path, expected = jax.jit(lambda meta: [made.path(meta, one.support, None) for made in (learner, meta_sgd)])(meta)
+    assert_trees_close(path, expected, rtol=1e-5)
+
+  def test_meta_gradient_by_differences(self):
+    optimizer = lambda h: optax.adam(jnp.exp(h['log_rate']), jax.nn.sigmoid(h['b1']), eps_root=1e-6)
+    hyper = {'log_rate': -3.0, 'b1': 1.0}
+    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=optimizer, hyper=hyper, steps=3)
+    with jax.enable_x64(True):
+      theta, _, episode = problem()
+      meta = ms.MetaParams(theta, to_float64(learner.init(jax.random.key(0), episode).alpha))
+      assert_slopes_by_differences(lambda m: learner.loss(m, episode, None)[0], meta)
+
+  def test_trains_and_is_evaluated_after_each_step(self):
+    """Rate and momentum of lines' descent: by the same train and evaluate as any learner's, to a lower loss."""
+
+    def episode(weights, key):
+      x = jax.random.normal(key, (10, 3))
+      return ms.Episode(ms.Batch(x[:5], x[:5] @ weights), ms.Batch(x[5:], x[5:] @ weights))
+
+    tasks = ms.TaskDistribution(lambda key: jax.random.normal(key, (3, 1)), episode)
+    line = ms.Model(lambda key, x: {'w': jax.random.normal(key, (3, 1))}, lambda theta, x: x @ theta['w'])
+    inner = lambda h: optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(h['rate'], h['momentum']))
+    hyper = {'rate': 0.01, 'momentum': 0.5}
+    learner = ms.learners.inner_optimizer(line, MSE, optimizer=inner, hyper=hyper, steps=3)
+    optimizer = optax.adam(1e-2)
+    state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    judge = lambda meta: ms.evaluate(learner, meta, tasks, jax.random.key(1), metric_fn=MSE, num_tasks=50)
+    before = judge(state.meta)
+    state = ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=200, meta_batch=4)
+    after = judge(state.meta)
+    assert after.shape == (50, 1, 4)
+    assert after[..., -1].mean() < 0.5 * before[..., -1].mean()
+    assert abs(float(state.meta.alpha['momentum']) - 0.5) > 0.01
+    assert abs(float(state.meta.alpha['rate']) - 0.01) > 0.01
+
+  @pytest.mark.parametrize('change', [ms.partly, lambda model, where: ms.low_rank(model, 1, where)])
+  def test_of_models_of_which_a_part_adapts(self, change):
+    model = change(NET, lambda name: name == 'Dense_1.kernel')
+    learner = self.meta_sgd(model, MSE, steps=2)
+    with jax.enable_x64(True):
+      _, _, episode = problem()
+      meta = to_float64(learner.init(jax.random.key(0), episode))
+      moved = to_float64(ms.meta_sgd(model, MSE, steps=2).init(jax.random.key(0), episode))
+      assert jax.tree.structure(meta) == jax.tree.structure(moved)
+      adapted, expected = (
+        built.adapt(meta, episode.support, None) for built in (learner, ms.meta_sgd(model, MSE, steps=2))
+      )
+      assert_trees_close(adapted, expected, rtol=1e-12, atol=1e-14)
+
+  def test_a_number_that_cannot_be_learned(self):
+    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=lambda h: optax.sgd(h['rate']), hyper={'rate': 1})
+    with pytest.raises(ValueError, match=r'hyper\.rate must be floating-point, got 1; what is not learned'):
+      learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], episodes(ms.tasks.sinusoid(), 1)))
