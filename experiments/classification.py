@@ -223,7 +223,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
     pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
       curves, ylabel='query accuracy on training tasks'
     )
-  reporting.save_pictures(workdir, pictures)
+  reporting.save_pictures(workdir, pictures, opened.metrics)
   return rows
 
 
@@ -302,4 +302,4 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   resuming.define_flags(Config, Keeping, Machines, workdir='runs/classification')
-  processes.main(_prepare)
+  processes.main(_prepare, Config)

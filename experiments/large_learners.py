@@ -190,6 +190,7 @@ def run(
     reporting.save_pictures(
       workdir,
       {'learning_curves': lambda plotting: plotting.learning_curves(curves, ylabel='query loss on training tasks')},
+      opened.metrics,
     )
   return rows
 
@@ -244,4 +245,4 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   resuming.define_flags(Config, Keeping, workdir='runs/large_learners')
-  options.main(_prepare)
+  options.main(_prepare, Config)

@@ -1,15 +1,18 @@
 """Configuration in frozen dataclasses; the command line's flags are made from their fields."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from logging import WARNING
 from typing import Any, TypeVar, cast
 
 import jax
 from absl import app, flags, logging
 
+from experiments import command
 from experiments.reporting import TrainingError
 from metasgd_jax import sharding
 from metasgd_jax.checkpoint import CheckpointError
@@ -17,6 +20,7 @@ from metasgd_jax.datasets import DatasetError
 from metasgd_jax.writers import WriterError
 
 C = TypeVar('C')
+_PARTS = ('experiments', 'metasgd_jax')
 
 flags.DEFINE_string(
   'compilation_cache',
@@ -111,17 +115,22 @@ def from_flags(config_class: type[C]) -> C:
 
 
 def as_flags(config: Any) -> str:
-  """Returns the flags that give this configuration: those whose values are not the defaults."""
+  """Returns the flags that give this configuration, as one text."""
+  return ' '.join(flag_texts(config))
+
+
+def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
+  """Returns the flags that give this configuration, or those of these names: where values are not the defaults."""
   texts = []
   for field in dataclasses.fields(config):
     value, default = getattr(config, field.name), cast(Any, field.default)
-    if value == default:
+    if value == default or (names is not None and field.name not in names):
       continue
     if isinstance(value, bool):
       texts.append(f'--{"" if value else "no"}{field.name}')
     else:
       texts.append(f'--{field.name}={",".join(map(str, value)) if isinstance(value, tuple) else value}')
-  return ' '.join(texts)
+  return texts
 
 
 def recipe(experiment: str, config: Any) -> dict[str, Any]:
@@ -131,17 +140,20 @@ def recipe(experiment: str, config: Any) -> dict[str, Any]:
   return {'command': command, 'config': dataclasses.asdict(config)}
 
 
-def main(prepare: Callable[[], Callable[[], object]]) -> None:
+def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
   """Runs an experiment from the command line.
 
   Args:
+    config_class: of its configuration; see `command.parse`.
     prepare: reads the flags, builds and checks everything, and returns the run itself. A mistake of the user's ends
       it in one sentence; an error in the run is ours and keeps its traceback.
   """
 
   def start(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-      raise app.UsageError(f'unknown argument {argv[1]!r}; options look like --name=value')
+      print(f'error: unknown argument {argv[1]!r}; options look like --name=value', file=sys.stderr)
+      sys.exit(2)
+    logging.get_absl_handler().addFilter(_is_ours)
     _start_jax(flags.FLAGS['compilation_cache'].value)
     try:
       try:
@@ -152,8 +164,14 @@ def main(prepare: Callable[[], Callable[[], object]]) -> None:
     except (CheckpointError, DatasetError, TrainingError, WriterError) as e:
       sys.exit(f'error: {e}')
 
-  logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
-  app.run(start)
+  logging.set_verbosity(logging.INFO)
+  app.run(start, flags_parser=functools.partial(command.parse, config_class))
+
+
+def _is_ours(record: Any) -> bool:
+  """Whether a line of the log is a warning, or comes from here: JAX and orbax tell of much that nobody asked for."""
+  here = pathlib.Path(__file__).parents[1]
+  return record.levelno >= WARNING or any(here / part in pathlib.Path(record.pathname).parents for part in _PARTS)
 
 
 def _start_jax(cache: str | None) -> None:

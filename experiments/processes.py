@@ -78,11 +78,12 @@ class Machines:
     return self.distributed or self.coordinator is not None
 
 
-def main(prepare: Callable[[], Callable[[], object]], *, several: bool = True) -> None:
+def main(prepare: Callable[[], Callable[[], object]], config_class: type, *, several: bool = True) -> None:
   """Runs an experiment from the command line as `options.main` does, where the flags of `Machines` say.
 
   Args:
     prepare: as there.
+    config_class: as there.
     several: whether it can take several devices or processes.
   """
 
@@ -98,7 +99,7 @@ def main(prepare: Callable[[], Callable[[], object]], *, several: bool = True) -
     with together():
       return prepare()
 
-  options.main(prepare_all)
+  options.main(prepare_all, config_class)
 
 
 def start(machines: Machines) -> None:

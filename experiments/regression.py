@@ -149,7 +149,7 @@ def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
     results += found
     writers.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
   print(_table(results, config))
-  reporting.save_pictures(workdir, _pictures(trained, config))
+  reporting.save_pictures(workdir, _pictures(trained, config), opened.metrics)
   return rows
 
 
@@ -252,4 +252,4 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   resuming.define_flags(Config, Keeping, Machines, workdir='runs/regression')
-  processes.main(_prepare)
+  processes.main(_prepare, Config)

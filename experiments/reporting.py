@@ -130,6 +130,10 @@ class Recorder:
       extra['alpha_negative'] = negative_share(progress.state.meta.alpha)
     for writer in self._metrics:
       writer.write(self._label, progress.step, {'seconds': progress.seconds, **means, **extra})
+      if isinstance(writer, writers.TensorBoardWriter) and 'alpha_negative' in extra:
+        alpha = progress.state.meta.alpha
+        shown = alpha if np.ndim(progress.state.step) == 0 else one_run(alpha, 0)
+        writer.histograms(self._label, progress.step, {'alpha': shown})
     self._line.show(
       progress.step,
       progress.total,
@@ -199,10 +203,12 @@ def draw_alpha(alpha: PyTree, plotting):
   return plotting.alpha_histograms(one_run(alpha, 0))
 
 
-def save_pictures(workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]]) -> None:
+def save_pictures(
+  workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]], metrics: Sequence[writers.Writer] = ()
+) -> None:
   """Draws each figure, `plotting → Figure`, to workdir/NAME.png; without matplotlib it says what to install.
 
-  Of several processes the first draws.
+  Of several processes the first draws. TensorBoard, where it is among `metrics`, gets them too.
   """
   if jax.process_index():
     return
@@ -212,6 +218,10 @@ def save_pictures(workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any
     print("no pictures: matplotlib is missing; pip install 'metasgd_jax[plots]' (or -e '.[plots]' from a clone)")
     return
   for name, draw in pictures.items():
+    figure = draw(plotting)
     with writers.atomic(workdir / f'{name}.png') as file:
-      draw(plotting).savefig(file, format='png', dpi=110)
+      figure.savefig(file, format='png', dpi=110)
+    for writer in metrics:
+      if isinstance(writer, writers.TensorBoardWriter):
+        writer.figure(name, figure)
   print('pictures: ' + ', '.join(str(workdir / f'{name}.png') for name in pictures))

@@ -32,6 +32,7 @@ class Keeping:
   )
   keep_checkpoints: bool = option(False, 'Leave the checkpoints where they are when the run has ended.')
   restart: bool = option(False, 'Begin anew where workdir holds an unfinished run.')
+  profile: bool = option(False, 'Trace a few meta-iterations of each training, compiled, to WORKDIR/profile.')
   debug_task: int | None = option(
     None, 'Replay this meta-iteration, from 0, of the training under way, and show its tasks; nothing else is done.',
     low=0, high=2**31 - 1, kind=int,
@@ -54,6 +55,7 @@ def define_flags(*configs: type, workdir: str) -> None:
     workdir,
     'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
   )
+  flags.DEFINE_string('config', None, "Settings, from a run's results.json or config.json; other flags override them.")
 
 
 class Stop:
@@ -137,6 +139,9 @@ def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = N
       else:
         _remove(_checkpoints(workdir))
         metrics = reporting.start(workdir, config)
+    for writer in metrics:
+      if isinstance(writer, writers.TensorBoardWriter):
+        held.callback(writer.close)
     yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop)
     if not keeping.keep_checkpoints:
       _remove(_checkpoints(workdir))

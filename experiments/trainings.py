@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 import optax
+from absl import logging
 
 import metasgd_jax as ms
 from experiments import processes, reporting, resuming
@@ -21,6 +22,8 @@ from metasgd_jax import bad_numbers, checkpoint, leaves, writers
 
 SECONDS = 15.0
 """Between checkpoints where their number is not given."""
+PROFILED = 3
+"""Meta-iterations that `--profile` traces."""
 
 Callbacks = Sequence[Callable[[ms.Progress], Any]]
 
@@ -131,6 +134,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
         best.resume(int(np.max(state.step)), _best_of_first(found, state))
       recorder = reporting.Recorder(training.label, run.metrics, history)
       good, saved = state, time.monotonic()
+      profiled: list[pathlib.Path] = []
 
       def after(progress: ms.Progress) -> None:
         nonlocal good, saved
@@ -139,6 +143,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
           kept.save(good)
           kept.wait()
           raise TrainingError(_what_is_bad(training, bad, run, kept.last))
+        if run.keeping.profile and not profiled:
+          profiled.append(profile(training, good, run.workdir))
         good = progress.state
         recorder(progress)
         accuracy = None if best is None else best(progress)
@@ -157,6 +163,27 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
 
       state = training.go(state, training.total, [after])
   return Trained(state, recorder.curves)
+
+
+def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> pathlib.Path:
+  """Traces a few meta-iterations from a state, whose results are dropped, and says where the trace is.
+
+  They are taken once before, so that all is compiled.
+
+  Returns:
+    The directory: WORKDIR/profile/NAME, with a file for TensorBoard's profiler and one for Perfetto.
+  """
+  directory = workdir / 'profile' / training.name
+  step = min(training.total, int(np.max(state.step)) + PROFILED)
+  jax.block_until_ready(training.go(state, step, ()))
+  with jax.profiler.trace(directory, create_perfetto_trace=True):
+    jax.block_until_ready(training.go(state, step, ()))
+  trace = max(directory.rglob('perfetto_trace.json.gz'))  # Those of earlier runs are in folders of earlier dates.
+  logging.info(
+    '%s: a trace of %d meta-iterations is in %s; open it at https://ui.perfetto.dev, or, after pip install xprof, with '
+    'xprof --logdir=%s', training.label, step - int(np.max(state.step)), trace, directory,
+  )  # fmt: skip
+  return directory
 
 
 class _Unkept:

@@ -15,7 +15,9 @@ from typing import IO, Any, Protocol
 import flax.serialization
 import jax
 import numpy as np
+from absl import logging
 
+from metasgd_jax.leaves import named
 from metasgd_jax.types import PyTree
 
 PathLike = str | os.PathLike[str]
@@ -233,23 +235,40 @@ class TensorBoardWriter:
       import tensorboardX
     except ImportError as e:
       raise WriterError("no tensorboardX for --tensorboard; pip install 'metasgd_jax[tensorboard]'") from e
-    self._writer = tensorboardX.SummaryWriter(os.fspath(directory))
+    self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
     """Adds a scalar for each value, the mean over runs, as LABEL/NAME."""
     for name, value in values.items():
       self._writer.add_scalar(f'{label}/{name}', float(np.mean(value)), step)
-    self._writer.flush()
+
+  def histograms(self, label: str, step: int, tree: PyTree) -> None:
+    """Adds a histogram of each leaf's finite entries, as LABEL/LEAF, such as 'MAML/alpha.Dense_0.kernel'."""
+    for name, leaf in named(tree):
+      entries = np.ravel(np.asarray(leaf, np.float64))
+      if np.any(finite := np.isfinite(entries)):
+        self._writer.add_histogram(f'{label}/{name}', entries[finite], step)
+
+  def figure(self, name: str, figure: Any) -> None:
+    """Adds a picture, a figure of matplotlib, by its name."""
+    self._writer.add_figure(name, figure, close=False)
+
+  def close(self) -> None:
+    """Returns when all is in the file; till then it is there within some seconds."""
+    self._writer.close()
 
 
 class ProgressLine:
-  """Prints how far a run is, its rate and the time left: in place on a terminal, else a line now and then."""
+  """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else by lines of the log.
+
+  Off a terminal a line comes with each tenth of the run, and in between where that takes longer than `every`.
+  """
 
   def __init__(
     self,
     label: str,
     *,
-    every: float = 10.0,
+    every: float = 30.0,
     out: IO[str] | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
@@ -258,13 +277,15 @@ class ProgressLine:
     Args:
       label: begins it.
       every: seconds between lines where the output is not a terminal.
-      out: where to; standard error if not given.
+      out: where to; if not given standard error, by absl's logging where that is not a terminal.
       clock: gives the time in seconds.
     """
     self._label, self._clock = label, clock
     self._out = out or sys.stderr
-    self._every = 0.2 if self._out.isatty() else every
-    self._last = clock()
+    self._in_place = self._out.isatty()
+    self._logged = out is None and not self._in_place
+    self._every = 0.2 if self._in_place else every
+    self._last, self._tenth = clock(), 0
 
   def show(self, step: int, total: int, seconds: float, rate: float, **values: float) -> None:
     """Prints, unless it did so a moment ago; always when step is total.
@@ -276,15 +297,19 @@ class ProgressLine:
       rate: meta-iterations a second.
       values: shown by name.
     """
-    now = self._clock()
-    if step < total and now - self._last < self._every:
+    now, tenth = self._clock(), 10 * step // total
+    waited = now - self._last
+    next_tenth = not self._in_place and tenth > self._tenth and waited >= 1
+    if step < total and waited < self._every and not next_tenth:
       return
-    self._last = now
+    self._last, self._tenth = now, tenth
     text = f'{self._label}  {step:,}/{total:,}'
     text += ''.join(f'  {name} {value:.4g}' for name, value in values.items())
     text += f'  {rate:,.0f} it/s' if rate >= 10 else f'  {rate:.2f} it/s'
     text += f'  {duration((total - step) / rate)} left' if step < total else f'  took {duration(seconds)}'
-    if self._out.isatty():
+    if self._logged:
+      logging.info('%s', text)
+    elif self._in_place:
       print(f'\r\x1b[K{text}', end='' if step < total else '\n', file=self._out, flush=True)
     else:
       print(text, file=self._out, flush=True)

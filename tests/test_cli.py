@@ -222,6 +222,10 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
     (['predict', '--support=a', '--query=b', '--out=c', '--inductve'], 'for --inductve, did you mean --inductive?'),
     (['predict', '--support=a', '--query=b', '--out=c', '--invert=maybe'], "invalid choice: 'maybe'"),
     (['predict', '--support=a', '--query=b', '--out=c', '--inductive', '--transductive'], 'not allowed with'),
+    (['predict', '--support=a', '--query=b', '--out=c', '--invert=yess'], 'for --invert=yess, did you mean yes?'),
+    (['predict', '--invert', 'atuo'], 'for --invert=atuo, did you mean auto?'),
+    (['exprot'], 'for exprot, did you mean export?'),
+    (['export', '--out=a', '--platform=cpu'], 'for --platform, did you mean --platforms?'),
     (['info', '--modle=a'], 'for --modle, did you mean --model?'),
     ([], 'required: command'),
   ],
@@ -233,7 +237,7 @@ def test_a_mistyped_command_or_flag(argv, message, capsys):
   assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('argv', [['--help'], ['predict', '--help'], ['info', '--help']])
+@pytest.mark.parametrize('argv', [['--help'], *([name, '--help'] for name in ('predict', 'info', 'export'))])
 def test_help_fits_a_screen(argv, capsys, monkeypatch):
   monkeypatch.setenv('COLUMNS', '80')
   with pytest.raises(SystemExit) as e:

@@ -29,6 +29,12 @@ def test_alpha_histograms_give_the_negative_share_of_each_layer():
   assert texts == ['a/bias: 50% < 0', 'a/kernel: 0% < 0', 'b: 100% < 0', 'learned α: 22.2% of 9 entries are negative']
 
 
+def test_alpha_histograms_show_every_entry_of_a_small_leaf():
+  figure = plotting.alpha_histograms({'bias': np.array([-0.3, 0.1])})
+  drawn(figure)
+  assert sum(bar.get_height() for bar in figure.axes[0].patches) == 2
+
+
 def test_learning_curves_have_a_line_for_each_label():
   steps, values = np.arange(1, 4), np.array([[3.0, 4.0], [2.0, 2.5], [1.0, 1.2]])
   figure = plotting.learning_curves({'A': (steps, values), 'B': (steps, values / 2)}, ylabel='MSE', log=True)

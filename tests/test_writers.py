@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import pathlib
 
@@ -89,14 +90,56 @@ def test_progress_on_a_terminal_stays_in_its_line():
   )
 
 
-def test_progress_in_a_file_is_a_line_now_and_then():
-  out, now = io.StringIO(), iter(range(101))
-  line = writers.ProgressLine('MAML', out=out, every=40, clock=lambda: next(now))
+def lines_off_a_terminal(seconds, every):
+  out, now = io.StringIO(), itertools.count(0, seconds)
+  line = writers.ProgressLine('MAML', out=out, every=every, clock=lambda: next(now))
   for step in range(1, 101):
-    line.show(step, 100, step / 2, 2.0)
-  assert out.getvalue() == (
-    'MAML  40/100  2.00 it/s  30 s left\nMAML  80/100  2.00 it/s  10 s left\nMAML  100/100  2.00 it/s  took 50 s\n'
-  )
+    line.show(step, 100, step * seconds, 1 / seconds)
+  return out.getvalue().splitlines()
+
+
+def test_progress_in_a_file_is_a_line_with_each_tenth():
+  found = lines_off_a_terminal(seconds=0.5, every=30)
+  assert [line.split()[1] for line in found] == [f'{10 * n}/100' for n in range(1, 11)]
+  assert found[3] == 'MAML  40/100  2.00 it/s  30 s left'
+  assert found[-1] == 'MAML  100/100  2.00 it/s  took 50 s'
+
+
+def test_progress_of_a_slow_run_is_told_in_between_and_of_a_fast_one_only_now_and_then():
+  found = lines_off_a_terminal(seconds=10, every=30)
+  assert [line.split()[1] for line in found[:5]] == ['3/100', '6/100', '9/100', '10/100', '13/100']
+  assert [line.split()[1] for line in lines_off_a_terminal(seconds=0.0625, every=30)] == [
+    '16/100', '32/100', '48/100', '64/100', '80/100', '96/100', '100/100'
+  ]  # fmt: skip
+
+
+def test_progress_goes_to_the_log_where_standard_error_is_no_terminal(monkeypatch):
+  said = []
+  monkeypatch.setattr(writers.sys, 'stderr', io.StringIO())
+  monkeypatch.setattr(writers.logging, 'info', lambda form, *values: said.append(form % values))
+  writers.ProgressLine('MAML').show(5, 5, 2.0, 2.5, accuracy=0.75)
+  assert said == ['MAML  5/5  accuracy 0.75  2.50 it/s  took 2 s']
+
+
+def test_tensorboard_has_scalars_histograms_and_figures(tmp_path):
+  from matplotlib.figure import Figure
+  from tensorboardX.proto.event_pb2 import Event
+
+  writer = writers.TensorBoardWriter(tmp_path)
+  writer.write('A', 10, {'loss': np.array([1.0, 3.0])})
+  writer.histograms('A', 10, {'alpha': {'w': np.array([0.1, np.nan, -0.2]), 'none': np.array([np.inf])}})
+  writer.figure('curves', Figure(figsize=(1, 1)))
+  writer.close()
+  data, found = next(tmp_path.glob('events.*')).read_bytes(), {}
+  while data:
+    size = int.from_bytes(data[:8], 'little')
+    for value in Event.FromString(data[12 : 12 + size]).summary.value:
+      found[value.tag] = value
+    data = data[16 + size :]
+  assert found['A/loss'].simple_value == 2
+  assert (found['A/alpha.w'].histo.num, found['A/alpha.w'].histo.min) == (2, -0.2)
+  assert found['curves'].image.encoded_image_string.startswith(b'\x89PNG')
+  assert 'A/alpha.none' not in found
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,11 @@ class Fit(NamedTuple):
     name: of the learner.
     before: its prediction with θ, `[P]`, at the picture's P inputs.
     after: its prediction with θ′, `[P]`.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> plotting.Fit('Meta-SGD', before=np.zeros(50), after=np.ones(50)).name
+    'Meta-SGD'
   """
 
   name: str
@@ -36,6 +41,14 @@ def adaptation_curves(
     truths: for each column, `[P]`.
     supports: for each column, x and y `[K, 1]`.
     fits: for each column, a `Fit` for each row.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> x = np.linspace(-5, 5, 50)
+    >>> fit = plotting.Fit('Meta-SGD', before=np.zeros(50), after=np.sin(x))
+    >>> support = ms.Batch(np.zeros((5, 1)), np.zeros((5, 1)))
+    >>> plotting.adaptation_curves(x, [np.sin(x)], [support], [[fit]]).axes[0].get_title()
+    'Meta-SGD, MSE 0.00'
   """
   rows, columns = len(fits[0]), len(fits)
   figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout='constrained')
@@ -62,6 +75,12 @@ def alpha_histograms(alpha: PyTree) -> Figure:
 
   Args:
     alpha: of one run.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> figure = plotting.alpha_histograms({'kernel': np.array([[0.1, -0.1], [0.2, 0.3]])})
+    >>> figure.get_suptitle()
+    'learned α: 25.0% of 4 entries are negative'
   """
   leaves = jax.tree_util.tree_leaves_with_path(alpha)
   columns = min(4, len(leaves))
@@ -71,7 +90,7 @@ def alpha_histograms(alpha: PyTree) -> Figure:
   for ax, (path, leaf) in zip(axes, leaves, strict=False):
     entries = np.ravel(np.asarray(leaf, np.float64))
     # A few entries in a thousand may lie far out; they would squeeze the others into one bar.
-    low, high = np.quantile(entries, [0.002, 0.998])
+    low, high = np.quantile(entries, [0.002, 0.998] if entries.size > 1000 else [0, 1])
     bins = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
     ax.hist(entries[entries < 0], bins, color=ORANGE)
     ax.hist(entries[entries >= 0], bins, color=BLUE)
@@ -96,6 +115,12 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylab
     curves: `{label: (steps [n], values [n, R])}`.
     ylabel: the quantity, with its unit.
     log: whether its axis is logarithmic.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> curve = np.array([1, 2, 3]), np.array([[3.0], [2.0], [1.5]])  # Steps [n], values [n, R].
+    >>> plotting.learning_curves({'Meta-SGD': curve}, ylabel='error').axes[0].get_ylabel()
+    'error'
   """
   figure = Figure(figsize=(7, 4), layout='constrained')
   ax = figure.subplots()
@@ -122,6 +147,11 @@ class Accuracy(NamedTuple):
     mean: its accuracy.
     ci95: the interval's half-width.
     published: the paper's accuracy; `None` where it has none.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> plotting.Accuracy('Meta-SGD', mean=0.95, ci95=0.01, published=0.995).published
+    0.995
   """
 
   name: str
@@ -135,6 +165,12 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
 
   Args:
     panels: `{setting: learners}`.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> found = [plotting.Accuracy('Meta-SGD', 0.95, 0.01, 0.995), plotting.Accuracy('Siamese', 0.8, 0.02, None)]
+    >>> len(plotting.accuracies({'5-way 1-shot': found}).axes)
+    1
   """
   most = max(len(found) for found in panels.values())
   figure = Figure(figsize=(5.2 * len(panels), 0.3 * most + 1.4), layout='constrained')
@@ -163,6 +199,11 @@ def instance_curve(curves: Mapping[str, np.ndarray]) -> Figure:
 
   Args:
     curves: `{label: values [n]}`.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> plotting.instance_curve({'MANN': np.array([0.3, 0.8, 0.9])}).axes[0].get_ylabel()
+    'accuracy, %'
   """
   figure = Figure(figsize=(6, 3.6), layout='constrained')
   ax = figure.subplots()

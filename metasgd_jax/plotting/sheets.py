@@ -17,6 +17,12 @@ def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
     support: x `[N·K, H, W, D]` in 0 to 1, y `[N·K]`.
     query: x `[N·Q, H, W, D]`, y `[N·Q]`.
     logits: `[N·Q, N]`, the answers after adaptation.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> support = query = ms.Batch(np.zeros((2, 28, 28, 1)), np.array([0, 1]))
+    >>> plotting.episode_sheet(support, query, np.eye(2)).get_suptitle()
+    '100% of 2 query drawings right; each shows the answer given'
   """
   way = logits.shape[-1]
   shot, queries = len(support.y) // way, min(len(query.y) // way, 10)

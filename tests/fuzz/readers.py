@@ -16,6 +16,7 @@ from PIL import Image
 
 import metasgd_jax as ms
 from metasgd_jax import cli, model_file, writers
+from metasgd_jax.cli import info
 from metasgd_jax.datasets import DatasetError, archives, image_cache, image_files, image_folder, mini_imagenet, splits
 from metasgd_jax.tasks.few_shot import ClassBank
 
@@ -43,7 +44,14 @@ def _models() -> list[Tree]:
 
 def _read_model(folder, rng) -> None:
   path = folder / 'a.safetensors'
-  cli._about(ms.load_model(path), model_file.model_size(path))
+  info.about(ms.load_model(path), model_file.model_size(path))
+
+
+def _exported() -> list[Tree]:
+  learner = ms.Learner(None, lambda theta, support, key: theta, None, lambda theta, x: x @ theta['w'], None)
+  batch = ms.Batch(np.ones((4, 2), np.float32), np.ones((4, 1), np.float32))
+  theta, episode = {'w': np.ones((2, 1), np.float32)}, ms.Episode(batch, batch)
+  return [in_folder(lambda folder: ms.export_learner(folder / 'a.zip', learner, theta, episode, says={'a': [1]}))]
 
 
 _PARAMS = {
@@ -268,6 +276,7 @@ def _command(folder, rng) -> None:
 READERS = [
   Reader('load_model', _models, _read_model, (ValueError,), 1.0, {'': (in_safetensors,)}),
   Reader('metasgd info', _models, _command, (ValueError,), 0.2, {'': (in_safetensors,)}),
+  Reader('load_exported', _exported, lambda folder, rng: ms.load_exported(folder / 'a.zip'), (ValueError,), 0.5),
   Reader('read_params', _params, _read_params, (ValueError,)),
   Reader('MetricsWriter.cut', _metrics, _read_metrics, (writers.WriterError,), 1.0, {'': (in_json_lines, text)}),
   Reader('read_image', _pictures, _read_picture, (DatasetError,), 3.0, {'.png': (in_png,)}),

@@ -1,0 +1,160 @@
+"""An experiment's command line: help, settings from a file, mistakes, and what is watched of a run."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import classification, command, large_learners, navigation, options, processes, regression, resuming
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXPERIMENTS = {
+  module.__name__.split('.')[1]: module for module in (classification, regression, navigation, large_learners)
+}
+TINY = ['--meta_iterations=20', '--seeds=2', '--learner=meta_sgd', '--eval_tasks=3', '--eval_repeats=2']
+
+
+def run(module, *flags):
+  argv = [sys.executable, '-m', f'experiments.{module}', *flags]
+  return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def names(module):
+  configs = [module.Config, resuming.Keeping] + ([processes.Machines] if module is not large_learners else [])
+  return {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'config'}
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_help_fits_a_screen_and_names_every_flag(name):
+  done = run(name, '--help')
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) <= 41
+  assert max(map(len, lines)) <= 100
+  for flag in names(EXPERIMENTS[name]):
+    assert f' --{flag}' in done.stdout or f' --no{flag}' in done.stdout, flag
+  assert 'More:' not in done.stdout, 'a flag that no topic of experiments/command.py has'
+  assert '--helpfull says more of each' in done.stdout
+
+
+def test_the_whole_help_says_all_of_each_flag():
+  out = run('classification', '--helpfull').stdout
+  for name, field in classification.Config.__dataclass_fields__.items():
+    assert f'--{name}:' in out or f'--[no]{name}:' in out
+    assert ''.join(field.metadata['about'].split()) in ''.join(out.split())
+
+
+def test_topics_have_flags_that_there_are():
+  known = set().union(*map(names, EXPERIMENTS.values()), {'compilation_cache'})
+  given = [name for parts in command.TOPICS.values() for part in parts for name in part.split()]
+  assert len(given) == len(set(given))
+  assert set(given) == known
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+  """A tiny run, and what it said."""
+  workdir = tmp_path_factory.mktemp('command') / 'first'
+  done = run('regression', *TINY, f'--workdir={workdir}', '--profile', '--tensorboard')
+  assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+def same(a, b):
+  rows = [json.loads((d / 'results.json').read_text())['rows'] for d in (a, b)]
+  return rows[0] == rows[1] and (a / 'metrics.jsonl').read_bytes() == (b / 'metrics.jsonl').read_bytes()
+
+
+def test_a_run_from_the_results_of_another_is_the_same(first, tmp_path):
+  done = run('regression', f'--config={first[0] / "results.json"}', f'--workdir={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  assert same(first[0], tmp_path)
+
+
+def test_flags_override_what_the_file_says(first, tmp_path):
+  flags = [f'--config={first[0] / "config.json"}', '--seed=7', '--notensorboard', f'--workdir={tmp_path}']
+  done = run('regression', *flags)
+  assert done.returncode == 0, done.stderr
+  old, new = (json.loads((d / 'config.json').read_text()) for d in (first[0], tmp_path))
+  assert new == old | {'seed': 7, 'tensorboard': False}
+  assert not same(first[0], tmp_path)
+
+
+def test_progress_of_a_run_that_nobody_watches_is_in_the_log(first):
+  err = first[1].stderr
+  assert 'Meta-SGD 5-shot  20/20  loss ' in err
+  assert 'it/s  took ' in err
+  assert '\r' not in err
+  assert 'mean squared error after 1 inner step(s)' in first[1].stdout
+
+
+def test_a_trace_is_written_and_the_log_says_how_to_open_it(first):
+  (trace,) = (first[0] / 'profile' / 'meta_sgd_5shot').rglob('perfetto_trace.json.gz')
+  assert f'a trace of 3 meta-iterations is in {trace}; open it at https://ui.perfetto.dev' in first[1].stderr
+  assert json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+
+
+def of_file(tmp_path, value, name='regression'):
+  path = tmp_path / 'x.json'
+  path.write_text(value if isinstance(value, str) else json.dumps(value))
+  return command.from_file(str(path), EXPERIMENTS[name].Config, name)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_settings_become_flags_that_give_them(tmp_path, name):
+  config = EXPERIMENTS[name].Config(meta_iterations=7, learning_rate=2e-3)
+  recipe = json.loads(json.dumps(options.recipe(name, config).copy(), default=list))
+  assert of_file(tmp_path, {**recipe, 'rows': []}, name) == options.flag_texts(config)
+  assert of_file(tmp_path, recipe['config'], name) == options.flag_texts(config)
+  assert of_file(tmp_path, {'seed': 5}, name) == ['--seed=5']
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    ({'meta_iteration': 5}, "the field 'meta_iteration', which .*; did you mean meta_iterations[?]; is it of another"),
+    ({'way': 5}, "the field 'way', which experiments.regression does not know"),
+    ({'meta_iterations': '5'}, "meta_iterations must be of type int, got '5'"),
+    ({'meta_iterations': 0}, 'meta_iterations must be from 1 to .*, got 0'),
+    ({'dataset': 'sinusoid'}, "dataset must be one of sinusoids, sinusoids_maml, got 'sinusoid'"),
+    ({'learner': 'maml'}, "learner must be of type tuple, got 'maml'"),
+    ({'learner': [['maml']]}, 'x.json: '),
+    (
+      {'command': 'python -m experiments.navigation', 'config': {}},
+      'of experiments.navigation, not of experiments',
+    ),
+    ({'command': 'python -m experiments.regression', 'config': {}}, 'holds no settings'),
+    ([], 'holds no settings'),
+    ('{', 'cannot be read'),
+    ('[' * 100_000, 'cannot be read'),
+  ],
+)
+def test_a_file_that_is_no_configuration_of_the_experiment(tmp_path, value, message):
+  with pytest.raises(ValueError, match=message) as e:
+    of_file(tmp_path, value)
+  assert str(e.value).startswith(f'--config={tmp_path}/x.json')
+
+
+def test_no_such_file(tmp_path):
+  with pytest.raises(ValueError, match=r'none.json cannot be read \(there is no such file\); give results.json'):
+    command.from_file(str(tmp_path / 'none.json'), regression.Config, 'regression')
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--meta_iteration=5'], 'error: unknown flag --meta_iteration; did you mean --meta_iterations?'),
+    (['--notensorbord'], 'error: unknown flag --notensorbord; did you mean --notensorboard?'),
+    (['--dataset=sinusoid'], 'value should be one of <sinusoids|sinusoids_maml>; did you mean sinusoids?'),
+    (['--learner=meta_sgd,mamml'], 'each must be one of meta_sgd, maml; did you mean maml?'),
+    (['--config=none.json'], 'error: --config=none.json cannot be read (there is no such file)'),
+  ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest(flags, message):
+  done = run('regression', *flags)
+  assert done.returncode == 2
+  assert message in ' '.join(done.stderr.split())
+  assert done.stderr.count('\n') == 1

@@ -1,0 +1,260 @@
+"""Exported files: they run without the package, give its numbers, and are refused when they are not whole."""
+
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from small_models import pictures, small_model
+
+import metasgd_jax as ms
+from metasgd_jax import cli, export, model_file
+from metasgd_jax.writers import WriterError
+
+DOCS = (pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'export.md').read_text()
+ALONE, WITH_PACKAGE = re.findall(r'```py\n(.*?)```', DOCS, re.DOTALL)
+
+SMALL = dict(image_shape=(16, 16, 1), filters=8)
+
+
+def some(count, seed=0, way=5):
+  labels = np.arange(count, dtype=np.int32) % way
+  return (pictures(labels, size=16, seed=seed) / 255).astype(np.float32)[..., None], labels
+
+
+@pytest.fixture(scope='module')
+def model():
+  return small_model(seed=3, training={'dataset': 'none'}, **SMALL)
+
+
+@pytest.fixture(scope='module')
+def file(model, tmp_path_factory):
+  path = tmp_path_factory.mktemp('exported') / 'small.zip'
+  export.export_model(path, model)
+  return path
+
+
+def run_alone(file, support, x, tmp_path):
+  """What the documented lines answer in a process that has no metasgd_jax."""
+  np.savez(tmp_path / 'in.npz', support_x=support[0], support_y=support[1], x=x)
+  code = f"import sys; sys.modules['metasgd_jax'] = None\n{ALONE}\nassert 'flax' not in sys.modules"
+  argv = [sys.executable, '-I', '-c', code, file, tmp_path / 'in.npz', tmp_path / 'out.npy']
+  done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, check=False)
+  assert done.returncode == 0, done.stderr
+  return np.load(tmp_path / 'out.npy')
+
+
+@pytest.mark.parametrize('shots', [1, 3])
+def test_the_documented_lines_give_the_classifiers_numbers_without_the_package(file, model, shots, tmp_path):
+  support, (x, _) = some(5 * shots), some(7, seed=1)
+  ours = ms.FewShotClassifier(model, invert=False).fit(*support).predict_proba(x)
+  np.testing.assert_allclose(run_alone(file, support, x, tmp_path), ours, rtol=1e-5)
+
+
+def test_fewer_classes_and_a_fixed_number_of_shots(model, tmp_path):
+  found = export.export_model(tmp_path / 'a.zip', model, way=3, shot=2, inductive=False, platforms=('cpu',))
+  support, (x, _) = some(6, way=3), some(4, seed=1, way=3)
+  learner = model_file.build_learner(model.config, 3)
+  ours = jax.jit(lambda: learner.predict(learner.adapt(model.meta, ms.Batch(*support), None), x))()
+  np.testing.assert_allclose(found.predict(found.adapt(found.parameters, *support), x), ours, rtol=1e-4, atol=1e-5)
+  assert ours.shape == (4, 3)
+  assert found.about['says']['classes'] == 3
+  assert found.about['platforms'] == ['cpu']
+  with pytest.raises(ValueError, match=r'6|shape'):
+    found.adapt(found.parameters, *some(9, way=3))
+
+
+def test_about_says_what_goes_in_and_what_comes_out(file):
+  found = ms.load_exported(file)
+  assert found.about['adapt']['takes'][1:] == ['float32[S,16,16,1]', 'int32[S]']
+  assert found.about['predict']['takes'][1] == 'float32[Q,16,16,1]'
+  assert found.about['predict']['gives'] == 'float32[Q,5]'
+  assert found.about['platforms'] == ['cpu', 'cuda', 'tpu']
+  assert found.about['says']['training'] == {'dataset': 'none'}
+  assert found.about['checked_on'] in ('cpu', 'cuda', 'tpu')
+  assert str(pathlib.Path(ms.__file__).parent).encode() not in file.read_bytes(), 'places in the source went along'
+
+
+LEARNERS = {
+  'meta_sgd': lambda model: ms.meta_sgd(model, ms.losses.cross_entropy, steps=2),
+  'maml': lambda model: ms.maml(model, ms.losses.cross_entropy, alpha=0.1),
+  'prototypical': lambda model: ms.learners.prototypical(model, way=5),
+}
+
+
+@pytest.mark.parametrize('name', LEARNERS)
+def test_any_learner(name, tmp_path):
+  learner = LEARNERS[name](ms.nn.from_linen(ms.nn.MLP((8,), outputs=5, stddev=0.1)))
+  flat = lambda x, y: ms.Batch(x.reshape(len(x), -1), y)
+  episode = ms.Episode(flat(*some(5)), flat(*some(10, seed=1)))
+  meta = jax.jit(learner.init)(jax.random.key(0), episode)
+  found = export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
+  support, (x, _) = flat(*some(20, seed=2)), flat(*some(4, seed=3))
+  ours = learner.predict(learner.adapt(meta, support, jax.random.key(0)), x)
+  theirs = found.predict(found.adapt(found.parameters, *support), x)
+  np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_the_documented_lines_for_a_learner(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  exec(compile(WITH_PACKAGE, 'docs/export.md', 'exec'), {})
+  assert capsys.readouterr().out == '(10, 1)\n'
+
+
+def linear(adapt=lambda theta, support: theta, predict=lambda theta, x: x @ theta['w'], key=None):
+  learner = ms.Learner(None, lambda theta, support, key: adapt(theta, support), None, predict, None)
+  episode = ms.Episode(*[ms.Batch(np.ones((4, 2), np.float32), np.ones((4, 1), np.float32))] * 2)
+  return learner, {'w': np.ones((2, 1), np.float32)}, episode
+
+
+def test_a_program_with_other_numbers_is_not_written(tmp_path):
+  traced = []
+
+  def predict(theta, x):
+    traced.append(1)
+    return x @ theta['w'] + len(traced)
+
+  (tmp_path / 'a.zip').write_text('of before')
+  with pytest.raises(WriterError, match='the exported programs differ from the learner by'):
+    export.export_learner(tmp_path / 'a.zip', *linear(predict=predict))
+  assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.zip', 'of before')]
+
+
+def test_a_support_whose_size_matters_must_be_fixed(tmp_path):
+  halves = lambda theta, support: theta if support.x.shape[0] > 3 else {'w': theta['w'] / 2}
+  with pytest.raises(ValueError, match='cannot be left open .*any_support=False'):
+    export.export_learner(tmp_path / 'a.zip', *linear(halves))
+  export.export_learner(tmp_path / 'a.zip', *linear(halves), any_support=False)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(platforms=('gpu',)), r"platforms must be some of cpu, cuda, tpu, rocm, each once, got \('gpu',\)"),
+    (dict(platforms='cpu'), "got 'cpu'"),
+    (dict(platforms=()), r'got \(\)'),
+    (dict(says={'a': object()}), 'the file cannot hold this'),
+  ],
+)
+def test_what_cannot_be_exported(options, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    export.export_learner(tmp_path / 'a.zip', *linear(), **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_parameters_and_episodes_that_it_cannot_take(tmp_path):
+  learner, _, episode = linear()
+  with pytest.raises(ValueError, match='dtype that NumPy has, got bfloat16'):
+    export.export_learner(tmp_path / 'a.zip', learner, {'w': jax.numpy.ones((2, 1), 'bfloat16')}, episode)
+  with pytest.raises(ValueError, match=r'must be Batch\(x, y\), got tuple'):
+    export.export_learner(tmp_path / 'a.zip', learner, {}, ms.Episode(tuple(episode.support), episode.query))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('options', 'message'), [(dict(way=6), 'got 6'), (dict(shot=0), 'shot must be .*, got 0')])
+def test_classes_and_shots_that_there_are_not(model, options, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    export.export_model(tmp_path / 'a.zip', model, **options)
+
+
+@pytest.mark.parametrize('place', ['none/a.zip', '', 'a\0b', '~nobody-of-that-name/a'])
+def test_where_nothing_can_be_written(place, tmp_path):
+  with pytest.raises(WriterError, match='cannot be written .*; give another path'):
+    export.export_learner(place if place.startswith('~') else f'{tmp_path}/{place}', *linear())
+  assert not list(tmp_path.iterdir())
+
+
+def members(file):
+  with zipfile.ZipFile(file) as archive:
+    return {name: archive.read(name) for name in archive.namelist()}
+
+
+def changed_about(parts, **changes):
+  return parts | {'about.json': json.dumps(json.loads(parts['about.json']) | changes).encode()}
+
+
+def other_shape(parts):
+  data = io.BytesIO()
+  np.save(data, np.zeros(3, np.float32))
+  return parts | {'parameters/theta.Dense_1.bias.npy': data.getvalue()}
+
+
+def claims_much(parts):
+  name = 'parameters/theta.Dense_1.bias.npy'
+  return parts | {name: parts[name].replace(b'(5,), }', b'(5000000000,), }')}
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'message'),
+  [
+    (lambda parts: parts | {'about.json': b'{'}, 'not an exported learner'),
+    (lambda parts: parts | {'about.json': b'[]'}, 'no format_version'),
+    (lambda parts: changed_about(parts, format_version=2), 'of format version 2, newer than 1'),
+    (lambda parts: changed_about(parts, parameters=[1]), 'does not name the parameters'),
+    (lambda parts: changed_about(parts, platforms=['cpu']), 'another program than adapt.bin'),
+    (lambda parts: changed_about(parts, predict={}), 'another program than predict.bin'),
+    (lambda parts: {k: v for k, v in parts.items() if k != 'predict.bin'}, 'predict.bin is missing'),
+    (lambda parts: {k: v for k, v in parts.items() if k != 'about.json'}, 'no about.json'),
+    (lambda parts: parts | {'more': b''}, 'more is more than belongs there'),
+    (lambda parts: parts | {'adapt.bin': parts['predict.bin']}, 'another program than adapt.bin'),
+    (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'not an exported learner'),
+    (lambda parts: parts | {'about.json': b' ' * 2**21}, 'too large'),
+    (other_shape, 'not those that adapt.bin takes'),
+    (claims_much, 'another size than it says'),
+  ],
+)
+def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):
+  path = tmp_path / 'spoilt.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in spoil(members(file)).items():
+      archive.writestr(name, data)
+  with pytest.raises(ValueError, match=message):
+    export.load_exported(path)
+
+
+def test_files_that_are_something_else_are_refused(file, tmp_path):
+  with pytest.raises(ValueError, match='there is no such file'):
+    export.load_exported(tmp_path / 'none')
+  (tmp_path / 'cut').write_bytes(file.read_bytes()[:-500])
+  (tmp_path / 'flipped').write_bytes(file.read_bytes().replace(b'\x93NUMPY', b'\x93NUMPX', 1))
+  with zipfile.ZipFile(tmp_path / 'packed', 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name, data in members(file).items():
+      archive.writestr(name, data)
+  for name, message in (('cut', 'not a zip'), ('flipped', 'CRC'), ('packed', 'compressed')):
+    with pytest.raises(ValueError, match=message):
+      export.load_exported(tmp_path / name)
+
+
+def test_the_command_writes_a_file_that_it_has_compared(model, tmp_path, capsys):
+  ms.save_model(tmp_path / 'm', model)
+  out = tmp_path / 'a.zip'
+  flags = [f'--model={tmp_path / "m"}', f'--out={out}', '--way=3', '--shot=1', '--platforms=cpu,cuda']
+  assert cli.main(['export', *flags]) == 0
+  said = capsys.readouterr().out
+  assert 'MB, for cpu, cuda; read back, it gives the same numbers on cpu' in said
+  assert 'float32[3,16,16,1] of 0 to 1, light on dark, labels int32[3] from 0' in said
+  assert 'float32[Q,16,16,1] → logits float32[Q,3]' in said
+  assert ms.load_exported(out).about['says']['classes'] == 3
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--way=30'], 'the model tells 2 to 20 classes apart, got 30'),
+    (['--platforms=cpu,gpu'], "platforms must be some of cpu, cuda, tpu, rocm, each once, got ['cpu', 'gpu']"),
+    (['--out=none/a.zip'], 'none/a.zip cannot be written (there is no folder none); give another path'),
+  ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(['export', '--out=a.zip', *flags]) == 1
+  err = capsys.readouterr().err
+  assert err.startswith(f'error: {message}')
+  assert err.count('\n') == 1
+  assert not list(tmp_path.iterdir())
