@@ -18,9 +18,10 @@ import optax
 from absl import flags
 
 import metasgd_jax as ms
-from experiments import classification, few_shot_data, options, reporting, resuming, trainings
+from experiments import classification, few_shot_data, options, processes, reporting, resuming, trainings
 from experiments.few_shot_data import DATASETS
 from experiments.options import option
+from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
@@ -104,6 +105,7 @@ class Setup:
   test: few_shot_data.Tasks
   metrics: dict[str, Callable[..., Any]]
   training: Training
+  devices: int | None = None
 
 
 def build_model(config: Config) -> ms.Model:
@@ -141,11 +143,11 @@ def build_tasks(config: Config) -> tuple[few_shot_data.Tasks, few_shot_data.Task
   return train, test
 
 
-def build(config: Config) -> Setup:
-  """Builds and checks everything.
+def build(config: Config, devices: int | None = None) -> Setup:
+  """Builds and checks everything; `devices` of each process share tasks, as many as can where left out.
 
   Raises:
-    ValueError: settings that do not fit the data or one another.
+    ValueError: settings that do not fit the data or one another, or devices that cannot share the tasks evenly.
     DatasetError: the data set cannot be had.
   """
   of_all = per_token if config.network == 'transformer' else lambda metric: metric
@@ -155,7 +157,7 @@ def build(config: Config) -> Setup:
     alpha_range=(config.alpha, config.alpha), metrics={'accuracy': metrics['accuracy']},
   )  # fmt: skip
   train, test = build_tasks(config)
-  mesh = sharding.task_mesh(config.meta_batch)
+  mesh = sharding.task_mesh(config.meta_batch, devices=devices)
   mapping: ms.Mapping = config.tasks_at_once or 'auto'
   optimizer = trainings.optimizer_of(config, optax.adam(config.learning_rate))
   start = lambda: ms.init(jax.random.key(config.seed), train, learner=learner, optimizer=optimizer)
@@ -166,7 +168,7 @@ def build(config: Config) -> Setup:
     meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=-(-config.meta_iterations // 20),
     mesh=mesh, mapping=mapping,
   )  # fmt: skip
-  return Setup(learner, train, test, metrics, training)
+  return Setup(learner, train, test, metrics, training, devices)
 
 
 def run(
@@ -206,7 +208,7 @@ def _about(meta: ms.MetaParams, config: Config) -> dict[str, Any]:
 def _test(name: str, meta: ms.MetaParams, config: Config, setup: Setup) -> reporting.Result:
   values = ms.evaluate(
     setup.learner, meta, setup.test, test_keys(config.eval_seed)[0], metric_fn=setup.metrics[name],
-    num_tasks=config.eval_tasks, mesh=sharding.task_mesh(config.eval_tasks),
+    num_tasks=config.eval_tasks, mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices),
   )[:, 0]  # fmt: skip
   about = {'network': config.network, 'adapts': config.adapts, 'learner': 'meta_sgd', 'metric': name}
   return reporting.Result(about, values[None])
@@ -237,12 +239,12 @@ def _floor(tasks: Any, config: Config) -> float:
 
 def _prepare() -> Callable[[], object]:
   config, keeping = options.from_flags(Config), options.from_flags(Keeping)
-  workdir = writers.open_workdir(flags.FLAGS.workdir)
-  setup = build(config)
+  workdir = processes.open_workdir(flags.FLAGS.workdir)
+  setup = build(config, options.from_flags(Machines).devices)
   looked_into = trainings.look([setup.training], config, workdir, keeping)
   return looked_into or functools.partial(run, config, workdir, setup, keeping)
 
 
 if __name__ == '__main__':
-  resuming.define_flags(Config, Keeping, workdir='runs/large_learners')
-  options.main(_prepare, Config)
+  resuming.define_flags(Config, Keeping, Machines, workdir='runs/large_learners')
+  processes.main(_prepare, Config)

@@ -133,8 +133,12 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
   Raises:
     ValueError: the devices cannot share the tasks of a meta-iteration, or of its curvature, evenly.
   """
-  shared = math.gcd(config.meta_batch, config.curved if config.optimizer == 'trpo' else 0)
-  mesh = sharding.task_mesh(shared, devices=devices)
+  curved = config.curved if config.optimizer == 'trpo' else 0
+  mesh = sharding.task_mesh(config.meta_batch if devices else math.gcd(config.meta_batch, curved), devices=devices)
+  if mesh and curved % mesh.size:
+    raise ValueError(
+      f'curvature_tasks={curved} cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
+    )
   return [_training(start, name, environments[start], mesh, config) for start, name in config.runs]
 
 
@@ -311,4 +315,4 @@ def _prepare() -> Callable[[], object]:
 
 if __name__ == '__main__':
   resuming.define_flags(Config, Keeping, Machines, workdir='runs/navigation')
-  processes.main(_prepare, Config, several=False)
+  processes.main(_prepare, Config)

@@ -39,7 +39,7 @@ class Machines:
 
   devices: int | None = option(
     None, 'Of each process, to share the tasks of a meta-iteration evenly; if not given one for regression, for '
-    'classification as many as can.', low=1, high=100_000, kind=int,
+    'the others as many as can.', low=1, high=100_000, kind=int,
   )  # fmt: skip
   distributed: bool = option(
     False, 'One of several processes that the cluster started (SLURM, Cloud TPU, Open MPI), which says who they are.'
@@ -78,22 +78,16 @@ class Machines:
     return self.distributed or self.coordinator is not None
 
 
-def main(prepare: Callable[[], Callable[[], object]], config_class: type, *, several: bool = True) -> None:
+def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
   """Runs an experiment from the command line as `options.main` does, where the flags of `Machines` say.
 
   Args:
     prepare: as there.
     config_class: as there.
-    several: whether it can take several devices or processes.
   """
 
   def prepare_all():
     machines = options.from_flags(Machines)
-    if not several and (machines.several or machines.devices not in (None, 1)):
-      raise ValueError(
-        'this experiment runs in one process, on one device; leave out devices, distributed, coordinator, '
-        'num_processes and process_id'
-      )
     if machines.several:
       start(machines)
     with together():

@@ -1,6 +1,7 @@
 """Experiments by two processes, which meet at a port of this host: as one process has it, and killed half-way too."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ import pytest
 import torture
 from flax import serialization
 
-from experiments import classification, few_shot_training, processes, regression, reporting
+from experiments import classification, few_shot_training, navigation, processes, regression, reporting
 from experiments.processes import Machines
 from experiments.resuming import Keeping
 
@@ -177,6 +178,31 @@ def test_classification_by_two_processes(tmp_path):
     assert ours['mean'] == pytest.approx(theirs['mean'], abs=0.2)  # A picture of six may fall on the other side.
 
 
+NAVIGATION = navigation.Config(
+  learner=('meta_sgd',), trajectories=2, meta_batch=4, curvature_tasks=2, meta_iterations=1, eval_tasks=4,
+  eval_updates=1,
+)  # fmt: skip
+
+
+def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch):
+  """TRPO's meta-iterations: a process of two devices shares the tasks in the same way."""
+  monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
+  navigation.run(NAVIGATION, tmp_path / 'one', Keeping(), 2)
+  changed = [
+    f'--{field.name}={",".join(value) if isinstance(value, tuple) else value}'
+    for field in dataclasses.fields(NAVIGATION)
+    if (value := getattr(NAVIGATION, field.name)) != field.default
+  ]
+  with two('navigation', tmp_path / 'two', *changed) as running:
+    printed = ended(running)
+    assert [process.returncode for process in running] == [0, 0], printed
+  names = sorted(path.name for path in (tmp_path / 'one').glob('per_task_*.npy'))
+  assert names
+  for name in names:
+    found, want = (np.load(tmp_path / run / name) for run in ('two', 'one'))
+    np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
   ('given', 'message'),
   [
@@ -205,7 +231,7 @@ def test_mistakes_about_processes_get_a_sentence(given, message):
     ('regression', ['--process_id=1'], 'give --coordinator and --num_processes too'),
     ('regression', ['--distributed'], 'no cluster tells of its processes ('),
     ('classification', ['--meta_batch=3', '--devices=2'], '3 tasks cannot be shared evenly by 2 devices; take a mul'),
-    ('navigation', ['--devices=2'], 'this experiment runs in one process, on one device; leave out devices, '),
+    ('navigation', ['--curvature_tasks=3', '--devices=2'], 'curvature_tasks=3 cannot be shared evenly by 2 devices'),
   ],
 )
 def test_mistakes_in_flags_get_a_sentence(module, flags, message, tmp_path, monkeypatch):
