@@ -1,6 +1,8 @@
 # make demo   Meta-SGD beside MAML on sine curves, as in the paper's Table 1 and Figure 3
 # make test   the tests
 # make lint   style and types
+# make docs   the documentation, as pages in docs/_build/html; warnings are errors
+# make notebooks  runs the notebooks anew, and keeps their outputs
 # make fuzz   ten thousand hostile files for everything that is read from disk, in some minutes
 # make bench  ours against its peers; needs the extra `bench`
 # make torture  kills a run at random moments, 60 times; it must end as if never killed
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 JOBS ?= 2
 
-.PHONY: demo test fuzz lint bench torture lowest clean
+.PHONY: demo test fuzz lint docs notebooks bench torture lowest clean
 
 demo: $(VENV)/plots
 	$(BIN)/python -m experiments.regression --workdir=runs/demo
@@ -26,6 +28,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -W -n --keep-going -b html docs docs/_build/html
+
+notebooks: $(VENV)/notebooks
+	$(BIN)/python -m notebooks.execute
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.sinusoids
@@ -44,7 +52,7 @@ lowest:
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 clean:
-	rm -rf $(VENV) .venv-lowest runs
+	rm -rf $(VENV) .venv-lowest runs docs/_build docs/notebooks
 
 # One file for each extra that is installed; a change of what is asked for installs anew.
 $(VENV)/%: pyproject.toml constraints.txt | $(BIN)/python

@@ -33,6 +33,13 @@ PAPER: dict[str, dict[str, tuple]] = {
 MAML_STEPS = {('omniglot', 5): 1, ('omniglot', 20): 5, ('mini_imagenet', 5): 5, ('mini_imagenet', 20): 1}
 """(data set, way) → inner steps in training of the MAML that the paper cites or ran: Finn et al. 2017, A.1; Table 3."""
 
+OF_A_ROW: dict[str, Any] = {
+  'learner': str, 'way': int, 'shot': int, 'test_shot': int, 'batch_norm': str, 'mean': int | float,
+  'ci95': int | float, 'mean_by_step': list, 'meta_iterations': int, 'meta_batch': int, 'seeds': int, 'tasks': int,
+  'dataset': str, 'query': int, 'eval_query': int,
+}  # fmt: skip
+"""What the table takes from a row of results.json."""
+
 
 def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
   """Returns the paper's figure as text, in percent; `None` where it has none."""
@@ -112,9 +119,11 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
   if resuming.unfinished(directory):
     return False
   try:
-    found = json.loads((directory / 'config.json').read_text())
-    json.loads((directory / 'results.json').read_text())
-  except (OSError, ValueError):
+    found = json.loads((directory / 'config.json').read_bytes())
+    _read_rows(directory / 'results.json')
+  except (OSError, ValueError, RecursionError):
+    return False
+  if not isinstance(found, dict):
     return False
   defaults = {field.name: field.default for field in dataclasses.fields(cell)}  # Of options newer than the cell.
   return json.loads(json.dumps({**defaults, **found})) == json.loads(json.dumps(dataclasses.asdict(cell)))
@@ -123,15 +132,34 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
 def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
   """Returns the results of a data set's cells in a work directory, whichever command made them, in the table's order.
 
-  So cells may have budgets of their own, which the table states.
+  So cells may have budgets of their own, which the table states. A file that is no cell's is told of, and left out.
   """
   rows = []
   for path in sorted((workdir / 'cells').glob(f'{dataset}_*/results.json')):
-    rows += json.loads(path.read_text())['rows']
+    try:
+      rows += _read_rows(path)
+    except (OSError, ValueError, RecursionError) as e:
+      print(f'{path} is no results of a cell and not in the table ({e}); the same command makes them again')
   return sorted(
     rows,
     key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm'] == 'inductive'),
   )
+
+
+def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the rows of a cell's results.json. Raises OSError, RecursionError or ValueError where there are none."""
+  found = json.loads(path.read_bytes())
+  rows = found.get('rows') if isinstance(found, dict) else None
+  if not isinstance(rows, list) or not rows:
+    raise ValueError('it has no rows')
+  for row in rows:
+    for name, kind in OF_A_ROW.items():
+      value = row.get(name) if isinstance(row, dict) else None
+      if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f'a row has {name}={value!r:.80}')
+    if row['learner'] not in LEARNERS:
+      raise ValueError(f'a row has learner={row["learner"]!r:.80}')
+  return rows
 
 
 def write(workdir: pathlib.Path, dataset: str) -> None:

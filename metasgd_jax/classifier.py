@@ -28,8 +28,8 @@ class FewShotClassifier:
 
   `inductive` chooses by what batch norm normalises the pictures to answer:
 
-  True, the default: by the support's statistics, so that an answer depends on its own picture alone.
-  False, transductive, as accuracies of MAML and its kin are mostly measured: by the statistics of all pictures of the
+  - True, the default: by the support's statistics, so that an answer depends on its own picture alone.
+  - False, transductive, as accuracies of MAML and its kin are mostly measured: by the statistics of all pictures of the
     call, so that each answer depends on the others. Only for calls with many pictures and all classes among them.
 
   A model trained transductively has only met batches with as many pictures of each class. The statistics of a call of
@@ -46,6 +46,12 @@ class FewShotClassifier:
     steps: inner steps; the model's own where left out.
     invert: whether to turn light into dark: 'auto' does so where the model was trained on dark backgrounds and the
       pictures given to `fit` have a light border, for all of them and for those to come.
+
+  Example:
+    >>> images = np.random.default_rng(0).uniform(size=(4, 28, 28))  # Two drawings of each class, say.
+    >>> classifier = ms.FewShotClassifier('omniglot').fit(images, ['a', 'b', 'a', 'b'])
+    >>> classifier.predict_proba(images).shape
+    (4, 2)
   """
 
   def __init__(
@@ -95,6 +101,9 @@ class FewShotClassifier:
   def decision_function(self, images: Any) -> np.ndarray:
     """Returns the logits `[n, N]`; with two classes, as scikit-learn has it, the second's less the first's `[n]`.
 
+    Args:
+      images: what to answer, in any of the forms that the class names.
+
     Raises:
       ValueError: pictures that do not fit the model.
       NotFittedError: before `fit`.
@@ -103,16 +112,28 @@ class FewShotClassifier:
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
   def predict_proba(self, images: Any) -> np.ndarray:
-    """Returns each class's probability `[n, N]`, in the order of `classes_`; raises as `decision_function`."""
+    """Returns each class's probability `[n, N]`, in the order of `classes_`; raises as `decision_function`.
+
+    Args:
+      images: what to answer, in any of the forms that the class names.
+    """
     return scipy.special.softmax(self._logits(images).astype(np.float64), axis=1)
 
   def predict(self, images: Any) -> np.ndarray:
-    """Returns the most probable label of each picture `[n]`; raises as `decision_function`."""
+    """Returns the most probable label of each picture `[n]`; raises as `decision_function`.
+
+    Args:
+      images: what to answer, in any of the forms that the class names.
+    """
     answers = np.argmax(self._logits(images), axis=1)
     return self.classes_[answers]
 
   def score(self, images: Any, labels: Any) -> float:
     """Returns the share of pictures answered right.
+
+    Args:
+      images: what to answer, in any of the forms that the class names.
+      labels: `[n]`, their classes.
 
     Raises:
       ValueError: counts of pictures and labels that differ; as `decision_function`.
@@ -127,7 +148,7 @@ class FewShotClassifier:
     return {name: getattr(self, name) for name in ('model', 'inductive', 'steps', 'invert')}
 
   def set_params(self, **params: Any) -> 'FewShotClassifier':
-    """Sets constructor's arguments for the next `fit`, and returns self; raises ValueError for an unknown name."""
+    """Sets the constructor's arguments that params names, and returns self; raises ValueError for an unknown name."""
     known = self.get_params()
     for name in params:
       if name not in known:

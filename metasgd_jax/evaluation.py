@@ -20,7 +20,16 @@ AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for ot
 
 
 class Estimate(NamedTuple):
-  """A mean and the half-width of its 95% confidence interval, in the units of the values."""
+  """A mean and the half-width of its 95% confidence interval, in the units of the values.
+
+  Attributes:
+    mean: over tasks, or over runs.
+    ci95: the half-width; infinite for a single value.
+
+  Example:
+    >>> print(ms.Estimate(mean=0.8412, ci95=0.0789))
+    0.84±0.08
+  """
 
   mean: float
   ci95: float
@@ -61,6 +70,16 @@ def evaluate(
 
   Raises:
     ValueError: num_tasks or repeats below 1, an unknown mapping, or tasks that cannot be shared evenly.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> meta = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optax.adam(1e-3)).meta
+    >>> values = ms.evaluate(
+    ...   learner, meta, tasks, jax.random.key(1), metric_fn=ms.losses.mean_squared_error, num_tasks=6, repeats=2
+    ... )
+    >>> values.shape  # [task, draw, inner step]
+    (6, 2, 2)
   """
   check_mapping(mapping)
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
@@ -128,8 +147,15 @@ def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:
 
   A single value has an infinite interval.
 
+  Args:
+    values: `[n]`, one a task, or one a run.
+
   Raises:
     ValueError: values that are not one-dimensional, or none at all.
+
+  Example:
+    >>> print(ms.estimate(np.array([1.0, 2.0, 3.0])))
+    2.00±2.48
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or values.size == 0:

@@ -107,6 +107,16 @@ def plan_memory(
 
   Raises:
     ValueError: as `train_step`; an available memory below 0.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> plan = ms.plan_memory(tasks, learner=learner, optimizer=optax.adam(1e-3), meta_batch=4, available=2**30)
+    >>> plan.fits, plan.parts['θ'] == plan.parts['α']
+    (True, True)
+    >>> print(plan)  # doctest: +ELLIPSIS
+    memory of a meta-iteration on one device, 4 of 4 tasks at a time
+      θ ...
   """
   if available is not None and available < 0:
     raise ValueError(f'available must be a number of bytes, at least 0, got {available}')

@@ -47,6 +47,10 @@ class ModelConfig:
 
   Raises:
     ValueError: a field of another type or out of its range, naming it.
+
+  Example:
+    >>> ms.ModelConfig('meta_sgd', way=5, image_shape=(28, 28, 1)).filters
+    64
   """
 
   learner: LearnerName
@@ -127,9 +131,20 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
 def save_model(path: PathLike, model: FewShotModel) -> None:
   """Writes a model as a safetensors file, whole or not at all.
 
+  Args:
+    path: where to; a file there is replaced.
+    model: its configuration and parameters.
+
   Raises:
     ValueError: parameters that are not the configuration's, or not finite.
     WriterError: the file cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.save_model(f'{directory}/mine.safetensors', ms.load_model('omniglot'))
+    ...   ms.load_model(f'{directory}/mine.safetensors').config.learner
+    'meta_sgd'
   """
   tensors = _by_name(jax.device_get(model.meta))
   shapes = {name: (np.shape(t), np.asarray(t).dtype.name) for name, t in tensors.items()}
@@ -148,8 +163,15 @@ def save_model(path: PathLike, model: FewShotModel) -> None:
 def load_model(path_or_name: PathLike) -> FewShotModel:
   """Returns the model in a file, or a model that ships with the package by its name, such as 'omniglot'.
 
+  Args:
+    path_or_name: of a file of `save_model`, or a name.
+
   Raises:
     ValueError: no such file or name; a file that is not a model, is damaged, or is from a newer version.
+
+  Example:
+    >>> ms.load_model('omniglot').config.way
+    20
   """
   with _opened(path_or_name) as path:
     try:

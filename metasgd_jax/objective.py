@@ -62,6 +62,16 @@ def mean_loss(
     meta: its meta-parameters.
     episodes: leaves `[T, …]`.
     keys: `[T]`, one a task; consumed.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)  # Leaves [T, …].
+    >>> meta = learner.init(jax.random.key(1), jax.tree.map(lambda a: a[0], episodes))
+    >>> loss, info = ms.mean_loss(learner, meta, episodes, keys)
+    >>> loss.shape, info
+    ((), {})
   """
   losses, info = jax.vmap(learner.loss, (None, 0, 0))(meta, episodes, keys)
   return jnp.mean(losses), jax.tree.map(jnp.mean, info)
@@ -86,6 +96,16 @@ def value_and_grad(
 
   Raises:
     ValueError: an unknown mapping, or groups that T is no multiple of.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)  # Leaves [T, …].
+    >>> meta = learner.init(jax.random.key(1), jax.tree.map(lambda a: a[0], episodes))
+    >>> (loss, info), gradient = ms.value_and_grad(learner, meta, episodes, keys)
+    >>> jax.tree.structure(gradient) == jax.tree.structure(meta)
+    True
   """
   check_mapping(mapping)
   num_tasks = jax.tree.leaves(episodes)[0].shape[0]

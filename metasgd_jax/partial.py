@@ -21,6 +21,13 @@ def partly(model: Model, adapts: Adapts) -> Model:
 
   Raises (from `init`):
     ValueError: none of the leaves is chosen; it lists their names.
+
+  Example:
+    >>> model = ms.partly(ms.nn.from_linen(ms.nn.MLP()), lambda name: name.startswith('Dense_2'))
+    >>> theta = model.init(jax.random.key(0), jnp.zeros((5, 1)))
+    >>> alpha = ms.init_alpha(jax.random.key(1), theta, adapts=model.adapts)
+    >>> alpha['Dense_0'], alpha['Dense_2']['kernel'].shape
+    ({'bias': None, 'kernel': None}, (40, 1))
   """
 
   def both(name: str) -> bool:
@@ -53,6 +60,12 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   Raises:
     ValueError: a rank that is no integer of at least 1. From `init`: none of the matrices is chosen, or one is smaller
       than the rank.
+
+  Example:
+    >>> model = ms.low_rank(ms.nn.from_linen(ms.nn.MLP()), 4, lambda name: name == 'Dense_1.kernel')
+    >>> theta = model.init(jax.random.key(0), jnp.zeros((5, 1)))
+    >>> {name: leaf.shape for name, leaf in theta['factors']['Dense_1.kernel'].items()}  # In place of 40×40.
+    {'a': (40, 4), 'b': (4, 40)}
   """
   if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
     raise ValueError(f'rank must be an integer of at least 1, got {rank!r}')

@@ -26,6 +26,12 @@ class TrainState(NamedTuple):
     key: the run's key; never consumed, only folded with the step.
     meta: the learner's meta-parameters.
     opt_state: the outer optimiser's.
+
+  Example:
+    >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> keys = jax.random.split(jax.random.key(0), 3)  # Three runs side by side.
+    >>> ms.init(keys, ms.tasks.sinusoid(), learner=learner, optimizer=optax.sgd(0.1)).step
+    Array([0, 0, 0], dtype=int32)
   """
 
   step: chex.Array
@@ -67,6 +73,13 @@ def init(
 
   Raises:
     ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; what the learner raises.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optax.adam(1e-3))
+    >>> int(state.step), list(state.meta.theta)
+    (0, ['Dense_0', 'Dense_1', 'Dense_2'])
   """
   check_key(key)
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
@@ -124,6 +137,15 @@ def train_step(
 
   Raises:
     ValueError: an unknown mapping, tasks that cannot be shared evenly, or shard_meta without a mesh.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> optimizer = optax.adam(1e-3)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    >>> state, info = ms.train_step(state, tasks, learner=learner, optimizer=optimizer, meta_batch=4)
+    >>> int(state.step), list(info)
+    (1, ['loss'])
   """
   _check_sharing(mesh, meta_batch, shard_meta)
   keys = step_keys(state.key, state.step, meta_batch)
@@ -195,6 +217,18 @@ def train(
   Raises:
     ValueError: a count that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
       runs at different steps, a state that is already past `meta_iterations`, shard_meta without a mesh or for R runs.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> optimizer = optax.adam(1e-3)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    >>> show = lambda progress: print(progress.step, 'of', progress.total, progress.info['loss'].shape)
+    >>> state = ms.train(
+    ...   state, tasks, learner=learner, optimizer=optimizer, meta_iterations=5, meta_batch=4, chunk=3, callbacks=[show]
+    ... )
+    3 of 5 (3,)
+    5 of 5 (2,)
   """
   check_mapping(mapping)
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):

@@ -21,14 +21,26 @@ Adapts = Callable[[str], bool]
 
 
 class Batch(NamedTuple):
-  """Inputs and targets of one task: `x [S, …]`, `y [S, …]`."""
+  """Inputs and targets of one task: `x [S, …]`, `y [S, …]`.
+
+  Example:
+    >>> batch = ms.Batch(x=jnp.zeros((5, 3)), y=jnp.zeros((5, 1)))
+    >>> batch.x.shape
+    (5, 3)
+  """
 
   x: Any
   y: Any
 
 
 class Episode(NamedTuple):
-  """One task's data: `support` to adapt on, `query` to be judged on."""
+  """One task's data: `support` to adapt on, `query` to be judged on.
+
+  Example:
+    >>> episode = ms.Episode(ms.Batch(jnp.zeros(5), jnp.zeros(5)), ms.Batch(jnp.zeros(10), jnp.zeros(10)))
+    >>> episode.query.x.shape
+    (10,)
+  """
 
   support: Any
   query: Any
@@ -41,6 +53,11 @@ class MetaParams(NamedTuple):
     theta: any pytree of floating-point arrays.
     alpha: a pytree of θ's structure or a prefix of it; `None` where α is held still and so not learned, and for a leaf
       of θ that does not adapt.
+
+  Example:
+    >>> meta = ms.MetaParams(theta={'w': jnp.ones(2)}, alpha={'w': jnp.full(2, 0.1)})
+    >>> len(jax.tree.leaves(meta))  # A pytree, so an optax optimiser takes both.
+    2
   """
 
   theta: PyTree
@@ -57,6 +74,14 @@ class Model(NamedTuple):
     statistics: `(θ, x [B, …]) →` batch norm's means and variances over x, a pytree; `None` for a network without.
     adapts: which leaves of θ an inner loop moves, by their names; all of them where it is `None`. The rest is
       meta-learned and shared by all tasks; see `partly` and `low_rank`.
+
+  Example:
+    >>> model = ms.Model(
+    ...   init=lambda key, x: {'w': jax.random.normal(key, (x.shape[-1], 1))},
+    ...   apply=lambda theta, x: x @ theta['w'],
+    ... )
+    >>> model.apply(model.init(jax.random.key(0), jnp.zeros((5, 3))), jnp.zeros((5, 3))).shape
+    (5, 1)
   """
 
   init: Callable[[chex.PRNGKey, Any], PyTree]
@@ -74,6 +99,11 @@ class Learner(NamedTuple):
     path: `(meta, support, key) → adapted` after 0, 1, …, k steps, stacked on a leading axis `[k + 1]`.
     predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
     loss: `(meta, episode, key) → (scalar, info)`; what the outer optimiser lowers, and a dict of scalars.
+
+  Example:
+    >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> learner._fields
+    ('init', 'adapt', 'path', 'predict', 'loss')
   """
 
   init: Callable[[chex.PRNGKey, Episode], PyTree]
@@ -93,13 +123,27 @@ class TaskDistribution(NamedTuple):
   Attributes:
     sample: `key → task`, a pytree; consumes key.
     episode: `(task, key) → Episode`, a draw of the task's support and query; consumes key.
+
+  Example:
+    >>> def episode(slope, key):
+    ...   x = jax.random.normal(key, (15,))
+    ...   return ms.Episode(ms.Batch(x[:5], slope * x[:5]), ms.Batch(x[5:], slope * x[5:]))
+    >>> tasks = ms.TaskDistribution(sample=jax.random.normal, episode=episode)
+    >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
+    (5,)
   """
 
   sample: Callable[[chex.PRNGKey], PyTree]
   episode: Callable[[PyTree, chex.PRNGKey], Episode]
 
   def as_arguments(self) -> 'TaskDistribution':
-    """Returns the same as a pytree that a jitted function takes; arrays in closures stay constants."""
+    """Returns the same as a pytree that a jitted function takes; arrays in closures stay constants.
+
+    Example:
+      >>> tasks = ms.tasks.sinusoid().as_arguments()
+      >>> jax.jit(lambda tasks, key: tasks.sample(key))(tasks, jax.random.key(0)).amplitude.shape
+      ()
+    """
     return TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in self))
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from problems import assert_trees_close, episodes
+from problems import assert_trees_close, episodes, table_row
 
 import metasgd_jax as ms
 from experiments import classification, few_shot_data, few_shot_learners, few_shot_table, few_shot_training
@@ -265,9 +265,32 @@ def test_a_table_is_of_one_data_set(tmp_path):
   for dataset in ('omniglot', 'mini_imagenet'):
     directory = tmp_path / 'cells' / f'{dataset}_lstm_5way_1shot'
     directory.mkdir(parents=True)
-    row = dict(learner='lstm', way=5, test_shot=1, batch_norm='none', dataset=dataset)
-    (directory / 'results.json').write_text(json.dumps({'rows': [row]}))
+    (directory / 'results.json').write_text(json.dumps({'rows': [table_row(dataset=dataset)]}))
   assert [row['dataset'] for row in few_shot_table.rows_of(tmp_path, 'omniglot')] == ['omniglot']
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '', '{"rows"', '[]', '{}', '{"rows": []}', '{"rows": [1]}', '[' * 100_000, '\xff',
+    json.dumps({'rows': [table_row(learner='nobody')]}), json.dumps({'rows': [table_row(mean='1')]}),
+    json.dumps({'rows': [table_row(seeds=True)]}),
+  ],
+)  # fmt: skip
+def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path, capsys):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  cell = few_shot_table.cells(config)[0]
+  whole, broken = (tmp_path / 'cells' / f'omniglot_lstm_{way}way_1shot' for way in (5, 20))
+  for directory in (whole, broken):
+    directory.mkdir(parents=True)
+    (directory / 'config.json').write_text(json.dumps(dataclasses.asdict(cell)))
+    (directory / 'results.json').write_text(json.dumps({'rows': [table_row()]}))
+  assert few_shot_table._done(cell, broken)
+  (broken / 'results.json').write_bytes(text.encode('latin-1'))
+  assert not few_shot_table._done(cell, broken)
+  few_shot_table.write(tmp_path, 'omniglot')
+  assert f'{broken}/results.json is no results of a cell and not in the table' in capsys.readouterr().out
+  assert len(json.loads((tmp_path / 'table_omniglot.json').read_text())['rows']) == 1
 
 
 def test_a_sequence_has_ten_images_of_a_class():

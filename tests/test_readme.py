@@ -6,7 +6,9 @@ import re
 import jax
 import pytest
 
-README = (pathlib.Path(__file__).resolve().parents[1] / 'README.md').read_text()
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / 'README.md').read_text()
+COMMANDS = README + (ROOT / 'docs' / 'results.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
@@ -20,16 +22,23 @@ def test_there_are_blocks():
   assert len(BLOCKS) == README.count('```python') >= 4
 
 
-@pytest.mark.parametrize('module', re.findall(r'-m (experiments\.\w+|benchmarks\.\w+)', README))
+@pytest.mark.parametrize('module', re.findall(r'-m (experiments\.\w+|benchmarks\.\w+)', COMMANDS))
 def test_modules_exist(module):
-  assert (pathlib.Path(__file__).parents[1] / f'{module.replace(".", "/")}.py').is_file()
+  assert (ROOT / f'{module.replace(".", "/")}.py').is_file()
 
 
 def test_flags_exist():
   from experiments import classification, navigation, regression, resuming
 
   configs = classification.Config, regression.Config, navigation.Config, resuming.Keeping
-  known = {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'help'}
+  known = {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'config', 'help'}
   known |= {'support', 'query', 'out', 'model', 'transductive'}
-  for name in set(re.findall(r'--([a-z_0-9]+)', README)):
+  for name in set(re.findall(r'--([a-z_0-9]+)', COMMANDS)):
     assert name in known or name.removeprefix('no') in known, name
+
+
+def test_links_lead_somewhere():
+  links = re.findall(r'\]\(((?!https?:)[^)#]+)\)', README)
+  assert len(links) > 10
+  for link in links:
+    assert (ROOT / link).exists(), link

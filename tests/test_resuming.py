@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torture
+from problems import table_row
 from test_bad_numbers import poisoned
 
 import metasgd_jax as ms
@@ -366,6 +367,6 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
   older = dataclasses.asdict(cell)
   del older['bad_steps']
   writers.write_json(tmp_path / 'config.json', older)
-  writers.write_json(tmp_path / 'results.json', {'rows': []})
+  writers.write_json(tmp_path / 'results.json', {'rows': [table_row()]})
   assert few_shot_table._done(cell, tmp_path)
   assert not few_shot_table._done(dataclasses.replace(cell, bad_steps='skip'), tmp_path)

@@ -17,7 +17,13 @@ from metasgd_jax.tasks.few_shot import ClassBank
 
 
 class Splits(NamedTuple):
-  """Class banks with no class in common; `validation` is empty (C = 0) where a split has none."""
+  """Class banks with no class in common; `validation` is empty (C = 0) where a split has none.
+
+  Attributes:
+    train: classes to train on.
+    validation: classes to choose settings by.
+    test: classes to test on.
+  """
 
   train: ClassBank
   validation: ClassBank
@@ -25,7 +31,18 @@ class Splits(NamedTuple):
 
 
 class ClassNames(NamedTuple):
-  """The names of the classes of each part; a name is in one part at most."""
+  """The names of the classes of each part; a name is in one part at most.
+
+  Attributes:
+    train: of the classes to train on.
+    validation: of those to choose settings by.
+    test: of those to test on.
+
+  Example:
+    >>> from metasgd_jax.datasets import ClassNames
+    >>> ClassNames(train=('cat', 'dog'), validation=(), test=('owl',)).train
+    ('cat', 'dog')
+  """
 
   train: tuple[str, ...]
   validation: tuple[str, ...]
@@ -50,6 +67,12 @@ def split_by_seed(
   Raises:
     ValueError: a name twice, numbers below 0 or beyond what there is, fractions that do not sum to 1, or a fraction
       so small that no class falls to it.
+
+  Example:
+    >>> from metasgd_jax.datasets import split_by_seed
+    >>> names = split_by_seed([f'class {i}' for i in range(25)], seed=0)
+    >>> len(names.train), len(names.validation), len(names.test)
+    (16, 4, 5)
   """
   _check_unique(names, 'the names of the classes')
   shares = dict(train=train, validation=validation, test=test)
@@ -69,6 +92,11 @@ def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
 
   Raises:
     ValueError: a class twice in the lists, or in them but not among the names.
+
+  Example:
+    >>> from metasgd_jax.datasets import ClassNames, split_by_lists
+    >>> split_by_lists(['cat', 'dog', 'owl'], ClassNames(train=('cat',), validation=(), test=('owl',))).test
+    ('owl',)
   """
   listed = [name for part in lists for name in part]
   _check_unique(listed, 'the lists of classes')
@@ -80,8 +108,20 @@ def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
 def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
   """Reads one class name a line; blank lines and lines that begin with # are left out.
 
+  Args:
+    path: of a text file in UTF-8.
+
   Raises:
     DatasetError: the file is missing, is not a file or is not UTF-8 text.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> from metasgd_jax.datasets import read_list
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   path = pathlib.Path(directory) / 'train.txt'
+    ...   _ = path.write_text('cat')
+    ...   read_list(path)
+    ('cat',)
   """
   try:
     file = at_home(path)
@@ -104,6 +144,11 @@ def published_split(dataset: str) -> ClassNames:
 
   Raises:
     ValueError: another data set.
+
+  Example:
+    >>> from metasgd_jax.datasets import published_split
+    >>> [len(part) for part in published_split('mini_imagenet')]
+    [64, 16, 20]
   """
   if dataset not in ('mini_imagenet', 'cifar_fs'):
     raise ValueError(f"published splits are of 'mini_imagenet' and 'cifar_fs', got {dataset!r}")
@@ -121,6 +166,13 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
 
   Raises:
     ValueError: not C names, a name twice, or a class in the lists that the names do not have.
+
+  Example:
+    >>> from metasgd_jax.datasets import split_bank, split_by_seed
+    >>> bank, names = ms.tasks.class_bank(np.zeros((25, 4, 8, 8, 1), np.uint8)), [f'class {i}' for i in range(25)]
+    >>> parts = split_bank(bank, names, split_by_seed(names))
+    >>> [len(part.sizes) for part in parts]
+    [16, 4, 5]
   """
   if len(names) != len(bank.sizes):
     raise ValueError(f'a bank of {len(bank.sizes)} classes needs as many names, got {len(names)}')

@@ -22,6 +22,12 @@ def augmented(tasks: TaskDistribution | TaskStream, augment: Augment) -> TaskDis
 
   Raises:
     ValueError: tasks that are augmented already, whose keys would be used twice.
+
+  Example:
+    >>> augment = ms.tasks.augmentation.chain(ms.tasks.augmentation.flip, ms.tasks.augmentation.shift(2))
+    >>> tasks = ms.tasks.augmented(ms.tasks.glyphs(way=5, shot=1, query=1), augment)
+    >>> jax.jit(tasks.episode)(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
+    (5, 28, 28, 1)
   """
   if isinstance(tasks, TaskStream):
     if getattr(tasks.send, 'func', None) is _send:

@@ -19,6 +19,10 @@ class ClassBank(NamedTuple):
   Attributes:
     images: `[M, H, W, D]` uint8, 0 to 255, the classes one after the other; a memory map will do.
     sizes: `[C]`, how many images each class has; M is their sum.
+
+  Example:
+    >>> ms.tasks.ClassBank(images=np.zeros((11, 28, 28, 1), np.uint8), sizes=np.array([4, 7])).sizes.sum()
+    np.int64(11)
   """
 
   images: np.ndarray | chex.Array
@@ -30,6 +34,11 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
 
   Raises:
     ValueError: another rank or dtype, or classes whose images have different shapes.
+
+  Example:
+    >>> bank = ms.tasks.class_bank([np.zeros((count, 28, 28, 1), np.uint8) for count in (4, 7)])
+    >>> bank.images.shape, bank.sizes
+    ((11, 28, 28, 1), array([4, 7]))
   """
   if isinstance(images, np.ndarray | jax.Array):
     if images.ndim != 5:
@@ -61,13 +70,33 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
 
   Raises:
     ValueError: what is no bank, more ways than classes, K + query more than a class has, or a number below its least.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> tasks = ms.tasks.few_shot(bank, way=5, shot=1, query=3)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> episode.support.x.shape, sorted(episode.support.y.tolist()), episode.query.y.shape
+    ((5, 28, 28, 1), [0, 1, 2, 3, 4], (15,))
   """
   indices = image_indices(bank, way=way, shot=shot, query=query)
   return few_shot_from(indices, jnp.asarray(bank.images))
 
 
 def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
-  """Builds `few_shot`'s distribution with places in the bank, int32 `[N·K]`, where it has images; errors as there."""
+  """Builds `few_shot`'s distribution with places in the bank, int32 `[N·K]`, where it has images; errors as there.
+
+  Args:
+    bank: as in `few_shot`, and so are the rest.
+    way: N.
+    shot: K.
+    query: query images of a class.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> indices = ms.tasks.image_indices(bank, way=5, shot=1, query=3)
+    >>> indices.episode(indices.sample(jax.random.key(0)), jax.random.key(1)).query.x.shape
+    (15,)
+  """
   check_bank(bank)
   check_episode(way, shot, query)
   sizes = np.asarray(bank.sizes)
@@ -87,7 +116,14 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
 
 
 def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
-  """Returns the distribution with the images `[M, H, W, D]` that the indices point at, float32 in 0 to 1."""
+  """Returns the distribution with the images `[M, H, W, D]` that the indices point at, float32 in 0 to 1.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> tasks = ms.tasks.few_shot_from(ms.tasks.image_indices(bank, way=5, shot=1, query=3), jnp.asarray(bank.images))
+    >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
+    (5, 28, 28, 1)
+  """
   return TaskDistribution(indices.sample, Partial(_look_up, indices.as_arguments().episode, images))
 
 
@@ -134,6 +170,10 @@ def rotate_classes(bank: ClassBank) -> ClassBank:
 
   Raises:
     ValueError: images that are not square.
+
+  Example:
+    >>> ms.tasks.rotate_classes(ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))).sizes.shape
+    (80,)
   """
   check_bank(bank)
   images = bank.images
@@ -153,12 +193,28 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
 
   Raises:
     ValueError: what is no bank, or a batch below 1.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> tasks = ms.tasks.all_classes(bank, batch=32)
+    >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).query.x.shape
+    (32, 28, 28, 1)
   """
   return few_shot_from(class_indices(bank, batch=batch), jnp.asarray(bank.images))
 
 
 def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
-  """Builds `all_classes`' distribution with places in the bank where it has images; errors as there."""
+  """Builds `all_classes`' distribution with places in the bank where it has images; errors as there.
+
+  Args:
+    bank: as in `all_classes`.
+    batch: images at a time.
+
+  Example:
+    >>> indices = ms.tasks.class_indices(ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8)), batch=32)
+    >>> int(indices.episode(indices.sample(jax.random.key(0)), jax.random.key(1)).query.x.max()) < 200
+    True
+  """
   check_bank(bank)
   if batch < 1:
     raise ValueError(f'batch must be at least 1, got {batch}')

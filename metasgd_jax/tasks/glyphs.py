@@ -29,6 +29,11 @@ class GlyphConfig:
     stretch: standard deviation of the logarithm of a drawing's scale, in each direction.
     shift: standard deviation of a drawing's place.
     pen: least and greatest half-width of the pen.
+
+  Example:
+    >>> tasks = ms.tasks.glyphs(ms.tasks.GlyphConfig(size=16, strokes=2), way=5, shot=1, query=1)
+    >>> tasks.sample(jax.random.key(0)).shape
+    (5, 2, 4, 2)
   """
 
   size: int = 28
@@ -62,6 +67,12 @@ def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: i
 
   Raises:
     ValueError: way below 2, shot or query below 1.
+
+  Example:
+    >>> tasks = ms.tasks.glyphs(way=5, shot=2, query=3)
+    >>> episode = jax.jit(tasks.episode)(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> episode.support.x.shape, episode.query.x.shape
+    ((10, 28, 28, 1), (15, 28, 28, 1))
   """
   check_episode(way, shot, query)
   sample = functools.partial(_sample_characters, config=config, way=way)

@@ -19,6 +19,11 @@ class MarkovConfig:
     length: L, of a sequence's inputs; it has one token more.
     concentration: of the Dirichlet distribution that each row of transitions is drawn from: near 0, rows have one
       likely successor; 1 is uniform over all rows.
+
+  Example:
+    >>> tasks = ms.tasks.markov_chains(ms.tasks.MarkovConfig(tokens=4, length=6), shot=3, query=2)
+    >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
+    (3, 6)
   """
 
   tokens: int = 8
@@ -56,6 +61,12 @@ def markov_chains(config: MarkovConfig = MarkovConfig(), *, shot: int, query: in
 
   Raises:
     ValueError: shot or query below 1.
+
+  Example:
+    >>> tasks = ms.tasks.markov_chains(shot=3, query=2)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> episode.support.x.shape[0], episode.query.x.shape[0]
+    (3, 2)
   """
   for name, value in (('shot', shot), ('query', query)):
     if value < 1:

@@ -22,6 +22,10 @@ class SinusoidConfig:
     frequency: of ω, in radians per unit of x.
     phase: of b, in radians.
     x: of the inputs.
+
+  Example:
+    >>> ms.tasks.SinusoidConfig(amplitude=(1.0, 1.0)).frequency
+    (0.8, 1.2)
   """
 
   amplitude: Range = (0.1, 5.0)
@@ -44,7 +48,17 @@ MAML = SinusoidConfig(frequency=(1.0, 1.0))
 
 
 class Sinusoid(NamedTuple):
-  """A task: one curve, as three scalars `[]`."""
+  """A task: one curve, as three scalars `[]`.
+
+  Attributes:
+    amplitude: A.
+    frequency: ω, in radians per unit of x.
+    phase: b, in radians.
+
+  Example:
+    >>> print(ms.tasks.Sinusoid(2.0, 1.0, 0.0)(jnp.array([0.0, jnp.pi / 2])))
+    [0. 2.]
+  """
 
   amplitude: chex.Array
   frequency: chex.Array
@@ -65,6 +79,13 @@ def sinusoid(config: SinusoidConfig = PAPER, *, shot: int = 5, query: int = 10) 
 
   Raises:
     ValueError: shot or query below 1.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5, query=10)
+    >>> curve = tasks.sample(jax.random.key(0))
+    >>> episode = tasks.episode(curve, jax.random.key(1))
+    >>> episode.support.x.shape, episode.query.y.shape
+    ((5, 1), (10, 1))
   """
   for name, value in (('shot', shot), ('query', query)):
     if value < 1:

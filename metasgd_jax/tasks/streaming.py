@@ -22,6 +22,12 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
   Args:
     bank: on the host; a memory map will do.
     indices: what episodes show, as places in the bank: `image_indices` or `class_indices` of it.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> tasks = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=5, shot=1, query=3))
+    >>> type(tasks).__name__  # What `train` and `evaluate` take.
+    'TaskStream'
   """
   host = host_device()
   indices = jax.device_get(indices.as_arguments())

@@ -1,0 +1,54 @@
+"""Settings of the documentation site; `make docs` builds it into docs/_build/html."""
+
+import pathlib
+import shutil
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from metasgd_jax.version import __version__
+
+project = 'metasgd_jax'
+author = 'The metasgd_jax authors'
+copyright = author  # noqa: A001
+release = __version__
+
+extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode', 'myst_nb']
+exclude_patterns = ['_build']
+html_theme = 'alabaster'
+html_theme_options = {'description': 'Meta-SGD as pure functions in JAX', 'page_width': '1100px'}
+html_sidebars = {'**': ['about.html', 'searchfield.html', 'navigation.html']}
+
+nb_execution_mode = 'off'  # The notebooks are shown with the outputs that are committed; the tests run them.
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath']
+myst_heading_anchors = 3
+
+default_role = 'code'  # A name in single backticks is code, in docstrings as in Markdown.
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'signature'
+autodoc_typehints_format = 'short'
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True  # A NamedTuple's fields are described at its class.
+# Types in signatures are mostly those of other projects, whose pages no network is asked for.
+nitpick_ignore_regex = [('py:.*', '.*')]
+
+
+def copy_notebooks() -> None:
+  """Copies the notebooks to where Sphinx looks for pages."""
+  copies = HERE / 'notebooks'
+  copies.mkdir(exist_ok=True)
+  for notebook in (HERE.parent / 'notebooks').glob('*.ipynb'):
+    shutil.copyfile(notebook, copies / notebook.name)
+
+
+def skip_aliases(app, what, name, obj, skip, options):
+  """Leaves out a NamedTuple's fields, whose own docstrings say nothing."""
+  return True if (getattr(obj, '__doc__', None) or '').startswith('Alias for field number') else None
+
+
+def setup(app):
+  """Connects what is above."""
+  copy_notebooks()
+  app.connect('autodoc-skip-member', skip_aliases)

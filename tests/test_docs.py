@@ -1,0 +1,86 @@
+"""What is public is described: by a docstring that names each parameter, and on a page of the site."""
+
+import importlib
+import inspect
+import pathlib
+import re
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / 'docs'
+PAGES = sorted(DOCS.glob('*.md'))
+BLOCKS = [
+  pytest.param(path, block, id=f'{path.stem}-{number}')
+  for path in PAGES
+  for number, block in enumerate(re.findall(r'^```python\n(.*?)^```', path.read_text(), re.DOTALL | re.MULTILINE), 1)
+]
+MODULES = sorted(
+  '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+  for path in (ROOT / 'metasgd_jax').rglob('*.py')
+  if path.name != '__main__.py'
+)
+ON_PAGES = set(re.findall(r'automodule:: (\S+)', ''.join(path.read_text() for path in (DOCS / 'api').glob('*.md'))))
+
+
+def public():
+  """Each public class and function, with the methods of the classes, once, by where it is defined."""
+  found = {}
+  for module in map(importlib.import_module, MODULES):
+    for thing in (getattr(module, name) for name in getattr(module, '__all__', ())):
+      if not (inspect.isclass(thing) or inspect.isfunction(thing)) or not thing.__module__.startswith('metasgd_jax'):
+        continue
+      own = [f for f in vars(thing).values() if inspect.isfunction(f) and not f.__name__.startswith('_')]
+      for one in [thing, *(own if inspect.isclass(thing) else [])]:
+        if one.__module__ == thing.__module__:  # A Linen module has Linen's methods, too.
+          found[f'{one.__module__}.{one.__qualname__}'] = one
+  return [pytest.param(one, id=name) for name, one in sorted(found.items())]
+
+
+@pytest.mark.parametrize(('path', 'block'), BLOCKS)
+def test_python_on_the_pages_runs(path, block, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code = compile(block, f'docs/{path.name}', 'exec')
+  if 'sys.argv' in block:  # A script of its own; tests/test_export.py gives it its arguments.
+    return
+  with jax.numpy_rank_promotion('allow'):  # As it is outside of this suite.
+    exec(code, {})
+
+
+@pytest.mark.parametrize('page', ['recipes', 'migrating'])
+def test_there_are_blocks_on_the_page(page):
+  assert [param for param in BLOCKS if param.values[0].stem == page]
+
+
+@pytest.mark.parametrize('thing', public())
+def test_public_names_and_their_parameters_are_described(thing):
+  text = inspect.getdoc(thing)
+  assert text
+  assert 'Alias for field' not in text
+  linens = {'self', 'parent', 'name'}  # What each Linen module has, and methods.
+  named = [name for name in inspect.signature(thing).parameters if name not in linens]
+  assert not [name for name in named if not re.search(rf'\b{name}\b', text, re.IGNORECASE)]
+
+
+def is_on_a_page(name, thing):
+  """Whether an API page has the module that defines it; of a type or a constant, which say none, one that has it."""
+  home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, '__module__', '')
+  if inspect.ismodule(thing) and hasattr(thing, '__path__'):
+    return any(module.startswith(f'{home}.') for module in ON_PAGES)
+  if home.startswith('metasgd_jax'):
+    return home in ON_PAGES
+  return any(getattr(importlib.import_module(module), name, None) is thing for module in ON_PAGES)
+
+
+@pytest.mark.parametrize('part', ['', '.learners', '.nn', '.rl', '.tasks', '.datasets', '.plotting'])
+def test_each_public_name_is_on_a_page_of_the_site(part):
+  module = importlib.import_module(f'metasgd_jax{part}')
+  names = set(module.__all__) - {'__version__'}
+  assert names
+  assert not [name for name in sorted(names) if not is_on_a_page(name, getattr(module, name))]
+
+
+def test_pages_name_modules_that_exist():
+  assert ON_PAGES
+  assert not ON_PAGES - set(MODULES)
