@@ -10,6 +10,7 @@ Processor seconds count all threads, and say more than rates where a machine has
 """
 
 import functools
+import math
 import multiprocessing
 import time
 
@@ -19,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import timing
-from metasgd_jax import rl, writers
+from metasgd_jax import rl, sharding, writers
 from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio
 
@@ -28,6 +29,8 @@ RATE = 0.5
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
 TASKS = 20
+CURVED = 4
+"""Of the experiment."""
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
 _LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'What to train.')
@@ -42,18 +45,24 @@ def build_inner(learner: str, **environment) -> rl.PolicyGradient:
 
 
 class Ours:
-  """Our meta-iterations, as many as are asked for in one call of a compiled loop; meta stays on the device."""
+  """Our meta-iterations on all cores, as many as are asked for in one call of a compiled loop."""
 
-  def __init__(self, learner: str, whole: bool = True) -> None:
-    inner = build_inner(learner)
-    self.state, self.key = (inner.init(jax.random.key(0)), jnp.zeros(())), jax.random.key(1)
+  def __init__(self, learner: str, whole: bool = True, curvature_tasks: int | None = None) -> None:
+    sharding.cpu_cores_as_devices()
+    inner, mesh = build_inner(learner), sharding.task_mesh(math.gcd(TASKS, curvature_tasks or TASKS))
+    meta_step = functools.partial(rl.trpo_meta_step, inner=inner, curvature_tasks=curvature_tasks, mesh=mesh)
+    self.state = sharding.on_all(mesh, (inner.init(jax.random.key(0)), jnp.zeros(())))
+    self.key = sharding.on_all(mesh, jax.random.key(1))
+
+    def draw(meta, keys):
+      return jnp.mean(jax.vmap(functools.partial(_draw, inner, meta))(keys))
 
     def step(i, state, key):
       meta, total = state
       key = jax.random.fold_in(key, i)
       if whole:
-        return rl.trpo_meta_step(meta, key, inner=inner)[0], total
-      return meta, total + jnp.sum(jax.vmap(functools.partial(_draw, inner, meta))(jax.random.split(key, TASKS)))
+        return meta_step(meta, key)[0], total
+      return meta, total + sharding.share_tasks(draw, mesh, average=True)(meta, jax.random.split(key, TASKS))
 
     self.loop = jax.jit(lambda state, key, n: jax.lax.fori_loop(0, n, lambda i, s: step(i, s, key), state))
 
@@ -236,6 +245,8 @@ def main(argv) -> None:
     for whole in (True, False):
       print('\nmeta-iterations:' if whole else '\nthe same without updates, sampling and inner steps alone:')
       programs = {OURS: Program(Ours, learner, whole)}
+      if whole:
+        programs[f'{OURS}, curvature of {CURVED} tasks'] = Program(Ours, learner, whole, CURVED)
       for count in threads:
         name = f'torch and Gymnasium, {count} thread(s)'
         programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, whole)
