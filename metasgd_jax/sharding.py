@@ -1,6 +1,8 @@
 """Tasks over several devices, of one process or of several; on a CPU, over its cores."""
 
 import os
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,23 +14,39 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from metasgd_jax.types import PyTree
 
+_COUNT_FLAG = '--xla_force_host_platform_device_count'
+
 
 def cpu_cores_as_devices() -> None:
-  """Makes each core that this process may use a device of JAX's CPU back end.
+  """Makes each core that this process may use a device of JAX's CPU back end, and gives each device two threads.
 
-  A loop's body runs on one core where its operations are convolutions, so one device leaves the other cores idle. To be
-  called before JAX is first used, and without effect where `jax_num_cpu_devices` is set already.
+  A loop's body runs on one core where its operations are convolutions, so one device leaves the other cores idle. A
+  device whose program has a loop holds one of XLA's threads, of which there are as many as cores, or as the environment
+  variable NPROC says; the loop's products want another, and where each is held by a device, all wait forever. So NPROC
+  is raised to two for each device. To be called before JAX is first used; a number of devices that is set already, by
+  `jax_num_cpu_devices` or in XLA_FLAGS, stays.
 
   Raises:
     RuntimeError: JAX is in use already.
   """
-  devices = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  given = getattr(jax.config, 'jax_num_cpu_devices', 0)
-  if given < 1:
+  devices = getattr(jax.config, 'jax_num_cpu_devices', 0)
+  by_flag = re.search(rf'{_COUNT_FLAG}=(\d+)', os.environ.get('XLA_FLAGS', ''))
+  if devices < 1 and by_flag:
+    devices = int(by_flag[1])
+  elif devices < 1:
+    devices = _cores()
     jax.config.update('jax_num_cpu_devices', devices)
-  # A device whose program has a loop holds one of XLA's threads, which are as many as NPROC says or else as cores. The
-  # loop's products want another; where each is a device's, all wait forever.
-  os.environ.setdefault('NPROC', str(2 * max(devices, given)))
+  os.environ['NPROC'] = str(max(2 * devices, _threads()))
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _threads() -> int:
+  """XLA's, of a CPU."""
+  given = os.environ.get('NPROC', '')
+  return int(given) if given.isdecimal() and int(given) else _cores()
 
 
 def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
@@ -40,6 +58,9 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
 
   Raises:
     ValueError: there are not so many, or they cannot share the tasks evenly.
+
+  Warns:
+    UserWarning: CPU devices have too few threads; see `cpu_cores_as_devices`.
 
   Example:
     >>> mesh = ms.sharding.task_mesh(4)  # For `train(..., meta_batch=4, mesh=mesh)`.
@@ -60,6 +81,12 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
     raise ValueError(f'devices must be from 1 to {most}, as many as JAX has{whose}, got {devices}')
   mesh = Mesh([device for those in of_each for device in those[:devices]], ('tasks',))
   check_mesh(mesh, num_tasks)
+  if devices > 1 and mesh.devices.flat[0].platform == 'cpu' and _threads() < 2 * devices:
+    warnings.warn(
+      f'{devices} CPU devices with {_threads()} threads of XLA may wait for each other forever; call '
+      f'cpu_cores_as_devices() before JAX is first used, or set NPROC={2 * devices} in the environment',
+      stacklevel=2,
+    )
   return mesh if mesh.size > 1 else None
 
 

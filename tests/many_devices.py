@@ -4,6 +4,9 @@ python tests/many_devices.py
 """
 
 import json
+import os
+
+os.environ['NPROC'] = '16'
 
 import jax
 import numpy as np

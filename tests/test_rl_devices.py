@@ -1,6 +1,7 @@
 """TRPO's meta-iteration with its tasks shared by two devices."""
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -87,5 +88,12 @@ def test_devices_do_not_wait_for_each_others_threads():
     keys = jax.random.split(jax.random.key(1), 4)
     print(act(inner.init(jax.random.key(0)), keys).trajectories.rewards.shape)
   """
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, timeout=240)
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=240,
+    env=os.environ | {'NPROC': '2'},
+  )
   assert done.stdout.strip() == '(4, 20, 100)', done.stderr

@@ -1,5 +1,6 @@
 """Tasks over two devices: as one device has it, whatever JAX does with what is the same everywhere."""
 
+import os
 import subprocess
 import sys
 
@@ -106,3 +107,20 @@ def test_cores_become_devices_unless_their_number_is_set():
   ).stdout.split()
   assert run('pass')[0] == 'True'
   assert run("jax.config.update('jax_num_cpu_devices', 3)")[1] == '3'
+  assert run("import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=5'")[1] == '5'
+
+
+@pytest.mark.parametrize(('given', 'expected'), [('', 4), ('0', 4), ('2', 4), ('many', 4), ('9', 9)])
+def test_each_device_has_two_threads(given, expected, monkeypatch):
+  monkeypatch.setenv('NPROC', given)
+  monkeypatch.setattr(ms.sharding, '_cores', lambda: 1)
+  ms.sharding.cpu_cores_as_devices()
+  assert os.environ['NPROC'] == str(expected)
+
+
+def test_devices_with_too_few_threads_are_warned_of(monkeypatch):
+  monkeypatch.setenv('NPROC', '3')
+  with pytest.warns(
+    UserWarning, match=r'2 CPU devices with 3 threads .* forever; call cpu_cores_as_devices\(\) before'
+  ):
+    ms.sharding.task_mesh(2)
