@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import scipy.special
+import scipy  # Loads scipy.special where it is first used.
 
 from metasgd_jax.model_file import FewShotModel, ModelConfig, build_learner, load_model
 from metasgd_jax.types import Batch
@@ -38,14 +38,15 @@ class FewShotClassifier:
 
   Classes with fewer examples than others have theirs repeated until all have as many, as the model was trained.
 
-  After `fit`: `classes_`, the labels in order `[N]`; `image_shape_`, (H, W, D); `n_features_in_`, H·W·D; `inverted_`.
+  After `fit`: `classes_`, the labels in order `[N]`; `image_shape_`, (H, W, D); `n_features_in_`, H·W·D; `inverted_`,
+  whether any of its pictures was.
 
   Args:
     model: the name of a model that ships with the package, the path of a file of `save_model`, or a `FewShotModel`.
     inductive: see above.
     steps: inner steps; the model's own where left out.
-    invert: whether to turn light into dark: 'auto' does so where the model was trained on dark backgrounds and the
-      pictures given to `fit` have a light border, for all of them and for those to come.
+    invert: whether to turn light into dark: 'auto' does so where the model was trained on dark backgrounds, for each
+      picture that has a light border.
 
   Example:
     >>> images = np.random.default_rng(0).uniform(size=(4, 28, 28))  # Two drawings of each class, say.
@@ -86,15 +87,14 @@ class FewShotClassifier:
       config = dataclasses.replace(config, inner_steps=self.steps)
     x = _as_images(images, config.image_shape)
     classes, y = _as_classes(labels, len(x), config.way)
-    dark = config.background == 'dark'
-    inverted = dark and np.median(_border(x)) > 0.5 if self.invert == 'auto' else self.invert
-    x, y = _balanced(1 - x if inverted else x, y)
+    light = _light(x, self.invert, config)
+    x, y = _balanced(np.where(light, 1 - x, x), y)
     inductive = bool(self.inductive)
     adapted = _adapt(model.meta, x, y, config=config, way=len(classes), inductive=inductive)
     self.classes_ = classes
     self.image_shape_ = config.image_shape
     self.n_features_in_ = int(np.prod(config.image_shape))
-    self.inverted_ = bool(inverted)
+    self.inverted_ = bool(light.any())
     self._fitted = config, inductive, jax.device_get(adapted)
     return self
 
@@ -184,7 +184,7 @@ class FewShotClassifier:
       raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few pictures of each class')
     config, inductive, adapted = self._fitted
     x = _as_images(images, config.image_shape)
-    x = 1 - x if self.inverted_ else x
+    x = np.where(_light(x, self.invert, config), 1 - x, x)
     how = dict(config=config, way=len(self.classes_), inductive=inductive)
     if not inductive:
       return np.asarray(_predict(adapted, x, **how))
@@ -260,6 +260,10 @@ def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
   return x[rows], y[rows]
 
 
-def _border(x: np.ndarray) -> np.ndarray:
-  """The values of the outermost pixels."""
-  return np.concatenate([np.ravel(part) for part in (x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1])])
+def _light(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
+  """Which pictures are to be turned dark, `[n, 1, 1, 1]`; 'auto' goes by each one's own outermost pixels."""
+  if invert != 'auto':
+    return np.full((len(x), 1, 1, 1), invert)
+  borders = [part.reshape(len(x), -1) for part in (x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1])]
+  light = np.median(np.concatenate(borders, 1), 1) > 0.5
+  return (light & (config.background == 'dark'))[:, None, None, None]

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
+import scipy  # Loads scipy.special where it is first used.
 from jax.sharding import Mesh
 
 from metasgd_jax import sharding

@@ -1,7 +1,8 @@
 """Runs the notebooks and writes their outputs into them; `execute` is what the tests call.
 
-python -m notebooks.execute                 all of them
+python -m notebooks.execute                 all of them, at full size
 python -m notebooks.execute quickstart      one of them
+METASGD_SMOKE=1 python -m notebooks.execute    at tiny sizes, to see that they run; nothing is written
 """
 
 import base64
@@ -71,9 +72,12 @@ def small(png: str) -> str:
 def main(names: list[str]) -> None:
   """Runs the named notebooks, or all, and replaces each by its run."""
   for path in [HERE / f'{name}.ipynb' for name in names] or sorted(HERE.glob('*.ipynb')):
-    notebook = execute(path)
-    nbformat.write(notebook, path)
-    print(f'{path.name}: {path.stat().st_size / 1000:.0f} kB')
+    smoke = os.environ.get('METASGD_SMOKE') == '1'
+    print(f'{path.name}: running', flush=True)
+    notebook = execute(path, smoke=smoke)
+    if not smoke:
+      nbformat.write(notebook, path)
+    print(f'{path.name}: runs' if smoke else f'{path.name}: {path.stat().st_size / 1000:.0f} kB')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metasgd_jax.cli.telling import how_many, say
+from metasgd_jax.cli.telling import how_many, load_model, say
 
 
 def add(commands: Any) -> None:
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     '--invert',
     choices=('auto', 'yes', 'no'),
     default='auto',
-    help='turn light into dark; auto: where the model wants dark backgrounds and the examples have light ones',
+    help='turn light into dark; auto: of each picture with a light background, where the model wants dark ones',
   )
   parser.set_defaults(inductive=True, prepare=prepare, parser=parser)
 
@@ -49,7 +49,6 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
   from metasgd_jax.classifier import FewShotClassifier
   from metasgd_jax.datasets import image_folder
   from metasgd_jax.datasets.messages import at_home
-  from metasgd_jax.model_file import load_model
 
   out, query_dir = at_home(args.out), at_home(args.query)
   model = load_model(args.model)
