@@ -1,7 +1,6 @@
 """An experiment's command line: help on one screen, settings from a file, mistakes answered with what is nearest."""
 
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
@@ -11,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import flags
+
+from metasgd_jax.cli.telling import cut, near, with_cut, words
+from metasgd_jax.datasets.messages import printable
 
 WIDTH = 100
 LEFT = 31
@@ -52,11 +54,11 @@ def parse(config_class: type, argv: Sequence[str]) -> list[str]:
     config_class: of the experiment's configuration, which a file of `--config` has.
     argv: the program's name, and what it was given.
   """
-  given = set(argv[1:])
-  if given & _HELP:
+  asked = _asked(argv[1:])
+  if asked & _HELP:
     print(help_text())
     sys.exit(0)
-  if given & _HELP_ALL:
+  if asked & _HELP_ALL:
     print(f'{_about()}\n{flags.FLAGS.main_module_help()}')
     sys.exit(0)
   try:
@@ -66,7 +68,9 @@ def parse(config_class: type, argv: Sequence[str]) -> list[str]:
       settings = from_file(path, config_class, pathlib.Path(argv[0]).stem)
       rest = flags.FLAGS([argv[0], *settings, *argv[1:]])  # Of a flag given twice the last counts.
   except flags.Error as e:
-    _refuse(f'{_sentence(e)}{_advice(argv, config_class)}')
+    _refuse(f'{with_cut(_sentence(e), argv[1:])}{_advice(argv, config_class)}')
+  except RecursionError:  # Of absl's search for a flag that is near to a name of thousands of letters.
+    _refuse(f'unknown flag {cut(max(argv[1:], key=len))}')
   except ValueError as e:
     _refuse(str(e))
   return rest
@@ -98,8 +102,8 @@ def from_file(path: str, config_class: type, experiment: str) -> list[str]:
   for name in config:
     if name not in fields:
       raise ValueError(
-        f'--config={path} has the field {str(name)[:100]!r}, which experiments.{experiment} does not know'
-        f'{near(name, fields)}; is it of another experiment?'
+        f'--config={path} has the field {cut(str(name))!r}, which experiments.{experiment} does not know'
+        f'{near(name, fields) or "; is it of another experiment?"}'
       )
   try:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
@@ -125,15 +129,28 @@ def help_text() -> str:
   return '\n'.join(lines)
 
 
-def near(word: Any, known: Sequence[str]) -> str:
-  """Returns a question to put behind a sentence about an unknown word, or nothing where nothing is near."""
-  found = difflib.get_close_matches(str(word)[:100], known, 1)
-  return f'; did you mean {found[0]}?' if found else ''
-
-
 def _ours() -> list[str]:
   """The names of the experiment's flags."""
   return [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])] + ['compilation_cache']
+
+
+def _asked(given: Sequence[str]) -> set[str]:
+  """The questions for help among what was given, `--help=true` among them, and no value of another flag."""
+  found, before = set(), ''
+  for word in given:
+    if word == '--':
+      break
+    name, equals, value = word.partition('=')
+    if not _takes_next(before) and (not equals or value.lower() in ('true', 't', '1', 'yes')):
+      found.add(name)
+    before = '' if _takes_next(before) else word
+  return found
+
+
+def _takes_next(word: str) -> bool:
+  """Whether a word is a flag whose value is the next one."""
+  name = word.removeprefix('-').removeprefix('-')
+  return word.startswith('-') and name in flags.FLAGS and not flags.FLAGS[name].boolean
 
 
 def _about() -> str:
@@ -164,8 +181,8 @@ def _brief(name: str) -> str:
 
 def _sentence(e: flags.Error) -> str:
   if isinstance(e, flags.UnrecognizedFlagError):
-    return f'unknown flag --{e.flagname}'
-  return ' '.join(str(e).split()).rstrip('.')
+    return f'unknown flag --{cut(e.flagname)}'
+  return ' '.join(str(e).split()).removeprefix('ERROR:: ').rstrip('.')
 
 
 def _advice(argv: Sequence[str], config_class: type) -> str:
@@ -173,8 +190,8 @@ def _advice(argv: Sequence[str], config_class: type) -> str:
   choices = {field.name: field.metadata['choices'] for field in dataclasses.fields(config_class)}
   ours = _ours()
   negated = [f'no{name}' for name in ours if flags.FLAGS[name].boolean]
-  for word in argv[1:]:
-    name, _, value = word.removeprefix('-').removeprefix('-').partition('=')
+  for word, value in words(argv[1:]):
+    name = word.removeprefix('-').removeprefix('-')
     if not word.startswith('-'):
       continue
     if name not in flags.FLAGS and name not in negated:
@@ -188,6 +205,8 @@ def _advice(argv: Sequence[str], config_class: type) -> str:
 def _read_json(path: str) -> Any:
   try:
     place = pathlib.Path(path).expanduser()
+    if not path or place.is_dir():
+      raise ValueError('it is a folder' if path else 'no file is named')
     if not place.is_file():
       raise ValueError('there is no such file')
     if place.stat().st_size > 2**28:
@@ -198,5 +217,5 @@ def _read_json(path: str) -> Any:
 
 
 def _refuse(message: str) -> NoReturn:
-  print(f'error: {message}', file=sys.stderr)
+  print(f'error: {printable(message)}', file=sys.stderr)
   sys.exit(2)

@@ -16,6 +16,7 @@ from experiments import command
 from experiments.reporting import TrainingError
 from metasgd_jax import sharding
 from metasgd_jax.checkpoint import CheckpointError
+from metasgd_jax.cli.telling import cut
 from metasgd_jax.datasets import DatasetError
 from metasgd_jax.writers import WriterError
 
@@ -56,6 +57,7 @@ def option(
 
 def check(config: Any) -> None:
   """Raises ValueError where a value is out of its option's bounds; for `__post_init__`."""
+  shown = lambda value: cut(repr(value))
   for field in dataclasses.fields(config):
     name, meta = field.name, field.metadata
     value: Any = getattr(config, name)
@@ -64,17 +66,17 @@ def check(config: Any) -> None:
     kind, low, high, choices = meta['kind'], meta['low'], meta['high'], meta['choices']
     kinds: Any = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-      raise ValueError(f'{name} must be of type {kind.__name__}, got {value!r}')
+      raise ValueError(f'{name} must be of type {kind.__name__}, got {shown(value)}')
     if kind is not tuple and ((low is not None and not value >= low) or (high is not None and not value <= high)):
       bounds = f'at least {low}' if high is None else f'from {low} to {high}'
-      raise ValueError(f'{name} must be {bounds}, got {value}')
+      raise ValueError(f'{name} must be {bounds}, got {shown(value)}')
     if kind is tuple and ((not value and field.default) or len(set(value)) < len(value)):
-      raise ValueError(f'{name} must be some of {", ".join(choices or ["numbers"])}, each once, got {value}')
+      raise ValueError(f'{name} must be some of {", ".join(choices or ["numbers"])}, each once, got {shown(value)}')
     if kind is tuple and not choices and not all(type(item) is int and item >= low for item in value):
-      raise ValueError(f'{name} must be whole numbers of at least {low}, got {value}')
+      raise ValueError(f'{name} must be whole numbers of at least {low}, got {shown(value)}')
     for item in (value if kind is tuple else (value,)) if choices else ():
       if item not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {item!r}')
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {shown(item)}')
 
 
 def define_flags(config_class: type) -> None:
@@ -151,7 +153,7 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
 
   def start(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-      print(f'error: unknown argument {argv[1]!r}; options look like --name=value', file=sys.stderr)
+      print(f'error: unknown argument {cut(argv[1])!r}; options look like --name=value', file=sys.stderr)
       sys.exit(2)
     logging.get_absl_handler().addFilter(_is_ours)
     _start_jax(flags.FLAGS['compilation_cache'].value)

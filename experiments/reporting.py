@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from metasgd_jax import bad_numbers, writers
 from metasgd_jax.evaluation import Estimate, estimate
@@ -61,13 +63,14 @@ def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
   """Clears what an earlier run left, if one did, writes config.json, returns the writers of metrics.
 
   A directory without config.json is nobody's run; nothing in it is removed. Of a run's directory, only files go whose
-  names experiments give.
+  names experiments give, and the traces in profile/.
 
   Args:
     workdir: of this run.
     config: a dataclass; its `tensorboard` says whether event files are wanted beside metrics.jsonl.
   """
   if (workdir / 'config.json').exists():
+    shutil.rmtree(workdir / 'profile', ignore_errors=True)
     for pattern in _OWN_FILES:
       for path in workdir.glob(pattern):
         path.unlink()
@@ -101,7 +104,10 @@ class Recorder:
       history: its lines of metrics so far, for whole curves.
     """
     self._label, self._metrics = label, metrics
-    self._line = writers.ProgressLine(label, out=sys.stdout if jax.process_index() else None)  # Silent if not first.
+    if jax.process_index():  # Silent if not first: its standard output goes nowhere.
+      self._line = writers.ProgressLine(label, out=sys.stdout)
+    else:
+      self._line = writers.ProgressLine(label, say=lambda line: logging.info('%s', line))
     self._steps: list[int] = []
     self._values: dict[str, list[np.ndarray]] = {}
     for line in history:

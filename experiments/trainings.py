@@ -166,7 +166,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
 
 
 def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> pathlib.Path:
-  """Traces a few meta-iterations from a state, whose results are dropped, and says where the trace is.
+  """Traces a few meta-iterations from a state, whose results are dropped; the first process says where the trace is.
 
   They are taken once before, so that all is compiled.
 
@@ -178,10 +178,15 @@ def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> 
   jax.block_until_ready(training.go(state, step, ()))
   with jax.profiler.trace(directory, create_perfetto_trace=True):
     jax.block_until_ready(training.go(state, step, ()))
-  trace = max(directory.rglob('perfetto_trace.json.gz'))  # Those of earlier runs are in folders of earlier dates.
+  traces = sorted(directory.rglob('perfetto_trace.json.gz'))  # Those of earlier runs are in folders of earlier dates.
+  if not processes.first():
+    return directory
+  if not traces:
+    logging.warning('%s: the profiler wrote no trace to %s', training.label, directory)
+    return directory
   logging.info(
     '%s: a trace of %d meta-iterations is in %s; open it at https://ui.perfetto.dev, or, after pip install xprof, with '
-    'xprof --logdir=%s', training.label, step - int(np.max(state.step)), trace, directory,
+    'xprof --logdir=%s', training.label, step - int(np.max(state.step)), traces[-1], directory,
   )  # fmt: skip
   return directory
 

@@ -6,48 +6,28 @@ the lines that read it with jax and numpy alone.
 """
 
 import contextlib
-import io
 import json
-import math
-import pathlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from metasgd_jax import export_checks, sharding
+from metasgd_jax.exported_file import FORMAT_VERSION, Exported, as_npy, described, load_exported, member
 from metasgd_jax.leaves import named
 from metasgd_jax.model_file import FewShotModel, build_learner
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
 from metasgd_jax.version import __version__
 from metasgd_jax.writers import PathLike, WriterError, atomic
 
-FORMAT_VERSION = 1
+__all__ = ['FORMAT_VERSION', 'PLATFORMS', 'Exported', 'export_learner', 'export_model', 'load_exported']
+
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_KNOWN_PLATFORMS = (*PLATFORMS, 'rocm')
-_PROGRAMS = ('adapt', 'predict')
-_MOST_BYTES = 2**32  # Of a file, and so of what is read of it: nothing in it is compressed.
-_MOST_ABOUT = 2**20
 _CLOSE = 1e-4  # Of the largest output: float32's rounding through an inner step, compiled in two ways.
-
-
-class Exported(NamedTuple):
-  """What an exported file holds.
-
-  Attributes:
-    about: what about.json says.
-    parameters: the leaves of meta by name, such as 'theta.Dense_0.kernel'.
-    adapt: `(parameters, support_x [S, …], support_y [S, …]) → adapted`, a dict of arrays by name.
-    predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
-  """
-
-  about: dict[str, Any]
-  parameters: dict[str, np.ndarray]
-  adapt: Callable[[dict[str, Any], Any, Any], dict[str, jax.Array]]
-  predict: Callable[[dict[str, Any], Any], Any]
 
 
 def export_model(
@@ -58,6 +38,7 @@ def export_model(
   shot: int | None = None,
   inductive: bool = True,
   platforms: Sequence[str] = PLATFORMS,
+  report: Callable[[str], None] | None = None,
 ) -> Exported:
   """Writes a trained classifier as `export_learner` does, and returns it as it was read back.
 
@@ -72,6 +53,7 @@ def export_model(
     shot: K, where the file shall take N·K pictures to adapt to, and no other number.
     inductive: normalise by the support's statistics, so that no answer depends on the other pictures.
     platforms: some of cpu, cuda, rocm and tpu.
+    report: gets a line when all that was given is found to be right, before what takes long.
 
   Raises:
     ValueError: way that the model does not have, shot below 1, and as `export_learner`.
@@ -95,7 +77,9 @@ def export_model(
     'training': dict(config.training),
   }
   episode = Episode(Batch(draw(len(y)), y), Batch(draw(3), y[:3]))
-  return export_learner(path, learner, model.meta, episode, any_support=shot is None, platforms=platforms, says=says)
+  return export_learner(
+    path, learner, model.meta, episode, any_support=shot is None, platforms=platforms, says=says, report=report
+  )  # fmt: skip
 
 
 def export_learner(
@@ -107,32 +91,39 @@ def export_learner(
   any_support: bool = True,
   platforms: Sequence[str] = PLATFORMS,
   says: Mapping[str, Any] | None = None,
+  report: Callable[[str], None] | None = None,
 ) -> Exported:
   """Writes a learner's `adapt` and `predict` with its parameters, and returns what it reads back.
 
   The file takes any number of query items. It is compared with the learner on `episode` before it takes its name,
-  where this machine has one of the platforms; `about['checked_on']` says which.
+  where this machine has one of the platforms; `about['checked_on']` says which. Its products of matrices are of the
+  highest precision (`jax.default_matmul_precision`), so that its numbers are the same on each.
 
   Args:
     path: of the file to write.
     learner: any; one that is stochastic adapts with `jax.random.key(0)`, always.
-    meta: its parameters, arrays of numbers.
+    meta: its parameters, arrays of numbers, or numbers; they get the dtypes that JAX gives them.
     episode: gives shapes and dtypes, and the values to compare on; support and query are a `Batch` each, with S and
       with Q in front of its leaves.
     any_support: whether the file takes any number of support items, or S alone.
     platforms: some of cpu, cuda, rocm and tpu.
     says: facts for people to read, kept in about.json.
+    report: gets a line when all that was given is found to be right, before what takes long.
 
   Raises:
-    ValueError: an unknown platform, one that an operation of the learner has no form for, a number of items that
-      cannot be left open, parameters or facts that the file cannot hold.
+    ValueError: an unknown platform, one that an operation of the learner has no form for, an operation that calls
+      back into Python, a number of items that cannot be left open, leaves of the episode without items in front,
+      parameters or facts that the file cannot hold.
     WriterError: the file cannot be written, or what was read back gives other numbers.
   """
-  path, platforms = _place(path), _checked(platforms)
-  parameters, whole_meta = _by_name(meta)
-  support, query = episode
+  path, platforms = export_checks.place(path), export_checks.known_platforms(platforms)
+  meta, (support, query) = export_checks.as_arrays(meta), episode
   if not isinstance(support, Batch) or not isinstance(query, Batch):
     raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__}, {type(query).__name__}')
+  export_checks.check_items(support, 'support')
+  export_checks.check_items(Batch(query.x, None), 'query')
+  facts = export_checks.as_json(says or {})
+  parameters, whole_meta = _by_name(meta)
 
   def adapt(parameters, x, y):
     return _by_name(learner.adapt(whole_meta(parameters), Batch(x, y), jax.random.key(0)))[0]
@@ -140,31 +131,34 @@ def export_learner(
   def predict(adapted, x):
     return learner.predict(whole_adapted(adapted), x)
 
+  of_key = lambda meta, support: learner.adapt(meta, support, jax.random.key(0))
+  like = jax.eval_shape(of_key, _shapes(meta), _shapes(support))
+  if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(like)):
+    raise ValueError('what adapt returns has a key of jax.random in it, which no file can hold; return its data')
+  jax.eval_shape(learner.predict, like, _shapes(query.x))  # So that what fails after this is for an open number.
+  whole_adapted = _by_name(like)[1]
+  if report:
+    report('exporting, and comparing what was written with the learner, which may take half a minute')
   scope = jax.export.SymbolicScope()  # Of S and Q, which JAX takes for at least 1.
   open_ = lambda tree, name: _shapes(tree, jax.export.symbolic_shape(name, scope=scope)[0])
-  of_key = lambda meta, support: learner.adapt(meta, support, jax.random.key(0))
-  whole_adapted = _by_name(jax.eval_shape(of_key, _shapes(meta), _shapes(support)))[1]
   x, y = open_(support, 'S') if any_support else _shapes(support)
   programs = {'adapt': _program(adapt, platforms, any_support, _shapes(parameters), x, y)}
   out = programs['adapt']
   adapted = jax.tree.unflatten(out.out_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in out.out_avals])
   programs['predict'] = _program(predict, platforms, any_support, adapted, open_(query.x, 'Q'))
-  here = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
+  checked_on, device = _where_to_check(platforms)
   about = {
     'format_version': FORMAT_VERSION,
     'made_with': {'metasgd_jax': __version__, 'jax': jax.__version__},
     'platforms': list(platforms),
-    'checked_on': here if here in platforms else None,
+    'checked_on': checked_on,
     'parameters': list(parameters),
-    **{name: _described(program) for name, program in programs.items()},
-    'says': dict(says or {}),
+    **{name: described(program) for name, program in programs.items()},
+    'says': facts,
   }
-  try:
-    members = {'about.json': json.dumps(about, indent=2, allow_nan=False).encode()}
-    members |= {f'{name}.bin': bytes(program.serialize()) for name, program in programs.items()}
-  except (TypeError, ValueError) as e:
-    raise ValueError(f'the file cannot hold this ({e}); facts are JSON, inputs are arrays in dicts and lists') from e
-  members |= {_member(name): _as_npy(array) for name, array in parameters.items()}
+  members = {'about.json': json.dumps(about, indent=2).encode()}
+  members |= {f'{name}.bin': _serialized(program) for name, program in programs.items()}
+  members |= {member(name): as_npy(array) for name, array in parameters.items()}
   try:
     with atomic(path) as file:
       with zipfile.ZipFile(file, 'w') as archive:
@@ -172,84 +166,14 @@ def export_learner(
           archive.writestr(zipfile.ZipInfo(name), data)
       file.flush()
       found = load_exported(file.name)
-      if about['checked_on']:
-        _check_numbers(found, learner, meta, support, query.x)
-        if any_support:
-          _check_numbers(found, learner, meta, jax.tree.map(lambda a: np.concatenate([a, a]), support), query.x)
+      if checked_on:
+        with jax.default_device(device), jax.default_matmul_precision('highest'):
+          _check_numbers(found, learner, meta, support, query.x)
+          if any_support:
+            _check_numbers(found, learner, meta, jax.tree.map(lambda a: np.concatenate([a, a]), support), query.x)
   except OSError as e:
     raise WriterError(f'{path} cannot be written ({e.strerror}); give another path') from e
   return found
-
-
-def load_exported(path: PathLike) -> Exported:
-  """Returns what the exported file at `path` holds; its functions are compiled when they are first called.
-
-  Raises:
-    ValueError: there is no such file, it is not of this kind, is damaged, or is from a newer version.
-  """
-  try:
-    path = pathlib.Path(path).expanduser()
-    if not path.is_file():
-      raise ValueError('there is no such file')
-    if path.stat().st_size > _MOST_BYTES:
-      raise ValueError(f'it has more than {_MOST_BYTES:,} bytes')
-    with zipfile.ZipFile(path) as archive:
-      return _read(archive)
-  except Exception as e:  # zipfile, json and jax.export have a dozen errors of their own for a file that is broken.
-    reason = ''.join(c if c.isprintable() else ' ' for c in (str(e) or type(e).__name__)[:300])
-    raise ValueError(f'{path} is not an exported learner, or not the whole of it: {reason}; export it again') from e
-
-
-def _read(archive: zipfile.ZipFile) -> Exported:
-  sizes = {info.filename: info.file_size for info in archive.infolist()}
-  if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-    raise ValueError('it is compressed')
-  if 'about.json' not in sizes or len(sizes) < len(archive.infolist()):
-    raise ValueError('it has no about.json, or a member twice')
-  if sizes['about.json'] > _MOST_ABOUT or sum(sizes.values()) > _MOST_BYTES:
-    raise ValueError('its members are too large')
-  about = json.loads(archive.read('about.json'))
-  if not isinstance(about, dict) or type(about.get('format_version')) is not int:
-    raise ValueError('about.json has no format_version')
-  if about['format_version'] > FORMAT_VERSION:
-    raise ValueError(f'it is of format version {about["format_version"]}, newer than {FORMAT_VERSION}')
-  names = about.get('parameters')
-  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-    raise ValueError('about.json does not name the parameters')
-  wanted = {'about.json', *(f'{name}.bin' for name in _PROGRAMS), *map(_member, names)}
-  if set(sizes) != wanted:
-    raise ValueError(f'{min(wanted ^ set(sizes))} is {"missing" if wanted - set(sizes) else "more than belongs there"}')
-  parameters = {name: _from_npy(archive.read(_member(name))) for name in names}
-  programs = {}
-  for name in _PROGRAMS:
-    programs[name] = jax.export.deserialize(bytearray(archive.read(f'{name}.bin')))
-    if about.get(name) != _described(programs[name]) or about.get('platforms') != list(programs[name].platforms):
-      raise ValueError(f'about.json tells of another program than {name}.bin')
-  given = {name: _text(array) for name, array in parameters.items()}
-  if given != about['adapt']['takes'][0]:
-    raise ValueError('the parameters are not those that adapt.bin takes')
-  return Exported(about, parameters, *(jax.jit(programs[name].call) for name in _PROGRAMS))
-
-
-def _place(path: PathLike) -> pathlib.Path:
-  """Where to write; raises WriterError where there is no such folder, before anything is compiled."""
-  try:
-    found = pathlib.Path(path).expanduser()
-    if '\0' in str(found):
-      raise ValueError('a name with a NUL')
-    if found.parent.is_dir() and not found.is_dir():
-      return found
-    reason = 'it is a folder' if found.is_dir() else f'there is no folder {found.parent}'
-  except (RuntimeError, ValueError, OSError) as e:  # Of ~ of nobody, or a name with a NUL.
-    reason = str(e)
-  raise WriterError(f'{path} cannot be written ({reason}); give another path')
-
-
-def _checked(platforms: Sequence[str]) -> tuple[str, ...]:
-  names = tuple(platforms)
-  if isinstance(platforms, str) or not names or len(set(names)) < len(names) or set(names) - set(_KNOWN_PLATFORMS):
-    raise ValueError(f'platforms must be some of {", ".join(_KNOWN_PLATFORMS)}, each once, got {platforms!r}')
-  return names
 
 
 def _by_name(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], PyTree]]:
@@ -268,19 +192,45 @@ def _shapes(tree: PyTree, items: Any = None) -> PyTree:
 
 
 def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Exported:
+  """A program of a function that is known to work with fixed numbers of items."""
   try:
-    with _without_folders():
+    with _without_folders(), jax.default_matmul_precision('highest'):
       return jax.export.export(jax.jit(function), platforms=platforms)(*inputs)
-  except jax.errors.InconclusiveDimensionOperation as e:
-    advice = 'any_support=False fixes that of the support' if any_support else 'a query of any size cannot be had'
-    raise ValueError(f'the number of items cannot be left open ({_first(e)}); {advice}') from e
-  except NotImplementedError as e:
-    raise ValueError(f'it cannot be lowered for {", ".join(platforms)} ({_first(e)}); leave a platform out') from e
+  except (NotImplementedError, TypeError, ValueError, IndexError, jax.errors.InconclusiveDimensionOperation) as e:
+    why = export_checks.first(e)
+    if 'callback' in why:
+      raise ValueError(f'the file cannot hold what calls back into Python ({why}); do without') from e
+    if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
+      raise ValueError(f'it cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out') from e
+    advice = 'any_support=False fixes that of the support; ' if any_support else ''
+    raise ValueError(
+      f'the number of items cannot be left open ({why}); {advice}predict must take any number of query items'
+    ) from e
+
+
+def _serialized(program: jax.export.Exported) -> bytes:
+  try:
+    return bytes(program.serialize())
+  except Exception as e:  # ValueError for a kind of node, RuntimeError for an effect, others of flatbuffers.
+    raise ValueError(
+      f'the file cannot hold this ({export_checks.first(e)}); inputs are arrays in dicts and lists'
+    ) from e
+
+
+def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | None]:
+  """The platform to compare on, and its device: JAX's own, or else a CPU; None where this machine has none of them."""
+  here, host = jax.export.default_export_platform(), sharding.host_device()
+  if here in platforms:
+    return here, jax.local_devices()[0]
+  return ('cpu', host) if 'cpu' in platforms and host.platform == 'cpu' else (None, None)
 
 
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
-  """Has programs keep the names of source files, but not where they lie, which is nobody's business."""
+  """Has programs keep the names of source files, but not where they lie, which is nobody's business.
+
+  JAX has no scoped form of this setting: it holds for all threads for as long as a program is traced and lowered.
+  """
   setting = 'jax_hlo_source_file_canonicalization_regex'
   before = getattr(jax.config, setting)
   jax.config.update(setting, r'^.*[/\\]')
@@ -290,46 +240,6 @@ def _without_folders() -> Iterator[None]:
     jax.config.update(setting, before)
 
 
-def _first(e: Exception) -> str:
-  return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-
-
-def _text(array: Any) -> str:
-  return f'{np.dtype(array.dtype).name}[{",".join(map(str, array.shape))}]'
-
-
-def _described(program: jax.export.Exported) -> dict[str, Any]:
-  """What a program takes and gives, as JSON: trees of texts such as 'float32[S,28,28,1]'."""
-  takes, by_keyword = jax.tree.unflatten(program.in_tree, list(map(_text, program.in_avals)))
-  if by_keyword:
-    raise ValueError('its programs take arguments by keyword')
-  gives = jax.tree.unflatten(program.out_tree, list(map(_text, program.out_avals)))
-  return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # Tuples are lists there.
-
-
-def _member(name: str) -> str:
-  return f'parameters/{name}.npy'
-
-
-def _as_npy(array: Any) -> bytes:
-  array, file = np.asarray(jax.device_get(array)), io.BytesIO()
-  if array.dtype.kind not in 'biufc':
-    raise ValueError(f'parameters must be of a dtype that NumPy has, got {array.dtype}; cast them to float32')
-  np.save(file, array, allow_pickle=False)
-  return file.getvalue()
-
-
-def _from_npy(data: bytes) -> np.ndarray:
-  """An array, after a look at its header: NumPy makes room for what that says before it reads."""
-  file = io.BytesIO(data)
-  if np.lib.format.read_magic(file) != (1, 0):
-    raise ValueError('a parameter is not as numpy.save writes it')
-  shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-  if dtype.kind not in 'biufc' or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-    raise ValueError('a parameter has another size than it says')
-  return np.load(io.BytesIO(data), allow_pickle=False)
-
-
 def _check_numbers(found: Exported, learner: Learner, meta: PyTree, support: Batch, x: Any) -> None:
   """Raises WriterError unless the file's programs give the learner's numbers, to float32's rounding."""
 
@@ -337,6 +247,7 @@ def _check_numbers(found: Exported, learner: Learner, meta: PyTree, support: Bat
   def ours(meta, support, x):
     return learner.predict(learner.adapt(meta, support, jax.random.key(0)), x)
 
+  meta, support, x = jax.device_get((meta, support, x))  # From whatever device they are on.
   theirs = found.predict(found.adapt(found.parameters, *support), x)
   for a, b in zip(jax.tree.leaves(ours(meta, support, x)), jax.tree.leaves(theirs), strict=True):
     a, b = np.asarray(a), np.asarray(b)

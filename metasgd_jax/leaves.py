@@ -21,6 +21,16 @@ def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
   return {name: np.asarray(jax.device_get(data(leaf))) for name, leaf in named(tree)}
 
 
+def strong(tree: PyTree) -> PyTree:
+  """Returns the leaves as arrays of strong dtypes; a weak one, as of `jnp.asarray(0.1)`, is another type for jit."""
+
+  def of_leaf(leaf):
+    array = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(array, array.dtype) if array.weak_type else array
+
+  return jax.tree.map(of_leaf, tree)
+
+
 def is_key(leaf: Any) -> bool:
   """Whether a leaf is a key or an array of keys."""
   return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -15,7 +15,6 @@ from typing import IO, Any, Protocol
 import flax.serialization
 import jax
 import numpy as np
-from absl import logging
 
 from metasgd_jax.leaves import named
 from metasgd_jax.types import PyTree
@@ -259,7 +258,7 @@ class TensorBoardWriter:
 
 
 class ProgressLine:
-  """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else by lines of the log.
+  """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else line by line.
 
   Off a terminal a line comes with each tenth of the run, and in between where that takes longer than `every`.
   """
@@ -270,6 +269,7 @@ class ProgressLine:
     *,
     every: float = 30.0,
     out: IO[str] | None = None,
+    say: Callable[[str], object] | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the line.
@@ -277,13 +277,14 @@ class ProgressLine:
     Args:
       label: begins it.
       every: seconds between lines where the output is not a terminal.
-      out: where to; if not given standard error, by absl's logging where that is not a terminal.
+      out: where to; standard error where left out.
+      say: gets the lines where the output is not a terminal, such as a logger's `info`; printed where left out.
       clock: gives the time in seconds.
     """
     self._label, self._clock = label, clock
     self._out = out or sys.stderr
     self._in_place = self._out.isatty()
-    self._logged = out is None and not self._in_place
+    self._say = say or (lambda line: print(line, file=self._out, flush=True))
     self._every = 0.2 if self._in_place else every
     self._last, self._tenth = clock(), 0
 
@@ -307,12 +308,10 @@ class ProgressLine:
     text += ''.join(f'  {name} {value:.4g}' for name, value in values.items())
     text += f'  {rate:,.0f} it/s' if rate >= 10 else f'  {rate:.2f} it/s'
     text += f'  {duration((total - step) / rate)} left' if step < total else f'  took {duration(seconds)}'
-    if self._logged:
-      logging.info('%s', text)
-    elif self._in_place:
+    if self._in_place:
       print(f'\r\x1b[K{text}', end='' if step < total else '\n', file=self._out, flush=True)
     else:
-      print(text, file=self._out, flush=True)
+      self._say(text)
 
 
 def duration(seconds: float) -> str:

@@ -224,6 +224,7 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
     (['predict', '--support=a', '--query=b', '--out=c', '--inductive', '--transductive'], 'not allowed with'),
     (['predict', '--support=a', '--query=b', '--out=c', '--invert=yess'], 'for --invert=yess, did you mean yes?'),
     (['predict', '--invert', 'atuo'], 'for --invert=atuo, did you mean auto?'),
+    (['predict', f'--invert={"x" * 5000}'], f"invalid choice: '{'x' * 80}…'"),
     (['exprot'], 'for exprot, did you mean export?'),
     (['export', '--out=a', '--platform=cpu'], 'for --platform, did you mean --platforms?'),
     (['info', '--modle=a'], 'for --modle, did you mean --model?'),

@@ -1,14 +1,29 @@
 """An experiment's command line: help, settings from a file, mistakes, and what is watched of a run."""
 
+import contextlib
 import gzip
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+from absl import flags
 
-from experiments import classification, command, large_learners, navigation, options, processes, regression, resuming
+from experiments import (
+  classification,
+  command,
+  large_learners,
+  navigation,
+  options,
+  processes,
+  regression,
+  reporting,
+  resuming,
+  trainings,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXPERIMENTS = {
@@ -115,8 +130,9 @@ def test_settings_become_flags_that_give_them(tmp_path, name):
 @pytest.mark.parametrize(
   ('value', 'message'),
   [
-    ({'meta_iteration': 5}, "the field 'meta_iteration', which .*; did you mean meta_iterations[?]; is it of another"),
-    ({'way': 5}, "the field 'way', which experiments.regression does not know"),
+    ({'meta_iteration': 5}, "the field 'meta_iteration', which .*; did you mean meta_iterations[?]$"),
+    ({'way': 5}, "the field 'way', which .*regression does not know; is it of another experiment[?]"),
+    ({'dataset': 'x' * 5000}, "got 'x{79}…$"),
     ({'meta_iterations': '5'}, "meta_iterations must be of type int, got '5'"),
     ({'meta_iterations': 0}, 'meta_iterations must be from 1 to .*, got 0'),
     ({'dataset': 'sinusoid'}, "dataset must be one of sinusoids, sinusoids_maml, got 'sinusoid'"),
@@ -150,11 +166,67 @@ def test_no_such_file(tmp_path):
     (['--notensorbord'], 'error: unknown flag --notensorbord; did you mean --notensorboard?'),
     (['--dataset=sinusoid'], 'value should be one of <sinusoids|sinusoids_maml>; did you mean sinusoids?'),
     (['--learner=meta_sgd,mamml'], 'each must be one of meta_sgd, maml; did you mean maml?'),
+    (['--learner', 'meta_sdg'], 'each must be one of meta_sgd, maml; did you mean meta_sgd?'),
     (['--config=none.json'], 'error: --config=none.json cannot be read (there is no such file)'),
+    (['--config=tests'], 'error: --config=tests cannot be read (it is a folder)'),
+    (['--config='], 'error: --config= cannot be read (no file is named)'),
+    (['--flagfile=/none'], 'error: Unable to open flagfile'),
+    ([f'--seeds={"x" * 5000}'], f'flag --seeds={"x" * 80}…: '),
+    ([f'--{"x" * 5000}'], f'unknown flag --{"x" * 78}…'),
   ],
 )
 def test_a_mistyped_flag_is_answered_with_the_nearest(flags, message):
   done = run('regression', *flags)
   assert done.returncode == 2
   assert message in ' '.join(done.stderr.split())
+  assert len(done.stderr) < 500
   assert done.stderr.count('\n') == 1
+
+
+@pytest.fixture
+def parse(monkeypatch, capsys):
+  """What `command.parse` prints for flags that it never gets to set."""
+  values = flags.FlagValues()
+  flags.DEFINE_string('workdir', 'runs', 'Where.', flag_values=values)
+  flags.DEFINE_bool('restart', False, 'Anew.', flag_values=values)
+  monkeypatch.setattr(command.flags, 'FLAGS', values)
+  monkeypatch.setattr(command, 'help_text', lambda: 'HELP')
+
+  def found(*given):
+    with contextlib.suppress(SystemExit, KeyError):
+      command.parse(regression.Config, ['regression', *given])
+    return capsys.readouterr().out
+
+  return found
+
+
+@pytest.mark.parametrize('given', ['-h', '--help', '--help=true', '--restart -h', '--workdir x -h', '--workdir=x -h'])
+def test_help_is_given_where_it_is_asked_for(parse, given):
+  assert parse(*given.split()) == 'HELP\n'
+
+
+@pytest.mark.parametrize('given', ['--workdir -h', '--workdir=-h', '--help=false', '-- -h'])
+def test_a_value_or_an_argument_is_no_question(parse, given):
+  assert 'HELP' not in parse(*given.split())
+
+
+def test_a_trace_goes_with_the_run_that_it_is_of(tmp_path):
+  config = regression.Config(tensorboard=False)
+  (tmp_path / 'profile' / 'maml').mkdir(parents=True)
+  reporting.start(tmp_path, config)
+  assert (tmp_path / 'profile' / 'maml').is_dir(), 'of nobody, since there was no run'
+  reporting.start(tmp_path, config)
+  assert not (tmp_path / 'profile').exists()
+
+
+@pytest.mark.parametrize(('first', 'said'), [(True, 'MAML: the profiler wrote no trace to '), (False, '')])
+def test_a_profiler_that_writes_nothing_is_told_by_the_first_process(first, said, tmp_path, monkeypatch):
+  heard = []
+  monkeypatch.setattr(trainings.jax.profiler, 'trace', lambda *args, **kwargs: contextlib.nullcontext())
+  monkeypatch.setattr(trainings.processes, 'first', lambda: first)
+  monkeypatch.setattr(trainings.logging, 'warning', lambda form, *values: heard.append(form % values))
+  state = types.SimpleNamespace(step=np.int32(0))
+  training = trainings.Training('maml', 'MAML', 5, 1, start=lambda: state, go=lambda state, step, callbacks: np.ones(1))
+  assert trainings.profile(training, state, tmp_path) == tmp_path / 'profile' / 'maml'
+  assert ''.join(heard).startswith(said)
+  assert len(heard) == first

@@ -1,5 +1,6 @@
 """Exported files: they run without the package, give its numbers, and are refused when they are not whole."""
 
+import copy
 import io
 import json
 import pathlib
@@ -10,6 +11,7 @@ import zipfile
 
 import jax
 import numpy as np
+import optax
 import pytest
 from small_models import pictures, small_model
 
@@ -85,11 +87,18 @@ LEARNERS = {
   'meta_sgd': lambda model: ms.meta_sgd(model, ms.losses.cross_entropy, steps=2),
   'maml': lambda model: ms.maml(model, ms.losses.cross_entropy, alpha=0.1),
   'prototypical': lambda model: ms.learners.prototypical(model, way=5),
-}
+  'matching': lambda model: ms.learners.matching(model, way=5, full_context=True, read_steps=2),
+  'siamese': lambda model: ms.learners.siamese(model, way=5),
+  'mann': lambda model: ms.learners.mann(way=5, size=None),
+  'inner_optimizer': lambda model: ms.learners.inner_optimizer(
+    model, ms.losses.cross_entropy, optimizer=lambda h: optax.sgd(h['rate'], h['momentum']), steps=2,
+    hyper={'rate': 0.1, 'momentum': 0.5},
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', LEARNERS)
-def test_any_learner(name, tmp_path):
+def test_learners_of_each_kind(name, tmp_path):
   learner = LEARNERS[name](ms.nn.from_linen(ms.nn.MLP((8,), outputs=5, stddev=0.1)))
   flat = lambda x, y: ms.Batch(x.reshape(len(x), -1), y)
   episode = ms.Episode(flat(*some(5)), flat(*some(10, seed=1)))
@@ -124,6 +133,103 @@ def test_a_program_with_other_numbers_is_not_written(tmp_path):
   with pytest.raises(WriterError, match='the exported programs differ from the learner by'):
     export.export_learner(tmp_path / 'a.zip', *linear(predict=predict))
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.zip', 'of before')]
+
+
+def test_a_machine_with_another_accelerator_compares_on_a_cpu(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax.export, 'default_export_platform', lambda: 'rocm')
+  found = export.export_learner(tmp_path / 'a.zip', *linear(), platforms=('cuda', 'cpu'))
+  assert found.about['checked_on'] == 'cpu'
+  traced = []
+  with pytest.raises(WriterError, match='differ from the learner'):
+    changing = linear(predict=lambda theta, x: traced.append(1) or x @ theta['w'] + len(traced))
+    export.export_learner(tmp_path / 'b.zip', *changing, platforms=('cpu',))
+  assert export.export_learner(tmp_path / 'c.zip', *linear(), platforms=('tpu',)).about['checked_on'] is None
+
+
+def test_products_are_of_the_highest_precision(tmp_path):
+  export.export_learner(tmp_path / 'a.zip', *linear(), platforms=('cpu',))
+  program = jax.export.deserialize(bytearray(members(tmp_path / 'a.zip')['predict.bin']))
+  assert 'precision = [HIGHEST, HIGHEST]' in program.mlir_module()
+
+
+@pytest.mark.parametrize('make', [np.ones, lambda shape: np.ones(shape, np.float64)])
+def test_numbers_of_other_kinds_become_what_jax_makes_of_them(make, tmp_path):
+  learner, _, episode = linear(predict=lambda theta, x: x @ theta['w'] * theta['scale'] + theta['shift'])
+  meta = {'w': make((2, 1)), 'scale': 0.5, 'shift': np.float64(2)}
+  found = export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
+  assert {a.dtype.name for a in found.parameters.values()} == {'float32'}
+  np.testing.assert_allclose(found.predict(found.adapt(found.parameters, *episode.support), episode.query.x), 3)
+
+
+def of_host(theta, support):
+  like = jax.ShapeDtypeStruct((2, 1), np.float32)
+  return {'w': jax.pure_callback(lambda w: w, like, theta['w'])}
+
+
+@pytest.mark.parametrize(
+  'adapt',
+  [
+    lambda theta, support: {'w': theta['w'] + sum(i for i in range(support.x.shape[0]))},
+    lambda theta, support: {'w': theta['w'] * np.ones(support.x.shape[0]).mean()},
+    lambda theta, support: {'w': theta['w'] + jax.random.permutation(jax.random.key(0), support.x)[:2, :1]},
+    lambda theta, support: {'w': theta['w'] * len(jax.numpy.split(support.x, 2))},
+  ],
+)
+def test_a_support_that_cannot_be_open_is_told_and_can_be_fixed(adapt, tmp_path):
+  with pytest.raises(ValueError, match='number of items cannot be left open .*any_support=False'):
+    export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',))
+  assert not list(tmp_path.iterdir())
+  export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',), any_support=False)
+
+
+def test_a_predict_of_fixed_size_cannot_be_exported(tmp_path):
+  with pytest.raises(ValueError, match=r'left open .*; predict must take any number of query items'):
+    fixed = linear(predict=lambda theta, x: x @ theta['w'] + np.ones((4, 1), np.float32))
+    export.export_learner(tmp_path / 'a.zip', *fixed, any_support=False)
+
+
+@pytest.mark.parametrize(
+  ('adapt', 'message'),
+  [
+    (of_host, 'cannot hold what calls back into Python'),
+    (lambda theta, support: theta | {'key': jax.random.key(0)}, r'adapt returns has a key of jax\.random'),
+  ],
+)
+def test_what_no_file_can_hold(adapt, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',), any_support=False)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('meta', 'message'),
+  [
+    ({'k': jax.random.PRNGKey(0), 'key': 'a key'}, "the parameter key must be an array of numbers, got 'a key'"),
+    ({'a/b': 1.0}, "the parameter 'a/b' has a name that .*; rename it"),
+    ({'a': {'b\0': 1.0}}, 'has a name that .*; rename it'),
+  ],
+)
+def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
+  learner, _, episode = linear()
+  with pytest.raises(ValueError, match=message):
+    export.export_learner(tmp_path / 'a.zip', learner, meta, episode)
+  with pytest.raises(ValueError, match='the parameter k is a key of jax'):
+    export.export_learner(tmp_path / 'a.zip', learner, {'k': jax.random.key(0)}, episode)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('leaf', 'message'),
+  [
+    (np.float32(3), r'support.y.1 must be an array of numbers with the items in front, got the scalar'),
+    (np.ones(3, np.float32), r'leaves of support must have one number of items in front, at least 1, got \[3, 4\]'),
+  ],
+)
+def test_leaves_of_the_episode_without_items_in_front(leaf, message, tmp_path):
+  learner, meta, episode = linear()
+  support = ms.Batch(episode.support.x, (episode.support.y, leaf))
+  with pytest.raises(ValueError, match=message):
+    export.export_learner(tmp_path / 'a.zip', learner, meta, ms.Episode(support, episode.query))
 
 
 def test_a_support_whose_size_matters_must_be_fixed(tmp_path):
@@ -179,15 +285,17 @@ def changed_about(parts, **changes):
   return parts | {'about.json': json.dumps(json.loads(parts['about.json']) | changes).encode()}
 
 
+BIAS = 'parameters/theta.Dense_1.bias.npy'
+
+
 def other_shape(parts):
   data = io.BytesIO()
   np.save(data, np.zeros(3, np.float32))
-  return parts | {'parameters/theta.Dense_1.bias.npy': data.getvalue()}
+  return parts | {BIAS: data.getvalue()}
 
 
 def claims_much(parts):
-  name = 'parameters/theta.Dense_1.bias.npy'
-  return parts | {name: parts[name].replace(b'(5,), }', b'(5000000000,), }')}
+  return parts | {BIAS: parts[BIAS].replace(b'(5,), }', b'(5000000000,), }')}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +314,9 @@ def claims_much(parts):
     (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'not an exported learner'),
     (lambda parts: parts | {'about.json': b' ' * 2**21}, 'too large'),
     (other_shape, 'not those that adapt.bin takes'),
-    (claims_much, 'another size than it says'),
+    (claims_much, 'not those that adapt.bin takes'),
+    (lambda parts: parts | {BIAS: parts[BIAS][:-4]}, 'another size than it says'),
+    (lambda parts: changed_about(parts, format_version=0), 'no format_version, which is 1 or more'),
   ],
 )
 def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):
@@ -216,6 +326,32 @@ def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):
       archive.writestr(name, data)
   with pytest.raises(ValueError, match=message):
     export.load_exported(path)
+
+
+def test_members_that_lie_over_each_other_are_refused(file, tmp_path):
+  """One stretch of the file under many names would be read many times: 4 MB could take gigabytes."""
+  path = tmp_path / 'over.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in members(file).items():
+      archive.writestr(name, data)
+    for name in ('a', 'b'):  # The directory at the end tells of the same place again, so that the file hardly grows.
+      twin = copy.copy(archive.getinfo('adapt.bin'))
+      twin.filename = name
+      archive.filelist.append(twin)
+  with pytest.raises(ValueError, match='its members are too large'):
+    export.load_exported(path)
+
+
+def test_data_is_not_read_before_its_header_is_found_right(file, tmp_path, monkeypatch):
+  path, read = tmp_path / 'a.zip', []
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in other_shape(members(file)).items():
+      archive.writestr(name, data)
+  whole = zipfile.ZipFile.read
+  monkeypatch.setattr(zipfile.ZipFile, 'read', lambda self, name: read.append(name) or whole(self, name))
+  with pytest.raises(ValueError, match='not those that adapt.bin takes'):
+    export.load_exported(path)
+  assert BIAS not in read
 
 
 def test_files_that_are_something_else_are_refused(file, tmp_path):
@@ -254,7 +390,15 @@ def test_the_command_writes_a_file_that_it_has_compared(model, tmp_path, capsys)
 def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert cli.main(['export', '--out=a.zip', *flags]) == 1
-  err = capsys.readouterr().err
+  out, err = capsys.readouterr()
+  assert out == '', 'told that it exports, and does not'
   assert err.startswith(f'error: {message}')
   assert err.count('\n') == 1
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('command', [['export', '--out=a.zip'], ['info']])
+def test_a_mistyped_model_is_answered_with_the_nearest(command, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main([*command, '--model=omniglto']) == 1
+  assert capsys.readouterr().err.endswith('; did you mean omniglot?\n')

@@ -2,6 +2,8 @@ import io
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,12 +115,19 @@ def test_progress_of_a_slow_run_is_told_in_between_and_of_a_fast_one_only_now_an
   ]  # fmt: skip
 
 
-def test_progress_goes_to_the_log_where_standard_error_is_no_terminal(monkeypatch):
-  said = []
-  monkeypatch.setattr(writers.sys, 'stderr', io.StringIO())
-  monkeypatch.setattr(writers.logging, 'info', lambda form, *values: said.append(form % values))
-  writers.ProgressLine('MAML').show(5, 5, 2.0, 2.5, accuracy=0.75)
+def test_progress_is_told_as_asked_where_the_output_is_no_terminal():
+  said, terminal = [], Terminal()
+  writers.ProgressLine('MAML', out=io.StringIO(), say=said.append).show(5, 5, 2.0, 2.5, accuracy=0.75)
   assert said == ['MAML  5/5  accuracy 0.75  2.50 it/s  took 2 s']
+  writers.ProgressLine('MAML', out=terminal, say=said.append).show(5, 5, 2.0, 2.5)
+  assert len(said) == 1
+  assert terminal.getvalue().startswith('\r')
+
+
+def test_a_plain_script_off_a_terminal_tells_its_progress():
+  code = "from metasgd_jax import writers; writers.ProgressLine('MAML').show(5, 5, 2.0, 2.5)"
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ('', 'MAML  5/5  2.50 it/s  took 2 s\n')
 
 
 def test_tensorboard_has_scalars_histograms_and_figures(tmp_path):

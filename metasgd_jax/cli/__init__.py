@@ -4,15 +4,14 @@ What takes time to import is imported in the command that uses it.
 """
 
 import argparse
-import difflib
 import functools
 import io
-import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from metasgd_jax.cli import export, info, predict
+from metasgd_jax.cli.telling import cut, near, with_cut, words
 from metasgd_jax.version import __version__
 
 
@@ -62,28 +61,22 @@ class _Parser(argparse.ArgumentParser):
     self._given = given
 
   def error(self, message: str) -> NoReturn:
-    super().error(message + self._advice())
+    super().error(with_cut(message, self._given) + self._advice())
 
   def _advice(self) -> str:
     """What was probably meant by the first word that is not known, or by the first value that is no choice."""
     flags = self._option_string_actions
     commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
     known = [*flags, *(name for choices in commands for name in choices)]
-    for word, value in self._words():
+    for word, value in words(self._given):
       choices = list(flags[word].choices or []) if word in flags else []
       if word not in known:
         choices, value = [k for k in known if k.startswith('--') == word.startswith('--')], word
       elif value in choices:
         continue
-      if near := difflib.get_close_matches(value, choices, 1):
-        return f'; for {word if word == value else f"{word}={value}"}, did you mean {near[0]}?'
+      if meant := near(value, choices):
+        return f'; for {cut(word if word == value else f"{word}={value}")}, {meant.removeprefix("; ")}'
     return ''
-
-  def _words(self) -> Iterator[tuple[str, str]]:
-    """The words given, each with its value, which may be the next one."""
-    for word, after in itertools.zip_longest(self._given, self._given[1:], fillvalue=''):
-      name, equals, value = word.partition('=')
-      yield name, value if equals else after
 
 
 def _refuse(e: Exception) -> int:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from metasgd_jax.cli.telling import say
+from metasgd_jax.cli.telling import load_model, say
 
 PLATFORMS = 'cpu,cuda,tpu'
 
@@ -30,14 +30,14 @@ def add(commands: Any) -> None:
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
   """Reads the model and writes the file, checked; what it returns tells of it."""
-  from metasgd_jax import export, model_file
+  from metasgd_jax import export
   from metasgd_jax.datasets.messages import at_home
 
-  model, out = model_file.load_model(args.model), at_home(args.out)
-  say('exporting, and comparing what was written with the model, which takes half a minute')
+  model, out = load_model(args.model), at_home(args.out)
+  inductive, platforms = not args.transductive, args.platforms.split(',')
   found = export.export_model(
-    out, model, way=args.way, shot=args.shot, inductive=not args.transductive, platforms=args.platforms.split(',')
-  )
+    out, model, way=args.way, shot=args.shot, inductive=inductive, platforms=platforms, report=say
+  )  # fmt: skip
   about = found.about
   how = f'gives the same numbers on {about["checked_on"]}'
   if about['checked_on'] is None:

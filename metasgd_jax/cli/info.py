@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from metasgd_jax.cli.telling import how_many, say
+from metasgd_jax.cli.telling import how_many, load_model, say
 
 
 def add(commands: Any) -> None:
@@ -23,7 +23,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
   from metasgd_jax import model_file
 
   if args.model is not None:
-    lines = about(model_file.load_model(args.model), model_file.model_size(args.model))
+    lines = about(load_model(args.model), model_file.model_size(args.model))
   else:
     lines = []
     for name in model_file.shipped_models():
