@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Container, Sequence
-from logging import WARNING
+from logging import WARNING, Formatter
 from typing import Any, TypeVar, cast
 
 import jax
@@ -156,6 +156,7 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
       print(f'error: unknown argument {cut(argv[1])!r}; options look like --name=value', file=sys.stderr)
       sys.exit(2)
     logging.get_absl_handler().addFilter(_is_ours)
+    logging.get_absl_handler().setFormatter(Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     _start_jax(flags.FLAGS['compilation_cache'].value)
     try:
       try:
