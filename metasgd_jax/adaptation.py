@@ -69,7 +69,7 @@ def adapt(
 
   Raises:
     ValueError: α does not fit θ (naming the leaf), θ has a leaf that is not floating-point, steps that are no count,
-      an unknown `backward`, or a loss that is not a scalar.
+      an unknown `backward`, or a loss that is not a floating-point scalar.
 
   Example:
     >>> theta = {'w': jnp.array([1.0, 2.0])}
@@ -259,16 +259,21 @@ def scalar_loss(loss_fn: LossFn, theta: PyTree, batch: Any) -> chex.Array:
   """Returns loss_fn(θ, batch).
 
   Raises:
-    ValueError: it is not a scalar.
+    ValueError: it is not a scalar, or not floating-point.
   """
   loss = loss_fn(theta, batch)
-  if not hasattr(loss, 'dtype') and not isinstance(loss, float):
+  if not hasattr(loss, 'dtype') and not isinstance(loss, int | float | complex):
     raise ValueError(
       f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out, '
       'and compute them where they are wanted, such as at the adapted theta'
     )
   if jnp.ndim(loss):
     raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
+  if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    raise ValueError(
+      f'loss_fn must return a floating-point scalar, got dtype {jnp.result_type(loss)}, which has no gradient; '
+      'compute it without integers, and take the absolute value of a complex number'
+    )
   return loss
 
 
@@ -279,10 +284,10 @@ def _step(grad):
 def check_theta(theta: PyTree) -> None:
   """Raises ValueError where a leaf of θ is not floating-point, naming it."""
   for path, leaf in tree_flatten_with_path(theta)[0]:
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise ValueError(
-        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, '
-        'so keep integers and flags out of it'
+        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, which must be '
+        'floating-point, so keep integers and flags out of it, and complex numbers as two real arrays'
       )
 
 

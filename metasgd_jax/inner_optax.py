@@ -34,6 +34,8 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     >>> updates, _ = inner.update({'w': jnp.array([3.0, 4.0])}, inner.init({'w': jnp.zeros(2)}))
     >>> print(updates['w'].round(3))
     [-0.3 -0.4]
+
+  In such a chain `optax.clip_by_global_norm` takes a root of the gradient: see `adapt_with` on a gradient of zero.
   """
 
   def init(params):
@@ -68,9 +70,12 @@ def adapt_with(
   With `optimizer=ms.scale_by_alpha` and hyper = α it is `adapt`. Differentiable in θ and in hyper, through the state
   too, by reverse mode: all steps' intermediates are kept.
 
-  Where a gradient is exactly zero, as behind a ReLU that is off, the root of Adam's and RMSProp's second moment has
-  an infinite derivative, and the meta-gradient is NaN, by a learned `b2` also with `first_order`. Give them `eps_root`
-  (such as 1e-8), which stands under the root; `eps` does not help, it stands beside it.
+  A root, or a norm, of a gradient that is exactly zero has no finite derivative there, and the meta-gradient is NaN;
+  by what is learned inside of it, such as Adam's `b2`, also with `first_order`. It happens to an entry behind a ReLU
+  that is off (Adam and its kin, LAMB, Adafactor, RMSProp with `eps_in_sqrt=False`), and to the whole gradient in a task
+  with no shot or a loss at its minimum (also clipping by a norm, LARS, NovoGrad, Polyak's step). What helps stands
+  under the root: `eps_root` (such as 1e-8) for Adam's kin; `eps` stands beside it. Where there is none, write the root
+  so that it never sees zero: docs/composition.md has such a clipping. `optax.clip`, by entries, is safe.
 
   Transformations that ask for them get the loss as `value`, its gradient as `grad` and `value_fn`. A line search runs
   a loop of unknown length, through which JAX has no reverse mode: with one there is an adapted θ, but no meta-gradient.
@@ -90,7 +95,7 @@ def adapt_with(
 
   Raises:
     ValueError: an `optimizer` that is no function or does not return a transformation, θ has a leaf that is not
-      floating-point, steps that are no count, or a loss that is not a scalar.
+      floating-point, steps that are no count, or a loss that is not a floating-point scalar.
 
   Example:
     >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metasgd_jax import fully_sharded, host_memory, sharding
+from metasgd_jax.leaves import strong
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
 from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
 
@@ -107,7 +108,9 @@ def _init(key, tasks, *, learner, optimizer):
   task_key, episode_key, init_key = _init_keys(key)
   episode = tasks.episode(tasks.sample(task_key), episode_key)
   meta = learner.init(init_key, episode)
-  return TrainState(jnp.zeros((), jnp.int32), key, meta, optimizer.init(meta))
+  # A dtype that were weak here would be strong after a meta-iteration: another program for the next chunk.
+  meta, opt_state = strong((meta, optimizer.init(meta)))
+  return TrainState(jnp.zeros((), jnp.int32), key, meta, opt_state)
 
 
 def train_step(

@@ -152,6 +152,15 @@ class TestBadInput:
     with pytest.raises(ValueError, match=r'loss_fn must return a scalar, got shape \(6,\); take its mean or sum'):
       ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: jnp.sum(b.x @ t['in']['w'], 1))
 
+  def test_complex_numbers_in_theta(self, problem):
+    with pytest.raises(ValueError, match=r"theta\['z'\] has dtype complex64.*complex numbers as two real arrays"):
+      self.adapt(problem, 0.1, theta={**problem[0], 'z': jnp.ones(3, jnp.complex64)})
+
+  @pytest.mark.parametrize(('loss', 'dtype'), [(jnp.int32(3), 'int32'), (3, 'int32'), (jnp.complex64(1j), 'complex64')])
+  def test_a_loss_without_a_gradient(self, problem, loss, dtype):
+    with pytest.raises(ValueError, match=f'loss_fn must return a floating-point scalar, got dtype {dtype}'):
+      ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: loss)
+
   def test_auxiliary_outputs(self, problem):
     with pytest.raises(ValueError, match='must return a scalar, got tuple; leave auxiliary outputs out'):
       ms.adapt(problem[0], 0.1, problem[2], loss_fn=lambda t, b: (loss_fn(t, b), {}))

@@ -254,6 +254,14 @@ def leaves(tree):
   ]
 
 
+class Scaled(eqx.Module):
+  weight: object
+  constant: object
+
+  def __call__(self, x):
+    return x * self.weight * self.constant
+
+
 class TestMistakes:
   @pytest.mark.parametrize(
     ('layer', 'types'),
@@ -274,12 +282,62 @@ class TestMistakes:
     with pytest.raises(ValueError, match=r'Sequential has state \(eqx.nn.StateIndex\); a Model is a pure function'):
       ms.nn.from_equinox(build)
 
-  def test_equinox_with_integers(self):
-    class Counted(eqx.Module):
-      count: jax.Array
+  @pytest.mark.parametrize(
+    'array',
+    [lambda: jnp.arange(3.0), lambda: np.arange(3.0), lambda: (jnp.arange(3.0),)],
+    ids=['jax', 'numpy', 'tuple'],
+  )
+  def test_nnx_with_an_array_that_is_no_variable(self, array):
+    class Scaled(nnx.Module):
+      def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.scale = array()
 
-    with pytest.raises(ValueError, match='Counted has arrays of dtype int32, which cannot be learned'):
-      ms.nn.from_equinox(lambda key: Counted(jnp.arange(3)))
+    message = r'Scaled\.scale.* is an array that is no nnx.Variable; wrap it in nnx.Variable, or close over it'
+    with pytest.raises(ValueError, match=message):
+      ms.nn.from_nnx(Scaled)
+
+  @pytest.mark.parametrize(
+    'constant',
+    [np.arange(3.0, dtype=np.float32), np.arange(3), np.arange(3) > 0, jnp.arange(3), jnp.arange(3) > 0],
+    ids=['float NumPy', 'int NumPy', 'bool NumPy', 'int JAX', 'bool JAX'],
+  )
+  def test_equinoxs_constants_are_no_parameters(self, constant):
+    made = jnp.asarray if isinstance(constant, jax.Array) else np.asarray
+    held = np.asarray(constant)
+    model = ms.nn.from_equinox(lambda key: Scaled(jax.random.normal(key, (3,)), made(held)))
+    theta = jax.jit(lambda key: model.init(key, None))(jax.random.key(1))
+    assert theta.constant is None
+    assert isinstance(theta.weight, jax.Array)
+    x = jnp.ones((2, 3))
+    np.testing.assert_allclose(
+      jax.jit(model.apply)(theta, x), np.asarray(theta.weight) * np.stack([held, held]), rtol=1e-6
+    )
+
+  @pytest.mark.parametrize(
+    ('build', 'message'),
+    [
+      (lambda key: Scaled(jnp.ones(9), jax.random.permutation(key, 9)), 'Scaled has arrays .* that depend on the key'),
+      (lambda key: Scaled(jnp.ones(9, jnp.complex64), 1), 'Scaled has parameters of dtype complex64, which cannot'),
+      (lambda key: Scaled(np.ones(9), 1), 'Scaled has no parameters, which are floating-point JAX arrays'),
+    ],
+    ids=['by key', 'complex', 'none'],
+  )
+  def test_equinox_with_what_cannot_be_learned(self, build, message):
+    with pytest.raises(ValueError, match=message):
+      ms.nn.from_equinox(build)
+
+  @pytest.mark.parametrize('library', ['nnx', 'equinox'])
+  def test_what_does_not_build_a_module(self, library):
+    adapter, kind, module = {
+      'nnx': (ms.nn.from_nnx, 'nnx.Module', nnx.Linear(3, 1, rngs=nnx.Rngs(0))),
+      'equinox': (ms.nn.from_equinox, 'eqx.Module', eqx.nn.Linear(3, 1, key=jax.random.key(0))),
+    }[library]
+    for wrong, name in ((module, 'Linear'), (5, 'int')):
+      with pytest.raises(ValueError, match=f'build must be a function, .* → {kind}, got {name}; write lambda'):
+        adapter(wrong)
+    with pytest.raises(ValueError, match=f'build must return an {kind}, got int'):
+      adapter(lambda _: 3)
 
   def test_equinox_that_is_not_installed(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'equinox', None)

@@ -1,5 +1,8 @@
 """Optax inside: Meta-SGD's update as a transformation, and inner loops by others, against those written by hand."""
 
+import re
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from problems import assert_slopes_by_differences, assert_trees_close, conv_learner, episodes, random_bank, to_float64
 
 import metasgd_jax as ms
+from metasgd_jax import training
 
 MSE = ms.losses.mean_squared_error
 NET = ms.nn.from_linen(ms.nn.MLP((6,), stddev=0.5))
@@ -39,6 +43,17 @@ def by(optimizer, **options):
   return lambda theta, hyper, batch: ms.adapt_with(theta, hyper, batch, loss_fn=loss_fn, optimizer=optimizer, **options)
 
 
+def clip_without_nan(limit):
+  """As docs/composition.md has it."""
+
+  def update(updates, params=None):
+    squared = sum(jnp.sum(g**2) for g in jax.tree.leaves(updates))
+    factor = limit / jnp.sqrt(jnp.maximum(squared, limit**2))
+    return jax.tree.map(lambda g: factor.astype(g.dtype) * g, updates)
+
+  return optax.stateless(update)
+
+
 class TestScaleByAlpha:
   def test_the_update_is_minus_alpha_times_the_gradient(self):
     theta = {'a': jnp.ones(2), 'b': jnp.ones((2, 2))}
@@ -57,9 +72,10 @@ class TestScaleByAlpha:
       expected = ms.adapt(theta, prefix, episode.support, loss_fn=loss_fn, steps=2)
       assert_trees_close(adapted, expected, rtol=1e-12, atol=1e-14)
 
-  def test_composes_with_clipping_and_has_a_gradient_by_alpha(self):
+  @pytest.mark.parametrize('clip', [optax.clip_by_global_norm, clip_without_nan])
+  def test_composes_with_clipping_and_has_a_gradient_by_alpha(self, clip):
     """Against clipping written down: g · min(1, 1 / ‖g‖), where ‖g‖ > 1."""
-    optimizer = lambda alpha: optax.chain(optax.clip_by_global_norm(1.0), ms.scale_by_alpha(alpha))
+    optimizer = lambda alpha: optax.chain(clip(1.0), ms.scale_by_alpha(alpha))
     with jax.enable_x64(True):
       theta, alpha, episode = problem()
       steep = lambda theta, batch: 20 * loss_fn(theta, batch)
@@ -76,6 +92,22 @@ class TestScaleByAlpha:
       np.testing.assert_allclose(loss, expected, rtol=1e-12)
       assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
       assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads[1])) > 0.1
+
+  def test_a_task_with_no_shot_behind_clipping(self):
+    """optax's norm gives NaN at a gradient of zero; by the documents' form θ's slope is the query loss's, α's 0."""
+    loss = lambda theta, batch: ms.losses.masked(MSE)(batch.x @ theta, batch.y)
+    batch = lambda there: ms.Batch(jnp.ones((2, 3)), (jnp.ones((2, 1)), jnp.full(2, there)))
+    meta = jnp.full((3, 1), 0.5), jnp.full((3, 1), 0.1)
+
+    def slopes(clip):
+      inner = lambda alpha: optax.chain(clip(1.0), ms.scale_by_alpha(alpha))
+      adapt = lambda meta: ms.adapt_with(*meta, batch(False), loss_fn=loss, optimizer=inner, steps=2)
+      return jax.grad(lambda meta: loss(adapt(meta), batch(True)))(meta)
+
+    assert all(jnp.isnan(slope).all() for slope in jax.tree.leaves(slopes(optax.clip_by_global_norm)))
+    by_theta, by_alpha = slopes(clip_without_nan)
+    np.testing.assert_allclose(by_theta, jax.grad(loss)(meta[0], batch(True)), rtol=1e-6)
+    np.testing.assert_array_equal(by_alpha, 0)
 
   def test_is_an_outer_optimiser_like_any_other(self):
     optimizer = ms.scale_by_alpha(0.1)
@@ -256,6 +288,10 @@ class TestMistakes:
     with pytest.raises(ValueError, match=r'loss_fn must return a scalar, got shape \(2,\)'):
       jax.jit(lambda: self.adapt(optax.sgd, loss_fn=lambda t, _: t['w']))()
 
+  def test_a_loss_of_integers_also_under_jit(self):
+    with pytest.raises(ValueError, match='loss_fn must return a floating-point scalar, got dtype int32'):
+      jax.jit(lambda: self.adapt(optax.sgd, loss_fn=lambda t, _: jnp.sum(t['w'] > 0)))()
+
   def test_integers_in_theta(self):
     with pytest.raises(ValueError, match=r"theta\['n'\] has dtype int32"):
       self.adapt(optax.sgd, theta={'n': jnp.arange(2)})
@@ -276,20 +312,22 @@ class TestLearner:
       start, expected_start = (
         made.init(jax.random.key(1), jax.tree.map(lambda a: a[0], some)) for made in (learner, meta_sgd)
       )
-      assert_trees_close(start, expected_start, rtol=0, atol=0)
+      assert_trees_close(ms.MetaParams(*start), expected_start, rtol=0, atol=0)
       meta = to_float64(start)
       (loss, info), grads = jax.jit(lambda m: ms.value_and_grad(learner, m, some, keys))(meta)
-      (expected, expected_info), expected_grads = jax.jit(lambda m: ms.value_and_grad(meta_sgd, m, some, keys))(meta)
+      of_meta_sgd = jax.jit(lambda m: ms.value_and_grad(meta_sgd, m, some, keys))
+      (expected, expected_info), expected_grads = of_meta_sgd(ms.MetaParams(*meta))
       np.testing.assert_allclose(loss, expected, rtol=1e-12)
       assert_trees_close(info, expected_info)
-      assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
+      assert_trees_close(ms.MetaParams(*grads), expected_grads, rtol=1e-9, atol=1e-12)
 
   def test_inductive_batch_norm(self):
     tasks = ms.tasks.few_shot(random_bank(size=8), way=3, shot=1, query=2)
     one = jax.tree.map(lambda a: a[0], episodes(tasks, 1))
     learner, meta_sgd = (conv_learner(build, way=3, steps=2, inductive=True) for build in (self.meta_sgd, ms.meta_sgd))
     meta = learner.init(jax.random.key(0), one)
-    path, expected = jax.jit(lambda meta: [made.path(meta, one.support, None) for made in (learner, meta_sgd)])(meta)
+    metas = (learner, meta), (meta_sgd, ms.MetaParams(*meta))
+    path, expected = jax.jit(lambda: [made.path(meta, one.support, None) for made, meta in metas])()
     assert_trees_close(path, expected, rtol=1e-5)
 
   def test_meta_gradient_by_differences(self):
@@ -298,8 +336,8 @@ class TestLearner:
     learner = ms.learners.inner_optimizer(NET, MSE, optimizer=optimizer, hyper=hyper, steps=3)
     with jax.enable_x64(True):
       theta, _, episode = problem()
-      meta = ms.MetaParams(theta, to_float64(learner.init(jax.random.key(0), episode).alpha))
-      assert_slopes_by_differences(lambda m: learner.loss(m, episode, None)[0], meta)
+      meta = ms.MetaParams(theta, to_float64(learner.init(jax.random.key(0), episode).hyper))
+      assert_slopes_by_differences(lambda m: learner.loss(ms.learners.WithHyper(*m), episode, None)[0], meta)
 
   def test_trains_and_is_evaluated_after_each_step(self):
     """Rate and momentum of lines' descent: by the same train and evaluate as any learner's, to a lower loss."""
@@ -321,8 +359,8 @@ class TestLearner:
     after = judge(state.meta)
     assert after.shape == (50, 1, 4)
     assert after[..., -1].mean() < 0.5 * before[..., -1].mean()
-    assert abs(float(state.meta.alpha['momentum']) - 0.5) > 0.01
-    assert abs(float(state.meta.alpha['rate']) - 0.01) > 0.01
+    assert abs(float(state.meta.hyper['momentum']) - 0.5) > 0.01
+    assert abs(float(state.meta.hyper['rate']) - 0.01) > 0.01
 
   @pytest.mark.parametrize('change', [ms.partly, lambda model, where: ms.low_rank(model, 1, where)])
   def test_of_models_of_which_a_part_adapts(self, change):
@@ -332,13 +370,57 @@ class TestLearner:
       _, _, episode = problem()
       meta = to_float64(learner.init(jax.random.key(0), episode))
       moved = to_float64(ms.meta_sgd(model, MSE, steps=2).init(jax.random.key(0), episode))
-      assert jax.tree.structure(meta) == jax.tree.structure(moved)
-      adapted, expected = (
-        built.adapt(meta, episode.support, None) for built in (learner, ms.meta_sgd(model, MSE, steps=2))
-      )
+      assert jax.tree.structure(ms.MetaParams(*meta)) == jax.tree.structure(moved)
+      adapted = learner.adapt(meta, episode.support, None)
+      expected = ms.meta_sgd(model, MSE, steps=2).adapt(ms.MetaParams(*meta), episode.support, None)
       assert_trees_close(adapted, expected, rtol=1e-12, atol=1e-14)
 
-  def test_a_number_that_cannot_be_learned(self):
-    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=lambda h: optax.sgd(h['rate']), hyper={'rate': 1})
-    with pytest.raises(ValueError, match=r'hyper\.rate must be floating-point, got 1; what is not learned'):
-      learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], episodes(ms.tasks.sinusoid(), 1)))
+  @staticmethod
+  def start(hyper, optimizer=lambda hyper: optax.sgd(hyper['rate'])):
+    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=optimizer, hyper=hyper)
+    one = jax.tree.map(lambda a: a[0], episodes(ms.tasks.sinusoid(), 1))
+    return learner, learner.init(jax.random.key(0), one), one
+
+  @pytest.mark.parametrize('value', [1, True, 'fast', 1j, np.arange(2), optax.sgd], ids=str)
+  def test_what_cannot_be_learned(self, value):
+    message = re.escape(f'hyper.rate must be floating-point, got {value!r}; what is not learned')
+    with pytest.raises(ValueError, match=message):
+      self.start({'rate': value, 'momentum': 0.9})
+
+  def test_the_loop_compiles_once_with_numbers_of_python_and_a_state_of_python(self):
+    """Also where the outer optimiser's state, and the meta-parameters of another's learner, start as plain numbers."""
+    tasks = ms.tasks.sinusoid()
+    plain, meta, _ = self.start({'rate': 0.01})
+    assert not meta.hyper['rate'].weak_type
+    weak = plain._replace(
+      init=lambda key, episode: plain.init(key, episode)._replace(hyper={'rate': jnp.asarray(0.01)})
+    )
+    count = optax.GradientTransformation(
+      lambda _: 0.0, lambda g, s, _=None: (jax.tree.map(lambda g: -0.01 * g, g), s + 1)
+    )
+    for learner in (plain, weak):
+      state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=count)
+      assert not any(leaf.weak_type for leaf in jax.tree.leaves((state.meta, state.opt_state)))
+      before = training._run_chunk._cache_size()
+      options = dict(learner=learner, optimizer=count, meta_iterations=5, meta_batch=2, chunk=2)
+      assert ms.train(state, tasks, **options).opt_state == 5
+      assert training._run_chunk._cache_size() - before == 1
+
+  def test_a_module_of_parameters_is_a_start_and_no_function(self):
+    """A learned step from each gradient's entry, by an Equinox MLP; its activation has to be taken out."""
+    net = eqx.nn.MLP('scalar', 'scalar', 3, 1, key=jax.random.key(0))
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+
+    def learned(params):
+      step = lambda g: 0.1 * jax.vmap(eqx.combine(params, static))(g.ravel()).reshape(g.shape)
+      return optax.stateless(lambda updates, _: jax.tree.map(step, updates))
+
+    learner, meta, one = self.start(params, learned)
+    assert_trees_close(meta.hyper, params, rtol=0, atol=0)
+    grads = jax.grad(lambda meta: learner.loss(meta, one, None)[0])(meta)
+    assert float(jnp.abs(grads.hyper.layers[0].weight).max()) > 1e-6
+    with pytest.raises(ValueError, match=r'hyper\.activation must be floating-point, got .*custom_jvp'):
+      self.start(net, learned)
+
+  def test_what_it_learns_is_no_alpha(self):
+    assert not hasattr(self.start({'rate': 0.1})[1], 'alpha')

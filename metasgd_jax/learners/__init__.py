@@ -2,7 +2,7 @@
 
 from metasgd_jax.learners.ensemble import ensemble
 from metasgd_jax.learners.fine_tuning import fine_tuning
-from metasgd_jax.learners.inner_optimizer import inner_optimizer
+from metasgd_jax.learners.inner_optimizer import WithHyper, inner_optimizer
 from metasgd_jax.learners.maml import maml
 from metasgd_jax.learners.mann import MemoryCell, PlainCell, mann
 from metasgd_jax.learners.matching import matching
@@ -14,6 +14,7 @@ from metasgd_jax.learners.siamese import siamese
 __all__ = [
   'MemoryCell',
   'PlainCell',
+  'WithHyper',
   'ensemble',
   'fine_tuning',
   'inner_optimizer',

@@ -10,6 +10,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metasgd_jax.types import Model
 
@@ -24,7 +25,8 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
       here for its structure, with no array made; the module is called with a batch `[B, …]`.
 
   Raises:
-    ValueError: the module has other variables, such as running averages or keys of dropout.
+    ValueError: `build` is no function or does not return an `nnx.Module`, or the module has other variables, such as
+      running averages or keys of dropout, an array that is no variable, or parameters that are not floating-point.
 
   Example:
     >>> from flax import nnx
@@ -35,7 +37,20 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   """
   from flax import nnx
 
-  abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+  _check_function(build, 'nnx.Rngs → nnx.Module', 'rngs', isinstance(build, nnx.Module))
+
+  def checked(module):
+    """Raises inside of the trace: eval_shape would take an array that is no variable for a static attribute."""
+    _check_returned(module, nnx.Module, 'nnx.Module')
+    for path, node in nnx.iter_graph(module):
+      if any(map(_is_array, jax.tree.leaves(node, is_leaf=lambda n: isinstance(n, nnx.Variable | nnx.Pytree)))):
+        raise ValueError(
+          f'{type(module).__name__}.{".".join(map(str, path))} is an array that is no nnx.Variable; '
+          'wrap it in nnx.Variable, or close over it'
+        )
+    return module
+
+  abstract = nnx.eval_shape(lambda: checked(build(nnx.Rngs(0))))
   graphdef, rest = nnx.graphdef(abstract), nnx.state(abstract, nnx.Not(nnx.Param))
   others = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)})
   if others:
@@ -43,6 +58,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
       f'{type(abstract).__name__} has variables of the types {others} besides nnx.Param; a Model is a pure function of '
       'its parameters (docs/composition.md has batch norm and dropout)'
     )
+  _check_floating(type(abstract).__name__, jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
   def init(key: chex.PRNGKey, x: Any):
     del x  # An NNX module knows its shapes.
@@ -54,9 +70,10 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   """Returns an Equinox module without state as a `Model`; θ is the module with `None` for what is no parameter.
 
-  Parameters are its floating-point arrays. `eqx.combine(θ, eqx.filter(module, eqx.is_inexact_array, inverse=True))` is
-  a module again. Names for `partly` are as the attributes': 'layers.0.weight'. `checkpoint` and
-  `eqx.tree_serialise_leaves` save such a θ; `writers.write_params`, which takes flax's containers, does not.
+  Parameters are its floating-point JAX arrays. NumPy arrays, and JAX's of integers and flags, are constants, the same
+  for every key. `eqx.combine(θ, module)` is a module again. Names for `partly` are as the attributes':
+  'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` save such a θ; `writers.write_params`, which takes
+  flax's containers, does not.
 
   Args:
     build: `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. It is called by `init`,
@@ -65,7 +82,8 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
   Raises:
     ImportError: Equinox is not installed.
-    ValueError: the module has arrays that are not floating-point, or state, such as running averages.
+    ValueError: `build` is no function or does not return an `eqx.Module`, or the module has no parameters, complex
+      ones, state, such as running averages, or constants that depend on the key.
 
   Example:
     >>> import equinox as eqx
@@ -79,20 +97,66 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   except ImportError as error:
     raise ImportError("Equinox is not installed; pip install 'metasgd_jax[compose]'") from error
 
-  abstract = eqx.filter_eval_shape(lambda: build(jax.random.key(0)))
-  name, see = type(abstract).__name__, 'docs/composition.md has the way without from_equinox'
+  given: Any = build
+  holds_arrays = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
+  _check_function(build, 'key → eqx.Module', 'key', holds_arrays)
+  statics: list[Any] = []
+
+  def arrays(key):
+    """The module's JAX arrays: shapes under eval_shape; what else it holds goes to `statics` as it is."""
+    module = build(key)
+    _check_returned(module, eqx.Module, 'eqx.Module')
+    if any(is_state(leaf) for leaf in jax.tree.leaves(module, is_leaf=is_state)):
+      raise ValueError(
+        f'{type(module).__name__} has state (eqx.nn.StateIndex); a Model is a pure function of its parameters '
+        '(docs/composition.md has the way without from_equinox)'
+      )
+    of_jax, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.Array))
+    statics.append(static)
+    return of_jax
+
   is_state = lambda leaf: isinstance(leaf, eqx.nn.StateIndex)
-  if any(is_state(leaf) for leaf in jax.tree.leaves(abstract, is_leaf=is_state)):
-    raise ValueError(f'{name} has state (eqx.nn.StateIndex); a Model is a pure function of its parameters ({see})')
-  is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-  shapes, static = eqx.partition(abstract, is_shape)
-  dtypes = {leaf.dtype for leaf in jax.tree.leaves(shapes)}
-  wrong = sorted(str(dtype) for dtype in dtypes if not jnp.issubdtype(dtype, jnp.inexact))
-  if wrong:
-    raise ValueError(f'{name} has arrays of dtype {", ".join(wrong)}, which cannot be learned ({see})')
+  shapes, name = jax.eval_shape(arrays, jax.random.key(0)), type(statics[0]).__name__
+  is_constant = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.bool_) or jnp.issubdtype(leaf.dtype, jnp.integer)
+  constants, parameters = eqx.partition(shapes, is_constant)
+  _check_floating(name, jax.tree.leaves(parameters))
+  if not jax.tree.leaves(parameters):
+    raise ValueError(
+      f'{name} has no parameters, which are floating-point JAX arrays; put jnp.asarray around NumPy arrays'
+    )
+  if jax.tree.leaves(constants):
+    # Compiled, so that no parameter is made.
+    constants_of = jax.jit(lambda key: eqx.filter(arrays(key), is_constant))
+    constants, others = (constants_of(jax.random.key(seed)) for seed in (0, 1))
+    if not all(map(np.array_equal, jax.tree.leaves(constants), jax.tree.leaves(others))):
+      raise ValueError(f'{name} has arrays of integers or flags that depend on the key; make them outside `build`')
+  static = eqx.combine(constants, statics[0])
 
   def init(key: chex.PRNGKey, x: Any):
     del x  # An Equinox module knows its shapes.
-    return eqx.filter(build(key), eqx.is_inexact_array)
+    return eqx.filter(build(key), lambda leaf: isinstance(leaf, jax.Array) and not is_constant(leaf))
 
   return Model(init, lambda theta, x: jax.vmap(eqx.combine(theta, static))(x))
+
+
+def _is_array(leaf) -> bool:
+  return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _check_function(build, kind: str, argument: str, is_module: bool) -> None:
+  if not callable(build) or is_module:
+    raise ValueError(f'build must be a function, {kind}, got {type(build).__name__}; write lambda {argument}: …')
+
+
+def _check_returned(module, kind: type, name: str) -> None:
+  if not isinstance(module, kind):
+    raise ValueError(f'build must return an {name}, got {type(module).__name__}')
+
+
+def _check_floating(name: str, leaves) -> None:
+  wrong = sorted({str(leaf.dtype) for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating)})
+  if wrong:
+    raise ValueError(
+      f'{name} has parameters of dtype {", ".join(wrong)}, which cannot be learned; make them floating-point, and '
+      'complex ones two real arrays'
+    )
