@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from small_models import pictures, small_model
 
 import metasgd_jax as ms
@@ -20,7 +21,7 @@ from metasgd_jax import cli, export, model_file
 from metasgd_jax.writers import WriterError
 
 DOCS = (pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'export.md').read_text()
-ALONE, WITH_PACKAGE = re.findall(r'```py\n(.*?)```', DOCS, re.DOTALL)
+ALONE, PICTURE, WITH_PACKAGE = re.findall(r'```py\n(.*?)```', DOCS, re.DOTALL)
 
 SMALL = dict(image_shape=(16, 16, 1), filters=8)
 
@@ -114,6 +115,19 @@ def test_the_documented_lines_for_a_learner(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   exec(compile(WITH_PACKAGE, 'docs/export.md', 'exec'), {})
   assert capsys.readouterr().out == '(10, 1)\n'
+
+
+@pytest.mark.parametrize('paper', [0, 255])
+def test_the_pages_lines_bring_a_picture_into_form(paper, tmp_path):
+  drawing = np.full((40, 60), paper, np.uint8)
+  drawing[18:22, 10:50] = 255 - paper
+  Image.fromarray(drawing).save(tmp_path / 'a.png')
+  found = {}
+  exec(compile(PICTURE, 'docs/export.md', 'exec'), found)
+  x = found['picture'](tmp_path / 'a.png')
+  assert (x.shape, x.dtype) == ((28, 28, 1), np.float32)
+  assert x[13:15, 8:20].min() > 0.9  # The stroke, in the middle of the padded square.
+  assert max(x[:8].max(), x[20:].max()) < 0.1
 
 
 def linear(adapt=lambda theta, support: theta, predict=lambda theta, x: x @ theta['w'], key=None):

@@ -381,7 +381,7 @@ class TestLearner:
     one = jax.tree.map(lambda a: a[0], episodes(ms.tasks.sinusoid(), 1))
     return learner, learner.init(jax.random.key(0), one), one
 
-  @pytest.mark.parametrize('value', [1, True, 'fast', 1j, np.arange(2), optax.sgd], ids=str)
+  @pytest.mark.parametrize('value', [1, True, 'fast', 1j, np.arange(2), optax.sgd], ids=lambda v: type(v).__name__)
   def test_what_cannot_be_learned(self, value):
     message = re.escape(f'hyper.rate must be floating-point, got {value!r}; what is not learned')
     with pytest.raises(ValueError, match=message):
