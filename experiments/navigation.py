@@ -26,6 +26,7 @@ from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
 from metasgd_jax import rl, sharding, writers
+from metasgd_jax.rl.meta_step import check_curvature
 
 LEARNERS = ('meta_sgd', 'maml')
 STARTS = ('fixed', 'varying')
@@ -135,10 +136,7 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
   """
   curved = config.curved if config.optimizer == 'trpo' else 0
   mesh = sharding.task_mesh(config.meta_batch if devices else math.gcd(config.meta_batch, curved), devices=devices)
-  if mesh and curved % mesh.size:
-    raise ValueError(
-      f'curvature_tasks={curved} cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
-    )
+  check_curvature(mesh, curved)
   return [_training(start, name, environments[start], mesh, config) for start, name in config.runs]
 
 

@@ -73,9 +73,8 @@ def trpo_meta_step(
   if curved > meta_batch:
     raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
   check_mesh(mesh, meta_batch)
+  check_curvature(mesh, curved)
   devices = mesh.size if mesh else 1
-  if curved % devices:
-    raise ValueError(f'curvature_tasks={curved} cannot be shared evenly by {devices} devices; take a multiple')
   over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
 
   def step(meta, keys):
@@ -125,6 +124,14 @@ def trpo_meta_step(
     return meta, {**returns, **update._asdict()}
 
   return share_tasks(step, mesh, average=True)(meta, tuple(jax.random.split(key, (3, meta_batch))))
+
+
+def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
+  """Raises ValueError unless the mesh's devices, if any, share curvature_tasks evenly."""
+  if mesh and curvature_tasks % mesh.size:
+    raise ValueError(
+      f'curvature_tasks={curvature_tasks} cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
+    )
 
 
 def _spread(total: int, count: int) -> np.ndarray:
