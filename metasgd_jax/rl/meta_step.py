@@ -130,7 +130,8 @@ def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
   """Raises ValueError unless the mesh's devices, if any, share curvature_tasks evenly."""
   if mesh and curvature_tasks % mesh.size:
     raise ValueError(
-      f'curvature_tasks={curvature_tasks} cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
+      f'curvature_tasks={curvature_tasks} cannot be shared evenly by {mesh.size} devices; '
+      f'take a multiple of {mesh.size}'
     )
 
 
