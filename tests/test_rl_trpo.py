@@ -9,6 +9,7 @@ from problems import assert_trees_close
 
 import metasgd_jax as ms
 from metasgd_jax import rl
+from metasgd_jax.rl.trpo import largest_good
 
 POLICY = rl.gaussian(2, 2, hidden=(4,))
 
@@ -140,6 +141,74 @@ def test_it_backtracks_to_the_first_candidate_that_is_good():
     assert 0 < info.kl <= allowed
     assert functions['kl'](old, functions['distributions'](towards(info.step / 0.8))) > allowed
     assert_trees_close(new, towards(info.step), rtol=1e-6)
+
+
+def search(improvements, divergences):
+  """What `largest_good` finds among steps of which these are known, its index or none, and the number of tries."""
+  improvements, divergences = (np.asarray(values, float) for values in (improvements, divergences))
+  tries = []
+
+  def try_out(share):
+    i = jnp.round(jnp.log(share) / np.log(0.8)).astype(int)
+    jax.debug.callback(lambda i: tries.append(int(i)), i)
+    return jnp.asarray(improvements)[i], jnp.asarray(divergences)[i]
+
+  found = largest_good(try_out, max_kl=0.01, ratio=0.8, count=len(divergences), like=jnp.zeros(()))
+  jax.effects_barrier()
+  improvement, divergence, share = (float(value) for value in found)
+  if share == 0:
+    assert (improvement, divergence) == (0, 0)
+    return None, tries
+  i = round(np.log(share) / np.log(0.8))
+  assert (improvement, divergence) == (improvements[i], divergences[i])
+  return i, tries
+
+
+def test_the_search_finds_what_trying_all_finds_in_fewer_tries():
+  rng = np.random.default_rng(0)
+  saved = []
+  for _ in range(40):
+    # Divergences that fall with the step by powers between 1 and 3, from up to a hundred times the bound.
+    powers = rng.uniform(1, 3, size=15)
+    divergences = 0.01 * np.exp(rng.uniform(-1, 5)) * np.cumprod(0.8**powers)
+    first = int(rng.integers(0, 4))  # Larger ones improve nothing.
+    improvements = np.where(np.arange(15) < first, -1.0, 0.1)
+    good = np.flatnonzero((improvements > 0) & (divergences <= 0.01))
+    expected = good[0] if good.size else None
+    found, tries = search(improvements, divergences)
+    assert found == expected, (divergences, first)
+    assert len(set(tries)) == len(tries) <= 15
+    saved.append((expected + 1 if good.size else 15) - len(tries))
+  assert min(saved) >= -2 and np.mean(saved) > 1.5, saved
+
+
+@pytest.mark.parametrize(
+  ('improvements', 'divergences', 'expected'),
+  [
+    ([1.0] * 5, [0.005] * 5, 0),
+    ([-1.0] * 5, [0.001] * 5, None),
+    ([1.0] * 5, [1e9] * 5, None),
+    ([np.nan, np.nan, 1.0, 1.0], [0.001] * 4, 2),
+    ([1.0] * 4, [np.nan, np.inf, 0.02, 0.005], 3),
+    ([1.0] * 15, [9.0] * 14 + [0.01], 14),
+    ([1.0], [0.01], 0),
+  ],
+)
+def test_searches_at_the_edges(improvements, divergences, expected):
+  found, tries = search(improvements, divergences)
+  assert found == expected
+  assert all(0 <= i < len(divergences) for i in tries)
+
+
+def test_a_search_ends_at_a_good_step_after_one_that_is_not():
+  """Whatever the divergences are."""
+  rng = np.random.default_rng(1)
+  for _ in range(30):
+    improvements, divergences = rng.normal(size=12) + 0.5, 0.01 * np.exp(rng.normal(size=12))
+    good = (improvements > 0) & (divergences <= 0.01)
+    found, _ = search(improvements, divergences)
+    if found is not None:
+      assert good[found] and (found == 0 or not good[found - 1])
 
 
 @pytest.mark.parametrize('why', ['nothing improves', 'no gradient', 'not a number'])

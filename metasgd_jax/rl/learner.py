@@ -45,6 +45,7 @@ class PolicyGradient(NamedTuple):
     steps: k, inner steps.
     init: `key → MetaParams`; consumes key.
     experience: `(θ, task, key) → Experience` of the policy with θ; consumes key; no gradient goes through it.
+    step: `(meta, θ, experience, i) → θ`, inner step i, counted from 0.
     explore: `(meta, task, key) → (experiences, path)`: k inner steps, each on experience of the policy before it; a
       k-tuple of `Experience`, and θ after 0, 1, …, k steps, a (k + 1)-tuple. Consumes key, split into one a step.
     replay: `(meta, experiences) → θ′`: the same steps on experiences drawn before, under this or another meta.
@@ -56,6 +57,7 @@ class PolicyGradient(NamedTuple):
   steps: int
   init: Callable[[chex.PRNGKey], MetaParams]
   experience: Callable[[PyTree, PyTree, chex.PRNGKey], Experience]
+  step: Callable[[MetaParams, PyTree, Experience, int], PyTree]
   explore: Callable[[MetaParams, PyTree, chex.PRNGKey], tuple[tuple[Experience, ...], tuple[PyTree, ...]]]
   replay: Callable[[MetaParams, tuple[Experience, ...]], PyTree]
   surrogate: Callable[[Surrogate, PyTree, Experience], chex.Array]
@@ -152,7 +154,7 @@ def policy_gradient(
       theta = step(meta, theta, drawn, i)
     return theta
 
-  return PolicyGradient(environment, policy, int(steps), init, experience, explore, replay, surrogate)
+  return PolicyGradient(environment, policy, int(steps), init, experience, step, explore, replay, surrogate)
 
 
 def policy_learner(inner: PolicyGradient) -> Learner:

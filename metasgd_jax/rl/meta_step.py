@@ -75,21 +75,33 @@ def trpo_meta_step(
   check_mesh(mesh, meta_batch)
   check_curvature(mesh, curved)
   devices = mesh.size if mesh else 1
+  lay = functools.partial(jax.lax.map, batch_size=tasks_at_once if tasks_at_once > 1 else None)
   over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
 
   def step(meta, keys):
     """One device's part: its tasks."""
     tasks = jax.vmap(inner.environment.sample)(keys[0])
-    experiences, path = jax.vmap(inner.explore, (None, 0, 0))(meta, tasks, keys[1])
-    after = jax.vmap(inner.experience)(path[-1], tasks, keys[2])
+    experiences, thetas = _explore(meta, tasks, keys[1], inner, lay)
+    after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
     acted = after.trajectories
+    surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
 
     def distributions_of(data, meta):
-      one = lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1])
-      return jax.lax.map(one, data, batch_size=tasks_at_once if tasks_at_once > 1 else None)
+      return lay(lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1].trajectories.observations), data)
 
     def surrogate(distributions):
-      return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions, after))
+      return jnp.mean(jax.vmap(surrogate_of)(distributions, after))
+
+    def gradient(meta):
+      """Task by task, so that nothing of a task is kept for the derivative of the next."""
+
+      def one(meta, task):
+        distributions = inner.policy.apply(inner.replay(meta, task[0]), task[1].trajectories.observations)
+        return surrogate_of(distributions, task[1]), distributions
+
+      (values, distributions), gradients = lay(lambda task: jax.value_and_grad(one, has_aux=True)(meta, task), data)
+      value, gradient = jax.tree.map(lambda a: jnp.mean(a, 0), (values, gradients))
+      return (value, distributions), gradient
 
     part = _spread(len(keys[0]), curved // devices)
     # Of a device's share: what it adds to a mean goes by its valid steps. One message after the other, each with what
@@ -100,7 +112,7 @@ def trpo_meta_step(
     def mean_kl(valid, count, old, new):
       return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / count
 
-    data = (experiences, acted.observations)
+    data = (experiences, after)
     fisher = None
     if curved < meta_batch:
       kl = functools.partial(mean_kl, acted.valid[part], counts[1])
@@ -111,6 +123,7 @@ def trpo_meta_step(
       distributions=functools.partial(distributions_of, data),
       surrogate=surrogate,
       kl=functools.partial(mean_kl, acted.valid, counts[0]),
+      gradient=gradient,
       fisher=fisher,
       mean=mean,
       max_kl=max_kl,
@@ -133,6 +146,16 @@ def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
       f'curvature_tasks={curvature_tasks} cannot be shared evenly by {mesh.size} devices; '
       f'take a multiple of {mesh.size}'
     )
+
+
+def _explore(meta, tasks, keys, inner: PolicyGradient, lay):
+  """Returns `inner.explore`'s experiences and last θ of all tasks: they act together, and adapt as `lay` has it."""
+  thetas, experiences = jax.tree.map(lambda t: jnp.broadcast_to(t, (len(keys), *t.shape)), meta.theta), []
+  split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
+  for i in range(inner.steps):
+    experiences.append(jax.vmap(inner.experience)(thetas, tasks, split[i]))
+    thetas = lay(lambda task, i=i: inner.step(meta, *task, i), (thetas, experiences[-1]))
+  return tuple(experiences), thetas
 
 
 def _spread(total: int, count: int) -> np.ndarray:

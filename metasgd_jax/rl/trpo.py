@@ -32,6 +32,7 @@ def trpo_update(
   distributions: Callable[[PyTree], Any],
   surrogate: Callable[[Any], chex.Array],
   kl: Callable[[Any, Any], chex.Array],
+  gradient: Callable[[PyTree], tuple[tuple[chex.Array, Any], PyTree]] | None = None,
   fisher: Callable[[PyTree], PyTree] | None = None,
   mean: Callable[[PyTree], PyTree] = lambda tree: tree,
   max_kl: float = 0.01,
@@ -47,14 +48,16 @@ def trpo_update(
   distributions and g the surrogate's gradient; then meta + r^i √(2 max_kl / sᵀ F s) s for the first i = 0, 1, … that
   raises the surrogate with KL(p ‖ new) ≤ max_kl (Schulman et al. 2015, appendix C). Where none does, meta stays.
 
-  Both functions are of the distributions, so that each candidate needs them once; they are linearised once. The
-  constants are rllab's. sᵀ F s is taken from conjugate gradients' own residual.
+  Not every i before it is tried: see `largest_good`. Both functions are of the distributions, so that each candidate
+  needs them once. The constants are rllab's. sᵀ F s is taken from conjugate gradients' own residual.
 
   Args:
     meta: any pytree of floating-point arrays, such as `MetaParams(theta, alpha)` or `MetaParams(theta, None)`.
     distributions: `meta → distributions`, any pytree.
     surrogate: `distributions → scalar`, to be raised.
     kl: `(old distributions, new) → scalar`, the mean divergence KL(old ‖ new) in nats.
+    gradient: `meta → ((surrogate, distributions), gradient)`, as `jax.value_and_grad` with the distributions beside the
+      value gives where left out; for one that is summed over parts of the data.
     fisher: `v → F v`, such as `fisher_product` gives for a part of the data; that of all of it where left out.
     mean: over devices that have a part of the data each, inside shard_map: `sharding.mean_over`. It is taken of values
       and gradients, never differentiated.
@@ -69,42 +72,73 @@ def trpo_update(
     ValueError: max_kl, cg_steps or max_backtracks not positive, a negative damping, or backtrack_ratio not in (0, 1).
   """
   check_options(max_kl=max_kl, cg_steps=cg_steps, damping=damping, ratio=backtrack_ratio, backtracks=max_backtracks)
+  if gradient is None:
+    gradient = jax.value_and_grad(lambda meta: (surrogate(new := distributions(meta)), new), has_aux=True)
   if fisher is None:
-    old, pushed = jax.linearize(distributions, meta)
-    pulled = jax.linear_transpose(pushed, meta)
-    fisher = _fisher(kl, old, pushed, pulled, damping)
-  else:
-    old, pulled = jax.vjp(distributions, meta)
-  before, of_distributions = jax.value_and_grad(surrogate)(old)
-  before, gradient = mean((before, pulled(of_distributions)[0]))
-  direction, residual = conjugate_gradient(lambda v: mean(fisher(v)), gradient, steps=cg_steps, tolerance=cg_tolerance)
+    fisher = fisher_product(distributions, kl, meta, damping=damping)
+  (before, old), slope = gradient(meta)
+  before, slope = mean((before, slope))
+  direction, residual = conjugate_gradient(lambda v: mean(fisher(v)), slope, steps=cg_steps, tolerance=cg_tolerance)
   # F s is the gradient less the residual.
-  curvature = _dot(direction, jax.tree.map(jnp.subtract, gradient, residual))
+  curvature = _dot(direction, jax.tree.map(jnp.subtract, slope, residual))
   size = jnp.where(curvature > 0, jnp.sqrt(2 * max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
 
   def candidate(share):
     return jax.tree.map(lambda m, d: m + (share * size).astype(m.dtype) * d, meta, direction)
 
-  def unfinished(carry):
-    i, step, _, _ = carry
-    return (i < max_backtracks) & (step == 0)
-
-  def try_next(carry):
-    i, step, _, _ = carry
-    share = jnp.asarray(backtrack_ratio, before.dtype) ** i
+  def try_out(share):
     new = distributions(candidate(share))
     after, divergence = mean((surrogate(new), kl(old, new)))
-    improvement = after - before
-    good = (improvement > 0) & (divergence <= max_kl)
-    zero = jnp.zeros_like(step)
-    return i + 1, jnp.where(good, share, zero), jnp.where(good, improvement, zero), jnp.where(good, divergence, zero)
+    return after - before, divergence
 
-  zero = jnp.zeros_like(before)
-  _, step, improvement, divergence = jax.lax.while_loop(
-    unfinished, try_next, (jnp.zeros((), jnp.int32), zero, zero, zero)
+  improvement, divergence, step = largest_good(
+    try_out, max_kl=max_kl, ratio=backtrack_ratio, count=max_backtracks, like=before
   )
   meta = jax.tree.map(lambda old, new: jnp.where(step > 0, new, old), meta, candidate(step))
   return meta, TrpoInfo(improvement, divergence, step)
+
+
+def largest_good(
+  try_out: Callable[[chex.Array], tuple[chex.Array, chex.Array]],
+  *,
+  max_kl: float,
+  ratio: float,
+  count: int,
+  like: chex.Array,
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+  """Returns improvement, divergence and share of the largest good step r^i, i < count; zeros where none is good.
+
+  Good is an improvement above 0 within max_kl. A divergence goes nearly with the step's square, so after a step that is
+  too far the next i is where that law puts the bound, and after a good one the i before it, until one good step
+  comes right after one that is not. Where every step below a good one is good too, it is the one that trying i = 0,
+  1, 2, … finds, in about half as many tries.
+
+  Args:
+    try_out: `share → (improvement, divergence)`.
+    max_kl: the bound.
+    ratio: r, in (0, 1).
+    count: of steps.
+    like: a scalar of the numbers' type.
+  """
+
+  def unfinished(carry):
+    bad, good, _, _ = carry
+    return good > bad + 1
+
+  def try_next(carry):
+    bad, good, i, found = carry
+    share = jnp.asarray(ratio, like.dtype) ** i
+    improvement, divergence = try_out(share)
+    fine = (improvement > 0) & (divergence <= max_kl)
+    too_far = jnp.log(divergence / max_kl) / (-2 * math.log(ratio))
+    ahead = jnp.where(jnp.isfinite(too_far), jnp.clip(jnp.round(too_far), 1, count), 1).astype(i.dtype)
+    found = jax.tree.map(lambda new, old: jnp.where(fine, new, old), (improvement, divergence, share), found)
+    bad, good = jnp.where(fine, bad, i), jnp.where(fine, i, good)
+    return bad, good, jnp.clip(jnp.where(fine, i - 1, i + ahead), bad + 1, good - 1), found
+
+  first = jnp.zeros((), jnp.int32)
+  zeros = (jnp.zeros_like(like),) * 3
+  return jax.lax.while_loop(unfinished, try_next, (first - 1, first + count, first, zeros))[-1]
 
 
 def fisher_product(
@@ -133,7 +167,9 @@ def fisher_product(
     True
   """
   old, pushed = jax.linearize(distributions, meta)
-  return _fisher(kl, old, pushed, jax.linear_transpose(pushed, meta), damping)
+  pulled = jax.linear_transpose(pushed, meta)
+  _, curved = jax.linearize(jax.grad(lambda q: kl(old, q)), old)
+  return lambda v: jax.tree.map(lambda f, v: f + damping * v, pulled(curved(pushed(v)))[0], v)
 
 
 def conjugate_gradient(
@@ -184,11 +220,6 @@ def check_options(*, max_kl: float, cg_steps: int, damping: float, ratio: float,
     raise ValueError(f'damping must be at least 0, got {damping}')
   if not 0 < ratio < 1:
     raise ValueError(f'backtrack_ratio must be between 0 and 1, got {ratio}')
-
-
-def _fisher(kl, old, pushed, pulled, damping):
-  _, curved = jax.linearize(jax.grad(lambda q: kl(old, q)), old)
-  return lambda v: jax.tree.map(lambda f, v: f + damping * v, pulled(curved(pushed(v)))[0], v)
 
 
 def _dot(a, b):
