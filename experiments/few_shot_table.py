@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from experiments import few_shot_data, processes, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
@@ -94,9 +95,9 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
     directory = _directory(workdir, cell)
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
     if processes.from_first(np.bool_(_done(cell, directory))):
-      print(f'{about}: is there already')
+      logging.info('%s: is there already', about)
     else:
-      print(about, flush=True)
+      logging.info('%s', about)
       try:
         run(cell, directory)
       except reporting.TrainingError as e:  # The other cells need not wait for it.

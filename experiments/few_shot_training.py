@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 import metasgd_jax as ms
 from experiments import few_shot_data, few_shot_learners, processes, reporting, trainings
@@ -184,7 +185,7 @@ def train(name: str, config: Config, setup: Setup, run: Run):
         functools.partial(_validate, name, config, setup), config.validate_every, config.ensemble,
         functools.partial(_report_validation, training.label, run.metrics),
       )  # fmt: skip
-    print(f'{training.label}: compiling', flush=True)
+    logging.info('%s: compiling', training.label)
     found = trainings.train(training, run, best)
     members = [found.state.meta] if best is None else [meta for _, _, meta in best.found]
     metas.append(_as_members(members, config))
@@ -221,7 +222,7 @@ def _validate(name: str, config: Config, setup: Setup, meta) -> float:
 
 
 def _report_validation(label: str, metrics: list[writers.Writer], step: int, accuracy: float) -> None:
-  print(f'{label}: {100 * accuracy:.2f}% on classes to validate on, at {step:,}', flush=True)
+  logging.info('%s: %.2f%% on classes to validate on, at %d', label, 100 * accuracy, step)
   for writer in metrics:
     writer.write(label, step, {'validation_accuracy': accuracy})
 
@@ -231,7 +232,7 @@ def judge(name: str, meta, shot: int, config: Config, setup: Setup) -> list[repo
   results = []
   for inductive in (None,) if name in SEQUENTIAL else (False, True):
     mode = {None: 'none', False: 'transductive', True: 'inductive'}[inductive]
-    print(f'{NAMES[name]}: testing on {config.eval_tasks} unseen tasks, {shot} shot, batch norm {mode}', flush=True)
+    logging.info('%s: testing on %d unseen tasks, %d shot, batch norm %s', NAMES[name], config.eval_tasks, shot, mode)
     values = [
       ms.evaluate(
         setup.testers[name, bool(inductive)], reporting.one_run(meta, r), setup.tests[shot],

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
+from absl import flags, logging
 
 import metasgd_jax as ms
 from experiments import options, processes, reporting, resuming, trainings
@@ -179,11 +179,11 @@ def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict
   results: list[reporting.Result] = []
   rows: list[dict] = []
   for (start, name), training in zip(config.runs, plan(config, environments, devices), strict=True):
-    print(f'{training.label}: compiling', flush=True)
+    logging.info('%s: compiling', training.label)
     done = trainings.train(training, opened)
     trained.append(Trained(start, name, done.state.meta, done.curves))
     writers.write_params(workdir / f'params_{name}_{start}.msgpack', trained[-1].meta)
-    print(f'{training.label}: testing on {config.eval_tasks} unseen tasks', flush=True)
+    logging.info('%s: testing on %d unseen tasks', training.label, config.eval_tasks)
     results.append(_test(trained[-1], environments[start], config, devices))
     rows.append(results[-1].row(workdir, about_run))
     writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})

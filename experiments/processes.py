@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -121,6 +122,8 @@ def start(machines: Machines) -> None:
       ) from e
     raise ValueError(f'the processes cannot meet at {machines.coordinator} ({reason}); give another port') from e
   _keep_stdout(first())
+  if not first():
+    logging.set_verbosity(logging.WARNING)
 
 
 def _keep_stdout(ours: bool) -> None:

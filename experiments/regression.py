@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import flags
+from absl import flags, logging
 
 import metasgd_jax as ms
 from experiments import options, processes, reporting, resuming, trainings
@@ -141,11 +141,11 @@ def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
   results: list[reporting.Result] = []
   rows: list[dict] = []
   for (name, shot), (training, learner) in zip(config.runs, plan(config, devices), strict=True):
-    print(f'{training.label}: compiling', flush=True)
+    logging.info('%s: compiling', training.label)
     done = trainings.train(training, opened)
     trained.append(Trained(name, shot, learner, done.state.meta, done.curves))
     writers.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
-    print(f'{training.label}: testing on {config.eval_tasks} unseen curves', flush=True)
+    logging.info('%s: testing on %d unseen curves', training.label, config.eval_tasks)
     found = [_test(trained[-1], test_shot, tasks, config, devices) for test_shot, tasks in tests.items()]
     rows += [result.row(workdir, {**about_run, **done.skipped}) for result in found]
     results += found

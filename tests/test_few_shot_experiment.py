@@ -130,7 +130,7 @@ class TestTable:
     assert lines[4].endswith('| 20 | 1 × 2 | 1 |')
     assert 'on 2 unseen tasks of mini_imagenet' in lines[-1]
 
-  def test_cells_that_are_there_stay_and_others_are_made_anew(self, table, capsys, monkeypatch):
+  def test_cells_that_are_there_stay_and_others_are_made_anew(self, table, caplog, monkeypatch):
     config, workdir = table
     made = []
 
@@ -139,9 +139,10 @@ class TestTable:
 
     directory = workdir / 'cells' / 'mini_imagenet_joint_20way_5shot'
     (directory / 'results.json').rename(directory / 'kept.json')  # As after a run that was cut off.
-    few_shot_table.prepare(config, workdir, few_shot_training.build, run)()
+    with caplog.at_level('INFO', 'absl'):
+      few_shot_table.prepare(config, workdir, few_shot_training.build, run)()
     assert made == ['mini_imagenet_joint_20way_5shot']
-    assert capsys.readouterr().out.count('is there already') == 7
+    assert caplog.text.count('is there already') == 7
     (directory / 'kept.json').rename(directory / 'results.json')
     made.clear()
     other = dataclasses.replace(config, meta_iterations=2, learner=('joint',))

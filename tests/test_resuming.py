@@ -200,7 +200,6 @@ def test_sigterm_saves_and_leaves(tmp_path, at, whole_maml, capsys):
     regression.run(MAML, tmp_path, dataclasses.replace(KEEPING, checkpoint_every=100))
   assert e.value.code == 143
   assert capsys.readouterr().out == (
-    'MAML 5-shot: compiling\n'
     f'stopped by SIGTERM: MAML 5-shot is saved at meta-iteration 7 of 20 in {tmp_path}; the same command goes on from '
     'there\n'
   )
