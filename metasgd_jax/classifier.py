@@ -49,10 +49,16 @@ class FewShotClassifier:
       picture that has a light border.
 
   Example:
-    >>> images = np.random.default_rng(0).uniform(size=(4, 28, 28))  # Two drawings of each class, say.
-    >>> classifier = ms.FewShotClassifier('omniglot').fit(images, ['a', 'b', 'a', 'b'])
-    >>> classifier.predict_proba(images).shape
-    (4, 2)
+    >>> images = np.zeros((4, 28, 28))  # Light strokes on black: two lie, two stand.
+    >>> images[0, 10:12, 4:24] = images[1, 16:18, 4:24] = images[2, 4:24, 10:12] = images[3, 4:24, 16:18] = 1
+    >>> labels = ['lying', 'lying', 'standing', 'standing']
+    >>> classifier = ms.FewShotClassifier('omniglot').fit(images[::2], labels[::2])  # One drawing of each class.
+    >>> print(classifier.predict(images[1::2]))
+    ['lying' 'standing']
+    >>> classifier.predict_proba(images[1::2]).shape  # In the order of classifier.classes_.
+    (2, 2)
+    >>> classifier.score(images, labels)
+    1.0
   """
 
   def __init__(

@@ -58,6 +58,14 @@ def export_model(
   Raises:
     ValueError: way that the model does not have, shot below 1, and as `export_learner`.
     WriterError: as `export_learner`.
+
+  Example:
+    >>> import tempfile
+    >>> model = ms.load_model('omniglot')
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   exported = ms.export_model(f'{directory}/two.zip', model, way=2, shot=1, platforms=['cpu'])
+    >>> exported.about['predict']['takes'][1], exported.about['says']['pixels']
+    ('float32[Q,28,28,1]', '0 to 1, light on dark')
   """
   if shot is not None and (isinstance(shot, bool) or not isinstance(shot, int) or not 1 <= shot <= 10_000):
     raise ValueError(f'shot must be an integer from 1 to 10,000, got {shot!r}')
@@ -115,6 +123,18 @@ def export_learner(
       back into Python, a number of items that cannot be left open, leaves of the episode without items in front,
       parameters or facts that the file cannot hold.
     WriterError: the file cannot be written, or what was read back gives other numbers.
+
+  Example:
+    >>> import tempfile
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> meta = learner.init(jax.random.key(2), episode)  # Or state.meta, after ms.train.
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   exported = ms.export_learner(f'{directory}/sine.zip', learner, meta, episode)
+    >>> adapted = exported.adapt(exported.parameters, *episode.support)
+    >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # Of any number of query items.
+    (7, 1)
   """
   path, platforms = export_checks.place(path), export_checks.known_platforms(platforms)
   meta, (support, query) = export_checks.as_arrays(meta), episode

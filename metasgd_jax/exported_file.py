@@ -31,6 +31,17 @@ class Exported(NamedTuple):
     parameters: the leaves of meta by name, such as 'theta.Dense_0.kernel'.
     adapt: `(parameters, support_x [S, …], support_y [S, …]) → adapted`, a dict of arrays by name.
     predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
+
+  Example:
+    >>> import tempfile
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> meta = learner.init(jax.random.key(2), episode)  # Or state.meta, after ms.train.
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   exported = ms.export_learner(f'{directory}/sine.zip', learner, meta, episode, platforms=['cpu'])
+    >>> sorted(exported.parameters)[:2], exported.about['platforms'], exported.about['adapt']['takes'][1]
+    (['alpha.Dense_0.bias', 'alpha.Dense_0.kernel'], ['cpu'], 'float32[S,1]')
   """
 
   about: dict[str, Any]
@@ -47,6 +58,19 @@ def load_exported(path: PathLike) -> Exported:
 
   Raises:
     ValueError: there is no such file, it is not of this kind, is damaged, or is from a newer version.
+
+  Example:
+    >>> import tempfile
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> meta = learner.init(jax.random.key(2), episode)  # Or state.meta, after ms.train.
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   _ = ms.export_learner(f'{directory}/sine.zip', learner, meta, episode)
+    ...   exported = ms.load_exported(f'{directory}/sine.zip')
+    >>> adapted = exported.adapt(exported.parameters, *episode.support)
+    >>> exported.predict(adapted, episode.query.x).shape == episode.query.y.shape
+    True
   """
   try:
     path = pathlib.Path(path).expanduser()

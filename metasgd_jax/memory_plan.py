@@ -34,6 +34,13 @@ class MemoryPlan:
     devices: how many share the meta-batch; on a CPU they share one memory.
     available: of a device, or of the host; `None` where it cannot be told.
     fits_at_once: where it does not fit, how many tasks at a time would; 0 for none.
+
+  Example:
+    >>> parts = {'θ': 4_000, 'α': 4_000, "the optimiser's state": 16_000}
+    >>> step = dict(arguments=24_000, episodes=800, intermediates=50_000, results=24_000)
+    >>> plan = ms.MemoryPlan(parts, **step, at_once=4, tasks=4, devices=1, available=2**20)
+    >>> plan.total, plan.fits, str(plan).splitlines()[-1]
+    (98000, True, 'fits: 1.0 MiB are available')
   """
 
   parts: dict[str, int]

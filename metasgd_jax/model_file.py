@@ -95,6 +95,14 @@ class FewShotModel(NamedTuple):
   Attributes:
     config: what the parameters belong to.
     meta: θ and α, float32; α is None for MAML.
+
+  Example:
+    >>> model = ms.load_model('omniglot')
+    >>> model.config.learner, model.config.image_shape
+    ('meta_sgd', (28, 28, 1))
+    >>> jax.tree.structure(model.meta.theta) == jax.tree.structure(model.meta.alpha)
+    True
+    >>> classifier = ms.FewShotClassifier(model)
   """
 
   config: ModelConfig

@@ -51,6 +51,16 @@ class Progress(NamedTuple):
     info: of the chunk just done: `{name: array [n]}`, or `[n, R]` for R runs.
     seconds: wall time of this call's loop so far, callbacks and compilation left out.
     rate: meta-iterations a second, over those seconds.
+
+  Example:
+    >>> tasks, optimizer = ms.tasks.sinusoid(shot=5), optax.adam(1e-3)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    >>> seen = []  # A callback gets each chunk's Progress.
+    >>> options = dict(meta_iterations=4, meta_batch=2, chunk=2, callbacks=[seen.append])
+    >>> state = ms.train(state, tasks, learner=learner, optimizer=optimizer, **options)
+    >>> [(progress.step, progress.info['loss'].shape) for progress in seen]
+    [(2, (2,)), (4, (2,))]
   """
 
   state: TrainState

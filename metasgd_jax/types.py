@@ -153,6 +153,15 @@ class TaskStream(NamedTuple):
   Attributes:
     send: `(sample keys [B], episode keys [B]) → TaskDistribution` that gives the tasks and episodes of these pairs of
       keys, and of no others. Called from a thread of its own, while the device works on the chunk before.
+
+  Example:
+    >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
+    >>> tasks = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=5, shot=1, query=3))
+    >>> sample_keys, episode_keys = jax.random.split(jax.random.key(0), (2, 4))  # Of four episodes.
+    >>> sent = tasks.send(sample_keys, episode_keys)
+    >>> draw = jax.jit(lambda tasks, sample_key, episode_key: tasks.episode(tasks.sample(sample_key), episode_key))
+    >>> draw(sent, sample_keys[0], episode_keys[0]).support.x.shape
+    (5, 28, 28, 1)
   """
 
   send: Callable[[chex.PRNGKey, chex.PRNGKey], TaskDistribution]

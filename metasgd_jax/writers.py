@@ -147,7 +147,15 @@ def provenance() -> dict[str, Any]:
 
 
 class Writer(Protocol):
-  """Takes a run's metrics as they come."""
+  """Takes a run's metrics as they come.
+
+  Example:
+    >>> class Printer:
+    ...   def write(self, label, step, values):
+    ...     print(label, step, sorted(values))
+    >>> Printer().write('MAML', 100, {'loss': 0.5, 'seconds': 2.0})
+    MAML 100 ['loss', 'seconds']
+  """
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
     """Takes the values of one moment.
@@ -163,6 +171,18 @@ class MetricsWriter:
   """A `Writer` that appends lines of JSON to a file; clock times go to timings.jsonl beside it.
 
   So that the same run leaves the same metrics, byte for byte.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> from metasgd_jax.writers import MetricsWriter
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   writer = MetricsWriter(f'{directory}/metrics.jsonl')
+    ...   for step in (1, 2):
+    ...     writer.write('MAML', step, {'loss': 0.5, 'seconds': 2.0})
+    ...   kept = writer.cut('MAML', step=1)  # To go on from step 1.
+    ...   writer.sync()
+    ...   print(pathlib.Path(f'{directory}/metrics.jsonl').read_text().strip())
+    {"label": "MAML", "step": 1, "loss": 0.5}
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
@@ -226,7 +246,19 @@ def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-  """A `Writer` of TensorBoard's event files, by tensorboardX, which does not need TensorFlow."""
+  """A `Writer` of TensorBoard's event files, by tensorboardX, which does not need TensorFlow.
+
+  Example:
+    >>> import os, tempfile
+    >>> from metasgd_jax.writers import TensorBoardWriter
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   writer = TensorBoardWriter(directory)
+    ...   writer.write('MAML', 100, {'loss': np.array([0.5, 0.7])})  # Of two runs: their mean.
+    ...   writer.histograms('MAML', 100, {'alpha': np.array([0.1, -0.1])})
+    ...   writer.close()
+    ...   len(os.listdir(directory))
+    1
+  """
 
   def __init__(self, directory: PathLike):
     """Raises WriterError if tensorboardX is missing."""
@@ -261,6 +293,12 @@ class ProgressLine:
   """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else line by line.
 
   Off a terminal a line comes with each tenth of the run, and in between where that takes longer than `every`.
+
+  Example:
+    >>> from metasgd_jax.writers import ProgressLine
+    >>> line = ProgressLine('Meta-SGD', say=print)
+    >>> line.show(4, 4, seconds=80.0, rate=0.05, loss=0.5)
+    Meta-SGD  4/4  loss 0.5  0.05 it/s  took 1 min 20 s
   """
 
   def __init__(

@@ -63,6 +63,16 @@ def test_public_names_and_their_parameters_are_described(thing):
   assert not [name for name in named if not re.search(rf'\b{name}\b', text, re.IGNORECASE)]
 
 
+def takes_an_example(thing):
+  """Whether it is a function or a class, and no error; a class's example shows its methods."""
+  return '.' not in thing.__qualname__ and not (inspect.isclass(thing) and issubclass(thing, Exception))
+
+
+@pytest.mark.parametrize('thing', [param for param in public() if takes_an_example(param.values[0])])
+def test_each_public_function_and_class_has_an_example(thing):
+  assert '>>>' in (thing.__doc__ or '')  # tests/test_doctests.py runs it; getdoc would take a parent's.
+
+
 def is_on_a_page(name, thing):
   """Whether an API page has the module that defines it; of a type or a constant, which say none, one that has it."""
   home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, '__module__', '')

@@ -31,14 +31,6 @@ def examples():
 
 
 EXAMPLES = examples()
-MOST_USED = (
-  'adaptation.adapt', 'adaptation.adapt_path', 'adaptation.init_alpha', 'learners.meta_sgd.meta_sgd',
-  'learners.maml.maml', 'training.init', 'training.train', 'training.train_step', 'evaluation.evaluate',
-  'evaluation.estimate', 'partial.partly', 'partial.low_rank', 'memory_plan.plan_memory', 'tasks.sinusoid.sinusoid',
-  'tasks.few_shot.few_shot', 'tasks.few_shot.class_bank', 'nn.networks.MLP', 'nn.networks.Conv4',
-  'nn.networks.from_linen', 'losses.mean_squared_error', 'losses.cross_entropy', 'losses.accuracy',
-  'sharding.task_mesh', 'classifier.FewShotClassifier', 'types.Model', 'types.TaskDistribution',
-)  # fmt: skip
 
 
 @pytest.mark.parametrize('test', [pytest.param(test, id=name) for name, test in EXAMPLES.items()])
@@ -49,8 +41,3 @@ def test_example_gives_what_it_says(test):
     failed, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False).run(test, out=told.write)
   assert tried
   assert not failed, told.getvalue()
-
-
-@pytest.mark.parametrize('name', MOST_USED)
-def test_what_is_most_used_has_an_example(name):
-  assert f'metasgd_jax.{name}' in EXAMPLES

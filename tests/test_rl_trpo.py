@@ -179,7 +179,8 @@ def test_the_search_finds_what_trying_all_finds_in_fewer_tries():
     assert found == expected, (divergences, first)
     assert len(set(tries)) == len(tries) <= 15
     saved.append((expected + 1 if good.size else 15) - len(tries))
-  assert min(saved) >= -2 and np.mean(saved) > 1.5, saved
+  assert min(saved) >= -2, saved
+  assert np.mean(saved) > 1.5, saved
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,8 @@ def test_a_search_ends_at_a_good_step_after_one_that_is_not():
     good = (improvements > 0) & (divergences <= 0.01)
     found, _ = search(improvements, divergences)
     if found is not None:
-      assert good[found] and (found == 0 or not good[found - 1])
+      assert good[found]
+      assert found == 0 or not good[found - 1]
 
 
 @pytest.mark.parametrize('why', ['nothing improves', 'no gradient', 'not a number'])

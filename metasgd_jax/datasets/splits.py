@@ -23,6 +23,14 @@ class Splits(NamedTuple):
     train: classes to train on.
     validation: classes to choose settings by.
     test: classes to test on.
+
+  Example:
+    >>> from metasgd_jax.datasets import Splits
+    >>> bank = lambda classes: ms.tasks.class_bank(np.zeros((classes, 10, 28, 28, 1), np.uint8))
+    >>> splits = Splits(train=bank(20), validation=bank(0), test=bank(5))
+    >>> tasks = ms.tasks.few_shot(splits.train, way=5, shot=1, query=3)
+    >>> [len(part.sizes) for part in splits]
+    [20, 0, 5]
   """
 
   train: ClassBank

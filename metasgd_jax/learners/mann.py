@@ -71,6 +71,13 @@ class PlainCell(nn.Module):
   Attributes:
     way: N.
     units: of the LSTM.
+
+  Example:
+    >>> learner = ms.learners.mann(way=3, cell=ms.learners.PlainCell(way=3, units=8), size=None)
+    >>> support = ms.Batch(jnp.zeros((6, 4)), jnp.array([0, 0, 1, 1, 2, 2]))
+    >>> meta = jax.jit(learner.init)(jax.random.key(0), ms.Episode(support, support))
+    >>> sorted(meta)
+    ['Dense_0', 'OptimizedLSTMCell_0']
   """
 
   way: int
@@ -100,6 +107,14 @@ class MemoryCell(nn.Module):
     width: of a row.
     heads: reads a step; the n least used slots are written.
     decay: γ, of the usage.
+
+  Example:
+    >>> cell = ms.learners.MemoryCell(way=3, units=8, slots=6, width=5, heads=2)
+    >>> state, inputs = cell.start(), jnp.zeros(4 + 3)  # An item of 4 numbers, and the label before it, one-hot.
+    >>> variables = jax.jit(cell.init)(jax.random.key(0), state, inputs)
+    >>> (controller, memory), logits = jax.jit(cell.apply)(variables, state, inputs)
+    >>> memory.rows.shape, logits.shape
+    ((6, 5), (3,))
   """
 
   way: int

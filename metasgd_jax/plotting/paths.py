@@ -20,6 +20,12 @@ class Walks(NamedTuple):
     goal: `[2]`.
     paths: `[k + 1, B, P, 2]`, the positions after 0, 1, …, k updates; after its end a path stands still.
     returns: `[k + 1]`, the mean undiscounted return after as many updates.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> paths = np.zeros((2, 3, 6, 2))  # Before and after one update: 3 trajectories of 5 steps each.
+    >>> plotting.Walks('Meta-SGD', start=np.zeros(2), goal=np.array([0.3, 0.4]), paths=paths, returns=np.zeros(2)).name
+    'Meta-SGD'
   """
 
   name: str
@@ -40,6 +46,13 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
 
   Args:
     walks: for each task, `Walks` of each learner.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> paths = np.zeros((2, 3, 6, 2))  # Before and after one update: 3 trajectories of 5 steps each.
+    >>> walk = plotting.Walks('Meta-SGD', np.zeros(2), np.array([0.3, 0.4]), paths, returns=np.array([-40.0, -15.0]))
+    >>> plotting.navigation_paths([[walk]]).axes[0].get_title()
+    'Meta-SGD: -40.0 → -15.0'
   """
   rows, columns = len(walks[0]), len(walks)
   figure = Figure(figsize=(2.9 * columns, 3.1 * rows + 0.3), layout='constrained')
@@ -69,6 +82,16 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
     walks: of each learner, all of the same task.
     steps: of a path that are shown; all where left out.
     milliseconds: a frame.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> from metasgd_jax import plotting
+    >>> paths = np.zeros((2, 3, 6, 2))  # Before and after one update: 3 trajectories of 5 steps each.
+    >>> walk = plotting.Walks('Meta-SGD', np.zeros(2), np.array([0.3, 0.4]), paths, returns=np.array([-40.0, -15.0]))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   plotting.navigation_animation([walk], steps=2).save(f'{directory}/walk.gif', writer='pillow', dpi=30)
+    ...   pathlib.Path(f'{directory}/walk.gif').is_file()
+    True
   """
   figure = Figure(figsize=(3.2 * len(walks), 3.6), layout='constrained')
   axes = figure.subplots(1, len(walks), squeeze=False)[0]

@@ -66,6 +66,14 @@ def prediction_sheet(
     probabilities: `[Q, N]`.
     names: of the query's pictures, Q.
     truth: their classes, None where unknown; answers are then green or red.
+
+  Example:
+    >>> from metasgd_jax import plotting
+    >>> support = [np.zeros((1, 28, 28, 1)), np.ones((1, 28, 28, 1))]  # One picture of each class.
+    >>> query, probabilities = np.zeros((3, 28, 28, 1)), np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
+    >>> names = ['1.png', '2.png', '3.png']
+    >>> len(plotting.prediction_sheet(['dark', 'light'], support, query, probabilities, names).axes)
+    5
   """
   columns, most = 10, 40
   shown = min(len(query), most)

@@ -67,6 +67,15 @@ def collect_on_host(
     ImportError: Gymnasium is not installed.
     ValueError: num or horizon is no integer of at least 1, or an action space that is no bounded `Box` (unless `act`
       is given).
+
+  Example:
+    >>> import gymnasium
+    >>> make = lambda gravity: gymnasium.make('Pendulum-v1', g=float(gravity))
+    >>> policy = ms.rl.gaussian(3, 1, hidden=(8,))
+    >>> theta, gravity = policy.init(jax.random.key(0)), jnp.array(9.8)
+    >>> drawn = ms.rl.collect_on_host(make, policy, theta, gravity, jax.random.key(1), horizon=5, num=2)
+    >>> drawn.observations.shape, drawn.actions.shape
+    ((2, 5, 3), (2, 5, 1))
   """
   gymnasium = _gymnasium()
   check_num(num)
@@ -143,6 +152,18 @@ def policy_gradient_on_host(
   Raises:
     ImportError: Gymnasium is not installed.
     ValueError: as `collect_on_host` and `policy_gradient`.
+
+  Example:
+    >>> import gymnasium
+    >>> make = lambda gravity: gymnasium.make('Pendulum-v1', g=float(gravity))
+    >>> sample = lambda key: jax.random.uniform(key, minval=8, maxval=12)  # A task is its gravity.
+    >>> policy = ms.rl.gaussian(3, 1, hidden=(8,))
+    >>> inner = ms.rl.policy_gradient_on_host(make, sample, policy, horizon=5, trajectories=2)
+    >>> meta, task = inner.init(jax.random.key(0)), sample(jax.random.key(1))
+    >>> experiences, path = inner.explore(meta, task, jax.random.key(2))  # Not to be jitted; what follows may be.
+    >>> adapted = jax.jit(inner.replay)(meta, experiences)
+    >>> experiences[0].advantages.shape, jax.tree.structure(adapted) == jax.tree.structure(meta.theta)
+    ((2, 5), True)
   """
   gymnasium = _gymnasium()
   check_horizon(horizon)

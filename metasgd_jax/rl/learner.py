@@ -23,14 +23,30 @@ The expected return's own derivatives are those over trajectories; over steps th
 
 
 class Rollouts(NamedTuple):
-  """What `predict` of a policy's learner takes: the task to act in, and the key that it consumes there."""
+  """What `predict` of a policy's learner takes: the task to act in, and the key that it consumes there.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
+    >>> trajectories = ms.rl.policy_learner(inner).predict(meta.theta, ms.rl.Rollouts(task, key=jax.random.key(2)))
+    >>> trajectories.rewards.shape  # [B, H]
+    (3, 5)
+  """
 
   task: PyTree
   key: chex.PRNGKey
 
 
 class Experience(NamedTuple):
-  """Trajectories of one task, leaves `[B, …]`, and their advantages `[B, H]`."""
+  """Trajectories of one task, leaves `[B, …]`, and their advantages `[B, H]`.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
+    >>> experience = inner.experience(meta.theta, task, jax.random.key(2))
+    >>> experience.trajectories.actions.shape, experience.advantages.shape
+    ((3, 5, 2), (3, 5))
+  """
 
   trajectories: Trajectories
   advantages: chex.Array
@@ -50,6 +66,16 @@ class PolicyGradient(NamedTuple):
       k-tuple of `Experience`, and θ after 0, 1, …, k steps, a (k + 1)-tuple. Consumes key, split into one a step.
     replay: `(meta, experiences) → θ′`: the same steps on experiences drawn before, under this or another meta.
     surrogate: `(surrogate, distributions [B, H], experience) → scalar`: its mean over the experience.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
+    >>> experiences, path = jax.jit(inner.explore)(meta, task, jax.random.key(2))
+    >>> len(experiences), len(path)  # k = 1 step: experience of θ, then θ and θ′.
+    (1, 2)
+    >>> again = jax.jit(inner.replay)(meta, experiences)  # The same step, nothing drawn anew.
+    >>> bool(jnp.allclose(again['log_std'], path[-1]['log_std'], atol=1e-5))
+    True
   """
 
   environment: Environment
@@ -102,6 +128,14 @@ def policy_gradient(
     ValueError: an empty alpha_range, an unknown alpha_per, estimator or mean_over, rates that are not
       `steps` finite numbers, or a count that is none. From
       `init`: alpha does not fit θ, naming the leaf.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> inner = ms.rl.policy_gradient(environment, policy, trajectories=3)  # Meta-SGD; alpha=0.5 would make it MAML.
+    >>> meta, task = inner.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> experiences, (before, after) = jax.jit(inner.explore)(meta, task, jax.random.key(2))
+    >>> jax.tree.structure(after) == jax.tree.structure(meta.alpha)
+    True
   """
   low, high = alpha_range
   check_alpha_range(low, high)
@@ -168,6 +202,16 @@ def policy_learner(inner: PolicyGradient) -> Learner:
 
   Args:
     inner: from `policy_gradient`.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> learner, tasks = ms.rl.policy_learner(inner), ms.rl.task_distribution(inner.environment)
+    >>> optimizer = optax.adam(1e-3)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    >>> show = lambda progress: print(progress.step, sorted(progress.info))
+    >>> options = dict(meta_iterations=2, meta_batch=2, callbacks=[show])
+    >>> state = ms.train(state, tasks, learner=learner, optimizer=optimizer, **options)
+    2 ['loss', 'return_after', 'return_before']
   """
 
   def init(key, episode: Episode) -> MetaParams:
@@ -198,12 +242,27 @@ def task_distribution(environment: Environment) -> TaskDistribution:
   """Returns the environment's tasks as `train` and `evaluate` take them: support the task, query `Rollouts` in it.
 
   An episode is `Episode(task, Batch(Rollouts(task, key), task))`, so that a metric's second argument is the task.
+
+  Example:
+    >>> tasks = ms.rl.task_distribution(ms.rl.navigation())
+    >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+    >>> type(episode.support).__name__, type(episode.query.x).__name__
+    ('Navigation', 'Rollouts')
   """
   return TaskDistribution(environment.sample, lambda task, key: Episode(task, Batch(Rollouts(task, key), task)))
 
 
 def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
-  """Returns the mean undiscounted return of trajectories, scalar, whatever the task: a `metric_fn` of `evaluate`."""
+  """Returns the mean undiscounted return of trajectories, scalar, whatever the task: a `metric_fn` of `evaluate`.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> learner, tasks = ms.rl.policy_learner(inner), ms.rl.task_distribution(inner.environment)
+    >>> meta = inner.init(jax.random.key(0))
+    >>> values = ms.evaluate(learner, meta, tasks, jax.random.key(1), metric_fn=ms.rl.mean_return, num_tasks=4)
+    >>> values.shape  # [task, draw, inner step]
+    (4, 1, 2)
+  """
   del task
   return jnp.mean(undiscounted_return(trajectories))
 
@@ -219,6 +278,14 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
     meta: its meta-parameters.
     task: of the environment.
     key: consumed: split into one for adapting and k + 1 for judging.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
+    >>> of = jax.jit(ms.rl.returns_by_step, static_argnums=0)
+    >>> returns = of(ms.rl.policy_learner(inner), meta, task, jax.random.key(2))
+    >>> returns.shape, returns.mean(1).shape  # [k + 1, B]; the mean return before the step, and after.
+    ((2, 3), (2,))
   """
   adapt_key, judge_key = jax.random.split(key)
   path = learner.path(meta, task, adapt_key)

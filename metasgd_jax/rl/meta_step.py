@@ -63,6 +63,15 @@ def trpo_meta_step(
   Raises:
     ValueError: meta_batch, tasks_at_once or curvature_tasks is no integer of at least 1, or there are fewer tasks than
       curvature_tasks, or the mesh cannot share either evenly; as `trpo_update`.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> step = jax.jit(lambda meta, key: ms.rl.trpo_meta_step(meta, key, inner=inner, meta_batch=2, damping=0.01))
+    >>> meta, info = step(inner.init(jax.random.key(0)), jax.random.key(1))
+    >>> sorted(info)
+    ['improvement', 'kl', 'return_after', 'return_before', 'step']
+    >>> bool(info['kl'] <= 0.01)
+    True
   """
   if tasks_at_once is None:
     tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
@@ -154,7 +163,7 @@ def _explore(meta, tasks, keys, inner: PolicyGradient, lay):
   split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
   for i in range(inner.steps):
     experiences.append(jax.vmap(inner.experience)(thetas, tasks, split[i]))
-    thetas = lay(lambda task, i=i: inner.step(meta, *task, i), (thetas, experiences[-1]))
+    thetas = lay(lambda task, i=i: inner.step(meta, task[0], task[1], i), (thetas, experiences[-1]))
   return tuple(experiences), thetas
 
 

@@ -59,7 +59,16 @@ GYMNASIUM = PendulumConfig((10.0, 10.0), (1.0, 1.0), (1.0, 1.0))
 
 
 class Pendulum(NamedTuple):
-  """A task: gravity in m/s², mass in kg and length in m of a uniform rod, scalars `[]`."""
+  """A task: gravity in m/s², mass in kg and length in m of a uniform rod, scalars `[]`.
+
+  Example:
+    >>> moon = ms.rl.Pendulum(gravity=jnp.array(1.6), mass=jnp.array(1.0), length=jnp.array(1.0))
+    >>> environment = ms.rl.pendulum()
+    >>> state = environment.reset(moon, jax.random.key(0))
+    >>> state, reward, ended = environment.step(moon, state, jnp.array([0.5]), jax.random.key(1))
+    >>> environment.observe(moon, state).shape, bool(ended)
+    ((3,), False)
+  """
 
   gravity: chex.Array
   mass: chex.Array

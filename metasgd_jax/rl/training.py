@@ -26,6 +26,15 @@ def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
 
   Raises:
     ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> state = ms.rl.init(jax.random.key(0), inner)
+    >>> int(state.step), list(state.meta.theta)
+    (0, ['Dense_0', 'Dense_1', 'log_std'])
+    >>> runs = ms.rl.init(jax.random.split(jax.random.key(0), 3), inner)  # Three runs side by side.
+    >>> runs.meta.theta['log_std'].shape
+    (3, 2)
   """
   check_key(key)
 
@@ -66,6 +75,16 @@ def train(
   Raises:
     ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, a mesh that
       cannot share the tasks evenly, or options that `trpo_meta_step` does not take.
+
+  Example:
+    >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
+    >>> state = ms.rl.init(jax.random.key(0), inner)
+    >>> show = lambda progress: print(progress.step, 'of', progress.total, sorted(progress.info)[-3:])
+    >>> state = ms.rl.train(
+    ...   state, inner=inner, meta_iterations=2, meta_batch=2, chunk=1, callbacks=[show], damping=0.01
+    ... )
+    1 of 2 ['return_after', 'return_before', 'taken']
+    2 of 2 ['return_after', 'return_before', 'taken']
   """
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

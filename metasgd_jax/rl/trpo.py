@@ -19,6 +19,11 @@ class TrpoInfo(NamedTuple):
     improvement: of the surrogate.
     kl: KL(old ‖ new), in nats.
     step: the share of the largest step that was taken; 0 where none was good, and meta is what it was.
+
+  Example:
+    >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
+    >>> bool(info.step > 0)  # No step was good: meta is what it was.
+    False
   """
 
   improvement: chex.Array
@@ -70,6 +75,18 @@ def trpo_update(
 
   Raises:
     ValueError: max_kl, cg_steps or max_backtracks not positive, a negative damping, or backtrack_ratio not in (0, 1).
+
+  Example:
+    >>> policy = ms.rl.gaussian(2, 1, hidden=())
+    >>> theta, seen = policy.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (20, 2))
+    >>> theta, info = ms.rl.trpo_update(
+    ...   theta,
+    ...   distributions=lambda theta: policy.apply(theta, seen),
+    ...   surrogate=lambda new: new.mean.mean(),  # Larger actions are better here.
+    ...   kl=lambda old, new: policy.kl(old, new).mean(),
+    ... )
+    >>> bool(info.improvement > 0), bool(info.kl <= 0.01)
+    (True, True)
   """
   check_options(max_kl=max_kl, cg_steps=cg_steps, damping=damping, ratio=backtrack_ratio, backtracks=max_backtracks)
   if gradient is None:

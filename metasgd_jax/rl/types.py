@@ -24,6 +24,20 @@ class Environment(NamedTuple):
     observation_size: O.
     action_size: A.
     horizon: H, after which time is up.
+
+  Example:
+    >>> environment = ms.rl.Environment(  # A point on a line walks to a goal that it cannot see; O = A = 1.
+    ...   sample=jax.random.normal,
+    ...   reset=lambda goal, key: jnp.zeros(()),
+    ...   observe=lambda goal, x: x[None],
+    ...   step=lambda goal, x, a, key: (x + a[0], -jnp.abs(x + a[0] - goal), jnp.abs(x + a[0] - goal) < 0.01),
+    ...   observation_size=1,
+    ...   action_size=1,
+    ...   horizon=5,
+    ... )
+    >>> policy, goal = ms.rl.gaussian(1, 1, hidden=(8,)), environment.sample(jax.random.key(0))
+    >>> ms.rl.rollout(environment, policy, policy.init(jax.random.key(1)), goal, jax.random.key(2)).rewards.shape
+    (5,)
   """
 
   sample: Callable[[chex.PRNGKey], PyTree]
@@ -44,6 +58,14 @@ class Policy(NamedTuple):
     sample: `(distribution, key) → action`, of one distribution; consumes key.
     log_prob: `(distribution […], actions […, A]) → […]`.
     kl: `(p […], q […]) → […]`, the divergence KL(p ‖ q).
+
+  Example:
+    >>> policy = ms.rl.gaussian(observation_size=3, action_size=2, hidden=(8,))
+    >>> theta = policy.init(jax.random.key(0))
+    >>> distributions = policy.apply(theta, jnp.zeros((5, 3)))  # Of five observations.
+    >>> actions = jax.vmap(policy.sample)(distributions, jax.random.split(jax.random.key(1), 5))
+    >>> actions.shape, policy.log_prob(distributions, actions).shape, policy.kl(distributions, distributions).shape
+    ((5, 2), (5,), (5,))
   """
 
   init: Callable[[chex.PRNGKey], PyTree]
@@ -66,6 +88,15 @@ class Trajectories(NamedTuple):
     valid: `[H]`, bool: the step was taken.
     terminated: `[]`, bool: the task ended the trajectory, not time.
     last_observation: `[O]`, after the last valid step; what follows there, if time ended it, is not known.
+
+  Example:
+    >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))
+    >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
+    >>> drawn = ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3)
+    >>> drawn.observations.shape, drawn.rewards.shape, drawn.terminated.shape
+    ((3, 5, 2), (3, 5), (3,))
+    >>> drawn.valid.sum(-1).shape  # How many steps each trajectory took.
+    (3,)
   """
 
   observations: chex.Array

@@ -40,7 +40,14 @@ class MarkovConfig:
 
 
 class MarkovChain(NamedTuple):
-  """A task: `log_transitions` `[V, V]`, in row i the logarithms of the probabilities of what follows token i."""
+  """A task: `log_transitions` `[V, V]`, in row i the logarithms of the probabilities of what follows token i.
+
+  Example:
+    >>> chain = ms.tasks.MarkovChain(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
+    >>> logits = chain(jnp.array([0, 1, 0]))  # Of three tokens.
+    >>> print(jax.nn.softmax(logits)[1])  # After token 1 comes token 0.
+    [1. 0.]
+  """
 
   log_transitions: chex.Array
 
