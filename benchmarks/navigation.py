@@ -20,7 +20,9 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import timing
+from experiments.navigation import Config
 from metasgd_jax import rl, sharding, writers
+from metasgd_jax.rl.meta_step import explore_tasks
 from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio
 
@@ -29,8 +31,7 @@ RATE = 0.5
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
 TASKS = 20
-CURVED = 4
-"""Of the experiment."""
+CURVED = Config().curved
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
 _LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'What to train.')
@@ -55,29 +56,25 @@ class Ours:
     self.key = sharding.on_all(mesh, jax.random.key(1))
 
     def draw(meta, keys):
-      return jnp.mean(jax.vmap(functools.partial(_draw, inner, meta))(keys))
+      """A meta-iteration's trajectories and advantages in new tasks, without the update; a scalar that needs all."""
+      tasks = jax.vmap(inner.environment.sample)(keys[0])
+      (before,), thetas = explore_tasks(inner, meta, tasks, keys[1], 1)
+      after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
+      return sum(jnp.mean(e.trajectories.log_probs + e.advantages) for e in (before, after))
 
     def step(i, state, key):
       meta, total = state
       key = jax.random.fold_in(key, i)
       if whole:
         return meta_step(meta, key)[0], total
-      return meta, total + sharding.share_tasks(draw, mesh, average=True)(meta, jax.random.split(key, TASKS))
+      keys = tuple(jax.random.split(key, (3, TASKS)))
+      return meta, total + sharding.share_tasks(draw, mesh, average=True)(meta, keys)
 
     self.loop = jax.jit(lambda state, key, n: jax.lax.fori_loop(0, n, lambda i, s: step(i, s, key), state))
 
   def __call__(self, iterations: int) -> None:
     self.key, key = jax.random.split(self.key)
     self.state = jax.block_until_ready(self.loop(self.state, key, iterations))
-
-
-def _draw(inner: rl.PolicyGradient, meta, key):
-  """A meta-iteration's trajectories and advantages in a new task, without the update; a scalar that needs them all."""
-  sample_key, explore_key, act_key = jax.random.split(key, 3)
-  task = inner.environment.sample(sample_key)
-  (before,), path = inner.explore(meta, task, explore_key)
-  drawn = before, inner.experience(path[-1], task, act_key)
-  return sum(jnp.sum(e.trajectories.log_probs + e.advantages) for e in drawn)
 
 
 def check(learner: str, tasks: int = 3) -> None:

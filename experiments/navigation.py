@@ -72,6 +72,10 @@ class Config:
     None, "Tasks of a meta-iteration that TRPO's curvature is taken from; 4, or all of fewer, if not given. With all "
     'of 20 it is most of the work.', low=1, high=10_000, kind=int,
   )  # fmt: skip
+  damping: float = option(
+    0.01, "Added to TRPO's curvature. rllab and MAML's released code have 1e-5: steps too long for a curvature of few "
+    'tasks.', low=0.0, high=1e3,
+  )  # fmt: skip
   learning_rate: float = option(1e-3, 'Of Adam.', low=1e-12, high=1e3)
   discount: float = option(0.99, 'Of a step.', low=0.0, high=1.0)
   decay: float = option(
@@ -155,7 +159,7 @@ def _training(start: str, name: str, environment: rl.Environment, mesh, config: 
   def go(state, step, callbacks):
     return rl.train(
       state, inner=inner, meta_iterations=step, meta_batch=config.meta_batch, max_kl=config.max_kl,
-      curvature_tasks=config.curved, chunk=chunk, callbacks=callbacks, mesh=mesh,
+      curvature_tasks=config.curved, damping=config.damping, chunk=chunk, callbacks=callbacks, mesh=mesh,
     )  # fmt: skip
 
   return Training(f'{name}_{start}', label, config.meta_iterations, chunk, lambda: rl.init(keys, inner), go)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from metasgd_jax.rl.learner import PolicyGradient, mean_return
+from metasgd_jax.rl.learner import Experience, PolicyGradient, mean_return
 from metasgd_jax.rl.surrogate import likelihood_ratio
 from metasgd_jax.rl.trpo import fisher_product, trpo_update
 from metasgd_jax.sharding import check_mesh, mean_over, share_tasks
-from metasgd_jax.types import MetaParams
+from metasgd_jax.types import MetaParams, PyTree
 
 
 def trpo_meta_step(
@@ -84,13 +84,13 @@ def trpo_meta_step(
   check_mesh(mesh, meta_batch)
   check_curvature(mesh, curved)
   devices = mesh.size if mesh else 1
-  lay = functools.partial(jax.lax.map, batch_size=tasks_at_once if tasks_at_once > 1 else None)
+  lay = _laid_out(tasks_at_once)
   over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
 
   def step(meta, keys):
     """One device's part: its tasks."""
     tasks = jax.vmap(inner.environment.sample)(keys[0])
-    experiences, thetas = _explore(meta, tasks, keys[1], inner, lay)
+    experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
     after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
     acted = after.trajectories
     surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
@@ -157,14 +157,25 @@ def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
     )
 
 
-def _explore(meta, tasks, keys, inner: PolicyGradient, lay):
-  """Returns `inner.explore`'s experiences and last θ of all tasks: they act together, and adapt as `lay` has it."""
+def explore_tasks(
+  inner: PolicyGradient, meta: MetaParams, tasks: PyTree, keys: chex.PRNGKey, tasks_at_once: int
+) -> tuple[tuple[Experience, ...], PyTree]:
+  """Returns `inner.explore`'s experiences and last θ of T tasks and keys `[T]`; T is in front of every leaf.
+
+  The tasks' trajectories step together, and their inner steps are taken `tasks_at_once`, which is faster on a CPU.
+  """
   thetas, experiences = jax.tree.map(lambda t: jnp.broadcast_to(t, (len(keys), *t.shape)), meta.theta), []
   split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
+  lay = _laid_out(tasks_at_once)
   for i in range(inner.steps):
     experiences.append(jax.vmap(inner.experience)(thetas, tasks, split[i]))
     thetas = lay(lambda task, i=i: inner.step(meta, task[0], task[1], i), (thetas, experiences[-1]))
   return tuple(experiences), thetas
+
+
+def _laid_out(tasks_at_once: int):
+  """`jax.lax.map` of so many tasks at a time."""
+  return functools.partial(jax.lax.map, batch_size=tasks_at_once if tasks_at_once > 1 else None)
 
 
 def _spread(total: int, count: int) -> np.ndarray:
