@@ -192,8 +192,9 @@ def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict
     rows.append(results[-1].row(workdir, about_run))
     writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
   print(_table(results, config))
-  reporting.save_pictures(workdir, _pictures(trained, environments, config), opened.metrics)
-  _save_films(workdir, trained, environments, config)
+  walks = functools.cache(functools.partial(_walks, trained, environments, config))
+  reporting.save_pictures(workdir, _pictures(trained, walks), opened.metrics)
+  _save_films(workdir, trained, walks)
   return rows
 
 
@@ -245,11 +246,10 @@ def _table(results: list[reporting.Result], config: Config) -> str:
   return '\n'.join(lines)
 
 
-def _pictures(trained: list[Trained], environments, config: Config) -> dict[str, Callable[[Any], Any]]:
+def _pictures(trained: list[Trained], walks: Callable[[str], list[list]]) -> dict[str, Callable[[Any], Any]]:
   pictures: dict[str, Callable[[Any], Any]] = {}
   for start in dict.fromkeys(t.start for t in trained):
-    group = [t for t in trained if t.start == start]
-    pictures[f'paths_{start}'] = functools.partial(_draw_paths, group, environments[start], config)
+    pictures[f'paths_{start}'] = functools.partial(_draw_paths, walks, start)
   curves = {t.label: t.curves['return_after'] for t in trained}
   pictures['learning_curves'] = lambda plotting: plotting.learning_curves(
     curves, ylabel='mean return after the update, training tasks'
@@ -260,20 +260,21 @@ def _pictures(trained: list[Trained], environments, config: Config) -> dict[str,
   return pictures
 
 
-def _walks(group: list[Trained], environment, config: Config, plotting, count: int) -> list[list]:
-  """For each of `count` unseen tasks, what the first run of each learner does there."""
-  columns = []
-  for key in jax.random.split(test_keys(config.eval_seed)[1], count):
-    task_key, walk_key = jax.random.split(key)
-    task = environment.sample(task_key)
-    column = []
-    for t in group:
-      inner = build_inner(t.name, environment, config, steps=config.eval_updates)
-      paths, returns = jax.device_get(
-        jax.jit(functools.partial(_act, inner))(reporting.one_run(t.meta, 0), task, walk_key)
-      )
-      column.append(plotting.Walks(NAMES[t.name], np.asarray(task.start), np.asarray(task.goal), paths, returns))
-    columns.append(column)
+def _walks(trained: list[Trained], environments, config: Config, start: str) -> list[list]:
+  """For each of three unseen tasks, what the first run of each learner does there."""
+  from metasgd_jax.plotting import Walks
+
+  columns: list[list] = [[], [], []]
+  keys = [jax.random.split(key) for key in jax.random.split(test_keys(config.eval_seed)[1], len(columns))]
+  for t in trained:
+    if t.start != start:
+      continue
+    inner = build_inner(t.name, environments[start], config, steps=config.eval_updates)
+    act = jax.jit(functools.partial(_act, inner))
+    for column, (task_key, walk_key) in zip(columns, keys, strict=True):
+      task = environments[start].sample(task_key)
+      paths, returns = jax.device_get(act(reporting.one_run(t.meta, 0), task, walk_key))
+      column.append(Walks(NAMES[t.name], np.asarray(task.start), np.asarray(task.goal), paths, returns))
   return columns
 
 
@@ -287,19 +288,18 @@ def _act(inner: rl.PolicyGradient, meta, task, key):
   return jnp.stack(paths), jnp.stack([rl.mean_return(d) for d in drawn])
 
 
-def _draw_paths(group, environment, config: Config, plotting):
-  return plotting.navigation_paths(_walks(group, environment, config, plotting, 3))
+def _draw_paths(walks, start: str, plotting):
+  return plotting.navigation_paths(walks(start))
 
 
-def _save_films(workdir, trained: list[Trained], environments, config: Config) -> None:
+def _save_films(workdir, trained: list[Trained], walks: Callable[[str], list[list]]) -> None:
   """Writes an animation of one unseen task for each task set; nothing without matplotlib."""
   try:
     from metasgd_jax import plotting
   except ImportError:
     return
   for start in dict.fromkeys(t.start for t in trained):
-    group = [t for t in trained if t.start == start]
-    film = plotting.navigation_animation(_walks(group, environments[start], config, plotting, 1)[0], steps=FILM_STEPS)
+    film = plotting.navigation_animation(walks(start)[0], steps=FILM_STEPS)
     path = workdir / f'adaptation_{start}.gif'
     with tempfile.TemporaryDirectory(dir=workdir, prefix='.film-') as aside:
       film.save(pathlib.Path(aside) / path.name, writer='pillow', dpi=80)

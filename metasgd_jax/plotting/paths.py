@@ -118,6 +118,9 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
       ax.set_title(f'{walk.name}, {when}: {walk.returns[update]:.1f}', fontsize=9)
     return []
 
+  draw(0)
+  figure.draw_without_rendering()
+  figure.set_layout_engine('none')  # Of the first frame is that of all; to find it anew takes a quarter of a frame's time.
   frames = len(walks[0].paths) * (shown + rest)
   return FuncAnimation(figure, draw, frames=frames, interval=milliseconds, blit=False)
 
