@@ -120,7 +120,7 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
 
   draw(0)
   figure.draw_without_rendering()
-  figure.set_layout_engine('none')  # Of the first frame is that of all; to find it anew takes a quarter of a frame's time.
+  figure.set_layout_engine('none')  # The first frame's is that of all; finding it takes a quarter of a frame's time.
   frames = len(walks[0].paths) * (shown + rest)
   return FuncAnimation(figure, draw, frames=frames, interval=milliseconds, blit=False)
 
