@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('NPROC', '4')  # As sharding.cpu_cores_as_devices has it, for two devices.
@@ -12,6 +13,12 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)  # Compiling is most of the suite's time; see `optimized`.
+
+# A program is compiled once: files have many in common, and each forgets its own, see `forget_programs`.
+COMPILED = tempfile.TemporaryDirectory(prefix='metasgd-compiled-')
+jax.config.update('jax_compilation_cache_dir', COMPILED.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
