@@ -141,12 +141,16 @@ def on_one(mesh: Mesh | None, tree: PyTree) -> PyTree:
 def gathered(tree: PyTree) -> PyTree:
   """Returns the tree on the host; where its arrays lie in several processes all must call this, and get the whole.
 
+  Keys stay keys of JAX, of which NumPy knows none.
+
   Example:
     >>> ms.sharding.gathered({'w': jnp.zeros(2)})
     {'w': array([0., 0.], dtype=float32)}
   """
 
   def one(leaf):
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     in_parts = not (leaf.is_fully_addressable or leaf.is_fully_replicated)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if in_parts else leaf)
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from problems import assert_trees_close, conv_learner, episodes, random_bank, sinusoid_learner
 
 import metasgd_jax as ms
+from metasgd_jax.checkpoint import Checkpoints
 
 TASKS = ms.tasks.sinusoid()
 ADAM = optax.adam(1e-2)
@@ -124,3 +125,16 @@ def test_devices_with_too_few_threads_are_warned_of(monkeypatch):
     UserWarning, match=r'2 CPU devices with 3 threads .* forever; call cpu_cores_as_devices\(\) before'
   ):
     ms.sharding.task_mesh(2)
+
+
+def test_a_train_state_is_gathered_and_can_be_saved(tmp_path):
+  """With its key, of which NumPy knows none."""
+  state = ms.init(jax.random.key(0), TASKS, learner=sinusoid_learner(), optimizer=ADAM)
+  found = ms.sharding.gathered(ms.sharding.on_all(ms.sharding.task_mesh(2, devices=2), state))
+  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found._replace(key=None)))
+  assert found.key == state.key
+  with Checkpoints(tmp_path, like=state, config={}) as kept:
+    kept.save(found)
+  with Checkpoints(tmp_path, like=state, config={}) as kept:
+    assert_trees_close(jax.random.key_data(kept.latest.state.key), jax.random.key_data(state.key), rtol=0, atol=0)
+    assert_trees_close(kept.latest.state.meta, state.meta, rtol=0, atol=0)
