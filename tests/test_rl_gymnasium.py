@@ -132,7 +132,7 @@ def after_one(make):
 
 def test_inner_loop_and_meta_gradient_are_those_of_the_device():
   environment, task, _, _ = pendulum_and_key(30)
-  options = dict(trajectories=B, steps=2, alpha_range=(0.1, 0.1), advantage=ADVANTAGE)
+  options = dict(trajectories=B, steps=2, rates=(1.0, 0.5), alpha_range=(0.1, 0.1), advantage=ADVANTAGE)
   key, act_key = jax.random.split(jax.random.key(3))
   keys = [*jax.random.split(key, 2), act_key]
   on_host = policy_gradient_on_host(

@@ -10,6 +10,7 @@ from problems import assert_close, assert_slopes_by_differences, assert_trees_cl
 
 import metasgd_jax as ms
 from metasgd_jax import rl
+from metasgd_jax.rl.learner import act_again
 
 POLICY = rl.gaussian(2, 1, hidden=(8,))
 
@@ -105,6 +106,34 @@ def test_replay_is_what_explore_did_and_follows_meta(name):
   other = meta._replace(theta=jax.tree.map(lambda a: a + 0.1, meta.theta))
   moved = replay(other, experiences)
   assert not np.allclose(moved['Dense_0']['kernel'], path[-1]['Dense_0']['kernel'] + 0.1, rtol=1e-4)
+
+
+def test_what_lies_after_an_end_does_not_reach_a_gradient():
+  """Not even where it is no number, as what is observed of a simulation that blew up."""
+  inner = INNER['meta_sgd, 2 steps']
+  _, meta, episode = start('meta_sgd, 2 steps')
+  experiences, _ = jax.jit(inner.explore)(meta, episode.support, jax.random.key(1))
+  cut = lambda valid: valid.at[::2, 2:].set(False)
+
+  def ended(experience, junk):
+    drawn = experience.trajectories
+    valid = cut(drawn.valid)
+    spoil = lambda leaf: jnp.where(valid.reshape(valid.shape + (1,) * (leaf.ndim - 2)), leaf, junk)
+    spoilt = {name: spoil(getattr(drawn, name)) for name in ('observations', 'actions', 'log_probs', 'rewards')}
+    return rl.Experience(drawn._replace(valid=valid, **spoilt), jnp.where(valid, experience.advantages, 0))
+
+  @jax.jit
+  def slopes(meta, experiences, last):
+    def value(meta):
+      theta = inner.replay(meta, experiences)
+      return inner.surrogate(rl.likelihood_ratio, act_again(POLICY, theta, last), last)
+
+    return jax.value_and_grad(value)(meta)
+
+  clean, spoilt = ([ended(e, junk) for e in experiences] for junk in (0.0, jnp.nan))
+  expected = slopes(meta, tuple(clean), clean[0])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+  assert_trees_close(slopes(meta, tuple(spoilt), spoilt[0]), expected, rtol=0, atol=0)
 
 
 def test_rates_scale_each_step_when_drawn_and_when_replayed():
@@ -333,6 +362,18 @@ def test_returns_by_step_are_those_of_the_path():
 def test_bad_options(options, message):
   with pytest.raises(ValueError, match=message):
     rl.policy_gradient(ENVIRONMENT, POLICY, **options)
+
+
+@pytest.mark.parametrize(
+  ('policy', 'message'),
+  [
+    (rl.gaussian(3, 1, hidden=(8,)), r"the policy does not take the environment's observations, \(2,\): "),
+    (rl.gaussian(2, 2, hidden=(8,)), r"the policy's actions are \(2,\), the environment's \(1,\); build it with its"),
+  ],
+)
+def test_a_policy_for_another_environment(policy, message):
+  with pytest.raises(ValueError, match=message):
+    rl.policy_gradient(ENVIRONMENT, policy)
 
 
 def test_a_rate_that_does_not_fit_is_named():

@@ -50,6 +50,18 @@ def test_a_run_goes_on_from_its_state():
   assert training.train(whole, inner=inner, meta_iterations=4, meta_batch=2) is whole
 
 
+def test_a_gradient_that_is_not_finite_shows_in_the_loss():
+  """It moves nothing, so the state does not tell."""
+  inner = small()
+  spoilt = inner._replace(surrogate=lambda *about: inner.surrogate(*about) * jnp.nan)
+  state, seen = training.init(jax.random.key(0), inner), []
+  last = training.train(state, inner=spoilt, meta_iterations=1, meta_batch=2, callbacks=[seen.append])
+  assert_same(last.meta, state.meta, rtol=0)
+  assert np.isfinite(seen[-1].info['return_after']).all()
+  assert np.isnan(seen[-1].info['loss']).all()
+  assert seen[-1].info['taken'] == [0]
+
+
 def test_runs_side_by_side_are_the_runs():
   inner = small()
   keys = jax.vmap(jax.random.key)(jnp.arange(2))

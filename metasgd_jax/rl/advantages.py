@@ -20,7 +20,8 @@ class AdvantageConfig:
     baseline: subtract the linear baseline, fitted to the very trajectories; without, it is zero.
     ridge: of the baseline's fit.
     bootstrap: where time, not the task, ends a trajectory, count the baseline's value of what would follow. The code
-      does not: its baseline sees the time, and so has learned that nothing follows.
+      does not. The baseline sees the time and is fitted to returns that the horizon cuts, so of trajectories that are
+      all cut it says that nearly nothing follows; it says more where the task ends some before.
     normalized: to mean 0 and deviation 1 over a task's valid steps.
 
   Example:

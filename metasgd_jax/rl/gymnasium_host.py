@@ -176,15 +176,17 @@ def policy_gradient_on_host(
   environment = Environment(sample, _only_on_host, _only_on_host, _only_on_host, size, action_size, horizon)
   inner = policy_gradient(environment, policy, trajectories=trajectories, advantage=advantage, **options)
 
+  step = jax.jit(inner.step, static_argnums=3)
+
   def experience(theta, task, key) -> Experience:
     drawn = collect_on_host(make, policy, theta, task, key, horizon=horizon, num=trajectories, act=act)
     return Experience(drawn, _advantages(drawn, advantage))
 
   def explore(meta: MetaParams, task, key):
     experiences, path = [], [meta.theta]
-    for step_key in jax.random.split(key, inner.steps):
+    for i, step_key in enumerate(jax.random.split(key, inner.steps)):
       experiences.append(experience(path[-1], task, step_key))
-      path.append(inner.replay(meta._replace(theta=path[-1]), tuple(experiences[-1:])))
+      path.append(step(meta, path[-1], experiences[-1], i))
     return tuple(experiences), tuple(path)
 
   return inner._replace(experience=experience, explore=explore)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from metasgd_jax.rl.learner import Experience, PolicyGradient, mean_return
+from metasgd_jax.rl.learner import Experience, PolicyGradient, act_again, mean_return
 from metasgd_jax.rl.surrogate import likelihood_ratio
 from metasgd_jax.rl.trpo import fisher_product, trpo_update
 from metasgd_jax.sharding import check_mesh, mean_over, share_tasks
@@ -77,7 +77,7 @@ def trpo_meta_step(
     tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
   curved = meta_batch if curvature_tasks is None else curvature_tasks
   for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
       raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
   if curved > meta_batch:
     raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
@@ -96,7 +96,7 @@ def trpo_meta_step(
     surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
 
     def distributions_of(data, meta):
-      return lay(lambda task: inner.policy.apply(inner.replay(meta, task[0]), task[1].trajectories.observations), data)
+      return lay(lambda task: act_again(inner.policy, inner.replay(meta, task[0]), task[1]), data)
 
     def surrogate(distributions):
       return jnp.mean(jax.vmap(surrogate_of)(distributions, after))
@@ -105,7 +105,7 @@ def trpo_meta_step(
       """Task by task, so that nothing of a task is kept for the derivative of the next."""
 
       def one(meta, task):
-        distributions = inner.policy.apply(inner.replay(meta, task[0]), task[1].trajectories.observations)
+        distributions = act_again(inner.policy, inner.replay(meta, task[0]), task[1])
         return surrogate_of(distributions, task[1]), distributions
 
       (values, distributions), gradients = lay(lambda task: jax.value_and_grad(one, has_aux=True)(meta, task), data)

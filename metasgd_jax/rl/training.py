@@ -59,8 +59,8 @@ def train(
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done; returns the last state.
 
   Meta-iteration i is a function of (state.key, i) and meta, so a run goes on from its state exactly. Callbacks are as
-  those of `metasgd_jax.train`; `info` has `loss` too, the negative of `return_after`, and calls TRPO's share of a step
-  `taken`.
+  those of `metasgd_jax.train`; `info` has `loss` too, the negative of `return_after`, or NaN where the gradient was not
+  finite, and calls TRPO's share of a step `taken`.
 
   Args:
     state: from `init`, of one run or of R.
@@ -74,7 +74,8 @@ def train(
 
   Raises:
     ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, a mesh that
-      cannot share the tasks evenly, or options that `trpo_meta_step` does not take.
+      cannot share the tasks evenly, or values that `trpo_meta_step` does not take.
+    TypeError: an option that `trpo_meta_step` does not know.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -120,7 +121,9 @@ def _run_chunk(state, n, *, inner, meta_batch, chunk, mesh, trpo):
     key = jax.random.fold_in(state.key, state.step)
     meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, mesh=mesh, **dict(trpo))
     info['taken'] = info.pop('step')
-    return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': -info['return_after']}
+    # A gradient that is not finite leaves no mark on meta; the loss tells of it.
+    loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)
+    return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': loss}
 
   done = repeat(one, state, n, chunk, in_turn=jax.default_backend() == 'cpu')
   return done if mesh is None else jax.lax.with_sharding_constraint(done, NamedSharding(mesh, PartitionSpec()))

@@ -16,9 +16,9 @@ class TrpoInfo(NamedTuple):
   """What a TRPO step did, scalars `[]`.
 
   Attributes:
-    improvement: of the surrogate.
+    improvement: of the surrogate; NaN where the surrogate or its gradient is not finite, and meta is what it was.
     kl: KL(old ‖ new), in nats.
-    step: the share of the largest step that was taken; 0 where none was good, and meta is what it was.
+    step: the share of the largest step that was taken; 0 where none that was tried was good, and meta is what it was.
 
   Example:
     >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
@@ -50,10 +50,11 @@ def trpo_update(
   """Returns meta after one step that raises the surrogate within max_kl, and what it did.
 
   s ≈ F⁻¹ g by conjugate gradients, with F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I, J the derivative of the
-  distributions and g the surrogate's gradient; then meta + r^i √(2 max_kl / sᵀ F s) s for the first i = 0, 1, … that
-  raises the surrogate with KL(p ‖ new) ≤ max_kl (Schulman et al. 2015, appendix C). Where none does, meta stays.
+  distributions and g the surrogate's gradient; then meta + r^i √(2 max_kl / sᵀ F s) s with an i = 0, 1, … that raises
+  the surrogate with KL(p ‖ new) ≤ max_kl where i − 1 does not (Schulman et al. 2015, appendix C: with the first that
+  does). Where none that was tried does, meta stays. Not every i is tried: see `largest_good`.
 
-  Not every i before it is tried: see `largest_good`. Both functions are of the distributions, so that each candidate
+  Both functions are of the distributions, so that each candidate
   needs them once. The constants are rllab's. sᵀ F s is taken from conjugate gradients' own residual.
 
   Args:
@@ -68,10 +69,10 @@ def trpo_update(
       and gradients, never differentiated.
     max_kl: the bound.
     cg_steps: conjugate-gradient steps at the most.
-    cg_tolerance: stop when the residual's square is below.
+    cg_tolerance: as in `conjugate_gradient`.
     damping: added to F's diagonal, unless `fisher` is given.
     backtrack_ratio: r.
-    max_backtracks: candidates tried.
+    max_backtracks: candidates; those from max_kl on are Python's or NumPy's numbers, no tracers.
 
   Raises:
     ValueError: max_kl, cg_steps or max_backtracks not positive, a negative damping, or backtrack_ratio not in (0, 1).
@@ -112,6 +113,8 @@ def trpo_update(
     try_out, max_kl=max_kl, ratio=backtrack_ratio, count=max_backtracks, like=before
   )
   meta = jax.tree.map(lambda old, new: jnp.where(step > 0, new, old), meta, candidate(step))
+  finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), (before, slope)))
+  improvement = jnp.where(finite, improvement, jnp.nan)
   return meta, TrpoInfo(improvement, divergence, step)
 
 
@@ -127,8 +130,8 @@ def largest_good(
 
   Good is an improvement above 0 within max_kl. A divergence goes nearly with the step's square, so after a step that is
   too far the next i is where that law puts the bound, and after a good one the i before it, until one good step
-  comes right after one that is not. Where every step below a good one is good too, it is the one that trying i = 0,
-  1, 2, … finds, in about half as many tries.
+  comes right after one that is not, or the last is not good. Where every step below a good one is good too, it is the
+  one that trying i = 0, 1, 2, … finds, in about half as many tries; a good one between two that are not may be missed.
 
   Args:
     try_out: `share → (improvement, divergence)`.
@@ -198,7 +201,8 @@ def conjugate_gradient(
     product: `v → A v`, on pytrees of b's structure.
     b: the right-hand side.
     steps: products at the most.
-    tolerance: stop when the residual's square, ‖b − A x‖², is below.
+    tolerance: stop when ‖b − A x‖² / ‖b‖² is not above. rllab's is of ‖b − A x‖², which makes TRPO's step depend on the
+      reward's unit.
 
   Example:
     >>> matrix = jnp.array([[2.0, 0.0], [0.0, 4.0]])
@@ -209,7 +213,7 @@ def conjugate_gradient(
 
   def unfinished(carry):
     i, _, _, _, square = carry
-    return (i < steps) & (square >= tolerance)
+    return (i < steps) & (square > tolerance * whole)
 
   def body(carry):
     i, x, residual, towards, square = carry
@@ -221,7 +225,8 @@ def conjugate_gradient(
     towards = jax.tree.map(lambda r, p: r + (after / square).astype(r.dtype) * p, residual, towards)
     return i + 1, x, residual, towards, after
 
-  start = (jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, b), b, b, _dot(b, b))
+  whole = _dot(b, b)
+  start = (jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, b), b, b, whole)
   _, x, residual, _, _ = jax.lax.while_loop(unfinished, body, start)
   return x, residual
 
