@@ -187,7 +187,7 @@ def run(
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
   with resuming.open_run(workdir, config, keeping) as opened:
-    return _run(config, setup, opened)
+    return opened.rows or _run(config, setup, opened)
 
 
 def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
@@ -211,6 +211,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
         rows.append(result.row(workdir, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
         results.append(result)
         print(_sentence(name, result, rows[-1], config))
+      opened.stop.ask()
     if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
       _save_model(workdir / f'model_{name}.safetensors', name, meta, results, config, setup)
     writers.write_json(workdir / 'results.json', {**options.recipe('classification', config), 'rows': rows})

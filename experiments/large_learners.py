@@ -177,6 +177,8 @@ def run(
   """Prints the plan, trains, tests, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
   with resuming.open_run(workdir, config, keeping) as opened:
+    if opened.rows:
+      return opened.rows
     trainings.print_memory([setup.training])
     done = trainings.train(setup.training, opened)
     workdir = opened.workdir
@@ -184,6 +186,7 @@ def run(
     results = {name: _test(name, done.state.meta, config, setup) for name in setup.metrics}
     rows = [result.row(workdir, {**_about(done.state.meta, config), **done.skipped}) for result in results.values()]
     writers.write_json(workdir / 'results.json', {**options.recipe('large_learners', config), 'rows': rows})
+    opened.stop.ask()
     for result in results.values():
       print(_sentence(result, rows[0], config))
     if config.network == 'transformer':

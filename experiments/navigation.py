@@ -45,7 +45,7 @@ PAPER_TABLE = {  # (learner, start) → mean return after one update and half-wi
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The paper's settings, section 4.3; what it leaves out is MAML's released code for the same tasks."""
+  """The paper's settings, section 4.3; what it leaves out is MAML's released code's, but where an option says so."""
 
   learner: tuple[str, ...] = option(LEARNERS, 'What to train.', choices=LEARNERS)
   start: tuple[str, ...] = option(('fixed',), 'Where tasks start: at the origin, or anywhere.', choices=STARTS)
@@ -170,14 +170,15 @@ def run(
 ) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
-    return _run(config, opened, devices)
+    return opened.rows or _run(config, opened, devices)
 
 
 def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict]:
   workdir, environments = opened.workdir, build_environments()
   about_run = {
     'inner_steps': config.inner_steps, 'meta_iterations': config.meta_iterations, 'meta_batch': config.meta_batch,
-    'trajectories': config.trajectories, 'optimizer': config.optimizer, 'metric': 'mean undiscounted return',
+    'trajectories': config.trajectories, 'optimizer': config.optimizer,
+    'metric': f'mean undiscounted return after {config.eval_updates} updates',
   }  # fmt: skip
   trained: list[Trained] = []
   results: list[reporting.Result] = []
@@ -191,6 +192,7 @@ def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict
     results.append(_test(trained[-1], environments[start], config, devices))
     rows.append(results[-1].row(workdir, about_run))
     writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
+    opened.stop.ask()
   print(_table(results, config))
   walks = functools.cache(functools.partial(_walks, trained, environments, config))
   reporting.save_pictures(workdir, _pictures(trained, walks), opened.metrics)

@@ -7,6 +7,7 @@ checkpoint left off, it tells the others.
 import atexit
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -103,10 +104,13 @@ def start(machines: Machines) -> None:
   To be called before JAX is used.
 
   Raises:
-    ValueError: there is no cluster to ask, or the others do not come.
+    ValueError: there is no cluster to ask; or of a coordinator, the others do not come. A cluster's processes find each
+      other by JAX, which aborts if one does not come.
   """
   if machines.process_id:
-    _find(str(machines.coordinator))
+    _greet(str(machines.coordinator), machines.process_id)
+  elif machines.coordinator is not None:
+    _gather(machines.coordinator, int(machines.num_processes or 1))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.config.update('jax_enable_preemption_service', False)  # It takes SIGTERM for itself; see resuming.Stop.
   try:
@@ -134,21 +138,64 @@ def _keep_stdout(ours: bool) -> None:
   sys.stdout = os.fdopen(where, 'w', 1, sys.stdout.encoding)
 
 
-def _find(coordinator: str) -> None:
-  """Waits until the first process answers; JAX would wait as well, but end with an abort. Raises ValueError."""
+def _greet(coordinator: str, process_id: int) -> None:
+  """Tells the first process who is there, and waits until it has all; JAX would wait as well, but end with an abort.
+
+  Raises:
+    ValueError: the first process does not answer.
+  """
   host, _, port = coordinator.rpartition(':')
   end = time.monotonic() + PATIENCE
   while True:
     try:
-      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+      with socket.create_connection((host.strip('[]'), int(port)), timeout=5) as peer:
+        peer.sendall(process_id.to_bytes(4, 'big'))
+        peer.settimeout(max(1.0, end - time.monotonic()))
+        if peer.recv(1):
+          return
+      raise OSError('it ended before all were there')
     except OSError as e:
       if time.monotonic() > end or isinstance(e, socket.gaierror):
         raise ValueError(
           f'nobody answers at {coordinator} ({e.strerror or e}); start process 0 there, and let its port be reached'
         ) from e
       time.sleep(0.2)
-    else:
-      return
+
+
+def _gather(coordinator: str, num_processes: int) -> None:
+  """Waits at the first process until all others have greeted, then lets them go on, and the port free for JAX.
+
+  Raises:
+    ValueError: they do not come, or the port is taken.
+  """
+  port, end = int(coordinator.rpartition(':')[2]), time.monotonic() + PATIENCE
+  both = socket.has_dualstack_ipv6()
+  with contextlib.ExitStack() as opened:
+    try:
+      door = socket.create_server(
+        ('', port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=128, dualstack_ipv6=both
+      )
+    except OSError as e:
+      raise ValueError(f'the processes cannot meet at {coordinator} ({e.strerror or e}); give another port') from e
+    opened.enter_context(door)
+    there: dict[int, socket.socket] = {}
+    while missing := sorted(set(range(1, num_processes)) - set(there)):
+      door.settimeout(max(0.01, end - time.monotonic()))
+      try:
+        peer = opened.enter_context(door.accept()[0])
+      except TimeoutError:
+        raise ValueError(
+          f'the others do not come to {coordinator}: processes {", ".join(map(str, missing))} of {num_processes} are '
+          f'missing after {PATIENCE} s; start them, and let the port be reached'
+        ) from None
+      peer.settimeout(5)
+      with contextlib.suppress(OSError):  # Whoever says nothing, or too little, is none of them.
+        who = peer.recv(4, socket.MSG_WAITALL)
+        if len(who) == 4:
+          there[int.from_bytes(who, 'big')] = peer
+    for peer in there.values():
+      with contextlib.suppress(OSError):
+        peer.sendall(b'!')
 
 
 def first() -> bool:
@@ -193,6 +240,16 @@ def from_first(tree: PyTree) -> PyTree:
       value = jax.numpy.asarray(value)
     found.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if leaves.is_key(leaf) else value)
   return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def json_from_first(value: Any) -> Any:
+  """Returns the first process's value, of which JSON has the kinds, in all."""
+  if jax.process_count() == 1:
+    return value
+  text = json.dumps(value).encode()
+  size = int(from_first(np.int32(len(text))))
+  sent = np.frombuffer(text, np.uint8) if first() else np.zeros(size, np.uint8)
+  return json.loads(np.asarray(from_first(sent)).tobytes())
 
 
 def any_of(here: bool) -> bool:

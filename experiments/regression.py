@@ -127,7 +127,7 @@ def _training(name: str, shot: int, learner: ms.Learner, optimizer, mesh, config
 def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None, devices: int = 1) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
-    return _run(config, opened, devices)
+    return opened.rows or _run(config, opened, devices)
 
 
 def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
@@ -150,6 +150,7 @@ def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
     rows += [result.row(workdir, {**about_run, **done.skipped}) for result in found]
     results += found
     writers.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
+    opened.stop.ask()
   print(_table(results, config))
   reporting.save_pictures(workdir, _pictures(trained, config), opened.metrics)
   return rows

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 
 from experiments import options, processes, reporting
@@ -31,7 +34,7 @@ class Keeping:
     0, 'Meta-iterations between checkpoints, in whole chunks; 0 for one about every 15 seconds.', low=0
   )
   keep_checkpoints: bool = option(False, 'Leave the checkpoints where they are when the run has ended.')
-  restart: bool = option(False, 'Begin anew where workdir holds an unfinished run.')
+  restart: bool = option(False, 'Begin anew where workdir holds an unfinished run, or this one finished.')
   profile: bool = option(False, 'Trace a few meta-iterations of each training, compiled, to WORKDIR/profile.')
   debug_task: int | None = option(
     None, 'Replay this meta-iteration, from 0, of the training under way, and show its tasks; nothing else is done.',
@@ -53,18 +56,28 @@ def define_flags(*configs: type, workdir: str) -> None:
   flags.DEFINE_string(
     'workdir',
     workdir,
-    'Where config.json, metrics, results and pictures go; a finished run there is replaced, an unfinished one goes on.',
+    'Where config.json, metrics, results and pictures go. This run goes on there if it is unfinished, and stays if '
+    'it is finished; another that is finished is replaced.',
   )
   flags.DEFINE_string('config', None, "Settings, from a run's results.json or config.json; other flags override them.")
 
 
 class Stop:
-  """Whether SIGTERM came. While `held`, whoever holds it leaves when its state is saved; else it leaves at once."""
+  """Whether SIGTERM came. While `held`, whoever holds it leaves when its state is saved; else it leaves at once.
 
-  def __init__(self):
-    """Starts with no signal."""
+  Of several processes none leaves by itself, as the others would wait for it: they leave together, where all `ask`.
+  """
+
+  def __init__(self, restart: bool = False):
+    """Starts with no signal.
+
+    Args:
+      restart: whether the command has --restart, which would delete what it saved if it were given again.
+    """
     self.asked = False
+    self.finished = False
     self._holds = 0
+    self._command = 'the same command without --restart' if restart else 'the same command'
 
   @contextlib.contextmanager
   def held(self) -> Iterator[None]:
@@ -74,18 +87,22 @@ class Stop:
       yield
     finally:
       self._holds -= 1
-    if self.asked and not self._holds:
+    self.ask()
+
+  def ask(self) -> None:
+    """Leaves if the signal has come, to any process; all must come here, when what was trained is saved."""
+    if processes.any_of(self.asked) and not self._holds:
       self.leave('all that was trained is saved')
 
   def come(self, *_) -> None:
-    """Takes the signal."""
+    """Takes the signal; of a run that is finished it changes nothing."""
     self.asked = True
-    if not self._holds:
+    if not self._holds and not self.finished and jax.process_count() == 1:
       self.leave('what was trained is saved')
 
   def leave(self, what: str) -> None:
     """Ends the program with a sentence."""
-    print(f'stopped by SIGTERM: {what}; the same command goes on from there', flush=True)
+    print(f'stopped by SIGTERM: {what}; {self._command} goes on from there', flush=True)
     raise SystemExit(STOPPED)
 
 
@@ -98,6 +115,7 @@ class Run(NamedTuple):
     keeping: how it is kept.
     metrics: where metrics go; the first is the file that a resumed run cuts.
     stop: whether it is to stop.
+    rows: of results.json, where the run is finished already and nothing is to be done; else `None`.
   """
 
   workdir: pathlib.Path
@@ -105,6 +123,7 @@ class Run(NamedTuple):
   keeping: Keeping
   metrics: list[Any]
   stop: Stop
+  rows: list[dict[str, Any]] | None = None
 
   @property
   def file(self) -> writers.MetricsWriter:
@@ -120,7 +139,9 @@ class Run(NamedTuple):
 def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = None) -> Iterator[Run]:
   """Opens a work directory for a run: one of the same configuration that was not finished goes on.
 
-  When the block ends without an error the run is finished, and its checkpoints go unless they are to be kept.
+  One of the same configuration and versions that is finished stays as it is, with its rows in `Run.rows`, unless
+  `keeping.restart` is set. When the block ends without an error the run is finished; it is marked so before its
+  checkpoints go, unless they are to be kept, so a kill at any moment loses nothing.
 
   Raises:
     WriterError: another program runs there, or it cannot be written.
@@ -130,24 +151,31 @@ def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = N
     with processes.together():
       workdir, keeping = writers.open_workdir(workdir), keeping or Keeping()
       held.enter_context(_alone(workdir))
-      stop = held.enter_context(_sigterm())
+      stop = held.enter_context(_sigterm(keeping.restart))
       reporting.clear_leftovers(workdir)
-      if unfinished(workdir) and not keeping.restart:
+      rows = None if keeping.restart else _finished_rows(workdir, config)
+      metrics: list[Any] = []
+      if rows is not None:
+        print(f'{workdir} holds this run, finished; --restart makes it again')
+      elif unfinished(workdir) and not keeping.restart:
         check(workdir, config)
         print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
         metrics = reporting.go_on(workdir, config)
       else:
         _remove(_checkpoints(workdir))
+        _finished(workdir).unlink(missing_ok=True)
         metrics = reporting.start(workdir, config)
-    for writer in metrics:
-      if isinstance(writer, writers.TensorBoardWriter):
-        held.callback(writer.close)
-    yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop)
-    if not keeping.keep_checkpoints:
-      _remove(_checkpoints(workdir))
-    elif _checkpoints(workdir).exists():
-      with writers.atomic(_finished(workdir)) as file:
-        file.write(b'')
+    rows = processes.json_from_first(rows)
+    with contextlib.ExitStack() as written:
+      for writer in metrics:
+        if isinstance(writer, writers.TensorBoardWriter):
+          written.callback(writer.close)
+      yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop, rows)
+    stop.finished = True
+    if rows is None:
+      writers.write_json(_finished(workdir), _mark(workdir))
+      if not keeping.keep_checkpoints:
+        _remove(_checkpoints(workdir))
     processes.any_of(False)  # The first has drawn its pictures; the others wait for it, lest it be taken for lost.
 
 
@@ -180,7 +208,26 @@ def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _finished(workdir: pathlib.Path) -> pathlib.Path:
-  return _checkpoints(workdir) / 'finished'
+  return workdir / 'finished.json'
+
+
+def _mark(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what finished.json holds: the versions, and the digest of the results, which tells them from others."""
+  results = workdir / 'results.json'
+  digest = hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
+  return {'versions': writers.provenance()['versions'], 'results_sha256': digest}
+
+
+def _finished_rows(workdir: pathlib.Path, config: Any) -> list[dict[str, Any]] | None:
+  """Returns the rows of a finished run of this configuration with these versions; `None` if there is none."""
+  try:
+    config_there, mark, results = (
+      json.loads((workdir / name).read_bytes()) for name in ('config.json', _finished(workdir).name, 'results.json')
+    )
+    same = config_there == json.loads(json.dumps(dataclasses.asdict(config))) and mark == _mark(workdir)
+    return (results['rows'] or None) if same else None
+  except (OSError, ValueError, RecursionError):
+    return None  # Not there, or damaged.
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -215,9 +262,9 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Stop]:
+def _sigterm(restart: bool) -> Iterator[Stop]:
   """Has SIGTERM noted, where this is the main thread; afterwards it does what it did before."""
-  stop = Stop()
+  stop = Stop(restart)
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return

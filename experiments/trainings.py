@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -243,10 +244,13 @@ def _best_of_first(found: list[tuple[float, int, Any]], state) -> list[tuple[flo
 
 def _what_is_bad(training: Training, bad: bad_numbers.BadStep, run: Run, saved: int) -> str:
   report = None if training.inspect is None else training.inspect(bad.before)
+  said = f'{training.label}: {bad_numbers.describe(bad, report)}'
+  if not processes.first():
+    return f'{said}; the first process says where the state before is saved, and what to do'
   return (
-    f'{training.label}: {bad_numbers.describe(bad, report)}; the state of meta-iteration {saved} is saved in '
-    f'{run.directory(training.name)}; --debug_task={bad.step} shows the step; lower --alpha, --learning_rate or '
-    '--inner_steps with --restart, or skip such steps with --restart --bad_steps=skip'
+    f'{said}; the state of meta-iteration {saved} is saved in {run.directory(training.name)}; '
+    f'--debug_task={bad.step} shows the step; lower --alpha, --learning_rate or --inner_steps with --restart, or skip '
+    'such steps with --restart --bad_steps=skip'
   )
 
 
@@ -277,10 +281,15 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
 
 
 def print_memory(plan: Sequence[Training]) -> None:
-  """Prints what memory each training will take: of several runs side by side, that of one."""
+  """Prints what memory each training will take: of several runs side by side, that of one, and says so."""
   for training in plan:
-    said = 'its memory cannot be planned' if training.memory is None else training.memory()
-    print(f'{training.label}: {said}', flush=True)
+    if training.memory is None:
+      print(f'{training.label}: its memory cannot be planned', flush=True)
+      continue
+    print(f'{training.label}: {training.memory()}', flush=True)
+    runs = math.prod(jax.eval_shape(training.start).step.shape)
+    if runs > 1:
+      print(f'this is of one run; {runs} are trained side by side and take about {runs} times as much', flush=True)
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -116,6 +117,18 @@ def test_the_first_alone_writes_and_prints(whole):
   assert 'coordinator' not in (workdir / 'config.json').read_text()
 
 
+def test_a_finished_run_stays_in_all(whole):
+  """Only the first sees that it is finished."""
+  workdir, _ = whole
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+  with two('regression', workdir, *FLAGS) as running:
+    (out, _), (_, other_error) = printed = ended(running)
+    assert [process.returncode for process in running] == [0, 0], printed
+  assert f'{workdir} holds this run, finished; --restart makes it again' in out
+  assert 'Meta-SGD' not in other_error
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
+
+
 def test_killed_and_started_again_ends_the_same(whole, tmp_path):
   workdir = tmp_path / 'killed'
   with two('regression', workdir, *FLAGS) as running:
@@ -150,6 +163,21 @@ def test_a_signal_to_one_stops_both_after_the_same_chunk(tmp_path):
     (out, _), _ = ended(running)
     assert [process.returncode for process in running] == [128 + signal.SIGTERM] * 2
   assert 'stopped by SIGTERM: Meta-SGD 5-shot is saved at meta-iteration ' in out
+
+
+def test_a_signal_to_one_while_both_test_stops_both(tmp_path):
+  """Where no chunk ends at which they would ask each other."""
+  workdir = tmp_path / 'stopped'
+  with two('regression', workdir, *FLAGS, '--meta_iterations=20') as running:
+    end = time.monotonic() + 240
+    while not (workdir / 'params_meta_sgd_5shot.msgpack').exists():
+      assert time.monotonic() < end
+      assert running[0].poll() is None, running[0].communicate()
+      time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    (out, error), (_, other_error) = ended(running)
+    assert [process.returncode for process in running] == [128 + signal.SIGTERM] * 2, error + other_error
+  assert 'stopped by SIGTERM: all that was trained is saved; the same command goes on from there' in out
 
 
 def test_a_mistake_of_one_ends_both_with_a_sentence(tmp_path):
@@ -248,6 +276,41 @@ def test_nobody_at_the_port(monkeypatch):
   where = f'localhost:{free_port()}'
   with pytest.raises(ValueError, match=f'nobody answers at {where} .*; start process 0 there'):
     processes.start(Machines(coordinator=where, num_processes=2, process_id=1))
+
+
+def test_the_others_do_not_come(monkeypatch):
+  monkeypatch.setattr(processes, 'PATIENCE', 0)
+  where = f'localhost:{free_port()}'
+  with pytest.raises(ValueError, match=f'the others do not come to {where}: processes 1, 2 of 3 are missing after 0 s'):
+    processes.start(Machines(coordinator=where, num_processes=3, process_id=0))
+
+
+def test_the_port_is_taken():
+  with socket.create_server(('', 0)) as taken:
+    where = f'localhost:{taken.getsockname()[1]}'
+    with pytest.raises(ValueError, match=f'the processes cannot meet at {where} .*; give another port'):
+      processes.start(Machines(coordinator=where, num_processes=2, process_id=0))
+
+
+def test_all_wait_until_the_last_has_come():
+  port, gone = free_port(), []
+
+  def come(name, enter, *args):
+    enter(f'localhost:{port}', *args)
+    gone.append(name)
+
+  first = threading.Thread(target=come, args=(0, processes._gather, 3), daemon=True)
+  second = threading.Thread(target=come, args=(1, processes._greet, 1), daemon=True)
+  second.start()
+  first.start()
+  time.sleep(0.5)
+  socket.create_connection(('localhost', port)).close()  # Nobody of ours.
+  time.sleep(0.5)
+  assert gone == []
+  processes._greet(f'localhost:{port}', 2)
+  for thread in (first, second):
+    thread.join(10)
+  assert sorted(gone) == [0, 1]
 
 
 def test_as_many_devices_judge_as_share_the_tasks():
