@@ -40,6 +40,8 @@ OF_A_ROW: dict[str, Any] = {
   'dataset': str, 'query': int, 'eval_query': int,
 }  # fmt: skip
 """What the table takes from a row of results.json."""
+_LARGEST = 1e18
+"""No figure of a row is larger; a JSON number may be larger than any float."""
 
 
 def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
@@ -120,7 +122,7 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
   if resuming.unfinished(directory):
     return False
   try:
-    found = json.loads((directory / 'config.json').read_bytes())
+    found = _read_json(directory / 'config.json')
     _read_rows(directory / 'results.json')
   except (OSError, ValueError, RecursionError):
     return False
@@ -149,7 +151,7 @@ def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the rows of a cell's results.json. Raises OSError, RecursionError or ValueError where there are none."""
-  found = json.loads(path.read_bytes())
+  found = _read_json(path)
   rows = found.get('rows') if isinstance(found, dict) else None
   if not isinstance(rows, list) or not rows:
     raise ValueError('it has no rows')
@@ -158,9 +160,19 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
       value = row.get(name) if isinstance(row, dict) else None
       if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f'a row has {name}={value!r:.80}')
+      fits = value.isprintable() if isinstance(value, str) else isinstance(value, list) or abs(value) <= _LARGEST
+      if not fits:
+        raise ValueError(f'a row has {name}={value!r:.80}')
     if row['learner'] not in LEARNERS:
       raise ValueError(f'a row has learner={row["learner"]!r:.80}')
   return rows
+
+
+def _read_json(path: pathlib.Path) -> Any:
+  """Returns what a file holds. Raises OSError, RecursionError or ValueError where there is none."""
+  if not path.is_file():  # To read a pipe would wait for ever.
+    raise ValueError('it is not a file')
+  return json.loads(path.read_bytes())
 
 
 def write(workdir: pathlib.Path, dataset: str) -> None:

@@ -22,8 +22,8 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 
 
 _OWN_FILES = (
-  'results.json', 'per_task_*.npy', 'params_*.msgpack', 'model_*.safetensors', 'curves_*.png', 'alpha_*.png',
-  'task_*.png', 'instances_*.png', 'learning_curves.png', 'paths_*.png', 'adaptation_*.gif',
+  'results.json', 'finished.json', 'per_task_*.npy', 'params_*.msgpack', 'model_*.safetensors', 'curves_*.png',
+  'alpha_*.png', 'task_*.png', 'instances_*.png', 'learning_curves.png', 'paths_*.png', 'adaptation_*.gif',
 )  # fmt: skip
 
 
@@ -102,6 +102,9 @@ class Recorder:
       label: names the run in the progress line and in the metrics.
       metrics: the writers.
       history: its lines of metrics so far, for whole curves.
+
+    Raises:
+      TrainingError: the lines are none that were written.
     """
     self._label, self._metrics = label, metrics
     if jax.process_index():  # Silent if not first: its standard output goes nowhere.
@@ -112,24 +115,35 @@ class Recorder:
     self._values: dict[str, list[np.ndarray]] = {}
     for line in history:
       if 'loss' in line:
-        self._keep(line['step'], {k: v for k, v in line.items() if k not in ('label', 'step', *_EXTRA)})
+        try:
+          if type(line['step']) is not int:
+            raise TypeError('no step')
+          self._keep(line['step'], {k: v for k, v in line.items() if k not in ('label', 'step', *_EXTRA)})
+        except (TypeError, ValueError, OverflowError) as e:  # Of what numpy takes for no number.
+          raise self._spoilt(line['step']) from e
 
   def _keep(self, step: int, values: Mapping[str, Any]) -> None:
+    arrays = {name: np.atleast_1d(np.asarray(value, float)) for name, value in values.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if any(len(shape) > 1 for shape in shapes.values()):
+      raise self._spoilt(step)
+    if self._steps and shapes != {name: kept[-1].shape for name, kept in self._values.items()}:
+      raise self._spoilt(self._steps[-1])  # Or that of step; what is trained now tells.
     self._steps.append(step)
-    for name, value in values.items():
-      self._values.setdefault(name, []).append(np.atleast_1d(np.asarray(value, float)))
+    for name, array in arrays.items():
+      self._values.setdefault(name, []).append(array)
+
+  def _spoilt(self, step: Any) -> TrainingError:
+    return TrainingError(
+      f'{self._label}: the lines of metrics.jsonl about meta-iteration {step!r:.40} are not what was written; give '
+      '--restart to begin anew'
+    )
 
   def __call__(self, progress: Progress) -> None:
-    """Takes a chunk."""
+    """Takes a chunk, which `bad_numbers.find` has looked through."""
     skips = bad_numbers.skipped(progress.state)
     mean = np.mean if skips is None else _finite_mean
     means = {name: mean(values, axis=0) for name, values in progress.info.items()}
-    if skips is None and not np.all(np.isfinite(means['loss'])):
-      runs = np.flatnonzero(~np.isfinite(np.atleast_1d(means['loss']))).tolist()
-      raise TrainingError(
-        f'{self._label}: the loss of run {", ".join(map(str, runs))} (from 0) is no longer finite by meta-iteration '
-        f'{progress.step}; lower --alpha, --learning_rate or --inner_steps'
-      )
     self._keep(progress.step, means)
     extra: dict[str, Any] = {} if skips is None else {'skipped': skips}
     if getattr(progress.state.meta, 'alpha', None) is not None:

@@ -4,6 +4,7 @@ Of several processes one reads and writes them, and by itself: the arrays are wh
 """
 
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -72,11 +73,12 @@ class Checkpoints:
     """
     self._directory = pathlib.Path(directory).absolute()
     self._config, self._keep_best, self._report = config, keep_best, report
+    self._refuse_links()
     self.latest = newest(self._directory, like=like, config=config, report=report)
     self._last = -1 if self.latest is None else self.latest.step
-    self.best = self._read_best(like)
-    self._tidy()
     try:
+      self.best = self._read_best(like)
+      self._tidy()
       self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = self._open()
     except OSError as e:
@@ -112,8 +114,8 @@ class Checkpoints:
     about = describe(state, step=step, metric=metric, config=self._config)
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
     self.wait()
-    shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
     try:
+      _clear(self._directory / _REMOVED)
       self._manager.save(step, args=items, metrics={} if metric is None else {'metric': metric}, force=True)
     except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
       raise self._unwritable(e) from e
@@ -135,6 +137,12 @@ class Checkpoints:
     self.wait()
     self._manager.close()
     shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
+
+  def _refuse_links(self) -> None:
+    """Raises CheckpointError where a step is a link, which `steps` leaves out and orbax takes for a checkpoint."""
+    for path in self._directory.glob('[0-9]*') if self._directory.is_dir() else ():
+      if path.name.isdecimal() and path.is_symlink():
+        raise CheckpointError(f'{path} is a link, not a checkpoint; remove the link, or give another --workdir')
 
   def _read_best(self, like) -> list[Checkpoint]:
     """Reads the best, and removes what is damaged or newer than the latest."""
@@ -172,7 +180,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 
-    shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
+    _clear(self._directory / _REMOVED)
     metric = lambda metrics: metrics.get('metric', -np.inf)
     kept: list[Any] = [policies.LatestN(LATEST)]
     if self._keep_best:  # With the best alone, the newest would go, and a training with it.
@@ -198,7 +206,11 @@ def steps(directory: writers.PathLike) -> list[int]:
   path = pathlib.Path(directory)
   if not path.is_dir():
     return []
-  return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal() and p.is_dir())
+  return sorted(int(p.name) for p in path.iterdir() if _is_step(p.name) and p.is_dir() and not p.is_symlink())
+
+
+def _is_step(name: str) -> bool:
+  return name.isdecimal() and name == str(int(name))
 
 
 def newest(
@@ -255,6 +267,7 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
 
   about = _read_about(path)
   check_leaves(about['leaves'], like, path)
+  _check_arrays(path / 'state', about['leaves'])
   arrays: dict[str, np.ndarray] = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     for name in (name for name, leaf in about['leaves'].items() if 0 not in leaf['shape']):
@@ -272,6 +285,8 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
     value = jax.numpy.asarray(array, described['dtype'])
     values.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if leaves.is_key(leaf) else value)
   state = jax.tree.unflatten(jax.tree.structure(like), values)
+  if np.any(np.asarray(state.step) != about['step']):
+    raise ValueError(f'its state is of step {int(np.max(state.step))}, its description of {about["step"]}')
   return Checkpoint(about['step'], state, about['metric'], about['versions'])
 
 
@@ -282,8 +297,30 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
   _check_files(path)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-  check_about(about)
+  check_about(about, int(path.name))
   return about
+
+
+def _check_arrays(path: pathlib.Path, described: Mapping[str, Any]) -> None:
+  """Raises ValueError unless arrays are of the shapes described, before room is made for any.
+
+  By tensorstore, which orbax reads them with, since orbax itself looks at all at once; see `_read`.
+  """
+  import tensorstore
+
+  driver = 'zarr3' if json.loads((path / '_METADATA').read_bytes()).get('use_zarr3') else 'zarr'
+  for name, leaf in described.items():
+    if 0 in leaf['shape']:
+      continue
+    base = {'driver': 'file', 'path': f'{path}/'}
+    spec = {'driver': driver, 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}}
+    array = tensorstore.open(spec, open=True, read=True).result()
+    if list(array.shape) != leaf['shape'] or array.dtype.name != leaf['dtype']:
+      raise ValueError(f'{name} is {array.dtype.name}{list(array.shape)}, not {leaf["dtype"]}{leaf["shape"]}')
+    chunk = array.chunk_layout.read_chunk.shape or ()  # Of a scalar there is none.
+    # A chunk is decoded whole, however little of it is asked for.
+    if math.prod(side or 1 for side in chunk) > math.prod(array.shape):
+      raise ValueError(f'{name} is {leaf["dtype"]}{leaf["shape"]} in chunks of {list(chunk)}')
 
 
 def _by_itself():
@@ -297,21 +334,31 @@ def _by_itself():
 
 
 def _check_files(path: pathlib.Path) -> None:
-  """Raises ValueError where there is anything but files and folders, which orbax would wait for, or broken metrics."""
+  """Raises ValueError where orbax would wait for ever, at what is no file, or fail, at broken metrics or dates."""
   for part in path.rglob('*'):
     if part.is_symlink() or not (part.is_file() or part.is_dir()):
       raise ValueError(f'{part.relative_to(path)} is no file')
   metrics = path / 'metrics' / 'metrics'
   if metrics.exists() and not isinstance(json.loads(metrics.read_bytes()), dict):
     raise ValueError('its metrics are not those of a checkpoint')
+  import orbax.checkpoint as ocp
+
+  _ = ocp.path.step.standard_name_format().find_step(path.parent, int(path.name)).commit_timestamp
 
 
 def _remove(path: pathlib.Path) -> None:
   """Deletes a checkpoint so that half of it is never seen."""
   aside = path.parent / _REMOVED
+  _clear(aside)
   aside.mkdir(exist_ok=True)
-  shutil.rmtree(aside / path.name, ignore_errors=True)
   path.rename(aside / path.name)
+  shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(aside: pathlib.Path) -> None:
+  """Deletes the directory of what is removed; of a link, which may lead anywhere, the link alone."""
+  if aside.is_symlink() or aside.is_file():
+    aside.unlink()
   shutil.rmtree(aside, ignore_errors=True)
 
 

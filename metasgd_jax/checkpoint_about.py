@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,19 @@ def describe(state: PyTree, *, step: int, metric: float | None, config: Mapping[
   return about | {'checksum': _checksum(about)}
 
 
-def check_about(about: Mapping[str, Any]) -> None:
-  """Raises ValueError unless a description is what was written."""
+def check_about(about: Any, step: int) -> None:
+  """Raises ValueError unless a description is what was written, with its fields' types, at a step."""
+  if not isinstance(about, dict):
+    raise ValueError('it has no description')
   if about.get('format') != FORMAT:
     raise ValueError(f'it is of format {about.get("format")}, not {FORMAT}')
   if about.get('checksum') != _checksum({k: v for k, v in about.items() if k != 'checksum'}):
     raise ValueError('its description is not what was written')
+  for name, right in _FIELDS.items():  # Who can write it can write the checksum too.
+    if not right(about.get(name)):
+      raise ValueError(f'its description has {name}={about.get(name)!r:.80}')
+  if about['step'] != step:
+    raise ValueError(f'it is of step {about["step"]}, not of the {step} that its folder is called')
 
 
 def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: writers.PathLike) -> None:
@@ -41,8 +48,8 @@ def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: writ
   ours = _as_json(asked)
   names = [name for name in {**found, **ours} if found.get(name, ours) != ours.get(name, found)]
   if names:
-    shown = lambda config, name: repr(config[name]) if name in config else 'nothing'
-    fields = '; '.join(f'{name}: {shown(found, name)} there, {shown(ours, name)} asked for' for name in names)
+    shown = lambda config, name: f'{config[name]!r:.200}' if name in config else 'nothing'
+    fields = '; '.join(f'{_named(name)}: {shown(found, name)} there, {shown(ours, name)} asked for' for name in names)
     raise CheckpointError(
       f'{where} holds an unfinished run of another configuration ({fields}); give another --workdir, the same '
       'configuration to go on with it, or --restart to begin anew'
@@ -58,14 +65,27 @@ def check_leaves(found: Mapping[str, Any], like: PyTree, where: writers.PathLike
     )  # fmt: skip
     if there != here:
       raise CheckpointError(
-        f'{where} does not fit what is trained: {name} is {_shown(there)} there and {_shown(here)} here; give another '
-        '--workdir, or --restart to begin anew'
+        f'{where} does not fit what is trained: {_named(name)} is {_shown(there)} there and {_shown(here)} here; give '
+        'another --workdir, or --restart to begin anew'
       )
 
 
 def crc32(array: np.ndarray) -> int:
   """Returns the checksum of an array's bytes."""
   return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _is_leaf(value: Any) -> bool:
+  return isinstance(value, dict) and isinstance(value.get('shape'), list) and isinstance(value.get('dtype'), str)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+  'step': lambda value: type(value) is int and value >= 0,
+  'metric': lambda value: value is None or type(value) is float or (type(value) is int and abs(value) < 2**63),
+  'config': lambda value: isinstance(value, dict),
+  'versions': lambda value: isinstance(value, dict) and all(isinstance(version, str) for version in value.values()),
+  'leaves': lambda value: isinstance(value, dict) and all(map(_is_leaf, value.values())),
+}
 
 
 def _leaves(state: PyTree) -> dict[str, dict[str, Any]]:
@@ -88,4 +108,9 @@ def _as_json(value: Any) -> Any:
 
 
 def _shown(leaf: Mapping[str, Any]) -> str:
-  return 'nothing' if leaf['dtype'] is None else f'{leaf["dtype"]}{leaf["shape"]}'
+  return 'nothing' if leaf['dtype'] is None else f'{_named(leaf["dtype"])}{leaf["shape"]!s:.80}'
+
+
+def _named(name: str) -> str:
+  """Returns a name, of a file that may say anything, as it can stand in a sentence."""
+  return name if name.isprintable() and len(name) <= 200 else f'{name[:200]!a}'

@@ -179,20 +179,17 @@ def export_learner(
   members = {'about.json': json.dumps(about, indent=2).encode()}
   members |= {f'{name}.bin': _serialized(program) for name, program in programs.items()}
   members |= {member(name): as_npy(array) for name, array in parameters.items()}
-  try:
-    with atomic(path) as file:
-      with zipfile.ZipFile(file, 'w') as archive:
-        for name, data in members.items():
-          archive.writestr(zipfile.ZipInfo(name), data)
-      file.flush()
-      found = load_exported(file.name)
-      if checked_on:
-        with jax.default_device(device), jax.default_matmul_precision('highest'):
-          _check_numbers(found, learner, meta, support, query.x)
-          if any_support:
-            _check_numbers(found, learner, meta, jax.tree.map(lambda a: np.concatenate([a, a]), support), query.x)
-  except OSError as e:
-    raise WriterError(f'{path} cannot be written ({e.strerror}); give another path') from e
+  with atomic(path, 'give another path') as file:
+    with zipfile.ZipFile(file, 'w') as archive:
+      for name, data in members.items():
+        archive.writestr(zipfile.ZipInfo(name), data)
+    file.flush()
+    found = load_exported(file.name)
+    if checked_on:
+      with jax.default_device(device), jax.default_matmul_precision('highest'):
+        _check_numbers(found, learner, meta, support, query.x)
+        if any_support:
+          _check_numbers(found, learner, meta, jax.tree.map(lambda a: np.concatenate([a, a]), support), query.x)
   return found
 
 

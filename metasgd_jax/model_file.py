@@ -161,11 +161,10 @@ def save_model(path: PathLike, model: FewShotModel) -> None:
   metadata = {'format_version': str(FORMAT_VERSION), 'config': json.dumps(dataclasses.asdict(model.config))}
   data = safetensors.numpy.save({k: np.ascontiguousarray(t) for k, t in tensors.items()}, metadata)
   try:
-    with atomic(pathlib.Path(path).expanduser()) as file:
+    with atomic(pathlib.Path(path).expanduser(), 'give another path') as file:
       file.write(data)
-  except (OSError, ValueError, RuntimeError) as e:  # Of a name with a NUL, or ~ of nobody.
-    reason = getattr(e, 'strerror', None) or e
-    raise WriterError(f'the model file {path} cannot be written ({reason}); give another path') from e
+  except (ValueError, RuntimeError) as e:  # Of a name with a NUL, or ~ of nobody.
+    raise WriterError(f'the model file {path} cannot be written ({e}); give another path') from e
 
 
 def load_model(path_or_name: PathLike) -> FewShotModel:

@@ -41,6 +41,8 @@ _JAX_SETTINGS = (
 )
 """Those that change numbers."""
 
+_ADVICE = 'make room, or give another --workdir'
+
 
 class WriterError(Exception):
   """Something cannot be written; the message says why and what to do."""
@@ -67,10 +69,21 @@ def open_workdir(path: PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def atomic(path: PathLike) -> Iterator[IO[bytes]]:
-  """Opens a file that takes its name only when it is whole; after an error the old one, or none, is there."""
+def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
+  """Opens a file that takes its name only when it is whole; after an error the old one, or none, is there.
+
+  Args:
+    path: of the file.
+    advice: what to do where it cannot be written.
+
+  Raises:
+    WriterError: it cannot be written.
+  """
   path = pathlib.Path(path)
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}-', delete=False) as file:
+  with (
+    _told(path, advice),
+    tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}-', delete=False) as file,
+  ):
     try:
       yield file
       file.flush()
@@ -82,20 +95,29 @@ def atomic(path: PathLike) -> Iterator[IO[bytes]]:
       raise
 
 
+@contextlib.contextmanager
+def _told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
+  """Makes a WriterError of what the system says."""
+  try:
+    yield
+  except OSError as e:
+    raise WriterError(f'{path} cannot be written ({e.strerror or e}); {advice}') from e
+
+
 def write_json(path: PathLike, value: Any) -> None:
-  """Writes value as indented JSON; infinities and NaN become null, since JSON has neither."""
+  """Writes value as indented JSON; infinities and NaN become null, since JSON has neither. Raises WriterError."""
   with atomic(path) as file:
     file.write((json.dumps(_plain(value), indent=2, allow_nan=False) + '\n').encode())
 
 
 def write_array(path: PathLike, array: np.ndarray) -> None:
-  """Writes an array as .npy."""
+  """Writes an array as .npy. Raises WriterError where it cannot be."""
   with atomic(path) as file:
     np.save(file, np.asarray(array), allow_pickle=False)
 
 
 def write_params(path: PathLike, params: PyTree) -> None:
-  """Writes a pytree's arrays as flax's msgpack."""
+  """Writes a pytree's arrays as flax's msgpack. Raises WriterError where they cannot be."""
   with atomic(path) as file:
     file.write(flax.serialization.to_bytes(jax.device_get(params)))
 
@@ -186,15 +208,21 @@ class MetricsWriter:
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
-    """Starts both files anew, or with `go_on` leaves what is in them."""
+    """Starts both files anew, or with `go_on` leaves what is in them.
+
+    Raises:
+      WriterError: they cannot be written, or where they should be is no file.
+    """
     self._path = pathlib.Path(path)
     self._timings = self._path.with_name('timings.jsonl')
     if not go_on:
-      self._timings.unlink(missing_ok=True)
-      self._path.write_text('')
+      _check_place(self._path)
+      with _told(self._path):
+        self._timings.unlink(missing_ok=True)
+        self._path.write_text('')
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line; `seconds` stands in one of its own, of timings."""
+    """Appends one line; `seconds` stands in one of its own, of timings. Raises WriterError where it cannot be."""
     values = dict(values)
     if 'seconds' in values:
       _append(self._timings, {'label': label, 'step': step, 'seconds': values.pop('seconds')})
@@ -211,20 +239,30 @@ class MetricsWriter:
     return [line for line in _cut(self._path, label, step) if line['label'] == label]
 
   def sync(self) -> None:
-    """Returns when what was written is on the disk."""
-    with self._path.open('ab') as file:
+    """Returns when what was written is on the disk. Raises WriterError where it cannot be."""
+    _check_place(self._path)
+    with _told(self._path), self._path.open('ab') as file:
       os.fsync(file.fileno())
 
 
 def _append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
-  with path.open('a') as file:
-    file.write(json.dumps(_plain(line), allow_nan=False) + '\n')
+  text = json.dumps(_plain(line), allow_nan=False) + '\n'
+  _check_place(path)
+  with _told(path), path.open('a') as file:
+    file.write(text)
+
+
+def _check_place(path: pathlib.Path) -> None:
+  """Raises WriterError where something is that is no file: to open a pipe would wait for ever, a link leads away."""
+  if path.is_symlink():
+    raise WriterError(f'{path} is not a file but a link; remove the link, or give another --workdir')
+  if path.exists() and not path.is_file():
+    raise WriterError(f'{path} is not a file; move it away, or give another --workdir')
 
 
 def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
   """Returns the lines that stay; the file is replaced as a whole, and only if one goes."""
-  if path.exists() and not path.is_file():  # To read a pipe would wait for ever.
-    raise WriterError(f'{path} is not a file; move it away, or give another --workdir')
+  _check_place(path)
   try:
     old, kept, lines = path.read_bytes() if path.exists() else b'', [], []
   except OSError as e:

@@ -11,7 +11,7 @@ import pytest
 from problems import sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax import checkpoint
+from metasgd_jax import checkpoint, checkpoint_about
 from metasgd_jax.checkpoint import CheckpointError, Checkpoints
 from metasgd_jax.leaves import is_key, named_arrays
 
@@ -215,6 +215,17 @@ def test_broken_metrics(tmp_path, step, text):
   assert f'checkpoint {tmp_path / str(step)} ' in said[0]
 
 
+@pytest.mark.parametrize('changes', [{'performance_metrics': []}, {'metrics': [1]}, {'init_timestamp_nsecs': 'x'}])
+def test_what_orbax_notes_is_broken(tmp_path, changes):
+  write(tmp_path, [10, 20])
+  file = tmp_path / '20' / '_CHECKPOINT_METADATA'
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  said = []
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert f'checkpoint {tmp_path / "20"} cannot be read (Object must be ' in said[0]
+
+
 @pytest.mark.parametrize('file', ['about/metadata', 'state/manifest.ocdbt', 'other'])
 def test_a_pipe_is_not_waited_for(tmp_path, file):
   write(tmp_path, [10, 20])
@@ -295,6 +306,112 @@ def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
   with pytest.raises(CheckpointError, match='No space left on device'):
     kept.save(a_state(10))
   kept.close()
+
+
+def signed(path, **changes):
+  """Has a checkpoint's description say something else, with the checksum made to fit."""
+  file = path / 'about' / 'metadata'
+  about = json.loads(file.read_text()) | changes
+  about['checksum'] = checkpoint_about._checksum({k: v for k, v in about.items() if k != 'checksum'})
+  file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'step': 5}, 'it is of step 5, not of the 20 that its folder is called'),
+    ({'step': 'x'}, "its description has step='x'"),
+    ({'step': True}, 'its description has step=True'),
+    ({'config': [1]}, 'its description has config=[1]'),
+    ({'config': None}, 'its description has config=None'),
+    ({'versions': []}, 'its description has versions=[]'),
+    ({'versions': {'jax': 1}}, "its description has versions={'jax': 1}"),
+    ({'metric': 10**400}, 'its description has metric=1000'),
+    ({'leaves': [1]}, 'its description has leaves=[1]'),
+    ({'leaves': {'step': {'shape': None, 'dtype': None}}}, 'its description has leaves='),
+  ],
+)
+def test_a_description_that_does_not_fit_is_a_damaged_one(tmp_path, changes, message):
+  write(tmp_path, [10, 20])
+  signed(tmp_path / '20', **changes)
+  assert checkpoint.read_config(tmp_path) == json.loads(json.dumps(CONFIG))
+  said = []
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+    assert_equal(kept.latest.state, a_state(10))
+  assert f'checkpoint {tmp_path / "20"} cannot be read ({message}' in said[0]
+  assert checkpoint.steps(tmp_path) == [10]
+
+
+def test_one_that_was_renamed_or_holds_another_state_costs_no_other(tmp_path):
+  write(tmp_path, [10, 20])
+  (tmp_path / '20').rename(tmp_path / '30')
+  said = []
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+    kept.save(a_state(20))
+  assert 'it is of step 20, not of the 30' in said[0]
+  (tmp_path / '20').rename(tmp_path / '30')
+  signed(tmp_path / '30', step=30)
+  with opened(tmp_path, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert 'its state is of step 20, its description of 30' in said[1]
+  assert checkpoint.steps(tmp_path) == [10]
+
+
+def test_a_folder_that_is_only_like_a_step_is_left_alone(tmp_path):
+  write(tmp_path, [10, 20])
+  (tmp_path / '0099').mkdir()
+  with opened(tmp_path) as kept:
+    assert kept.latest.step == 20
+    kept.save(a_state(30))
+  assert checkpoint.steps(tmp_path) == [20, 30]
+  assert (tmp_path / '0099').is_dir()
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path):
+  mine = tmp_path / 'mine'
+  (mine / '20').mkdir(parents=True)
+  (mine / '20' / 'letter').write_text('')
+  directory = tmp_path / 'c'
+  write(directory, [10, 20])
+  (directory / '20' / 'about' / 'metadata').write_text('{')
+  (directory / 'removed').symlink_to(mine)
+  with opened(directory, report=str) as kept:
+    assert kept.latest.step == 10
+    (directory / 'removed').symlink_to(mine)
+    for step in (20, 30, 40):
+      kept.save(a_state(step))
+  assert checkpoint.steps(directory) == [30, 40]
+  (directory / '50').symlink_to(mine / '20')
+  assert checkpoint.newest(directory, like=a_state(), config=CONFIG).step == 40
+  with pytest.raises(CheckpointError, match=r'50 is a link, not a checkpoint; remove the link, or give another --work'):
+    opened(directory)
+  assert [p.relative_to(mine).as_posix() for p in sorted(mine.rglob('*'))] == ['20', '20/letter']
+
+
+@pytest.mark.parametrize('chunk', [[1 << 14, 1 << 13], [4, 4]])
+def test_no_room_is_made_for_arrays_of_other_shapes(tmp_path, chunk, monkeypatch):
+  """512 MiB of zeros take 20 KB, as an array or as a chunk of a small one."""
+  import tensorstore as ts
+
+  write(tmp_path, [10, 20])
+  name, shape = 'meta.theta.Dense_0.kernel', [1, 4] if chunk[0] > 4 else [1 << 14, 1 << 13]
+  at = {'driver': 'ocdbt', 'base': f'file://{tmp_path}/20/state/', 'path': f'{name}/'}
+  metadata = {'shape': shape, 'chunks': chunk, 'dtype': '<f4', 'compressor': {'id': 'zstd', 'level': 1}}
+  spec = {'driver': 'zarr', 'kvstore': at, 'metadata': metadata, 'create': True, 'delete_existing': True}
+  ts.open(spec).result()
+  import orbax.checkpoint as ocp
+
+  restored, restore = [], ocp.Checkpointer.restore
+  monkeypatch.setattr(
+    ocp.Checkpointer, 'restore', lambda self, path, *a, **k: restored.append(path) or restore(self, path, *a, **k)
+  )
+  said = []
+  found = checkpoint.newest(tmp_path, like=a_state(), config=CONFIG, report=said.append)
+  assert found.step == 10
+  assert f'{name} is ' in said[0]
+  assert tmp_path / '20' / 'state' not in restored
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):

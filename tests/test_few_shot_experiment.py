@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -275,7 +276,8 @@ def test_a_table_is_of_one_data_set(tmp_path):
   [
     '', '{"rows"', '[]', '{}', '{"rows": []}', '{"rows": [1]}', '[' * 100_000, '\xff',
     json.dumps({'rows': [table_row(learner='nobody')]}), json.dumps({'rows': [table_row(mean='1')]}),
-    json.dumps({'rows': [table_row(seeds=True)]}),
+    json.dumps({'rows': [table_row(seeds=True)]}), json.dumps({'rows': [table_row(mean=10**400)]}),
+    json.dumps({'rows': [table_row(batch_norm='\ud800')]}),
   ],
 )  # fmt: skip
 def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path, capsys):
@@ -292,6 +294,18 @@ def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path,
   few_shot_table.write(tmp_path, 'omniglot')
   assert f'{broken}/results.json is no results of a cell and not in the table' in capsys.readouterr().out
   assert len(json.loads((tmp_path / 'table_omniglot.json').read_text())['rows']) == 1
+
+
+def test_a_pipe_for_a_cell_is_not_waited_for(tmp_path, capsys):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  cell = few_shot_table.cells(config)[0]
+  directory = tmp_path / 'cells' / 'omniglot_lstm_5way_1shot'
+  directory.mkdir(parents=True)
+  os.mkfifo(directory / 'config.json')
+  assert not few_shot_table._done(cell, directory)
+  os.mkfifo(directory / 'results.json')
+  assert few_shot_table.rows_of(tmp_path, 'omniglot') == []
+  assert 'is no results of a cell and not in the table (it is not a file)' in capsys.readouterr().out
 
 
 def test_a_sequence_has_ten_images_of_a_class():

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ class TestImages:
     Image.new('L', (2, 60_000)).save(tmp_path / 'a.png')
     assert 'it is too thin, 2x60000, to be laid on a ground' in self.read(tmp_path / 'a.png', 'pad')
     assert image_files.read_image(tmp_path / 'a.png', 8, 3).shape == (8, 8, 3)
+
+  def test_a_tile_larger_than_its_image_is_not_decoded(self, tmp_path):
+    """Of 260 KB, which swell to 256 MiB; tiles somewhat larger than an image are as they should be."""
+    said = self.read(tiff(tmp_path / 'a.tif', tile=1 << 14))
+    assert 'it is kept in tiles of 268,435,456 pixels, and has 256' in said
+    assert image_files.read_image(tiff(tmp_path / 'b.tif', tile=256), 8, 3).max() == 0
 
   def test_a_header_without_end(self, tmp_path, monkeypatch):
     """A comment of a gigabyte, which Pillow reads byte by byte."""
@@ -79,6 +86,17 @@ class TestImages:
     assert 'without an image that can be read' in said  # What cannot be reached is not looked at.
 
 
+def tiff(path, tile):
+  """Writes an image of 16x16 black pixels in one tile, packed by deflate, by hand."""
+  black, packer = bytes(tile), zlib.compressobj(9)
+  data = b''.join([packer.compress(black) for _ in range(tile)]) + packer.flush()
+  begin = 10 + 12 * 10 + 4
+  tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: begin, 325: len(data)}
+  header = b'II*\0' + struct.pack('<IH', 8, len(tags))
+  path.write_bytes(header + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags.items()) + bytes(4) + data)
+  return path
+
+
 def make(path, kind):
   """Puts something there that is no file."""
   if kind == 'pipe':
@@ -115,10 +133,9 @@ class TestNoFiles:
   def test_metrics(self, tmp_path, kind):
     make(tmp_path / 'm', kind)
     read = lambda: writers.MetricsWriter(tmp_path / 'm', go_on=True).cut('a', 1)
-    if kind == 'loop':  # Nothing is there.
-      assert watched(read, tmp_path, (writers.WriterError,)) is None
-    else:
-      assert 'is not a file' in refused(read, tmp_path, writers.WriterError)
+    assert 'is not a file' in refused(read, tmp_path, writers.WriterError)
+    begin = lambda: writers.MetricsWriter(tmp_path / 'm')
+    assert 'is not a file' in refused(begin, tmp_path, writers.WriterError)
 
   @pytest.mark.parametrize(('module', 'name'), [(omniglot, 'omniglot/3.0.0'), (cifar_fs, 'cifar100/3.0.2')])
   def test_prepared(self, tmp_path, kind, module, name):

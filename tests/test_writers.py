@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import json
@@ -25,6 +26,69 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
     raise RuntimeError('half-way')
   assert json.loads(path.read_text()) == {'a': 1}
   assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+@pytest.mark.parametrize('module', ['fsync', 'replace', 'write'])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, module):
+  path = tmp_path / 'a'
+  path.write_text('old')
+
+  def full(*args, **options):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  class Full(io.BytesIO):
+    name, write, fileno = str(tmp_path / 'never'), full, full
+
+  if module == 'fsync':
+    monkeypatch.setattr('os.fsync', full)
+  elif module == 'replace':
+    monkeypatch.setattr('pathlib.Path.replace', full)
+  else:
+    (tmp_path / 'never').write_text('')
+    monkeypatch.setattr('tempfile.NamedTemporaryFile', lambda **options: Full())
+  for write in (
+    lambda: writers.write_json(path, {}),
+    lambda: writers.write_array(path, np.zeros(3)),
+    lambda: writers.write_params(path, {'a': np.zeros(3)}),
+  ):
+    (tmp_path / 'never').write_text('')
+    with pytest.raises(writers.WriterError) as e:
+      write()
+    assert str(e.value) == f'{path} cannot be written (No space left on device); make room, or give another --workdir'
+    (tmp_path / 'never').unlink(missing_ok=True)
+  assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
+
+
+def test_a_full_disk_under_the_metrics_is_told_in_a_sentence(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  writer = writers.MetricsWriter(path)
+
+  def full(*args, **options):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  sentence = r'metrics.jsonl cannot be written \(No space left on device\); make room, or give another --workdir'
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(writers.WriterError, match=sentence):
+    writer.sync()
+  monkeypatch.setattr('pathlib.Path.open', full)
+  for fails in (lambda: writer.write('a', 1, {'loss': 0.5}), lambda: writers.MetricsWriter(path)):
+    with pytest.raises(writers.WriterError, match=sentence):
+      fails()
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'timings.jsonl'])
+def test_metrics_are_not_written_through_a_link(tmp_path, name):
+  (tmp_path / 'mine').write_text('mine')
+  (tmp_path / name).symlink_to('mine')
+  path = tmp_path / 'metrics.jsonl'
+  writer = writers.MetricsWriter(path, go_on=True)
+  tries = [lambda: writer.write('a', 1, {'loss': 0.5, 'seconds': 1.0}), lambda: writer.cut('a', 0)]
+  if name == 'metrics.jsonl':
+    tries += [writer.sync, lambda: writers.MetricsWriter(path)]
+  for fails in tries:
+    with pytest.raises(writers.WriterError, match='is not a file but a link; remove the link, or give another --work'):
+      fails()
+  assert (tmp_path / 'mine').read_text() == 'mine'
 
 
 def test_json_of_arrays_and_infinities(tmp_path):

@@ -91,7 +91,7 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
   try:
     out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-      with writers.atomic(out / name) as file:
+      with writers.atomic(out / name, 'give another --out') as file:
         file.write(data)
     if picture is None:  # One of an earlier run would be taken for this one's.
       (out / 'predictions.png').unlink(missing_ok=True)

@@ -34,6 +34,12 @@ _LARGE = 1 << 24
 _large_ones = threading.BoundedSemaphore(2)
 """Of more pixels than _LARGE, so many are decoded at once; the largest allowed takes 1.5 GB."""
 
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+"""Tags of TIFF files."""
+_TILE_TO_IMAGE = 4
+_SMALL_TILE = 1 << 20
+"""A tile of a TIFF file has at most _TILE_TO_IMAGE times the image's pixels, or these few."""
+
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
 
@@ -188,9 +194,13 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, 
     if status.st_size == 0:
       return 'the file is empty'
     with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened:
-      if _is_too_large(opened.width * opened.height):
+      pixels = opened.width * opened.height
+      if _is_too_large(pixels):
         return _too_large()
-      with _large_ones if opened.width * opened.height > _LARGE else contextlib.nullcontext():
+      tile = _tile(opened)
+      if tile > max(_TILE_TO_IMAGE * pixels, _SMALL_TILE):
+        return f'it is kept in tiles of {tile:,} pixels, and has {pixels:,}'
+      with _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext():
         file.restart()  # Waiting for others does not count.
         opened.load()
         image = _eight_bit(_upright(opened))
@@ -227,6 +237,16 @@ class _Timed(io.BufferedReader):
     if time.monotonic() > self._until:
       raise OSError(f'it takes more than {SECONDS_OF_A_FILE:g} s to decode')
     return super().read(size)
+
+
+def _tile(image: Image.Image) -> int:
+  """Returns the pixels of a tile of a TIFF file, which is decoded whole; 0 of a file without tiles.
+
+  Of strips, Pillow and libtiff decode no more rows than the image has, whatever their tag says.
+  """
+  tags = getattr(image, 'tag_v2', {})
+  number = lambda tag: max(map(int, np.ravel(tags.get(tag, 0))), default=0)  # It may come as several.
+  return number(_TILE_WIDTH) * max(number(_TILE_HEIGHT), 1)
 
 
 def _is_too_large(pixels: int) -> bool:

@@ -20,7 +20,7 @@ import metasgd_jax as ms
 from metasgd_jax import checkpoint, training
 from metasgd_jax.datasets import DatasetError, cifar_fs, omniglot, published_split
 
-from .mutations import in_json
+from .mutations import in_json, in_signed_json
 from .reader import Reader, in_folder
 from .trees import Tree
 
@@ -166,6 +166,11 @@ DATASET_READERS = [
     _read_checkpoint,
     (checkpoint.CheckpointError,),
     0.1,
-    {'about': (in_json,), 'metadata': (in_json,), '.json': (in_json,), '.zarray': (in_json,)},
+    {
+      'about/metadata': (in_json, in_signed_json, in_signed_json),
+      'state/_METADATA': (in_json,),
+      '_CHECKPOINT_METADATA': (in_json,),
+      'metrics/metrics': (in_json,),
+    },
   ),
 ]

@@ -21,6 +21,7 @@ from metasgd_jax.datasets import DatasetError, archives, image_cache, image_file
 from metasgd_jax.tasks.few_shot import ClassBank
 
 from .dataset_readers import DATASET_READERS
+from .experiment_readers import EXPERIMENT_READERS
 from .mutations import in_json, in_json_lines, in_numpy, in_png, in_safetensors, text
 from .reader import Reader, in_folder
 from .trees import Tree
@@ -287,4 +288,5 @@ READERS = [
   Reader('unpack a zip file', _zips, functools.partial(_unpack, 'a.zip'), (DatasetError,)),
   Reader('unpack a tar file', _tars, functools.partial(_unpack, 'a.tar.gz'), (DatasetError,), 1.0, {'': (_in_tar,)}),
   *DATASET_READERS,
+  *EXPERIMENT_READERS,
 ]
