@@ -130,10 +130,10 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
       with processes.together():
         kept = opened.enter_context(_checkpoints(training, run, state, best))
         state, history, found = _resume(training, run, kept, state)
+        recorder = reporting.Recorder(training.label, run.metrics, history)
       state = processes.from_first(state)
       if best is not None:
         best.resume(int(np.max(state.step)), _best_of_first(found, state))
-      recorder = reporting.Recorder(training.label, run.metrics, history)
       good, saved = state, time.monotonic()
       profiled: list[pathlib.Path] = []
 
