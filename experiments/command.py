@@ -33,7 +33,7 @@ TOPICS = {  # title → flags with a line of their own, flags that are only name
   ),
   'The outer loop': (
     'meta_iterations meta_batch learning_rate',
-    'optimizer max_kl curvature_tasks tasks_at_once schedule clip validate_every ensemble bad_steps',
+    'optimizer max_kl damping curvature_tasks tasks_at_once schedule clip validate_every ensemble bad_steps',
   ),
   'Seeds and tests': ('seeds eval_tasks', 'seed eval_seed eval_shots eval_query eval_repeats eval_updates'),
   'The run': (
