@@ -28,9 +28,9 @@ def test_modules_exist(module):
 
 
 def test_flags_exist():
-  from experiments import classification, navigation, regression, resuming
+  from experiments import classification, navigation, processes, regression, resuming
 
-  configs = classification.Config, regression.Config, navigation.Config, resuming.Keeping
+  configs = classification.Config, regression.Config, navigation.Config, resuming.Keeping, processes.Machines
   known = {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'config', 'help'}
   known |= {'support', 'query', 'out', 'model', 'transductive'}
   for name in set(re.findall(r'--([a-z_0-9]+)', COMMANDS)):
