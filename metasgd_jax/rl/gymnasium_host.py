@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
-from metasgd_jax.rl.learner import Experience, PolicyGradient, policy_gradient
+from metasgd_jax.rl.learner import Experience, PolicyGradient, explorer, policy_gradient
 from metasgd_jax.rl.navigation import check_horizon
 from metasgd_jax.rl.rollout import check_num
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
-from metasgd_jax.types import MetaParams, PyTree
+from metasgd_jax.types import PyTree
 
 if TYPE_CHECKING:
   import gymnasium
@@ -182,14 +182,7 @@ def policy_gradient_on_host(
     drawn = collect_on_host(make, policy, theta, task, key, horizon=horizon, num=trajectories, act=act)
     return Experience(drawn, _advantages(drawn, advantage))
 
-  def explore(meta: MetaParams, task, key):
-    experiences, path = [], [meta.theta]
-    for i, step_key in enumerate(jax.random.split(key, inner.steps)):
-      experiences.append(experience(path[-1], task, step_key))
-      path.append(step(meta, path[-1], experiences[-1], i))
-    return tuple(experiences), tuple(path)
-
-  return inner._replace(experience=experience, explore=explore)
+  return inner._replace(experience=experience, explore=explorer(experience, step, inner.steps))
 
 
 _advantages = jax.jit(advantages, static_argnums=1)

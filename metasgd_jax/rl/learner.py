@@ -180,6 +180,20 @@ def policy_gradient(
       rate = jax.tree.map(lambda a: rates[i] * a, rate)
     return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order)
 
+  def replay(meta: MetaParams, experiences):
+    theta = meta.theta
+    for i, drawn in enumerate(experiences):
+      theta = step(meta, theta, drawn, i)
+    return theta
+
+  return PolicyGradient(
+    environment, policy, int(steps), init, experience, step, explorer(experience, step, int(steps)), replay, surrogate
+  )
+
+
+def explorer(experience: Callable, step: Callable, steps: int) -> Callable:
+  """Returns `PolicyGradient.explore` of its `experience` and `step`."""
+
   def explore(meta: MetaParams, task, key):
     experiences, path = [], [meta.theta]
     for i, step_key in enumerate(jax.random.split(key, steps)):
@@ -187,13 +201,7 @@ def policy_gradient(
       path.append(step(meta, path[-1], experiences[-1], i))
     return tuple(experiences), tuple(path)
 
-  def replay(meta: MetaParams, experiences):
-    theta = meta.theta
-    for i, drawn in enumerate(experiences):
-      theta = step(meta, theta, drawn, i)
-    return theta
-
-  return PolicyGradient(environment, policy, int(steps), init, experience, step, explore, replay, surrogate)
+  return explore
 
 
 def _check_sizes(environment: Environment, policy: Policy) -> None:

@@ -95,8 +95,12 @@ def trpo_meta_step(
     acted = after.trajectories
     surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
 
+    def again(meta, task):
+      """The distributions of one task's adapted policy, as a function of meta."""
+      return act_again(inner.policy, inner.replay(meta, task[0]), task[1])
+
     def distributions_of(data, meta):
-      return lay(lambda task: act_again(inner.policy, inner.replay(meta, task[0]), task[1]), data)
+      return lay(functools.partial(again, meta), data)
 
     def surrogate(distributions):
       return jnp.mean(jax.vmap(surrogate_of)(distributions, after))
@@ -105,7 +109,7 @@ def trpo_meta_step(
       """Task by task, so that nothing of a task is kept for the derivative of the next."""
 
       def one(meta, task):
-        distributions = act_again(inner.policy, inner.replay(meta, task[0]), task[1])
+        distributions = again(meta, task)
         return surrogate_of(distributions, task[1]), distributions
 
       (values, distributions), gradients = lay(lambda task: jax.value_and_grad(one, has_aux=True)(meta, task), data)
