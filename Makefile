@@ -13,7 +13,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 JOBS ?= 2
-PACKAGE_TESTS := adaptation objective evaluation model_file packaging
 
 .PHONY: demo test fuzz lint docs notebooks bench torture lowest package clean
 
@@ -53,15 +52,15 @@ lowest:
 	.venv-lowest/bin/python -m pip --disable-pip-version-check -q install -c constraints-lowest.txt -e '.[test]'
 	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-# pyproject.toml's copy makes .venv-package/outside the tests' root: the clone's metasgd_jax is not on their path.
+# All files but the package's own are copied: what the tests import is the installed wheel.
 package: $(VENV)/dev
 	rm -rf dist .venv-package
 	$(BIN)/python -m build
 	$(PYTHON) -m venv .venv-package
 	.venv-package/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt "$$(ls dist/*.whl)[test]"
 	mkdir .venv-package/outside
-	cp -r tests pyproject.toml constraints-lowest.txt .venv-package/outside
-	cd .venv-package/outside && ../bin/python -P -m pytest $(PACKAGE_TESTS:%=tests/test_%.py)
+	git ls-files -z -- . ':!metasgd_jax' | xargs -0 cp --parents -t .venv-package/outside
+	cd .venv-package/outside && ../bin/python -P -m pytest -n $(JOBS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-package dist runs docs/_build docs/notebooks

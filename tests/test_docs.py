@@ -8,8 +8,11 @@ import re
 import jax
 import pytest
 
+import metasgd_jax
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
+PACKAGE = pathlib.Path(metasgd_jax.__file__).parent
 PAGES = sorted(DOCS.glob('*.md'))
 BLOCKS = [
   pytest.param(path, block, id=f'{path.stem}-{number}')
@@ -17,8 +20,8 @@ BLOCKS = [
   for number, block in enumerate(re.findall(r'^```python\n(.*?)^```', path.read_text(), re.DOTALL | re.MULTILINE), 1)
 ]
 MODULES = sorted(
-  '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
-  for path in (ROOT / 'metasgd_jax').rglob('*.py')
+  '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
+  for path in PACKAGE.rglob('*.py')
   if path.name != '__main__.py'
 )
 ON_PAGES = set(re.findall(r'automodule:: (\S+)', ''.join(path.read_text() for path in (DOCS / 'api').glob('*.md'))))

@@ -13,17 +13,17 @@ import pytest
 
 import metasgd_jax as ms
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = pathlib.Path(ms.__file__).parent
 NAMES = {'jax': jax, 'jnp': jnp, 'ms': ms, 'np': np, 'optax': optax}  # What every example may use.
 
 
 def examples():
   """Each docstring of the package with examples, by its name."""
   found = {}
-  for path in sorted((ROOT / 'metasgd_jax').rglob('*.py')):
+  for path in sorted(PACKAGE.rglob('*.py')):
     if '>>>' not in path.read_text():
       continue
-    module = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'))
+    module = importlib.import_module('.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__'))
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=NAMES):
       if test.examples:
         found[test.name] = test

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+import metasgd_jax
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / 'metasgd_jax'
+PACKAGE = pathlib.Path(metasgd_jax.__file__).parent
 MODULES = sorted(PACKAGE.rglob('*.py'))
 
 ONLY_HERE = {  # library → where alone it may be imported
@@ -19,6 +21,7 @@ ONLY_HERE = {  # library → where alone it may be imported
   'tensorboardX': ('writers.py',),
   'safetensors': ('model_file.py',),
   'orbax': ('checkpoint.py',),
+  'tensorstore': ('checkpoint.py',),
   'gymnasium': ('rl/gymnasium_host.py',),
   'sklearn': ('classifier.py',),
   'equinox': ('nn/adapters.py',),

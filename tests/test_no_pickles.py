@@ -5,12 +5,15 @@ import pathlib
 
 import pytest
 
+import metasgd_jax
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SOURCE = [path for part in ('metasgd_jax', 'experiments', 'benchmarks') for path in sorted((ROOT / part).rglob('*.py'))]
+FOLDERS = [pathlib.Path(metasgd_jax.__file__).parent, ROOT / 'experiments', ROOT / 'benchmarks']
+SOURCE = [path for folder in FOLDERS for path in sorted(folder.rglob('*.py'))]
 RUN_CODE = ('pickle', 'cPickle', 'dill', 'cloudpickle', 'joblib', 'shelve', 'marshal', 'yaml')
 
 
-@pytest.mark.parametrize('path', SOURCE, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize('path', SOURCE, ids=lambda path: f'{path.parent.name}/{path.name}')
 def test_no_code_opens_pickles_or_runs_text(path):
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import | ast.ImportFrom):
