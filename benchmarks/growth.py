@@ -18,7 +18,7 @@ import numpy as np
 
 import metasgd_jax as ms
 from benchmarks import ours
-from metasgd_jax import writers
+from metasgd_jax import provenance
 from metasgd_jax.adaptation import Backward
 
 PICTURE = 'benchmarks/growth.png'
@@ -118,7 +118,7 @@ def main() -> None:
       flush=True,
     )
   draw(results)
-  print(f'\n{PICTURE}; {writers.provenance()["device"]}')
+  print(f'\n{PICTURE}; {provenance.collect()["device"]}')
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from absl import app, flags
 
 import metasgd_jax as ms
 from benchmarks.worker import resident
-from metasgd_jax import host_memory, writers
+from metasgd_jax import host_memory, provenance
 from metasgd_jax.adaptation import Backward
 
 STEPS = flags.DEFINE_list('steps', ['2', '20', '200'], 'Inner steps.')
@@ -97,7 +97,7 @@ def main(argv) -> None:
         f'{1000 * found["seconds"] / int(steps):.0f} | {found["compiling"]:.0f} |',
         flush=True,
       )
-  print(f'\n{QUERY.value} query drawings of a class; {writers.provenance()}')
+  print(f'\n{QUERY.value} query drawings of a class; {provenance.collect()}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from benchmarks import timing
 from experiments.navigation import Config
-from metasgd_jax import rl, sharding, writers
+from metasgd_jax import provenance, rl, sharding
 from metasgd_jax.rl.meta_step import explore_tasks
 from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio
@@ -252,7 +252,7 @@ def main(argv) -> None:
       print(timing.table(found, OURS, columns), flush=True)
       for program in programs.values():
         program.close()
-  about = writers.provenance()
+  about = provenance.collect()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 
 

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 
 from benchmarks import ALPHA, conv4, ours, peers, timing, worker
 from benchmarks.conv4 import OURS, PLAIN, ROOF, SIDE, work
-from metasgd_jax import sharding, writers
+from metasgd_jax import provenance, sharding
 
 SETTINGS = ((5, 1, 16), (5, 1, 32), (20, 1, 16), (20, 1, 32))  # way, shot, tasks
 SECONDS = 6.0  # Of a turn: the first second after a pause is slow.
@@ -115,7 +115,7 @@ def main(argv) -> None:
     measure(*SETTINGS[0], conv4.VARIANTS, (), 3)
   if 'slow' in _PARTS.value:
     measure(*SETTINGS[0], (PLAIN,), ('torch.func',), 3)
-  about = writers.provenance()
+  about = provenance.collect()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 
 

@@ -23,7 +23,7 @@ from absl import app, flags
 
 import metasgd_jax as ms
 from benchmarks import timing
-from metasgd_jax import sharding, writers
+from metasgd_jax import provenance, sharding
 
 PROBLEMS = ('sinusoids', 'conv4')
 
@@ -143,7 +143,7 @@ def main(argv) -> None:
     found = measure(problem, counts, tasks, given.filters, given.seconds, given.rounds)
     print(f'{problem}, {tasks} tasks a device:\n\n{table(found, tasks, cores if virtual else None)}\n', flush=True)
   what = f'virtual devices of {cores} cores: beyond {cores} devices there is nothing to win' if virtual else 'devices'
-  print(f'{what}; {time.perf_counter() - begun:.0f} s; {writers.provenance()["device"]}')
+  print(f'{what}; {time.perf_counter() - begun:.0f} s; {provenance.collect()["device"]}')
 
 
 if __name__ == '__main__':

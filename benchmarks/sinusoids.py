@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import metasgd_jax as ms
 from benchmarks import ALPHA, ours, peers, timing
-from metasgd_jax import writers
+from metasgd_jax import provenance
 from metasgd_jax.losses import mean_squared_error
 
 TASKS, SHOT, QUERY = 4, 5, 10
@@ -41,7 +41,7 @@ def main() -> None:
       programs[f'{name}, {threads} thread(s)'] = functools.partial(_with_threads, peer, threads)
   print('losses and meta-gradients are equal; timing in turn', flush=True)
   print(timing.table(timing.rates(programs, seconds=1.0), 'metasgd_jax'))
-  about = writers.provenance()
+  about = provenance.collect()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 
 

@@ -18,7 +18,7 @@ from absl import app
 import metasgd_jax as ms
 from benchmarks import ours, timing
 from benchmarks.conv4 import learner
-from metasgd_jax import sharding, writers
+from metasgd_jax import provenance, sharding
 
 CLASSES, INSTANCES, SIDE, CHUNK, TASKS = 64, 600, 84, 25, 4
 RESIDENT, STREAMED, MAPPED = 'on the device', 'streamed from memory', 'streamed from a memory map'
@@ -64,7 +64,7 @@ def main(argv) -> None:
         jax.block_until_ready(of.send(*keys).as_arguments())
         seconds[name] = f'{1000 * (time.perf_counter() - start):.0f} ms'
   print(timing.table(found, RESIDENT, {f'to gather a chunk of {CHUNK}': seconds}))
-  print(f'\n{writers.provenance()}')
+  print(f'\n{provenance.collect()}')
 
 
 if __name__ == '__main__':

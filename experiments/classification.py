@@ -39,7 +39,7 @@ from experiments.options import option
 from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
-from metasgd_jax import writers
+from metasgd_jax import files, provenance
 from metasgd_jax.adaptation import Backward
 from metasgd_jax.evaluation import estimate
 
@@ -182,7 +182,7 @@ class Config:
 
 
 def run(
-  config: Config, workdir: writers.PathLike, setup: Setup | None = None, keeping: Keeping | None = None
+  config: Config, workdir: files.PathLike, setup: Setup | None = None, keeping: Keeping | None = None
 ) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
@@ -196,7 +196,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
   pictures: dict[str, Callable[[Any], Any]] = {}
   for name in config.learners:
     meta, curve, skipped = few_shot_training.train(name, config, setup, opened)
-    writers.write_params(workdir / f'params_{name}.msgpack', meta)
+    files.write_params(workdir / f'params_{name}.msgpack', meta)
     about_run = {
       'meta_iterations': 0 if name in UNTRAINED else config.meta_iterations, 'meta_batch': meta_batch(name, config),
       'query': 0 if name == 'joint' else query_images(name, config), 'eval_query': config.eval_query,
@@ -214,7 +214,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
       opened.stop.ask()
     if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
       _save_model(workdir / f'model_{name}.safetensors', name, meta, results, config, setup)
-    writers.write_json(workdir / 'results.json', {**options.recipe('classification', config), 'rows': rows})
+    files.write_json(workdir / 'results.json', {**options.recipe('classification', config), 'rows': rows})
     if curve:
       curves[NAMES[name]] = curve['accuracy']
     pictures[f'task_{name}'] = functools.partial(_draw_task, name, meta, config, setup)
@@ -248,7 +248,7 @@ def _save_model(path, name: str, meta, results: list[reporting.Result], config: 
     'maml' if name == 'maml' else 'meta_sgd', config.way, setup.image_shape, filters, hidden, config.inner_steps,
     alpha=maml_rate(name, config) if name == 'maml' else None,
     background='dark' if config.dataset in ('glyphs', 'omniglot') else 'any',
-    training={'command': command, **shown, **accuracies, **writers.provenance()},
+    training={'command': command, **shown, **accuracies, **provenance.collect()},
   )  # fmt: skip
   ms.save_model(path, ms.FewShotModel(about, reporting.one_run(meta, 0)))
 

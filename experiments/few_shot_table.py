@@ -11,7 +11,7 @@ from absl import logging
 
 from experiments import few_shot_data, processes, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
-from metasgd_jax import writers
+from metasgd_jax import files
 
 WAYS, SHOTS = (5, 20), (1, 5)
 SETTINGS = tuple((way, shot) for way in WAYS for shot in SHOTS)
@@ -178,8 +178,8 @@ def _read_json(path: pathlib.Path) -> Any:
 def write(workdir: pathlib.Path, dataset: str) -> None:
   """Writes the table of a data set's cells so far, as Markdown and as JSON."""
   rows = rows_of(workdir, dataset)
-  writers.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
-  with writers.atomic(workdir / f'table_{dataset}.md') as file:
+  files.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
+  with files.atomic(workdir / f'table_{dataset}.md') as file:
     file.write(markdown(rows).encode())
 
 

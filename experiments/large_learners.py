@@ -25,7 +25,7 @@ from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import sharding, writers
+from metasgd_jax import files, sharding
 from metasgd_jax.adaptation import Backward
 from metasgd_jax.losses import accuracy, cross_entropy, per_token
 from metasgd_jax.objective import tasks_at_once
@@ -172,7 +172,7 @@ def build(config: Config, devices: int | None = None) -> Setup:
 
 
 def run(
-  config: Config, workdir: writers.PathLike, setup: Setup | None = None, keeping: Keeping | None = None
+  config: Config, workdir: files.PathLike, setup: Setup | None = None, keeping: Keeping | None = None
 ) -> list[dict]:
   """Prints the plan, trains, tests, draws and writes; returns the rows of results.json. `setup` is `build(config)`."""
   setup = setup or build(config)
@@ -182,10 +182,10 @@ def run(
     trainings.print_memory([setup.training])
     done = trainings.train(setup.training, opened)
     workdir = opened.workdir
-    writers.write_params(workdir / f'params_{config.network}.msgpack', done.state.meta)
+    files.write_params(workdir / f'params_{config.network}.msgpack', done.state.meta)
     results = {name: _test(name, done.state.meta, config, setup) for name in setup.metrics}
     rows = [result.row(workdir, {**_about(done.state.meta, config), **done.skipped}) for result in results.values()]
-    writers.write_json(workdir / 'results.json', {**options.recipe('large_learners', config), 'rows': rows})
+    files.write_json(workdir / 'results.json', {**options.recipe('large_learners', config), 'rows': rows})
     opened.stop.ask()
     for result in results.values():
       print(_sentence(result, rows[0], config))

@@ -25,7 +25,7 @@ from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import rl, sharding, writers
+from metasgd_jax import files, rl, sharding
 from metasgd_jax.rl.meta_step import check_curvature
 
 LEARNERS = ('meta_sgd', 'maml')
@@ -166,7 +166,7 @@ def _training(start: str, name: str, environment: rl.Environment, mesh, config: 
 
 
 def run(
-  config: Config, workdir: writers.PathLike, keeping: Keeping | None = None, devices: int | None = None
+  config: Config, workdir: files.PathLike, keeping: Keeping | None = None, devices: int | None = None
 ) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
@@ -187,11 +187,11 @@ def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict
     logging.info('%s: compiling', training.label)
     done = trainings.train(training, opened)
     trained.append(Trained(start, name, done.state.meta, done.curves))
-    writers.write_params(workdir / f'params_{name}_{start}.msgpack', trained[-1].meta)
+    files.write_params(workdir / f'params_{name}_{start}.msgpack', trained[-1].meta)
     logging.info('%s: testing on %d unseen tasks', training.label, config.eval_tasks)
     results.append(_test(trained[-1], environments[start], config, devices))
     rows.append(results[-1].row(workdir, about_run))
-    writers.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
+    files.write_json(workdir / 'results.json', {**options.recipe('navigation', config), 'rows': rows})
     opened.stop.ask()
   print(_table(results, config))
   walks = functools.cache(functools.partial(_walks, trained, environments, config))

@@ -18,7 +18,7 @@ from metasgd_jax import sharding
 from metasgd_jax.checkpoint import CheckpointError
 from metasgd_jax.cli.telling import cut
 from metasgd_jax.datasets import DatasetError
-from metasgd_jax.writers import WriterError
+from metasgd_jax.files import WriterError
 
 C = TypeVar('C')
 _PARTS = ('experiments', 'metasgd_jax')

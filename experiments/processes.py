@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from experiments import options
 from experiments.options import option
-from metasgd_jax import leaves, sharding, writers
+from metasgd_jax import files, leaves, sharding
 from metasgd_jax.types import PyTree
 
 PATIENCE = 300
@@ -203,13 +203,13 @@ def first() -> bool:
   return jax.process_index() == 0
 
 
-def open_workdir(path: writers.PathLike) -> pathlib.Path:
-  """Returns the first process's directory as `writers.open_workdir` does; of others one of their own, soon gone.
+def open_workdir(path: files.PathLike) -> pathlib.Path:
+  """Returns the first process's directory as `files.open_workdir` does; of others one of their own, soon gone.
 
   So nothing is written twice, whatever is written; and only what the first sees must last.
   """
   if first():
-    return writers.open_workdir(path)
+    return files.open_workdir(path)
   scratch = tempfile.mkdtemp(prefix='metasgd-')
   atexit.register(shutil.rmtree, scratch, ignore_errors=True)
   return pathlib.Path(scratch)

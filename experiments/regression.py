@@ -21,7 +21,7 @@ from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import sharding, writers
+from metasgd_jax import files, sharding
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
 LEARNERS = ('meta_sgd', 'maml')
@@ -124,7 +124,7 @@ def _training(name: str, shot: int, learner: ms.Learner, optimizer, mesh, config
   )  # fmt: skip
 
 
-def run(config: Config, workdir: writers.PathLike, keeping: Keeping | None = None, devices: int = 1) -> list[dict]:
+def run(config: Config, workdir: files.PathLike, keeping: Keeping | None = None, devices: int = 1) -> list[dict]:
   """Trains, tests, prints, draws and writes; returns the rows of results.json. `devices` is as in `plan`."""
   with resuming.open_run(workdir, config, keeping) as opened:
     return opened.rows or _run(config, opened, devices)
@@ -144,12 +144,12 @@ def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
     logging.info('%s: compiling', training.label)
     done = trainings.train(training, opened)
     trained.append(Trained(name, shot, learner, done.state.meta, done.curves))
-    writers.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
+    files.write_params(workdir / f'params_{name}_{shot}shot.msgpack', trained[-1].meta)
     logging.info('%s: testing on %d unseen curves', training.label, config.eval_tasks)
     found = [_test(trained[-1], test_shot, tasks, config, devices) for test_shot, tasks in tests.items()]
     rows += [result.row(workdir, {**about_run, **done.skipped}) for result in found]
     results += found
-    writers.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
+    files.write_json(workdir / 'results.json', {**options.recipe('regression', config), 'rows': rows})
     opened.stop.ask()
   print(_table(results, config))
   reporting.save_pictures(workdir, _pictures(trained, config), opened.metrics)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from metasgd_jax import bad_numbers, writers
+from metasgd_jax import bad_numbers, files, progress_line, provenance, writers
 from metasgd_jax.evaluation import Estimate, estimate
 from metasgd_jax.training import Progress
 from metasgd_jax.types import PyTree
@@ -53,7 +53,7 @@ def negative_share(alpha: PyTree) -> float:
 
 
 def clear_leftovers(workdir: pathlib.Path) -> None:
-  """Removes the halves of files that a killed run was writing; see `writers.atomic`."""
+  """Removes the halves of files that a killed run was writing; see `files.atomic`."""
   for pattern in (*_OWN_FILES, 'config.json', 'metrics.jsonl', 'timings.jsonl'):
     for path in workdir.glob(f'.{pattern}-????????'):
       path.unlink()
@@ -74,7 +74,7 @@ def start(workdir: pathlib.Path, config: Any) -> list[writers.Writer]:
     for pattern in _OWN_FILES:
       for path in workdir.glob(pattern):
         path.unlink()
-  writers.write_json(workdir / 'config.json', dataclasses.asdict(config))
+  files.write_json(workdir / 'config.json', dataclasses.asdict(config))
   found: list[writers.Writer] = [writers.MetricsWriter(workdir / 'metrics.jsonl')]
   return [*found, writers.TensorBoardWriter(workdir)] if config.tensorboard else found
 
@@ -108,9 +108,9 @@ class Recorder:
     """
     self._label, self._metrics = label, metrics
     if jax.process_index():  # Silent if not first: its standard output goes nowhere.
-      self._line = writers.ProgressLine(label, out=sys.stdout)
+      self._line = progress_line.ProgressLine(label, out=sys.stdout)
     else:
-      self._line = writers.ProgressLine(label, say=lambda line: logging.info('%s', line))
+      self._line = progress_line.ProgressLine(label, say=lambda line: logging.info('%s', line))
     self._steps: list[int] = []
     self._values: dict[str, list[np.ndarray]] = {}
     for line in history:
@@ -203,7 +203,7 @@ class Result:
   def row(self, directory: pathlib.Path, about_run: dict[str, Any]) -> dict[str, Any]:
     """Writes the values to a file of their own; returns the row for results.json."""
     name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
-    writers.write_array(directory / name, self.values)
+    files.write_array(directory / name, self.values)
     return {
       **self.about,
       'tasks': self.values.shape[1],
@@ -214,7 +214,7 @@ class Result:
       'mean_by_step': self.values.mean((0, 1)),
       'per_task_file': name,
       **about_run,
-      **writers.provenance(),
+      **provenance.collect(),
     }
 
 
@@ -239,7 +239,7 @@ def save_pictures(
     return
   for name, draw in pictures.items():
     figure = draw(plotting)
-    with writers.atomic(workdir / f'{name}.png') as file:
+    with files.atomic(workdir / f'{name}.png') as file:
       figure.savefig(file, format='png', dpi=110)
     for writer in metrics:
       if isinstance(writer, writers.TensorBoardWriter):

@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import options, processes, reporting
 from experiments.options import option
-from metasgd_jax import checkpoint, writers
+from metasgd_jax import checkpoint, files, provenance, writers
 from metasgd_jax.checkpoint import CheckpointError
 
 flags.disclaim_key_flags()  # As in options.
@@ -136,7 +136,7 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = None) -> Iterator[Run]:
+def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = None) -> Iterator[Run]:
   """Opens a work directory for a run: one of the same configuration that was not finished goes on.
 
   One of the same configuration and versions that is finished stays as it is, with its rows in `Run.rows`, unless
@@ -149,7 +149,7 @@ def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = N
   """
   with contextlib.ExitStack() as held:
     with processes.together():
-      workdir, keeping = writers.open_workdir(workdir), keeping or Keeping()
+      workdir, keeping = files.open_workdir(workdir), keeping or Keeping()
       held.enter_context(_alone(workdir))
       stop = held.enter_context(_sigterm(keeping.restart))
       reporting.clear_leftovers(workdir)
@@ -173,25 +173,25 @@ def open_run(workdir: writers.PathLike, config: Any, keeping: Keeping | None = N
       yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop, rows)
     stop.finished = True
     if rows is None:
-      writers.write_json(_finished(workdir), _mark(workdir))
+      files.write_json(_finished(workdir), _mark(workdir))
       if not keeping.keep_checkpoints:
         _remove(_checkpoints(workdir))
     processes.any_of(False)  # The first has drawn its pictures; the others wait for it, lest it be taken for lost.
 
 
-def unfinished(workdir: writers.PathLike) -> bool:
+def unfinished(workdir: files.PathLike) -> bool:
   """Whether a directory holds checkpoints of a run that did not end."""
   workdir = pathlib.Path(workdir)
   return bool(trainings(workdir)) and not _finished(workdir).exists()
 
 
-def trainings(workdir: writers.PathLike) -> list[str]:
+def trainings(workdir: files.PathLike) -> list[str]:
   """Returns the names of the trainings that have checkpoints."""
   found = _checkpoints(pathlib.Path(workdir))
   return [path.name for path in sorted(found.iterdir()) if checkpoint.steps(path)] if found.is_dir() else []
 
 
-def check(workdir: writers.PathLike, config: Any) -> None:
+def check(workdir: files.PathLike, config: Any) -> None:
   """Raises CheckpointError if the directory holds an unfinished run of another configuration, naming the fields."""
   if not unfinished(workdir):
     return
@@ -215,7 +215,7 @@ def _mark(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns what finished.json holds: the versions, and the digest of the results, which tells them from others."""
   results = workdir / 'results.json'
   digest = hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
-  return {'versions': writers.provenance()['versions'], 'results_sha256': digest}
+  return {'versions': provenance.collect()['versions'], 'results_sha256': digest}
 
 
 def _finished_rows(workdir: pathlib.Path, config: Any) -> list[dict[str, Any]] | None:
@@ -253,7 +253,7 @@ def _alone(workdir: pathlib.Path) -> Iterator[None]:
       try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as e:
-        raise writers.WriterError(
+        raise files.WriterError(
           f'another program trains in {workdir}; wait until it has ended, or give another --workdir'
         ) from e
     yield

@@ -19,7 +19,7 @@ from experiments import processes, reporting, resuming
 from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
-from metasgd_jax import bad_numbers, checkpoint, leaves, writers
+from metasgd_jax import bad_numbers, checkpoint, leaves, provenance
 
 SECONDS = 15.0
 """Between checkpoints where their number is not given."""
@@ -227,7 +227,7 @@ def _resume(training: Training, run: Run, kept, state):
     )
   at = 'is trained already' if found.step == training.total else f'goes on from meta-iteration {found.step:,}'
   print(f'{training.label}: {at}', flush=True)
-  now = writers.provenance()['versions']
+  now = provenance.collect()['versions']
   changed = [f'{k} {v} → {now.get(k, "none")}' for k, v in found.versions.items() if now.get(k) != v]
   if changed:
     print(f'{training.label}: versions have changed ({", ".join(changed)}), so the rest may differ in its last digits')

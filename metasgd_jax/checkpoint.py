@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metasgd_jax import leaves, writers
+from metasgd_jax import files, leaves
 from metasgd_jax.checkpoint_about import CheckpointError, check_about, check_config, check_leaves, crc32, describe
 from metasgd_jax.training import TrainState
 
@@ -51,7 +51,7 @@ class Checkpoints:
 
   def __init__(
     self,
-    directory: writers.PathLike,
+    directory: files.PathLike,
     *,
     like: TrainState,
     config: Mapping[str, Any],
@@ -201,7 +201,7 @@ class Checkpoints:
     )
 
 
-def steps(directory: writers.PathLike) -> list[int]:
+def steps(directory: files.PathLike) -> list[int]:
   """Returns the steps of a directory's checkpoints, damaged ones too, in order; none where there is no directory."""
   path = pathlib.Path(directory)
   if not path.is_dir():
@@ -214,7 +214,7 @@ def _is_step(name: str) -> bool:
 
 
 def newest(
-  directory: writers.PathLike,
+  directory: files.PathLike,
   *,
   like: TrainState,
   config: Mapping[str, Any],
@@ -251,7 +251,7 @@ def newest(
   return None
 
 
-def read_config(directory: writers.PathLike) -> dict[str, Any] | None:
+def read_config(directory: files.PathLike) -> dict[str, Any] | None:
   """Returns the configuration of the newest checkpoint whose description can be read; `None` without one."""
   for step in reversed(steps(directory)):
     try:

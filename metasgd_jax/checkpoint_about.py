@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metasgd_jax import leaves, writers
+from metasgd_jax import files, leaves, provenance
 from metasgd_jax.types import PyTree
 
 FORMAT = 1
@@ -23,7 +23,7 @@ def describe(state: PyTree, *, step: int, metric: float | None, config: Mapping[
   """Returns as JSON step, metric, configuration, versions, and the shape, dtype and checksum of each leaf."""
   about = {
     'format': FORMAT, 'step': step, 'metric': metric, 'config': _as_json(config),
-    'versions': writers.provenance()['versions'], 'leaves': _leaves(state),
+    'versions': provenance.collect()['versions'], 'leaves': _leaves(state),
   }  # fmt: skip
   return about | {'checksum': _checksum(about)}
 
@@ -43,7 +43,7 @@ def check_about(about: Any, step: int) -> None:
     raise ValueError(f'it is of step {about["step"]}, not of the {step} that its folder is called')
 
 
-def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: writers.PathLike) -> None:
+def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: files.PathLike) -> None:
   """Raises CheckpointError, naming the fields that differ, unless both configurations are the same."""
   ours = _as_json(asked)
   names = [name for name in {**found, **ours} if found.get(name, ours) != ours.get(name, found)]
@@ -56,7 +56,7 @@ def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: writ
     )
 
 
-def check_leaves(found: Mapping[str, Any], like: PyTree, where: writers.PathLike) -> None:
+def check_leaves(found: Mapping[str, Any], like: PyTree, where: files.PathLike) -> None:
   """Raises CheckpointError, naming the first leaf, unless shapes, dtypes and kinds of keys are those of a state."""
   ours = _leaves(like)
   for name in {**found, **ours}:

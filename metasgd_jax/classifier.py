@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import scipy  # Loads scipy.special where it is first used.
 
+from metasgd_jax.files import PathLike
 from metasgd_jax.model_file import FewShotModel, ModelConfig, build_learner, load_model
 from metasgd_jax.types import Batch
-from metasgd_jax.writers import PathLike
 
 AT_ONCE = 32
 """Pictures answered together where no answer depends on another: one compiled program serves any number of them."""

@@ -18,11 +18,11 @@ import numpy as np
 
 from metasgd_jax import export_checks, sharding
 from metasgd_jax.exported_file import FORMAT_VERSION, Exported, as_npy, described, load_exported, member
-from metasgd_jax.leaves import named
+from metasgd_jax.files import PathLike, WriterError, atomic
+from metasgd_jax.leaves import is_key, named
 from metasgd_jax.model_file import FewShotModel, build_learner
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
 from metasgd_jax.version import __version__
-from metasgd_jax.writers import PathLike, WriterError, atomic
 
 __all__ = ['FORMAT_VERSION', 'PLATFORMS', 'Exported', 'export_learner', 'export_model', 'load_exported']
 
@@ -153,7 +153,7 @@ def export_learner(
 
   of_key = lambda meta, support: learner.adapt(meta, support, jax.random.key(0))
   like = jax.eval_shape(of_key, _shapes(meta), _shapes(support))
-  if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(like)):
+  if any(map(is_key, jax.tree.leaves(like))):
     raise ValueError('what adapt returns has a key of jax.random in it, which no file can hold; return its data')
   jax.eval_shape(learner.predict, like, _shapes(query.x))  # So that what fails after this is for an open number.
   whole_adapted = _by_name(like)[1]

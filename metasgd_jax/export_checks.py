@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metasgd_jax.files import PathLike, WriterError
 from metasgd_jax.leaves import is_key, named
 from metasgd_jax.types import Batch, PyTree
-from metasgd_jax.writers import PathLike, WriterError
 
 PLATFORMS = ('cpu', 'cuda', 'tpu', 'rocm')
 

@@ -15,7 +15,7 @@ import jax
 import jax.export
 import numpy as np
 
-from metasgd_jax.writers import PathLike
+from metasgd_jax.files import PathLike
 
 FORMAT_VERSION = 1
 PROGRAMS = ('adapt', 'predict')

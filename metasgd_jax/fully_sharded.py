@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metasgd_jax import sharding
+from metasgd_jax.leaves import is_key
 from metasgd_jax.types import PyTree
 
 SMALL = 2**14
@@ -22,7 +23,7 @@ def split_dimension(leaf: Any, devices: int) -> int | None:
 
   `None` for an array of fewer than `SMALL` entries, for keys, and where there is no such dimension.
   """
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.size < SMALL:
+  if is_key(leaf) or leaf.size < SMALL:
     return None
   shared = [d for d, length in enumerate(leaf.shape) if length % devices == 0]
   return max(shared, key=lambda d: leaf.shape[d], default=None)

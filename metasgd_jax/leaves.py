@@ -32,5 +32,5 @@ def strong(tree: PyTree) -> PyTree:
 
 
 def is_key(leaf: Any) -> bool:
-  """Whether a leaf is a key or an array of keys."""
-  return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  """Whether a leaf, or what a leaf looks like, is a key or an array of keys."""
+  return jnp.issubdtype(getattr(leaf, 'dtype', np.bool_), jax.dtypes.prng_key)

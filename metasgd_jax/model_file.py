@@ -16,9 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from metasgd_jax import losses, nn
+from metasgd_jax.files import PathLike, WriterError, atomic
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams
-from metasgd_jax.writers import PathLike, WriterError, atomic
 
 FORMAT_VERSION = 1
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from metasgd_jax.leaves import is_key
 from metasgd_jax.types import PyTree
 
 _COUNT_FLAG = '--xla_force_host_platform_device_count'
@@ -127,7 +128,7 @@ def placed(leaf: Any, sharding: Sharding) -> jax.Array:
     return jax.device_put(leaf, sharding)
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     return jax.jit(lambda a: a, out_shardings=sharding)(leaf)
-  if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if is_key(leaf):
     return jax.random.wrap_key_data(placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
   array = np.asarray(leaf)
   return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -149,7 +150,7 @@ def gathered(tree: PyTree) -> PyTree:
   """
 
   def one(leaf):
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_key(leaf):
       return jax.random.wrap_key_data(one(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     in_parts = not (leaf.is_fully_addressable or leaf.is_fully_replicated)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if in_parts else leaf)

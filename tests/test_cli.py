@@ -207,7 +207,7 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr('metasgd_jax.writers.atomic', full)
+  monkeypatch.setattr('metasgd_jax.files.atomic', full)
   assert predict(folders, model_file) == 1
   assert (
     capsys.readouterr().err == f'error: {folders}/out cannot be written (No space left on device); give another --out\n'

@@ -23,7 +23,9 @@ def examples():
   for path in sorted(PACKAGE.rglob('*.py')):
     if '>>>' not in path.read_text():
       continue
-    module = importlib.import_module('.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__'))
+    module = importlib.import_module(
+      '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
+    )
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=NAMES):
       if test.examples:
         found[test.name] = test

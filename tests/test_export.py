@@ -18,7 +18,7 @@ from small_models import pictures, small_model
 
 import metasgd_jax as ms
 from metasgd_jax import cli, export, model_file
-from metasgd_jax.writers import WriterError
+from metasgd_jax.files import WriterError
 
 DOCS = (pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'export.md').read_text()
 ALONE, PICTURE, WITH_PACKAGE = re.findall(r'```py\n(.*?)```', DOCS, re.DOTALL)

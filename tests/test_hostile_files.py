@@ -17,7 +17,7 @@ from PIL import Image
 from small_models import small_model
 
 import metasgd_jax as ms
-from metasgd_jax import cli, writers
+from metasgd_jax import cli, files, writers
 from metasgd_jax.datasets import (
   DatasetError,
   cifar_fs,
@@ -119,7 +119,7 @@ class TestNoFiles:
 
   def test_params(self, tmp_path, kind):
     make(tmp_path / 'p', kind)
-    read = lambda: writers.read_params(tmp_path / 'p', {'a': np.zeros(2)})
+    read = lambda: files.read_params(tmp_path / 'p', {'a': np.zeros(2)})
     assert 'there is no such file' in refused(read, tmp_path, ValueError)
 
   def test_list(self, tmp_path, kind):
@@ -133,9 +133,9 @@ class TestNoFiles:
   def test_metrics(self, tmp_path, kind):
     make(tmp_path / 'm', kind)
     read = lambda: writers.MetricsWriter(tmp_path / 'm', go_on=True).cut('a', 1)
-    assert 'is not a file' in refused(read, tmp_path, writers.WriterError)
+    assert 'is not a file' in refused(read, tmp_path, files.WriterError)
     begin = lambda: writers.MetricsWriter(tmp_path / 'm')
-    assert 'is not a file' in refused(begin, tmp_path, writers.WriterError)
+    assert 'is not a file' in refused(begin, tmp_path, files.WriterError)
 
   @pytest.mark.parametrize(('module', 'name'), [(omniglot, 'omniglot/3.0.0'), (cifar_fs, 'cifar100/3.0.2')])
   def test_prepared(self, tmp_path, kind, module, name):
@@ -246,8 +246,8 @@ class TestParams:
   LIKE = {'a': np.zeros((2, 3), np.float32), 'b': None}  # noqa: RUF012
 
   def refuse(self, tmp_path, params):
-    writers.write_params(tmp_path / 'p', params)
-    return refused(lambda: writers.read_params(tmp_path / 'p', self.LIKE), tmp_path, ValueError)
+    files.write_params(tmp_path / 'p', params)
+    return refused(lambda: files.read_params(tmp_path / 'p', self.LIKE), tmp_path, ValueError)
 
   def test_another_structure_with_as_many_leaves(self, tmp_path):
     whole = np.zeros((2, 3), np.float32)
@@ -259,7 +259,7 @@ class TestParams:
     assert "has int64 for ['a'], expected float32" in said
 
   def test_no_file(self, tmp_path):
-    read = lambda: writers.read_params(tmp_path / 'p', self.LIKE)
+    read = lambda: files.read_params(tmp_path / 'p', self.LIKE)
     assert 'there is no such file' in refused(read, tmp_path, ValueError)
 
 
@@ -284,11 +284,11 @@ class TestPlaces:
       lambda: image_files.read_image(path, 4, 3),
     ):
       refused(read, tmp_path, DatasetError)
-    refused(lambda: writers.open_workdir(path), tmp_path, writers.WriterError)
+    refused(lambda: files.open_workdir(path), tmp_path, files.WriterError)
     refused(
       lambda: ms.save_model(path if path.startswith('~') else tmp_path / path, small_model()),
       tmp_path,
-      writers.WriterError,
+      files.WriterError,
     )
 
   @pytest.mark.parametrize('out', ['loop', '~nobody-of-that-name/x'])

@@ -10,7 +10,7 @@ from small_models import small_model
 
 import metasgd_jax as ms
 from metasgd_jax import model_file
-from metasgd_jax.writers import WriterError
+from metasgd_jax.files import WriterError
 
 FACTS = {'dataset': 'glyphs', 'accuracy': 0.9, 'seeds': [0, 1], 'transductive': True, 'versions': {'jax': '1.0'}}
 

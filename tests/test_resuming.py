@@ -29,7 +29,7 @@ from experiments import (
 )
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping
-from metasgd_jax import bad_numbers, checkpoint, writers
+from metasgd_jax import bad_numbers, checkpoint, files, provenance
 from metasgd_jax.checkpoint import CheckpointError
 
 CONFIG = regression.Config(meta_iterations=40, seeds=2, eval_tasks=3, eval_repeats=2)
@@ -200,7 +200,7 @@ def finished(workdir, config=MAML, keeping=None):
   """A run that trains nothing and has results; returns all its files."""
   with resuming.open_run(workdir, config, keeping) as opened:
     assert opened.rows is None
-    writers.write_json(workdir / 'results.json', {'rows': ROWS})
+    files.write_json(workdir / 'results.json', {'rows': ROWS})
   return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
 
 
@@ -219,8 +219,8 @@ def test_a_finished_run_is_made_again_if_it_is_asked_for_or_not_this_one(tmp_pat
   finished(tmp_path, dataclasses.replace(MAML, shot=3))
   (tmp_path / 'results.json').write_text('{"rows": [{"mean": 0.6}]}')
   finished(tmp_path, dataclasses.replace(MAML, shot=3))
-  now = writers.provenance()
-  monkeypatch.setattr(writers, 'provenance', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
+  now = provenance.collect()
+  monkeypatch.setattr(provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
   finished(tmp_path, dataclasses.replace(MAML, shot=3))
 
 
@@ -233,7 +233,7 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
   with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping):
     with checkpoint.Checkpoints(directory, like=state, config=dataclasses.asdict(MAML)) as kept:
       kept.save(state)
-    writers.write_json(tmp_path / 'results.json', {'rows': ROWS})
+    files.write_json(tmp_path / 'results.json', {'rows': ROWS})
     monkeypatch.setattr(resuming, '_remove', lambda _: crash())
     monkeypatch.setattr(processes, 'any_of', lambda _: crash())
   monkeypatch.undo()
@@ -285,8 +285,8 @@ def test_metrics_that_were_lost_are_missed(tmp_path, at):
 
 def test_other_versions_are_told_of(tmp_path, at, monkeypatch, capsys):
   crashed(at, tmp_path)
-  now = writers.provenance()
-  monkeypatch.setattr(trainings.writers, 'provenance', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
+  now = provenance.collect()
+  monkeypatch.setattr(trainings.provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
   regression.run(MAML, tmp_path, KEEPING)
   assert f'versions have changed (jax {jax.__version__} → 99), so the rest may differ' in capsys.readouterr().out
 
@@ -319,7 +319,7 @@ def test_sigterm_while_nothing_is_trained_leaves_at_once(tmp_path, monkeypatch, 
 
 
 def test_two_programs_do_not_train_in_one_directory(tmp_path):
-  with resuming.open_run(tmp_path, MAML), pytest.raises(writers.WriterError, match='another program trains in'):
+  with resuming.open_run(tmp_path, MAML), pytest.raises(files.WriterError, match='another program trains in'):
     regression.run(MAML, tmp_path)
   with resuming.open_run(tmp_path, MAML):
     pass
@@ -512,8 +512,8 @@ def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_beg
   there = dataclasses.asdict(dataclasses.replace(cell, meta_iterations=7))
   with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=there) as kept:
     kept.save(state)
-  writers.write_json(directory / 'config.json', dataclasses.asdict(cell))
-  writers.write_json(directory / 'results.json', {'rows': []})
+  files.write_json(directory / 'config.json', dataclasses.asdict(cell))
+  files.write_json(directory / 'results.json', {'rows': []})
   assert not few_shot_table._done(cell, directory)
   with pytest.raises(CheckpointError, match=r'meta_iterations: 7 there, 500 asked for'):
     few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
@@ -523,7 +523,7 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
   cell = few_shot_table.cells(classification.Config(learner=('lstm',), table2=True, data_dir='somewhere'))[0]
   older = dataclasses.asdict(cell)
   del older['bad_steps']
-  writers.write_json(tmp_path / 'config.json', older)
-  writers.write_json(tmp_path / 'results.json', {'rows': [table_row()]})
+  files.write_json(tmp_path / 'config.json', older)
+  files.write_json(tmp_path / 'results.json', {'rows': [table_row()]})
   assert few_shot_table._done(cell, tmp_path)
   assert not few_shot_table._done(dataclasses.replace(cell, bad_steps='skip'), tmp_path)

@@ -76,7 +76,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen: list[bool], out: pathlib.Path) -> None:
   """Answers, draws, writes and tells; pictures `seen` among the examples are not judged."""
-  from metasgd_jax import writers
+  from metasgd_jax import files
 
   say(f'answering {len(names)} pictures')
   probabilities = classifier.predict_proba(query.images)
@@ -85,18 +85,18 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
   truth = [name.parts[0] if k and not s else None for name, k, s in zip(names, known, seen, strict=True)]
   examples = np.split(support.bank.images, np.cumsum(sizes)[:-1])
   picture = _draw(support.names, examples, query.images, probabilities, [str(name) for name in names], truth)
-  files = {'predictions.csv': _table(support.names, names, answers, probabilities)}
+  results = {'predictions.csv': _table(support.names, names, answers, probabilities)}
   if picture is not None:
-    files['predictions.png'] = picture
+    results['predictions.png'] = picture
   try:
     out.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-      with writers.atomic(out / name, 'give another --out') as file:
+    for name, data in results.items():
+      with files.atomic(out / name, 'give another --out') as file:
         file.write(data)
     if picture is None:  # One of an earlier run would be taken for this one's.
       (out / 'predictions.png').unlink(missing_ok=True)
   except OSError as e:
-    raise writers.WriterError(f'{out} cannot be written ({e.strerror}); give another --out') from e
+    raise files.WriterError(f'{out} cannot be written ({e.strerror}); give another --out') from e
 
   say()
   say(f'classes: {_counted(dict(zip(support.names, sizes, strict=True)))}')
@@ -110,14 +110,14 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
     say(f'{left_out} {are} among the examples too; the accuracy leaves {them} out')
   if right := [a == t for a, t in zip(answers, truth, strict=True) if t is not None]:
     say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class')
-  say(f'results: {" and ".join(str(out / name) for name in files)}')
+  say(f'results: {" and ".join(str(out / name) for name in results)}')
   if picture is None:
     say("there is no predictions.png, for want of matplotlib; pip install 'metasgd_jax[plots]'")
 
 
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Raises WriterError where results cannot go, or would be taken for pictures the next time."""
-  from metasgd_jax.writers import WriterError
+  from metasgd_jax.files import WriterError
 
   for flag, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails at loops.

@@ -10,7 +10,7 @@ import random
 import numpy as np
 
 from experiments import classification, command, few_shot_table, regression, reporting
-from metasgd_jax import writers
+from metasgd_jax import files, writers
 
 from .mutations import in_json, in_json_lines, text
 from .reader import Reader, in_folder
@@ -79,9 +79,9 @@ def _go_on(folder: pathlib.Path, rng: random.Random) -> None:
 
 EXPERIMENT_READERS = [
   Reader('--config', _settings, _read_settings, (ValueError,), 0.5, {'': (in_json,)}),
-  Reader('cells of a table', _cells, _read_cells, (writers.WriterError,), 0.5, {'': (in_json,)}),
+  Reader('cells of a table', _cells, _read_cells, (files.WriterError,), 0.5, {'': (in_json,)}),
   Reader(
-    'metrics of a run', _metrics, _go_on, (reporting.TrainingError, writers.WriterError), 0.5,
+    'metrics of a run', _metrics, _go_on, (reporting.TrainingError, files.WriterError), 0.5,
     {'': (in_json_lines, text)},
   ),
 ]  # fmt: skip

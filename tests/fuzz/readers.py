@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import metasgd_jax as ms
-from metasgd_jax import cli, model_file, writers
+from metasgd_jax import cli, files, model_file, writers
 from metasgd_jax.cli import info
 from metasgd_jax.datasets import DatasetError, archives, image_cache, image_files, image_folder, mini_imagenet, splits
 from metasgd_jax.tasks.few_shot import ClassBank
@@ -63,11 +63,11 @@ _PARAMS = {
 
 
 def _params() -> list[Tree]:
-  return [in_folder(lambda folder: writers.write_params(folder / 'a.msgpack', _PARAMS))]
+  return [in_folder(lambda folder: files.write_params(folder / 'a.msgpack', _PARAMS))]
 
 
 def _read_params(folder, rng) -> None:
-  got = writers.read_params(folder / 'a.msgpack', _PARAMS)
+  got = files.read_params(folder / 'a.msgpack', _PARAMS)
   form = lambda tree: jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype), tree)
   assert form(got) == form(_PARAMS), 'other parameters than those asked for'
 
@@ -279,7 +279,7 @@ READERS = [
   Reader('metasgd info', _models, _command, (ValueError,), 0.2, {'': (in_safetensors,)}),
   Reader('load_exported', _exported, lambda folder, rng: ms.load_exported(folder / 'a.zip'), (ValueError,), 0.5),
   Reader('read_params', _params, _read_params, (ValueError,)),
-  Reader('MetricsWriter.cut', _metrics, _read_metrics, (writers.WriterError,), 1.0, {'': (in_json_lines, text)}),
+  Reader('MetricsWriter.cut', _metrics, _read_metrics, (files.WriterError,), 1.0, {'': (in_json_lines, text)}),
   Reader('read_image', _pictures, _read_picture, (DatasetError,), 3.0, {'.png': (in_png,)}),
   Reader('image_folder', _folders, _read_folder, (DatasetError,), 1.0, {'.png': (in_png,)}),
   Reader('mini_imagenet.load', _mini, _read_mini, (DatasetError,), 1.0, {'.csv': (_in_csv, _in_csv, text)}),

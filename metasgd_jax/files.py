@@ -1,0 +1,144 @@
+"""Files that are never half-written: JSON, arrays and parameters; a directory that can be written."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+import flax.serialization
+import jax
+import numpy as np
+
+from metasgd_jax.types import PyTree
+
+PathLike = str | os.PathLike[str]
+
+_ADVICE = 'make room, or give another --workdir'
+
+
+class WriterError(Exception):
+  """Something cannot be written; the message says why and what to do."""
+
+
+def open_workdir(path: PathLike) -> pathlib.Path:
+  """Returns the directory, made if need be, after writing to it once to see that it can be.
+
+  Raises:
+    WriterError: it cannot be made or written.
+  """
+  try:
+    workdir = pathlib.Path(path).expanduser()
+  except RuntimeError as e:
+    raise WriterError(f'workdir {path} begins with ~ of nobody who has a home; give another --workdir') from e
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+    reason = getattr(e, 'strerror', None) or e
+    raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir') from e
+  return workdir
+
+
+@contextlib.contextmanager
+def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
+  """Opens a file that takes its name only when it is whole; after an error the old one, or none, is there.
+
+  Args:
+    path: of the file.
+    advice: what to do where it cannot be written.
+
+  Raises:
+    WriterError: it cannot be written.
+  """
+  path = pathlib.Path(path)
+  with (
+    told(path, advice),
+    tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}-', delete=False) as file,
+  ):
+    try:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+      os.fchmod(file.fileno(), 0o644)
+      pathlib.Path(file.name).replace(path)
+    except BaseException:
+      pathlib.Path(file.name).unlink()
+      raise
+
+
+@contextlib.contextmanager
+def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
+  """Makes a WriterError of what the system says."""
+  try:
+    yield
+  except OSError as e:
+    raise WriterError(f'{path} cannot be written ({e.strerror or e}); {advice}') from e
+
+
+def write_json(path: PathLike, value: Any) -> None:
+  """Writes value as indented JSON; infinities and NaN become null, since JSON has neither. Raises WriterError."""
+  with atomic(path) as file:
+    file.write((json.dumps(plain(value), indent=2, allow_nan=False) + '\n').encode())
+
+
+def write_array(path: PathLike, array: np.ndarray) -> None:
+  """Writes an array as .npy. Raises WriterError where it cannot be."""
+  with atomic(path) as file:
+    np.save(file, np.asarray(array), allow_pickle=False)
+
+
+def write_params(path: PathLike, params: PyTree) -> None:
+  """Writes a pytree's arrays as flax's msgpack. Raises WriterError where they cannot be."""
+  with atomic(path) as file:
+    file.write(flax.serialization.to_bytes(jax.device_get(params)))
+
+
+def read_params(path: PathLike, like: PyTree) -> PyTree:
+  """Returns what `write_params` wrote, in the structure of `like`.
+
+  Raises:
+    ValueError: there is no such file, it is not of this kind, or its structure, a shape or a dtype is not that of
+      `like`.
+  """
+  try:
+    if not pathlib.Path(path).is_file():  # To read a pipe would wait for ever.
+      raise ValueError('there is no such file')
+    params = flax.serialization.from_bytes(like, pathlib.Path(path).read_bytes())
+    if str(jax.tree.structure(params)) != str(jax.tree.structure(like)):
+      raise ValueError('they are of another structure')
+  except Exception as e:  # msgpack has a dozen errors of its own for a file that is broken.
+    reason = repr(str(e) or type(e).__name__)[1:-1][:300]
+    raise ValueError(f'{path} does not hold the parameters asked for: {reason}') from e
+  for (name, want), got in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
+    if np.shape(want) != np.shape(got):
+      raise ValueError(
+        f'{path} has shape {np.shape(got)} for {jax.tree_util.keystr(name)}, expected {np.shape(want)}; '
+        'was it trained with other settings?'
+      )
+    if np.result_type(want) != (dtype := np.asarray(got).dtype):
+      raise ValueError(
+        f'{path} has {dtype} for {jax.tree_util.keystr(name)}, expected {np.result_type(want)}; '
+        'was it trained with other settings?'
+      )
+  return params
+
+
+def plain(value: Any) -> Any:
+  """Returns value with NumPy's types made Python's, and floats that JSON lacks made None."""
+  if isinstance(value, dict):
+    return {str(k): plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(v) for v in value]
+  if isinstance(value, np.ndarray | jax.Array):
+    return plain(np.asarray(value).tolist())
+  if isinstance(value, np.generic):
+    return plain(value.item())
+  if isinstance(value, float) and not np.isfinite(value):
+    return None
+  if isinstance(value, pathlib.Path):
+    return str(value)
+  return value

@@ -1,0 +1,105 @@
+import errno
+import io
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metasgd_jax import files
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+  path = tmp_path / 'results.json'
+  files.write_json(path, {'a': 1})
+  with pytest.raises(RuntimeError, match='half'), files.atomic(path) as file:
+    file.write(b'{"a": ')
+    raise RuntimeError('half-way')
+  assert json.loads(path.read_text()) == {'a': 1}
+  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+@pytest.mark.parametrize('module', ['fsync', 'replace', 'write'])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, module):
+  path = tmp_path / 'a'
+  path.write_text('old')
+
+  def full(*args, **options):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  class Full(io.BytesIO):
+    name, write, fileno = str(tmp_path / 'never'), full, full
+
+  if module == 'fsync':
+    monkeypatch.setattr('os.fsync', full)
+  elif module == 'replace':
+    monkeypatch.setattr('pathlib.Path.replace', full)
+  else:
+    (tmp_path / 'never').write_text('')
+    monkeypatch.setattr('tempfile.NamedTemporaryFile', lambda **options: Full())
+  for write in (
+    lambda: files.write_json(path, {}),
+    lambda: files.write_array(path, np.zeros(3)),
+    lambda: files.write_params(path, {'a': np.zeros(3)}),
+  ):
+    (tmp_path / 'never').write_text('')
+    with pytest.raises(files.WriterError) as e:
+      write()
+    assert str(e.value) == f'{path} cannot be written (No space left on device); make room, or give another --workdir'
+    (tmp_path / 'never').unlink(missing_ok=True)
+  assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
+
+
+def test_json_of_arrays_and_infinities(tmp_path):
+  value = {
+    'mean': np.float32(0.5),
+    'ci': float('inf'),
+    'steps': jnp.arange(2),
+    'path': pathlib.Path('x'),
+    'n': np.int64(3),
+  }
+  files.write_json(tmp_path / 'a.json', value)
+  assert json.loads((tmp_path / 'a.json').read_text()) == {
+    'mean': 0.5,
+    'ci': None,
+    'steps': [0, 1],
+    'path': 'x',
+    'n': 3,
+  }
+
+
+def test_params_come_back(tmp_path):
+  params = {'a': np.arange(6.0).reshape(2, 3), 'b': {'c': np.float32(2)}}
+  files.write_params(tmp_path / 'p', params)
+  like = {'a': np.zeros((2, 3)), 'b': {'c': np.float32(0)}}
+  back = files.read_params(tmp_path / 'p', like)
+  assert np.array_equal(back['a'], params['a'])
+  assert back['b']['c'] == 2
+
+
+@pytest.mark.parametrize(
+  ('data', 'like', 'message'),
+  [
+    (None, {'a': np.zeros((3, 2))}, r"has shape \(2, 3\) for \['a'\], expected \(3, 2\)"),
+    (None, {'z': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+    (b'\x81', {'a': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+    (b'', {'a': np.zeros((2, 3))}, 'does not hold the parameters asked for'),
+  ],
+)
+def test_params_that_are_not_those(tmp_path, data, like, message):
+  files.write_params(tmp_path / 'p', {'a': np.zeros((2, 3))})
+  if data is not None:
+    (tmp_path / 'p').write_bytes(data)
+  with pytest.raises(ValueError, match=message):
+    files.read_params(tmp_path / 'p', like)
+
+
+def test_a_workdir_is_made(tmp_path):
+  assert files.open_workdir(tmp_path / 'a' / 'b').is_dir()
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(files.WriterError, match=r'workdir .*file cannot be written \(.*\); give another --workdir'):
+    files.open_workdir(tmp_path / 'file')
