@@ -12,13 +12,10 @@ import jax
 import numpy as np
 import pytest
 import torture
-from problems import table_row
 from test_bad_numbers import poisoned
 
-import metasgd_jax as ms
 from experiments import (
   classification,
-  few_shot_table,
   few_shot_training,
   navigation,
   processes,
@@ -29,7 +26,7 @@ from experiments import (
 )
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping
-from metasgd_jax import bad_numbers, checkpoint, files, provenance
+from metasgd_jax import bad_numbers, checkpoint, provenance
 from metasgd_jax.checkpoint import CheckpointError
 
 CONFIG = regression.Config(meta_iterations=40, seeds=2, eval_tasks=3, eval_repeats=2)
@@ -193,87 +190,6 @@ def test_a_finished_run_is_replaced(tmp_path, keep, capsys):
   assert not list(tmp_path.glob('.*'))
 
 
-ROWS = [{'mean': 0.5}]
-
-
-def finished(workdir, config=MAML, keeping=None):
-  """A run that trains nothing and has results; returns all its files."""
-  with resuming.open_run(workdir, config, keeping) as opened:
-    assert opened.rows is None
-    files.write_json(workdir / 'results.json', {'rows': ROWS})
-  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
-
-
-def test_a_finished_run_of_this_configuration_stays(tmp_path, monkeypatch, capsys):
-  before = finished(tmp_path)
-  capsys.readouterr()
-  monkeypatch.setattr(regression, '_run', lambda *_: crash())
-  assert regression.run(MAML, tmp_path) == ROWS
-  assert capsys.readouterr().out == f'{tmp_path} holds this run, finished; --restart makes it again\n'
-  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
-
-
-def test_a_finished_run_is_made_again_if_it_is_asked_for_or_not_this_one(tmp_path, monkeypatch):
-  finished(tmp_path)
-  finished(tmp_path, keeping=Keeping(restart=True))
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
-  (tmp_path / 'results.json').write_text('{"rows": [{"mean": 0.6}]}')
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
-  now = provenance.collect()
-  monkeypatch.setattr(provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
-
-
-@pytest.mark.parametrize('keep', [True, False])
-def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
-  """All that comes after the mark, one moment after the other, and before the checkpoints go."""
-  directory = tmp_path / 'checkpoints' / 'maml_5shot'
-  state = ms.TrainState(np.int32(3), jax.random.key(0), {'w': np.zeros(2)}, ())
-  keeping = Keeping(keep_checkpoints=keep)
-  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping):
-    with checkpoint.Checkpoints(directory, like=state, config=dataclasses.asdict(MAML)) as kept:
-      kept.save(state)
-    files.write_json(tmp_path / 'results.json', {'rows': ROWS})
-    monkeypatch.setattr(resuming, '_remove', lambda _: crash())
-    monkeypatch.setattr(processes, 'any_of', lambda _: crash())
-  monkeypatch.undo()
-  assert checkpoint.steps(directory) == [3]
-  assert not resuming.unfinished(tmp_path)
-  with resuming.open_run(tmp_path, MAML, keeping) as opened:
-    assert opened.rows == ROWS
-
-
-def test_sigterm_when_all_is_done_changes_nothing(tmp_path, monkeypatch, capsys):
-  remove = resuming._remove
-  monkeypatch.setattr(resuming, '_remove', lambda path: (os.kill(os.getpid(), signal.SIGTERM), remove(path)))
-  stop = resuming.Stop.leave
-  monkeypatch.setattr(resuming.Stop, 'leave', lambda self, what: stop(self, what) if self.finished else None)
-  finished(tmp_path)
-  assert 'stopped' not in capsys.readouterr().out
-  assert (tmp_path / 'finished.json').exists()
-
-
-def test_a_command_with_restart_is_told_to_go_on_without(tmp_path, capsys):
-  with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, Keeping(restart=True)):
-    os.kill(os.getpid(), signal.SIGTERM)
-  said = 'stopped by SIGTERM: what was trained is saved; the same command without --restart goes on from there\n'
-  assert capsys.readouterr().out == said
-
-
-def test_of_several_processes_none_leaves_by_itself(monkeypatch, capsys):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  others = [False]
-  monkeypatch.setattr(processes, 'any_of', lambda here: here or others.pop())
-  told, other = resuming.Stop(), resuming.Stop()
-  told.come()
-  other.ask()
-  others.append(True)
-  for stop in (told, other):
-    with pytest.raises(SystemExit), stop.held():
-      pass
-  assert capsys.readouterr().out.count('stopped by SIGTERM: all that was trained is saved') == 2
-
-
 def test_metrics_that_were_lost_are_missed(tmp_path, at):
   crashed(at, tmp_path)
   (tmp_path / 'metrics.jsonl').write_text('')
@@ -316,13 +232,6 @@ def test_sigterm_while_nothing_is_trained_leaves_at_once(tmp_path, monkeypatch, 
   assert e.value.code == 143
   assert 'stopped by SIGTERM: what was trained is saved; the same command goes on' in capsys.readouterr().out
   assert resuming.unfinished(tmp_path)
-
-
-def test_two_programs_do_not_train_in_one_directory(tmp_path):
-  with resuming.open_run(tmp_path, MAML), pytest.raises(files.WriterError, match='another program trains in'):
-    regression.run(MAML, tmp_path)
-  with resuming.open_run(tmp_path, MAML):
-    pass
 
 
 def test_the_best_of_validation_survive(tmp_path, at, capsys):
@@ -502,28 +411,3 @@ def test_the_same_beginning_twice(tmp_path, capsys):
 def test_what_cannot_be_looked_into(tmp_path, keeping, message):
   with pytest.raises(ValueError, match=message):
     trainings.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(**keeping))
-
-
-def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_begins(tmp_path, monkeypatch):
-  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
-  cell = few_shot_table.cells(config)[1]
-  state = ms.TrainState(np.int32(3), jax.random.key(0), {'w': np.zeros(2)}, ())
-  directory = tmp_path / 'cells' / 'omniglot_lstm_20way_1shot'
-  there = dataclasses.asdict(dataclasses.replace(cell, meta_iterations=7))
-  with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=there) as kept:
-    kept.save(state)
-  files.write_json(directory / 'config.json', dataclasses.asdict(cell))
-  files.write_json(directory / 'results.json', {'rows': []})
-  assert not few_shot_table._done(cell, directory)
-  with pytest.raises(CheckpointError, match=r'meta_iterations: 7 there, 500 asked for'):
-    few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
-
-
-def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
-  cell = few_shot_table.cells(classification.Config(learner=('lstm',), table2=True, data_dir='somewhere'))[0]
-  older = dataclasses.asdict(cell)
-  del older['bad_steps']
-  files.write_json(tmp_path / 'config.json', older)
-  files.write_json(tmp_path / 'results.json', {'rows': [table_row()]})
-  assert few_shot_table._done(cell, tmp_path)
-  assert not few_shot_table._done(dataclasses.replace(cell, bad_steps='skip'), tmp_path)
