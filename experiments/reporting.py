@@ -24,6 +24,7 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 _OWN_FILES = (
   'results.json', 'finished.json', 'per_task_*.npy', 'params_*.msgpack', 'model_*.safetensors', 'curves_*.png',
   'alpha_*.png', 'task_*.png', 'instances_*.png', 'learning_curves.png', 'paths_*.png', 'adaptation_*.gif',
+  'events.out.tfevents.*',
 )  # fmt: skip
 
 

@@ -235,6 +235,7 @@ class _Inner(NamedTuple):
 
 def _inner(theta, alpha, batch, loss_fn, first_order, by_step) -> _Inner:
   """`by_step` is the number of steps that each leaf of α has in front, or `None`."""
+  check_theta(theta)
   theta = jax.tree.map(jnp.asarray, theta)
   leaves = jax.tree.leaves(theta)
   structure: Any = jax.tree.structure(theta)
@@ -282,19 +283,37 @@ def _step(grad):
 
 
 def check_theta(theta: PyTree) -> None:
-  """Raises ValueError where a leaf of θ is not floating-point, naming it."""
+  """Raises ValueError where a leaf of θ is no array or not floating-point, naming it."""
   for path, leaf in tree_flatten_with_path(theta)[0]:
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    if (dtype := _dtype(leaf)) is None:
       raise ValueError(
-        f'theta{keystr(path)} has dtype {jnp.result_type(leaf)}; adapt differentiates theta, which must be '
+        f'theta{keystr(path)} is no array but {leaf!r:.80}; keep functions and settings out of theta, '
+        'as nn.from_equinox, nn.from_nnx and equinox.partition do'
+      )
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f'theta{keystr(path)} has dtype {dtype}; adapt differentiates theta, which must be '
         'floating-point, so keep integers and flags out of it, and complex numbers as two real arrays'
       )
 
 
-def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) -> PyTree:
+def _dtype(leaf: Any) -> Any:
+  """The dtype of an array or a number; `None` of anything else."""
+  if isinstance(leaf, type | str):  # jnp.result_type takes np.float32, and 'float32', for a dtype.
+    return None
+  try:
+    return jnp.result_type(leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf))
+  except (TypeError, ValueError):
+    return None
+
+
+def broadcast_alpha(
+  alpha: PyTree, theta: PyTree, by_step: int | None = None, *, masked: type | tuple[type, ...] = ()
+) -> PyTree:
   """Returns α, a prefix of θ's structure, with the whole of it; each leaf has θ's shape, or is a scalar or `None`.
 
-  With `by_step`, a number of steps, each leaf has that many of these in front.
+  With `by_step`, a number of steps, each leaf has that many of these in front. Where θ has an instance of `masked` in
+  place of a subtree, α may have what it likes.
 
   Raises:
     ValueError: as `adapt`, naming the leaf.
@@ -302,11 +321,15 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
   theta_leaves = tree_flatten_with_path(theta)[0]
   alpha_leaves = tree_flatten_with_path(alpha, is_leaf=lambda a: a is None)[0]
   empty = [path for path, leaf in tree_flatten_with_path(theta, is_leaf=lambda t: t is None)[0] if leaf is None]
+  nodes = tree_flatten_with_path(theta, is_leaf=lambda t: isinstance(t, masked))[0] if masked else []
+  hidden = [path for path, node in nodes if isinstance(node, masked)]
   check_theta(theta)
   owners: dict[int, int] = {}
   for index, (path, leaf) in enumerate(alpha_leaves):
     if leaf is None and not path:  # Of all of θ it is no α.
       continue
+    if leaf is not None and ((dtype := _dtype(leaf)) is None or jnp.issubdtype(dtype, jnp.complexfloating)):
+      raise ValueError(f'alpha{keystr(path)} must be a number, or an array of real numbers, got {leaf!r:.80}')
     shape = jnp.shape(leaf) if leaf is not None else ()
     if by_step is not None and leaf is not None:
       if shape[:1] != (by_step,):
@@ -317,6 +340,8 @@ def broadcast_alpha(alpha: PyTree, theta: PyTree, by_step: int | None = None) ->
     covered = [i for i, (p, _) in enumerate(theta_leaves) if p[: len(path)] == path]
     if not covered:
       if leaf is None and any(p[: len(path)] == path for p in empty):  # θ's own `None` has no leaves.
+        continue
+      if any(p[: len(path)] == path[: len(p)] for p in hidden):  # One stands above the other.
         continue
       raise ValueError(
         f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'

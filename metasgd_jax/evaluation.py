@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from metasgd_jax import sharding
 from metasgd_jax.objective import Mapping, check_mapping, tasks_at_once
-from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
+from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream, check_count
 
 SENT_AT_ONCE = 128  # Tasks of a stream whose data are sent at the same time, or a group's if that is more.
 AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for otherwise; bounds the memory.
@@ -69,7 +69,8 @@ def evaluate(
       processes all must call this; each gets all values.
 
   Raises:
-    ValueError: num_tasks or repeats below 1, an unknown mapping, or tasks that cannot be shared evenly.
+    ValueError: num_tasks or repeats that is no integer of at least 1, an unknown mapping, or tasks that cannot be
+      shared evenly.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -83,8 +84,7 @@ def evaluate(
   """
   check_mapping(mapping)
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}')
+    check_count(name, value)
   sharding.check_mesh(mesh, num_tasks)
   keys = jax.random.split(key, num_tasks)
   here = num_tasks if mesh is None else num_tasks // mesh.size

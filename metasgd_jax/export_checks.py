@@ -42,7 +42,7 @@ def as_arrays(meta: PyTree) -> PyTree:
   """Returns parameters as arrays of JAX's dtypes; raises ValueError where one cannot be kept in a file by its name."""
   arrays = []
   for name, leaf in named(meta):
-    if not name.isprintable() or '/' in name or '\\' in name:
+    if not name.isprintable() or '\\' in name or not {'', '.', '..'}.isdisjoint(name.split('/')):
       raise ValueError(f'the parameter {name!r:.80} has a name that a file in a zip cannot have; rename it')
     if is_key(leaf):
       raise ValueError(f'the parameter {name} is a key of jax.random, which no file can hold; keep its data instead')

@@ -32,6 +32,9 @@ class Exported(NamedTuple):
     adapt: `(parameters, support_x [S, …], support_y [S, …]) → adapted`, a dict of arrays by name.
     predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
 
+  Both may be jitted, and mapped over tasks by `jax.lax.map`; of exported programs JAX has neither `vmap` nor
+  derivatives.
+
   Example:
     >>> import tempfile
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -57,7 +60,8 @@ def load_exported(path: PathLike) -> Exported:
   sizes and the members' checksums are looked at here; what is wrong inside a program may show only when it is called.
 
   Raises:
-    ValueError: there is no such file, it is not of this kind, is damaged, or is from a newer version.
+    ValueError: there is no such file, it is not of this kind, is damaged, is from a newer version, or has numbers of
+      64 bits where JAX has 32.
 
   Example:
     >>> import tempfile
@@ -80,10 +84,16 @@ def load_exported(path: PathLike) -> Exported:
     if size > _MOST_BYTES:
       raise ValueError(f'it has more than {_MOST_BYTES:,} bytes')
     with zipfile.ZipFile(path) as archive:
-      return _read(archive, size)
+      exported = _read(archive, size)
   except Exception as e:  # zipfile, json and jax.export have a dozen errors of their own for a file that is broken.
     reason = ''.join(c if c.isprintable() else ' ' for c in (str(e) or type(e).__name__)[:300])
     raise ValueError(f'{path} is not an exported learner, or not the whole of it: {reason}; export it again') from e
+  dtypes = {text.partition('[')[0] for text in jax.tree.leaves([exported.about[name] for name in PROGRAMS])}
+  if wide := {name for name in dtypes if jax.dtypes.canonicalize_dtype(name) != name}:
+    raise ValueError(
+      f"{path} takes or gives {min(wide)}, which JAX has not here; call jax.config.update('jax_enable_x64', True) first"
+    )
+  return exported
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:

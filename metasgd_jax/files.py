@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -13,6 +14,17 @@ import jax
 import numpy as np
 
 from metasgd_jax.types import PyTree
+
+__all__ = [
+  'PathLike',
+  'WriterError',
+  'atomic',
+  'open_workdir',
+  'read_params',
+  'write_array',
+  'write_json',
+  'write_params',
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -26,9 +38,20 @@ class WriterError(Exception):
 def open_workdir(path: PathLike) -> pathlib.Path:
   """Returns the directory, made if need be, after writing to it once to see that it can be.
 
+  Args:
+    path: of the directory; may begin with ~.
+
   Raises:
-    WriterError: it cannot be made or written.
+    WriterError: path is empty, or the directory cannot be made or written.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.files.open_workdir(f'{directory}/runs/a').is_dir()
+    True
   """
+  if not os.fspath(path):  # As of a shell's variable that is not set; it would be where the program was started.
+    raise WriterError('workdir is empty; give a directory, such as --workdir=.')
   try:
     workdir = pathlib.Path(path).expanduser()
   except RuntimeError as e:
@@ -53,20 +76,25 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
 
   Raises:
     WriterError: it cannot be written.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   with ms.files.atomic(f'{directory}/a.txt') as file:
+    ...     _ = file.write(b'whole')
+    ...   [path.name for path in pathlib.Path(directory).iterdir()]
+    ['a.txt']
   """
   path = pathlib.Path(path)
-  with (
-    told(path, advice),
-    tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}-', delete=False) as file,
-  ):
+  aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
+  with told(path, advice), aside.open('xb') as file:  # Not tempfile's, which are their owner's alone to read.
     try:
       yield file
       file.flush()
       os.fsync(file.fileno())
-      os.fchmod(file.fileno(), 0o644)
-      pathlib.Path(file.name).replace(path)
+      aside.replace(path)
     except BaseException:
-      pathlib.Path(file.name).unlink()
+      aside.unlink(missing_ok=True)
       raise
 
 
@@ -80,19 +108,69 @@ def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-  """Writes value as indented JSON; infinities and NaN become null, since JSON has neither. Raises WriterError."""
+  """Writes a value as indented JSON; infinities and NaN become null, since JSON has neither.
+
+  Args:
+    path: of the file, which is never half-written.
+    value: of dicts, lists, numbers, texts, paths and arrays.
+
+  Raises:
+    WriterError: it cannot be written.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.files.write_json(f'{directory}/a.json', {'loss': np.float32(0.5), 'ci95': np.inf})
+    ...   print(pathlib.Path(f'{directory}/a.json').read_text())
+    {
+      "loss": 0.5,
+      "ci95": null
+    }
+    <BLANKLINE>
+  """
   with atomic(path) as file:
     file.write((json.dumps(plain(value), indent=2, allow_nan=False) + '\n').encode())
 
 
 def write_array(path: PathLike, array: np.ndarray) -> None:
-  """Writes an array as .npy. Raises WriterError where it cannot be."""
+  """Writes an array as .npy.
+
+  Args:
+    path: of the file, which is never half-written.
+    array: of numbers; objects would be pickled, which no file of ours is.
+
+  Raises:
+    WriterError: it cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.files.write_array(f'{directory}/a.npy', np.arange(3))
+    ...   np.load(f'{directory}/a.npy')
+    array([0, 1, 2])
+  """
   with atomic(path) as file:
     np.save(file, np.asarray(array), allow_pickle=False)
 
 
 def write_params(path: PathLike, params: PyTree) -> None:
-  """Writes a pytree's arrays as flax's msgpack. Raises WriterError where they cannot be."""
+  """Writes a pytree's arrays as flax's msgpack; `read_params` reads them.
+
+  Args:
+    path: of the file, which is never half-written.
+    params: dicts, lists, NamedTuples and arrays; `Checkpoints` takes what flax does not, and train states.
+
+  Raises:
+    WriterError: it cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> meta = ms.MetaParams({'w': np.ones(2)}, {'w': np.full(2, 0.1)})
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.files.write_params(f'{directory}/meta.msgpack', meta)
+    ...   ms.files.read_params(f'{directory}/meta.msgpack', like=meta).alpha
+    {'w': array([0.1, 0.1])}
+  """
   with atomic(path) as file:
     file.write(flax.serialization.to_bytes(jax.device_get(params)))
 
@@ -100,9 +178,20 @@ def write_params(path: PathLike, params: PyTree) -> None:
 def read_params(path: PathLike, like: PyTree) -> PyTree:
   """Returns what `write_params` wrote, in the structure of `like`.
 
+  Args:
+    path: of the file.
+    like: a pytree of the same structure, shapes and dtypes, such as `init` gives.
+
   Raises:
     ValueError: there is no such file, it is not of this kind, or its structure, a shape or a dtype is not that of
       `like`.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   ms.files.write_params(f'{directory}/theta.msgpack', {'w': np.ones(2)})
+    ...   ms.files.read_params(f'{directory}/theta.msgpack', like={'w': np.zeros(2)})
+    {'w': array([1., 1.])}
   """
   try:
     if not pathlib.Path(path).is_file():  # To read a pipe would wait for ever.

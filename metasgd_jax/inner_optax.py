@@ -27,7 +27,7 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
       the update is zero.
 
   Raises (from its `init` and `update`):
-    ValueError: α does not fit θ, naming the leaf; what optax masks is no leaf of θ then.
+    ValueError: α does not fit θ, naming the leaf. What `optax.masked` or `optax.partition` keeps from it may have an α.
 
   Example:
     >>> inner = optax.chain(optax.clip_by_global_norm(1.0), ms.scale_by_alpha({'w': 0.5}))
@@ -39,14 +39,14 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
   """
 
   def init(params):
-    broadcast_alpha(alpha, params)
+    broadcast_alpha(alpha, params, masked=optax.MaskedNode)
     return optax.EmptyState()
 
   def update(updates, state, params=None):
     del params
     structure: Any = jax.tree.structure(updates)
-    rates = structure.flatten_up_to(broadcast_alpha(alpha, updates))
-    scale = lambda a, g: jnp.zeros_like(g) if a is None else -jnp.asarray(a, g.dtype) * g
+    rates = structure.flatten_up_to(broadcast_alpha(alpha, updates, masked=optax.MaskedNode))
+    scale = lambda a, g: jnp.zeros_like(g) if a is None else -jnp.asarray(a, jnp.result_type(g)) * g
     return structure.unflatten([scale(a, g) for a, g in zip(rates, jax.tree.leaves(updates), strict=True)]), state
 
   return optax.GradientTransformation(init, update)
@@ -87,7 +87,7 @@ def adapt_with(
     loss_fn: `(θ, batch) → scalar`.
     optimizer: `hyper → optax.GradientTransformation`. Bounds are its own affair: `jax.nn.sigmoid(hyper['b1'])`.
     steps: 0 or more.
-    first_order: gradients, and the loss where it is asked for, are constants.
+    first_order: gradients, and the loss where `value` is asked for, are constants; what is made of `value_fn` is not.
     adapts: says by name which of θ's leaves move; the transformation sees `None` for the others. All where left out.
 
   Returns:
@@ -159,8 +159,8 @@ class _Inner(NamedTuple):
 
 
 def _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts) -> _Inner:
-  theta = jax.tree.map(jnp.asarray, theta)
   check_theta(theta)
+  theta = jax.tree.map(jnp.asarray, theta)
   moves, moving = which_adapt(theta, adapts), moving_part(theta, adapts)
   transformation = _transformation(optimizer, hyper)
 

@@ -25,6 +25,8 @@ def strong(tree: PyTree) -> PyTree:
   """Returns the leaves as arrays of strong dtypes; a weak one, as of `jnp.asarray(0.1)`, is another type for jit."""
 
   def of_leaf(leaf):
+    if is_key(leaf):
+      return leaf
     array = jnp.asarray(leaf)
     return jax.lax.convert_element_type(array, array.dtype) if array.weak_type else array
 
@@ -33,4 +35,4 @@ def strong(tree: PyTree) -> PyTree:
 
 def is_key(leaf: Any) -> bool:
   """Whether a leaf, or what a leaf looks like, is a key or an array of keys."""
-  return jnp.issubdtype(getattr(leaf, 'dtype', np.bool_), jax.dtypes.prng_key)
+  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

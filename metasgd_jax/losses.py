@@ -1,6 +1,7 @@
 """Losses and metrics of outputs against targets, as scalars."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -50,19 +51,30 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     0.5
   """
   _check_labels(logits, labels)
-  return jnp.mean((jnp.argmax(logits, -1) == labels).astype(logits.dtype))
+  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 has no 74/75.
+  return jnp.mean((jnp.argmax(logits, -1) == labels).astype(wide))
 
 
 def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
   """Returns a metric of sequences, that of all their tokens together: outputs `[B, L, N]`, targets `[B, L]`.
+
+  Of sequences that are padded: `per_token(masked(metric))`, whose targets are `(y [B, L], mask [B, L])`.
+
+  Raises (from the metric made):
+    ValueError: targets that are not one for each token.
 
   Example:
     >>> print(ms.losses.per_token(ms.losses.accuracy)(jnp.zeros((4, 7, 3)), jnp.zeros((4, 7), int)))
     1.0
   """
 
-  def of_sequences(outputs: chex.Array, targets: chex.Array) -> chex.Array:
-    return metric(outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1))
+  def of_sequences(outputs: chex.Array, targets: Any) -> chex.Array:
+    shapes = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
+    if len(shapes[0]) < 2 or shapes[1] != {shapes[0][:-1]}:
+      raise ValueError(
+        f'targets must be one a token, {shapes[0][:-1]} for outputs {shapes[0]}, got {", ".join(map(str, shapes[1]))}'
+      )
+    return metric(jnp.reshape(outputs, (-1, shapes[0][-1])), jax.tree.map(jnp.ravel, targets))
 
   return of_sequences
 
@@ -93,7 +105,9 @@ def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[.
         f'got {jnp.result_type(mask)} of shape {jnp.shape(mask)}'
       )
     values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
-    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+    wide = jnp.promote_types(values.dtype, jnp.float32)  # As jnp.mean sums: a sum in float16 is soon infinite.
+    mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
+    return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
   return of_items
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.leaves import named
-from metasgd_jax.types import Adapts, Model
+from metasgd_jax.types import Adapts, Model, check_count
 
 
 def partly(model: Model, adapts: Adapts) -> Model:
@@ -67,8 +67,7 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     >>> {name: leaf.shape for name, leaf in theta['factors']['Dense_1.kernel'].items()}  # In place of 40×40.
     {'a': (40, 4), 'b': (4, 40)}
   """
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f'rank must be an integer of at least 1, got {rank!r}')
+  check_count('rank', rank)
 
   def init(key, x):
     base_key, factors_key = jax.random.split(key)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+__all__ = ['ProgressLine', 'duration']
+
 
 class ProgressLine:
   """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else line by line.
@@ -53,7 +55,7 @@ class ProgressLine:
       rate: meta-iterations a second.
       values: shown by name.
     """
-    now, tenth = self._clock(), 10 * step // total
+    now, tenth = self._clock(), 10 * step // max(total, 1)
     waited = now - self._last
     next_tenth = not self._in_place and tenth > self._tenth and waited >= 1
     if step < total and waited < self._every and not next_tenth:
@@ -62,7 +64,10 @@ class ProgressLine:
     text = f'{self._label}  {step:,}/{total:,}'
     text += ''.join(f'  {name} {value:.4g}' for name, value in values.items())
     text += f'  {rate:,.0f} it/s' if rate >= 10 else f'  {rate:.2f} it/s'
-    text += f'  {duration((total - step) / rate)} left' if step < total else f'  took {duration(seconds)}'
+    if step >= total:
+      text += f'  took {duration(seconds)}'
+    elif rate > 0:  # Before the first step there is none.
+      text += f'  {duration((total - step) / rate)} left'
     if self._in_place:
       print(f'\r\x1b[K{text}', end='' if step < total else '\n', file=self._out, flush=True)
     else:
@@ -70,7 +75,16 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-  """Returns a time as people say it: '42 s', '3 min 20 s', '5 h 12 min'."""
+  """Returns a time as people say it.
+
+  Args:
+    seconds: of it.
+
+  Example:
+    >>> from metasgd_jax.progress_line import duration
+    >>> duration(42.3), duration(200), duration(18_720)
+    ('42 s', '3 min 20 s', '5 h 12 min')
+  """
   seconds = round(seconds)
   if seconds < 60:
     return f'{seconds} s'

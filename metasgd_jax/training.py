@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metasgd_jax import fully_sharded, host_memory, sharding
 from metasgd_jax.leaves import strong
 from metasgd_jax.objective import Mapping, check_mapping, value_and_grad
-from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream
+from metasgd_jax.types import Episode, Learner, PyTree, TaskDistribution, TaskStream, check_count
 
 
 class TrainState(NamedTuple):
@@ -83,7 +83,8 @@ def init(
     optimizer: the outer optimiser, over the whole meta pytree.
 
   Raises:
-    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; what the learner raises.
+    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; tasks or an optimizer that are none,
+      an episode that is no `Episode`; what the learner raises.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -93,6 +94,7 @@ def init(
     (0, ['Dense_0', 'Dense_1', 'Dense_2'])
   """
   check_key(key)
+  _check_parts(tasks, optimizer)
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
@@ -100,6 +102,14 @@ def init(
     task_keys, episode_keys, _ = jnp.moveaxis(jax.vmap(_init_keys)(jnp.atleast_1d(key)), 1, 0)
     tasks = tasks.send(task_keys, episode_keys)
   return start(key, tasks.as_arguments())
+
+
+def _check_parts(tasks: Any, optimizer: Any) -> None:
+  """Raises ValueError unless these are tasks and an optimiser."""
+  if not isinstance(tasks, TaskDistribution | TaskStream):
+    raise ValueError(f'tasks must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
+  if not callable(getattr(optimizer, 'init', None)) or not callable(getattr(optimizer, 'update', None)):
+    raise ValueError(f'optimizer must be an optimiser of optax, such as optax.adam(1e-3), got {optimizer!r:.80}')
 
 
 def check_key(key: chex.PRNGKey) -> None:
@@ -117,7 +127,14 @@ def _init_keys(key):
 def _init(key, tasks, *, learner, optimizer):
   task_key, episode_key, init_key = _init_keys(key)
   episode = tasks.episode(tasks.sample(task_key), episode_key)
-  meta = learner.init(init_key, episode)
+  if not isinstance(episode, Episode):
+    raise ValueError(f'the tasks must give ms.Episode(support, query), got {type(episode).__name__}')
+  try:
+    meta = learner.init(init_key, episode)
+  except AttributeError as e:
+    if type(episode.support) in (tuple, list):
+      raise ValueError('the support is no ms.Batch but a plain tuple or list; give ms.Batch(x, y)') from e
+    raise
   # A dtype that were weak here would be strong after a meta-iteration: another program for the next chunk.
   meta, opt_state = strong((meta, optimizer.init(meta)))
   return TrainState(jnp.zeros((), jnp.int32), key, meta, opt_state)
@@ -136,7 +153,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
-  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′): Algorithm 1 of Li et al. 2017, with any optax optimiser for β.
+  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′): Algorithm 1 of Li et al. 2017, with any optax optimiser for β
+  but a line search: those that ask for them get the loss as `value` and its gradient as `grad`, not `value_fn`.
 
   Args:
     state: of one run.
@@ -149,7 +167,8 @@ def train_step(
     shard_meta: whether they share the state's large arrays too; see `fully_sharded`.
 
   Raises:
-    ValueError: an unknown mapping, tasks that cannot be shared evenly, or shard_meta without a mesh.
+    ValueError: a meta_batch that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
+      or shard_meta without a mesh.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -160,6 +179,7 @@ def train_step(
     >>> int(state.step), list(info)
     (1, ['loss'])
   """
+  check_count('meta_batch', meta_batch)
   _check_sharing(mesh, meta_batch, shard_meta)
   keys = step_keys(state.key, state.step, meta_batch)
 
@@ -174,7 +194,8 @@ def train_step(
   else:
     of_all = sharding.share_tasks(of_tasks, mesh, average=True)
   (loss, info), grads = of_all((state.meta, tasks.as_arguments()), tuple(keys))
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.meta)
+  update = optax.with_extra_args_support(optimizer).update
+  updates, opt_state = update(grads, state.opt_state, state.meta, value=loss, grad=grads)
   meta = optax.apply_updates(state.meta, updates)
   state = TrainState(state.step + 1, state.key, meta, opt_state)
   return fully_sharded.constrained(mesh, state) if mesh is not None and shard_meta else state, {**info, 'loss': loss}
@@ -229,7 +250,8 @@ def train(
 
   Raises:
     ValueError: a count that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
-      runs at different steps, a state that is already past `meta_iterations`, shard_meta without a mesh or for R runs.
+      tasks or an optimizer that are none, runs at different steps, a state that is already past `meta_iterations`,
+      shard_meta without a mesh or for R runs.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -245,8 +267,8 @@ def train(
   """
   check_mapping(mapping)
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
-    if not isinstance(value, int | np.integer) or value < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+    check_count(name, value)
+  _check_parts(tasks, optimizer)
   _check_sharing(mesh, meta_batch, shard_meta)
   if shard_meta and state.step.ndim:
     raise ValueError(f'shard_meta is for one run, got {len(state.step)} side by side; train them one after the other')

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import numpy as np
 from jax.tree_util import Partial
 
 PyTree = Any
@@ -165,3 +166,9 @@ class TaskStream(NamedTuple):
   """
 
   send: Callable[[chex.PRNGKey, chex.PRNGKey], TaskDistribution]
+
+
+def check_count(name: str, value: int) -> None:
+  """Raises ValueError unless a value, called so, is an integer of at least 1."""
+  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')

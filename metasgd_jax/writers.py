@@ -12,6 +12,8 @@ from metasgd_jax.files import PathLike, WriterError, atomic, plain, told
 from metasgd_jax.leaves import named
 from metasgd_jax.types import PyTree
 
+__all__ = ['MetricsWriter', 'TensorBoardWriter', 'Writer']
+
 
 class Writer(Protocol):
   """Takes a run's metrics as they come.
@@ -35,9 +37,10 @@ class Writer(Protocol):
 
 
 class MetricsWriter:
-  """A `Writer` that appends lines of JSON to a file; clock times go to timings.jsonl beside it.
+  """A `Writer` that appends lines of JSON to a file, such as metrics.jsonl; clock times go to another beside it.
 
-  So that the same run leaves the same metrics, byte for byte.
+  So that the same run leaves the same metrics, byte for byte. That of metrics.jsonl is timings.jsonl, that of
+  valid.jsonl valid_timings.jsonl.
 
   Example:
     >>> import pathlib, tempfile
@@ -55,11 +58,17 @@ class MetricsWriter:
   def __init__(self, path: PathLike, *, go_on: bool = False):
     """Starts both files anew, or with `go_on` leaves what is in them.
 
+    Args:
+      path: of the file of metrics.
+      go_on: after a run that was stopped.
+
     Raises:
       WriterError: they cannot be written, or where they should be is no file.
     """
     self._path = pathlib.Path(path)
-    self._timings = self._path.with_name('timings.jsonl')
+    self._timings = self._path.with_name(f'{self._path.stem}_timings.jsonl')
+    if self._path.name == 'metrics.jsonl':
+      self._timings = self._path.with_name('timings.jsonl')
     if not go_on:
       _check_place(self._path)
       with told(self._path):
@@ -67,8 +76,20 @@ class MetricsWriter:
         self._path.write_text('')
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line; `seconds` stands in one of its own, of timings. Raises WriterError where it cannot be."""
+    """Appends one line; `seconds` stands in one of its own, of timings.
+
+    Args:
+      label: the run's name.
+      step: meta-iterations done.
+      values: numbers, or arrays `[R]` with one of each of R runs.
+
+    Raises:
+      ValueError: a value is called label or step.
+      WriterError: it cannot be written.
+    """
     values = dict(values)
+    if taken := {'label', 'step'} & values.keys():
+      raise ValueError(f'a value cannot be called {min(taken)!r}, which each line has of its own; give it another name')
     if 'seconds' in values:
       _append(self._timings, {'label': label, 'step': step, 'seconds': values.pop('seconds')})
     if values:
@@ -76,6 +97,10 @@ class MetricsWriter:
 
   def cut(self, label: str, step: int) -> list[dict[str, Any]]:
     """Takes away a run's lines past a step, and any that is not whole; returns its lines of metrics that stay.
+
+    Args:
+      label: the run's name.
+      step: the last to stay.
 
     Raises:
       WriterError: they cannot be read, or where they should be is no file.
@@ -144,7 +169,14 @@ class TensorBoardWriter:
   """
 
   def __init__(self, directory: PathLike):
-    """Raises WriterError if tensorboardX is missing."""
+    """Opens a file.
+
+    Args:
+      directory: where TensorBoard is to look.
+
+    Raises:
+      WriterError: tensorboardX is missing.
+    """
     try:
       import tensorboardX
     except ImportError as e:
@@ -152,12 +184,24 @@ class TensorBoardWriter:
     self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Adds a scalar for each value, the mean over runs, as LABEL/NAME."""
+    """Adds a scalar for each value, the mean over runs, as LABEL/NAME.
+
+    Args:
+      label: the run's name.
+      step: meta-iterations done.
+      values: numbers, or arrays `[R]` with one of each of R runs.
+    """
     for name, value in values.items():
       self._writer.add_scalar(f'{label}/{name}', float(np.mean(value)), step)
 
   def histograms(self, label: str, step: int, tree: PyTree) -> None:
-    """Adds a histogram of each leaf's finite entries, as LABEL/LEAF, such as 'MAML/alpha.Dense_0.kernel'."""
+    """Adds a histogram of each leaf's finite entries, as LABEL/LEAF, such as 'MAML/alpha.Dense_0.kernel'.
+
+    Args:
+      label: the run's name.
+      step: meta-iterations done.
+      tree: of arrays, such as `state.meta`.
+    """
     for name, leaf in named(tree):
       entries = np.ravel(np.asarray(leaf, np.float64))
       if np.any(finite := np.isfinite(entries)):

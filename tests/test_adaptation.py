@@ -129,6 +129,15 @@ class TestBadInput:
     with pytest.raises(ValueError, match=r"alpha has no entry for theta\['out'\]\['b'\]"):
       self.adapt(problem, {'in': 0.1, 'out': {'w': 0.1}})
 
+  def test_names_the_leaf_that_is_no_array(self, problem):
+    for leaf in (jax.nn.relu, np.float32, 'a', object()):
+      theta = {**problem[0], 'out': {**problem[0]['out'], 'activation': leaf}}
+      with pytest.raises(ValueError, match=r"theta\['out'\]\['activation'\] is no array but .*; keep functions and"):
+        self.adapt(problem, 0.1, theta=theta)
+    for alpha in (jax.nn.relu, 1j, 'a', jnp.ones(2, complex)):
+      with pytest.raises(ValueError, match=r"alpha\['out'\] must be a number, or an array of real numbers, got "):
+        self.adapt(problem, {'in': 0.1, 'out': alpha})
+
   def test_names_the_leaf_that_is_too_much(self, problem):
     with pytest.raises(ValueError, match=r"alpha\['middle'\] matches nothing in theta"):
       self.adapt(problem, {**problem[1], 'middle': 0.1})

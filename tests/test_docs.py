@@ -61,8 +61,12 @@ def test_public_names_and_their_parameters_are_described(thing):
   text = inspect.getdoc(thing)
   assert text
   assert 'Alias for field' not in text
+  if inspect.isclass(thing):
+    text += inspect.getdoc(thing.__init__) or ''
   linens = {'self', 'parent', 'name'}  # What each Linen module has, and methods.
-  named = [name for name in inspect.signature(thing).parameters if name not in linens]
+  gathers = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+  parameters = inspect.signature(thing).parameters.items()
+  named = [name for name, parameter in parameters if name not in linens and parameter.kind not in gathers]
   assert not [name for name in named if not re.search(rf'\b{name}\b', text, re.IGNORECASE)]
 
 

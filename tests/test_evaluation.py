@@ -82,9 +82,9 @@ def test_the_key_alone_says_which_tasks():
   assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
 
 
-@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('repeats', -1)])
+@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('num_tasks', 4.0), ('repeats', -1)])
 def test_counts_below_one(option, value):
-  with pytest.raises(ValueError, match=f'{option} must be at least 1, got {value}'):
+  with pytest.raises(ValueError, match=f'{option} must be an integer of at least 1, got {value}'):
     evaluate(sinusoid_learner(), None, **{option: value})
 
 

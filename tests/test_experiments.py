@@ -99,6 +99,7 @@ def test_pictures_are_drawn(kind, request):
 
 def test_an_earlier_run_leaves_nothing_in_a_later_ones_results(tmp_path):
   old = {'results.json', 'per_task_x.npy', 'params_x.msgpack', 'alpha_x.png', 'learning_curves.png'}
+  old |= {'events.out.tfevents.1.a'}
   for name in (*old, 'holiday.png'):
     (tmp_path / name).write_text('old')
   reporting.start(tmp_path, regression.Config())

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import zipfile
 
+import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -144,9 +146,44 @@ def test_a_program_with_other_numbers_is_not_written(tmp_path):
     return x @ theta['w'] + len(traced)
 
   (tmp_path / 'a.zip').write_text('of before')
-  with pytest.raises(WriterError, match='the exported programs differ from the learner by'):
+  with pytest.raises(WriterError, match='the exported programs differ from the learner, by'):
     export.export_learner(tmp_path / 'a.zip', *linear(predict=predict))
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.zip', 'of before')]
+
+
+def test_other_numbers_are_seen_beside_infinite_ones(tmp_path):
+  absent = lambda outputs: jnp.concatenate([outputs, jnp.full_like(outputs, -jnp.inf), outputs * jnp.nan], 1)
+  same = linear(predict=lambda theta, x: absent(x @ theta['w']))
+  assert export.export_learner(tmp_path / 'a.zip', *same, platforms=('cpu',)).about['checked_on'] == 'cpu'
+  traced = []
+  other = linear(predict=lambda theta, x: traced.append(1) or absent(x @ theta['w'] + 1e-2 * len(traced)))
+  with pytest.raises(WriterError, match=r'differ from the learner, by 0.0\d* where both are finite'):
+    export.export_learner(tmp_path / 'b.zip', *other, platforms=('cpu',))
+  assert [path.name for path in tmp_path.iterdir()] == ['a.zip']
+
+
+def test_names_with_slashes_as_haiku_gives_them(tmp_path):
+  transformed = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 1])(x)))
+  learner = ms.meta_sgd(ms.Model(transformed.init, transformed.apply), ms.losses.mean_squared_error)
+  tasks = ms.tasks.sinusoid(shot=5)
+  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+  meta = learner.init(jax.random.key(2), episode)
+  export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
+  found = export.load_exported(tmp_path / 'a.zip')
+  assert 'theta.mlp/~/linear_0.w' in found.parameters
+  ours = learner.predict(learner.adapt(meta, episode.support, jax.random.key(0)), episode.query.x)
+  theirs = found.predict(found.adapt(found.parameters, *episode.support), episode.query.x)
+  np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_64_bits_says_so_where_jax_has_32(tmp_path):
+  with jax.enable_x64(True):
+    learner, _, _ = linear()
+    episode = ms.Episode(*[ms.Batch(np.ones((4, 2)), np.ones((4, 1)))] * 2)
+    export.export_learner(tmp_path / 'a.zip', learner, {'w': np.ones((2, 1))}, episode, platforms=('cpu',))
+    assert export.load_exported(tmp_path / 'a.zip').parameters['w'].dtype == np.float64
+  with pytest.raises(ValueError, match=r"a.zip takes or gives float64, .* jax.config.update\('jax_enable_x64', True\)"):
+    export.load_exported(tmp_path / 'a.zip')
 
 
 def test_a_machine_with_another_accelerator_compares_on_a_cpu(tmp_path, monkeypatch):
@@ -219,7 +256,9 @@ def test_what_no_file_can_hold(adapt, message, tmp_path):
   ('meta', 'message'),
   [
     ({'k': jax.random.PRNGKey(0), 'key': 'a key'}, "the parameter key must be an array of numbers, got 'a key'"),
-    ({'a/b': 1.0}, "the parameter 'a/b' has a name that .*; rename it"),
+    ({'a/../b': 1.0}, "the parameter 'a/../b' has a name that .*; rename it"),
+    ({'/b': 1.0}, "the parameter '/b' has a name that .*; rename it"),
+    ({'n': np.float32}, r'the parameter n must be an array of numbers, got <class'),
     ({'a': {'b\0': 1.0}}, 'has a name that .*; rename it'),
   ],
 )

@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import os
 import pathlib
 
 import jax.numpy as jnp
@@ -29,25 +30,23 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_old_file(tmp_path, mon
     raise OSError(errno.ENOSPC, 'No space left on device')
 
   class Full(io.BytesIO):
-    name, write, fileno = str(tmp_path / 'never'), full, full
+    write, fileno = full, full
 
   if module == 'fsync':
     monkeypatch.setattr('os.fsync', full)
   elif module == 'replace':
     monkeypatch.setattr('pathlib.Path.replace', full)
   else:
-    (tmp_path / 'never').write_text('')
-    monkeypatch.setattr('tempfile.NamedTemporaryFile', lambda **options: Full())
+    monkeypatch.setattr('pathlib.Path.open', lambda path, mode: Full())
   for write in (
     lambda: files.write_json(path, {}),
     lambda: files.write_array(path, np.zeros(3)),
     lambda: files.write_params(path, {'a': np.zeros(3)}),
   ):
-    (tmp_path / 'never').write_text('')
     with pytest.raises(files.WriterError) as e:
       write()
     assert str(e.value) == f'{path} cannot be written (No space left on device); make room, or give another --workdir'
-    (tmp_path / 'never').unlink(missing_ok=True)
+  monkeypatch.undo()
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
 
 
@@ -93,6 +92,21 @@ def test_params_that_are_not_those(tmp_path, data, like, message):
     (tmp_path / 'p').write_bytes(data)
   with pytest.raises(ValueError, match=message):
     files.read_params(tmp_path / 'p', like)
+
+
+@pytest.mark.parametrize('umask', [0o077, 0o022, 0o002])
+def test_whoever_may_read_other_files_may_read_these(tmp_path, umask):
+  before = os.umask(umask)
+  try:
+    files.write_json(tmp_path / 'a.json', {})
+  finally:
+    os.umask(before)
+  assert (tmp_path / 'a.json').stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_workdir_of_no_name_is_refused():
+  with pytest.raises(files.WriterError, match='workdir is empty; give a directory, such as --workdir=.'):
+    files.open_workdir('')
 
 
 def test_a_workdir_is_made(tmp_path):

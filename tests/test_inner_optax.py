@@ -123,6 +123,30 @@ class TestScaleByAlpha:
     updates, _ = update.update({'w': jnp.ones(2, jnp.bfloat16)}, update.init({'w': jnp.ones(2, jnp.bfloat16)}))
     assert updates['w'].dtype == jnp.bfloat16
 
+  def test_what_optax_keeps_from_it_may_have_an_alpha(self):
+    theta = {'a': {'w': jnp.ones(2), 'b': jnp.ones(1)}, 'c': jnp.ones(3)}
+    alpha = jax.tree.map(lambda t: jnp.full(t.shape, 0.5), theta)
+    labels = {'a': 'left', 'c': 'right'}
+    for given in (alpha, {'a': 0.5, 'c': 0.25}, 0.5):
+      halves = optax.partition({'left': ms.scale_by_alpha(given), 'right': ms.scale_by_alpha(0.1)}, labels)
+      updates, _ = halves.update(theta, halves.init(theta))
+      np.testing.assert_allclose(updates['a']['w'], -0.5, rtol=1e-6)
+      np.testing.assert_allclose(updates['c'], -0.1, rtol=1e-6)
+    one = optax.masked(ms.scale_by_alpha(alpha), {'a': {'w': True, 'b': False}, 'c': False})
+    updates, _ = one.update(theta, one.init(theta))
+    np.testing.assert_allclose([updates['a']['w'][0], updates['a']['b'][0], updates['c'][0]], [-0.5, 1, 1], rtol=1e-6)
+    nobody = optax.partition({'all': ms.scale_by_alpha(0.5), 'none': ms.scale_by_alpha(0.1)}, 'all')
+    np.testing.assert_allclose(nobody.update(theta, nobody.init(theta))[0]['c'], -0.5, rtol=1e-6)
+    left = optax.partition({'left': ms.scale_by_alpha({'a': 0.5, 'd': 1.0}), 'right': optax.sgd(0.1)}, labels)
+    with pytest.raises(ValueError, match=r"alpha\['d'\] matches nothing in theta"):
+      left.init(theta)
+
+  def test_takes_numbers_that_are_no_arrays(self):
+    update = ms.scale_by_alpha({'a': 0.5, 'b': 2.0}).update
+    updates, _ = update({'a': 3.0, 'b': np.array([1.0, 2.0])}, optax.EmptyState())
+    assert updates['a'] == -1.5
+    np.testing.assert_array_equal(updates['b'], [-2, -4])
+
   def test_names_a_leaf_that_does_not_fit(self):
     with pytest.raises(ValueError, match=r"alpha\['w'\] has shape \(3,\) but theta\['w'\] has shape \(2,\)"):
       ms.scale_by_alpha({'w': jnp.ones(3)}).init({'w': jnp.ones(2)})

@@ -47,6 +47,15 @@ def test_progress_of_a_slow_run_is_told_in_between_and_of_a_fast_one_only_now_an
   ]  # fmt: skip
 
 
+@pytest.mark.parametrize('out', [Terminal(), io.StringIO()])
+def test_before_the_first_step_there_is_no_rate(out):
+  line = progress_line.ProgressLine('MAML', out=out, every=0, clock=itertools.count(0, 1).__next__)
+  line.show(0, 10, 0.0, 0.0)
+  line.show(0, 0, 0.0, 0.0)
+  assert '0/10  0.00 it/s' in out.getvalue()
+  assert '0/0  0.00 it/s  took 0 s' in out.getvalue()
+
+
 def test_progress_is_told_as_asked_where_the_output_is_no_terminal():
   said, terminal = [], Terminal()
   progress_line.ProgressLine('MAML', out=io.StringIO(), say=said.append).show(5, 5, 2.0, 2.5, accuracy=0.75)

@@ -37,6 +37,21 @@ def test_flags_exist():
     assert name in known or name.removeprefix('no') in known, name
 
 
+def test_the_flags_that_all_take_are_those_of_all():
+  from experiments import classification, large_learners, navigation, regression
+
+  three = [classification.Config, navigation.Config, regression.Config]
+  for words, configs in {
+    r'All take `(.*?)`': [*three, large_learners.Config],
+    r"the paper's three `(.*?)`": three,
+    r'those with shots `(.*?)`': [classification.Config, regression.Config],
+  }.items():
+    flags = re.findall(r'--(\w+)', re.search(words, README, re.DOTALL)[1])
+    assert flags
+    for config in configs:
+      assert {*flags} <= {*config.__dataclass_fields__, 'workdir'}
+
+
 def test_links_lead_somewhere():
   links = re.findall(r'\]\(((?!https?:)[^)#]+)\)', README)
   assert len(links) > 10

@@ -192,3 +192,80 @@ def test_a_rate_for_each_leaf_or_layer_or_one_for_all_is_learned(per):
 def test_an_unknown_mapping():
   with pytest.raises(ValueError, match="mapping must be .*, got 'pmap'"):
     train(start(), 5, mapping='pmap')
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: optax.polyak_sgd(max_learning_rate=0.01),
+    lambda: optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau()),
+    lambda: optax.noisy_sgd(1e-3, key=jax.random.key(0)),
+    lambda: optax.MultiSteps(optax.adam(1e-3), 2),
+    lambda: optax.apply_if_finite(optax.adamw(1e-3), 2),
+  ],
+  ids=['polyak', 'plateau', 'noisy', 'multi', 'finite'],
+)
+@pytest.mark.parametrize('keys', [jax.random.key(0), jax.random.split(jax.random.key(0))], ids=['one', 'two'])
+def test_optimisers_that_ask_for_the_loss_or_hold_a_key(make, keys):
+  learner, optimizer = sinusoid_learner(hidden=(4,)), make()
+  state = ms.init(keys, TASKS, learner=learner, optimizer=optimizer)
+  options = dict(learner=learner, optimizer=optimizer, meta_batch=2)
+  seen = []
+  trained = ms.train(state, TASKS, meta_iterations=4, chunk=2, callbacks=[seen.append], **options)
+  assert np.isfinite([progress.info['loss'] for progress in seen]).all()
+  before, after = (np.asarray(jax.tree.leaves(s.meta)[0]) for s in (state, trained))
+  assert np.isfinite(after).all()
+  assert (before != after).any()
+
+
+def test_polyaks_step_is_of_the_meta_batchs_loss():
+  """Its rate is (loss − f_min) / ‖gradient‖² (Loizou et al. 2021), here below the bound."""
+  learner, optimizer = sinusoid_learner(hidden=(4,)), optax.polyak_sgd(max_learning_rate=1e9)
+  state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=optimizer)
+  after, info = ms.train_step(state, TASKS, learner=learner, optimizer=optimizer, meta_batch=2)
+  step = jax.tree.map(jnp.subtract, state.meta, after.meta)
+  _, grads = gradient_at(state, learner, 2)
+  rate = info['loss'] / optax.tree.norm(grads) ** 2
+  assert_trees_close(step, jax.tree.map(lambda g: rate * g, grads), rtol=1e-3, atol=1e-6)
+
+
+def gradient_at(state, learner, meta_batch):
+  keys = training.step_keys(state.key, state.step, meta_batch)
+  batch = jax.vmap(TASKS.episode)(jax.vmap(TASKS.sample)(keys[0]), keys[1])
+  return ms.value_and_grad(learner, state.meta, batch, keys[2])
+
+
+PAIR = lambda task, key: (ms.Batch(jnp.ones((5, 1)), jnp.ones((5, 1))),) * 2
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(tasks=(TASKS.sample, TASKS.episode)), 'tasks must be a TaskDistribution or a TaskStream, got tuple'),
+    (dict(optimizer=optax.adam), r'optimizer must be an optimiser of optax, such as optax.adam\(1e-3\), got <function'),
+    (
+      dict(tasks=ms.TaskDistribution(TASKS.sample, PAIR)),
+      r'the tasks must give ms.Episode\(support, query\), got tuple',
+    ),
+    (
+      dict(tasks=ms.TaskDistribution(TASKS.sample, lambda task, key: ms.Episode(*[tuple(b) for b in PAIR(task, key)]))),
+      r'the support is no ms.Batch but a plain tuple or list; give ms.Batch\(x, y\)',
+    ),
+  ],
+)
+def test_parts_that_are_none(options, message):
+  with pytest.raises(ValueError, match=message):
+    ms.init(jax.random.key(0), **(dict(tasks=TASKS, learner=LEARNER, optimizer=ADAM) | options))
+
+
+@pytest.mark.parametrize('options', [dict(tasks=(TASKS.sample, TASKS.episode)), dict(optimizer=optax.adam)])
+def test_parts_that_are_none_in_training(options):
+  given = dict(tasks=TASKS, learner=LEARNER, optimizer=ADAM) | options
+  with pytest.raises(ValueError, match=f'{next(iter(options))} must be'):
+    ms.train(start(), meta_iterations=5, meta_batch=4, **given)
+
+
+@pytest.mark.parametrize('meta_batch', [0, 4.0, True])
+def test_a_step_of_no_tasks(meta_batch):
+  with pytest.raises(ValueError, match=f'meta_batch must be an integer of at least 1, got {meta_batch}'):
+    ms.train_step(start(), TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=meta_batch)

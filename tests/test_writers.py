@@ -72,9 +72,19 @@ def test_clock_times_have_a_file_of_their_own(tmp_path):
   writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
   writer.write('MAML', 10, {'loss': 0.5, 'seconds': 1.25})
   assert json.loads((tmp_path / 'm.jsonl').read_text()) == {'label': 'MAML', 'step': 10, 'loss': 0.5}
-  assert json.loads((tmp_path / 'timings.jsonl').read_text()) == {'label': 'MAML', 'step': 10, 'seconds': 1.25}
+  assert json.loads((tmp_path / 'm_timings.jsonl').read_text()) == {'label': 'MAML', 'step': 10, 'seconds': 1.25}
+  writers.MetricsWriter(tmp_path / 'metrics.jsonl').write('MAML', 10, {'seconds': 1.25})
+  assert (tmp_path / 'timings.jsonl').exists()
   writers.MetricsWriter(tmp_path / 'm.jsonl')
-  assert not (tmp_path / 'timings.jsonl').exists()
+  assert {path.name for path in tmp_path.iterdir()} == {'m.jsonl', 'metrics.jsonl', 'timings.jsonl'}
+
+
+@pytest.mark.parametrize('name', ['label', 'step'])
+def test_a_value_takes_no_name_that_lines_have(tmp_path, name):
+  writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
+  with pytest.raises(ValueError, match=f"a value cannot be called '{name}', which each line has of its own"):
+    writer.write('MAML', 10, {'loss': 0.5, name: 99})
+  assert (tmp_path / 'm.jsonl').read_text() == ''
 
 
 def test_metrics_are_cut_to_a_step(tmp_path):
@@ -91,7 +101,7 @@ def test_metrics_are_cut_to_a_step(tmp_path):
   found = writer.cut('B', 20)
   assert [line['step'] for line in found] == [10, 20]
   assert np.float32(found[0]['loss']) == np.float32(0.1)
-  for file in (path, tmp_path / 'timings.jsonl'):
+  for file in (path, tmp_path / 'm_timings.jsonl'):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line['label'], line['step']) for line in lines] == [('A', 10), ('A', 20), ('B', 10), ('B', 20)]
   assert writers.MetricsWriter(tmp_path / 'none.jsonl', go_on=True).cut('A', 5) == []

@@ -12,7 +12,7 @@ from metasgd_jax.rl.learner import Experience, PolicyGradient, act_again, mean_r
 from metasgd_jax.rl.surrogate import likelihood_ratio
 from metasgd_jax.rl.trpo import fisher_product, trpo_update
 from metasgd_jax.sharding import check_mesh, mean_over, share_tasks
-from metasgd_jax.types import MetaParams, PyTree
+from metasgd_jax.types import MetaParams, PyTree, check_count
 
 
 def trpo_meta_step(
@@ -77,8 +77,7 @@ def trpo_meta_step(
     tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
   curved = meta_batch if curvature_tasks is None else curvature_tasks
   for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
+    check_count(name, count)
   if curved > meta_batch:
     raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
   check_mesh(mesh, meta_batch)

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple, get_args
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metasgd_jax.rl.types import Environment
+from metasgd_jax.types import check_count
 
 Start = Literal['fixed', 'varying']
 """Where a task's trajectories begin: at (0, 0), or at a point of the task's own. The goal is always of its own."""
@@ -93,5 +93,4 @@ def navigation(
 
 def check_horizon(horizon: int) -> None:
   """Raises ValueError unless horizon is an integer of at least 1."""
-  if isinstance(horizon, bool) or not isinstance(horizon, int | np.integer) or horizon < 1:
-    raise ValueError(f'horizon must be an integer of at least 1, got {horizon!r}')
+  check_count('horizon', horizon)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metasgd_jax.rl.types import Policy
-from metasgd_jax.types import PyTree
+from metasgd_jax.types import PyTree, check_count
 
 
 class Gaussian(NamedTuple):
@@ -66,8 +65,7 @@ def gaussian(
     ('action_size', action_size),
     *(('hidden', h) for h in hidden),
   ]:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+    check_count(name, value)
   if not 0 < min_std <= std < math.inf:
     raise ValueError(f'std must be finite and at least min_std, which is above 0, got std={std}, min_std={min_std}')
   layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]

@@ -3,10 +3,9 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
-from metasgd_jax.types import PyTree
+from metasgd_jax.types import PyTree, check_count
 
 
 def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey) -> Trajectories:
@@ -79,8 +78,7 @@ def collect(
 
 def check_num(num: int) -> None:
   """Raises ValueError unless num, of trajectories, is an integer of at least 1."""
-  if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
-    raise ValueError(f'num, of trajectories, must be an integer of at least 1, got {num!r}')
+  check_count('num, of trajectories,', num)
 
 
 def undiscounted_return(trajectories: Trajectories) -> chex.Array:

@@ -15,6 +15,7 @@ from metasgd_jax import sharding
 from metasgd_jax.rl.learner import PolicyGradient
 from metasgd_jax.rl.meta_step import trpo_meta_step
 from metasgd_jax.training import Progress, TrainState, check_key, repeat
+from metasgd_jax.types import check_count
 
 
 def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
@@ -88,8 +89,7 @@ def train(
     2 of 2 ['return_after', 'return_before', 'taken']
   """
   for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+    check_count(name, value)
   done = before = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')

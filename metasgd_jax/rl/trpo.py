@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from metasgd_jax.types import PyTree
+from metasgd_jax.types import PyTree, check_count
 
 
 class TrpoInfo(NamedTuple):
@@ -236,8 +235,7 @@ def check_options(*, max_kl: float, cg_steps: int, damping: float, ratio: float,
   if not 0 < max_kl < math.inf:
     raise ValueError(f'max_kl must be above 0 and finite, got {max_kl}')
   for name, count in (('cg_steps', cg_steps), ('max_backtracks', backtracks)):
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-      raise ValueError(f'{name} must be an integer of at least 1, got {count!r}')
+    check_count(name, count)
   if not damping >= 0:
     raise ValueError(f'damping must be at least 0, got {damping}')
   if not 0 < ratio < 1:
