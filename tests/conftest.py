@@ -2,25 +2,10 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('NPROC', '4')  # As sharding.cpu_cores_as_devices has it, for two devices.
-
-
-def knows_flag(flag):
-  """Whether XLA has a flag; a process that gives it one that it has not is aborted."""
-  ask = [sys.executable, '-c', 'import jax; jax.devices("cpu")']
-  return not subprocess.run(ask, env=os.environ | {'XLA_FLAGS': flag}, capture_output=True, check=False).returncode
-
-
-# XLA's newer way to make code of fusions takes three times as long to compile. Whoever sets XLA_FLAGS, if only to a
-# space, has tests compiled as theirs; xdist's workers and the programs that tests start get them from here.
-QUICK = '--xla_cpu_use_fusion_emitters=false'
-if 'XLA_FLAGS' not in os.environ and knows_flag(QUICK):
-  os.environ['XLA_FLAGS'] = QUICK
 
 import jax
 import pytest
@@ -40,7 +25,7 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
 @pytest.fixture
 def optimized():
-  """Compiles as users do, but for `QUICK`, for tests of what fusion and reordering do to numbers."""
+  """Compiles as users do, for tests of what fusion and reordering do to numbers."""
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
