@@ -154,7 +154,8 @@ def train_step(
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
   (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′): Algorithm 1 of Li et al. 2017, with any optax optimiser for β
-  but a line search: those that ask for them get the loss as `value` and its gradient as `grad`, not `value_fn`.
+  but a line search: those that ask for them get the loss as `value` and its gradient as `grad`, not `value_fn`. The
+  loss of a few tasks is noisy: `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some hundreds.
 
   Args:
     state: of one run.
