@@ -15,6 +15,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import InconclusiveDimensionOperation
 
 from metasgd_jax import export_checks, sharding
 from metasgd_jax.exported_file import FORMAT_VERSION, Exported, as_npy, described, load_exported, member
@@ -213,7 +214,7 @@ def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Expo
   try:
     with _without_folders(), jax.default_matmul_precision('highest'):
       return jax.export.export(jax.jit(function), platforms=platforms)(*inputs)
-  except (NotImplementedError, TypeError, ValueError, IndexError, jax.errors.InconclusiveDimensionOperation) as e:
+  except (NotImplementedError, TypeError, ValueError, IndexError, InconclusiveDimensionOperation) as e:
     why = export_checks.first(e)
     if 'callback' in why:
       raise ValueError(f'the file cannot hold what calls back into Python ({why}); do without') from e
