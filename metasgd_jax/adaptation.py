@@ -235,11 +235,9 @@ class _Inner(NamedTuple):
 
 def _inner(theta, alpha, batch, loss_fn, first_order, by_step) -> _Inner:
   """`by_step` is the number of steps that each leaf of α has in front, or `None`."""
-  check_theta(theta)
-  theta = jax.tree.map(jnp.asarray, theta)
-  leaves = jax.tree.leaves(theta)
   structure: Any = jax.tree.structure(theta)
   rates = structure.flatten_up_to(broadcast_alpha(alpha, theta, by_step))
+  leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(theta)]
   moves = [rate is not None for rate in rates]
 
   def whole(moving, copies=None):

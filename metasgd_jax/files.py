@@ -56,14 +56,19 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     workdir = pathlib.Path(path).expanduser()
   except RuntimeError as e:
     raise WriterError(f'workdir {path} begins with ~ of nobody who has a home; give another --workdir') from e
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
-    reason = getattr(e, 'strerror', None) or e
-    raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir') from e
+  if reason := why_not_writable(workdir):
+    raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir')
   return workdir
+
+
+def why_not_writable(directory: pathlib.Path) -> str | None:
+  """Makes a directory and writes to it once; returns why it cannot be made or written, `None` if it can."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+      return None
+  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+    return str(getattr(e, 'strerror', None) or e)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ MAY_IMPORT = {  # part → parts of the package that it may use
   'nn': {'types', 'nn'},
   'learners': {'types', 'adaptation', 'inner_optax', 'leaves', 'losses', 'learners'},
   'rl': {'types', 'adaptation', 'sharding', 'training', 'rl'},
-  'datasets': {'types', 'tasks', 'datasets'},
+  'datasets': {'types', 'tasks', 'datasets', 'files'},
   'partial': {'types', 'leaves'},
   'memory_plan': {'types', 'host_memory', 'objective', 'training'},
   'model_file': {'types', 'losses', 'learners', 'nn', 'files'},

@@ -21,6 +21,7 @@ from PIL import Image
 
 from metasgd_jax.datasets.archives import is_archive, unpack
 from metasgd_jax.datasets.messages import DatasetError, Report, first_line
+from metasgd_jax.files import why_not_writable
 
 
 def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
@@ -124,16 +125,11 @@ def without_advice() -> Iterator[None]:
 
 
 def _make_writable(data_dir: pathlib.Path) -> None:
-  try:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=data_dir):
-      pass
-  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
-    reason = getattr(e, 'strerror', None) or e
+  if reason := why_not_writable(data_dir):
     raise DatasetError(
       f'data_dir {data_dir} does not have the data set and cannot be written to prepare it there ({reason}); '
       'give a data_dir that has it or that can be written'
-    ) from e
+    )
 
 
 def _find(archives: pathlib.Path, name: str) -> pathlib.Path:
