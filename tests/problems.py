@@ -1,6 +1,7 @@
 """Small problems that several tests share."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,11 @@ def random_bank(classes=8, instances=6, size=8, seed=0):
   """A class bank in which no two drawings are equal."""
   images = np.random.default_rng(seed).integers(0, 256, (classes, instances, size, size, 1), np.uint8)
   return ms.tasks.class_bank(images)
+
+
+def saying(*parts):
+  """A pattern for `pytest.raises(match=…)`: the message has all of these parts, in any order and wording."""
+  return '(?s)' + ''.join(f'(?=.*{re.escape(str(part))})' for part in parts)
 
 
 def to_float64(tree):
