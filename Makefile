@@ -1,5 +1,7 @@
 # make demo   Meta-SGD beside MAML on sine curves, as in the paper's Table 1 and Figure 3
-# make test   the tests
+# make test   every unit and one thin run of each experiment, in minutes
+# make test-all  also what is marked slow: kills, several processes, notebooks, whole tables, large learners
+# make faults puts faults into the package, and asks whether the tests notice; takes hours
 # make lint   style and types
 # make docs   the documentation, as pages in docs/_build/html; warnings are errors
 # make package  builds sdist and wheel in dist/, and tests the installed wheel away from the clone
@@ -12,15 +14,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
-JOBS ?= 2
+JOBS ?= auto
+TESTS = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test fuzz lint docs notebooks bench torture lowest package clean
+.PHONY: demo test test-slow test-all faults fuzz lint docs notebooks bench torture lowest package clean
 
 demo: $(VENV)/plots
 	$(BIN)/python -m experiments.regression --workdir=runs/demo
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python $(TESTS) -m 'not slow'
+
+test-slow: $(VENV)/test
+	$(BIN)/python $(TESTS) -m slow
+
+test-all: test test-slow
+
+faults: $(VENV)/faults
+	$(BIN)/python -m tests.faults cover --data=runs/faults
+	$(BIN)/python -m tests.faults run --data=runs/faults --results=runs/faults/verdicts.jsonl
 
 fuzz: $(VENV)/test
 	$(BIN)/python -m tests.fuzz --inputs=10000
@@ -50,7 +62,7 @@ torture: $(VENV)/test
 lowest:
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip --disable-pip-version-check -q install -c constraints-lowest.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest -n $(JOBS) --dist loadfile
+	.venv-lowest/bin/python $(TESTS)
 
 # All files but the package's own are copied: what the tests import is the installed wheel.
 package: $(VENV)/dev
@@ -60,7 +72,7 @@ package: $(VENV)/dev
 	.venv-package/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt "$$(ls dist/*.whl)[test]"
 	mkdir .venv-package/outside
 	git ls-files -z -- . ':!metasgd_jax' | xargs -0 cp --parents -t .venv-package/outside
-	cd .venv-package/outside && ../bin/python -P -m pytest -n $(JOBS) --dist loadfile
+	cd .venv-package/outside && ../bin/python -P $(TESTS)
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-package dist runs docs/_build docs/notebooks

@@ -49,19 +49,19 @@ class Fault:
 
 
 def draw(root: pathlib.Path, module: str, count: int, seed: int) -> list[Fault]:
-  """Draws `count` faults, each in another line of a module.
+  """Draws `count` faults, in as many lines of a module as there are.
 
   Args:
     root: The folder that has `metasgd_jax`.
     module: A name of `MODULES`.
-    count: How many; fewer if the module has fewer lines that a fault fits.
+    count: How many; fewer if the module has fewer.
     seed: Equal seeds give equal faults as long as the module is unchanged.
   """
   text = (root / 'metasgd_jax' / f'{module}.py').read_text()
   found = [fault for node in _run_when_called(ast.parse(text)) for fault in _faults_of(node, module, text)]
   random.Random(f'{seed} {module}').shuffle(found)
-  one_a_line = {fault.line: fault for fault in reversed(found)}
-  return [fault for fault in found if one_a_line[fault.line] is fault][:count]
+  first_of_line = {fault.line: fault for fault in reversed(found)}
+  return sorted(found, key=lambda fault: first_of_line[fault.line] is not fault)[:count]
 
 
 def _run_when_called(tree: ast.AST, called: bool = False) -> Iterator[ast.AST]:
