@@ -34,10 +34,11 @@ FUNCTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """One fault: `source` is its file's text with the fault in it."""
+  """One fault: `source` is its file's text with the fault in it, `statement` the lines of the statement it is in."""
 
   module: str
   line: int
+  statement: range
   before: str
   after: str
   source: str = dataclasses.field(repr=False)
@@ -58,14 +59,20 @@ def draw(root: pathlib.Path, module: str, count: int, seed: int) -> list[Fault]:
     seed: Equal seeds give equal faults as long as the module is unchanged.
   """
   text = (root / 'metasgd_jax' / f'{module}.py').read_text()
-  found = [fault for node in _run_when_called(ast.parse(text)) for fault in _faults_of(node, module, text)]
+  found = [
+    fault
+    for node, statement in _run_when_called(ast.parse(text))
+    for fault in _faults_of(node, statement, module, text)
+  ]
   random.Random(f'{seed} {module}').shuffle(found)
   first_of_line = {fault.line: fault for fault in reversed(found)}
   return sorted(found, key=lambda fault: first_of_line[fault.line] is not fault)[:count]
 
 
-def _run_when_called(tree: ast.AST, called: bool = False) -> Iterator[ast.AST]:
-  """Yields the nodes of functions' bodies, without messages, annotations, defaults and docstrings."""
+def _run_when_called(
+  tree: ast.AST, statement: ast.stmt | None = None, called: bool = False
+) -> Iterator[tuple[ast.AST, ast.stmt]]:
+  """Yields each node of functions' bodies with its statement; messages, annotations and defaults are left out."""
   for name, value in ast.iter_fields(tree):
     inside = called or (name == 'body' and isinstance(tree, (ast.FunctionDef, ast.Lambda)))
     if name in ('annotation', 'returns', 'decorator_list', 'defaults', 'kw_defaults'):
@@ -73,20 +80,19 @@ def _run_when_called(tree: ast.AST, called: bool = False) -> Iterator[ast.AST]:
     for node in value if isinstance(value, list) else [value]:
       if not isinstance(node, ast.AST) or isinstance(node, (ast.Raise, ast.JoinedStr)):
         continue
-      if inside:
-        yield node
-      yield from _run_when_called(node, inside)
+      innermost = node if isinstance(node, ast.stmt) else statement
+      if inside and innermost is not None:
+        yield node, innermost
+      yield from _run_when_called(node, innermost, inside)
 
 
-def _faults_of(node: ast.AST, module: str, text: str) -> Iterator[Fault]:
+def _faults_of(node: ast.AST, statement: ast.stmt, module: str, text: str) -> Iterator[Fault]:
+  lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
   for changed in _changes(node):
     start, end = _offset(text, node.lineno, node.col_offset), _offset(text, node.end_lineno, node.end_col_offset)
-    before, after = text[start:end], ast.unparse(changed)
-    if isinstance(node, ast.expr):
-      after = f'({after})'
+    after = f'({ast.unparse(changed)})'
     brief = ast.unparse(node).splitlines()[0], after.splitlines()[0]
-    yield Fault(module, node.lineno, *brief, text[:start] + after + text[end:])
-    assert before != after
+    yield Fault(module, node.lineno, lines, *brief, text[:start] + after + text[end:])
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:

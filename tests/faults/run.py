@@ -76,7 +76,9 @@ def run(
     sound = path.read_text()
     try:
       path.write_text(fault.source)
-      verdict = _judged(fault, clone, core, covering.get(fault.module, {}).get(fault.line, []))
+      ran = covering.get(fault.module, {})
+      tests = list(dict.fromkeys(test for line in fault.statement for test in ran.get(line, ())))
+      verdict = _judged(fault, clone, core, tests)
     finally:
       path.write_text(sound)
       clones.put((core, clone))
