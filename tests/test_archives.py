@@ -42,7 +42,7 @@ class TestArchives:
   @pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE])
   def test_links_in_tar_files_are_refused_even_to_members(self, tmp_path, kind):
     data = self.tar(('a/b', dict(size=3)), ('a/c', dict(type=kind, linkname='a/b' if kind == tarfile.LNKTYPE else 'b')))
-    assert 'has a member that leads outside of it' in self.unpack(tmp_path, data)
+    assert 'leads outside' in self.unpack(tmp_path, data)
 
   @pytest.mark.parametrize('kind', [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
   def test_devices_and_pipes_in_tar_files_are_refused(self, tmp_path, kind):

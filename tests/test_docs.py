@@ -1,4 +1,7 @@
-"""What is public is described: by a docstring that names each parameter, and on a page of the site."""
+"""What is public is described: by a docstring that names each parameter, and on a page of the site.
+
+The pages' code runs; blocks that train, and so compile for seconds, are marked slow.
+"""
 
 import importlib
 import inspect
@@ -7,6 +10,7 @@ import re
 
 import jax
 import pytest
+from source import absent
 
 import metasgd_jax
 
@@ -14,10 +18,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
 PACKAGE = pathlib.Path(metasgd_jax.__file__).parent
 PAGES = sorted(DOCS.glob('*.md'))
+DEAR = re.compile(r'ms\.(train|plan_memory|tasks\.augmented)\(')
+
+
+def blocks(path):
+  return re.findall(r'^```python\n(.*?)^```', path.read_text(), re.DOTALL | re.MULTILINE)
+
+
 BLOCKS = [
-  pytest.param(path, block, id=f'{path.stem}-{number}')
+  pytest.param(path, block, id=f'{path.stem}-{number}', marks=[pytest.mark.slow] if DEAR.search(block) else [])
   for path in PAGES
-  for number, block in enumerate(re.findall(r'^```python\n(.*?)^```', path.read_text(), re.DOTALL | re.MULTILINE), 1)
+  for number, block in enumerate(blocks(path), 1)
 ]
 MODULES = sorted(
   '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts).removesuffix('.__init__')
@@ -38,7 +49,7 @@ def public():
       for one in [thing, *(own if inspect.isclass(thing) else [])]:
         if one.__module__ == thing.__module__:  # A Linen module has Linen's methods, too.
           found[f'{one.__module__}.{one.__qualname__}'] = one
-  return [pytest.param(one, id=name) for name, one in sorted(found.items())]
+  return dict(sorted(found.items()))
 
 
 @pytest.mark.parametrize(('path', 'block'), BLOCKS)
@@ -51,25 +62,34 @@ def test_python_on_the_pages_runs(path, block, tmp_path, monkeypatch):
     exec(code, {})
 
 
-@pytest.mark.parametrize('page', ['recipes', 'migrating'])
-def test_there_are_blocks_on_the_page(page):
-  assert [param for param in BLOCKS if param.values[0].stem == page]
+def test_the_pages_code_is_python_and_names_what_the_package_has():
+  found = {page.stem: blocks(page) for page in PAGES}
+  assert found['recipes']
+  assert found['migrating']
+  assert [(page, name) for page, codes in found.items() for code in codes for name in absent(code)] == []
+  assert list(absent('ms.nn.MLP(2).no; ms.nn.Nothing(ms.train)')) == ['ms.nn.Nothing']
 
 
-@pytest.mark.parametrize('thing', public())
-def test_public_names_and_their_parameters_are_described(thing):
-  text = inspect.getdoc(thing)
-  assert text
-  assert 'Alias for field' not in text
+def undescribed(thing):
+  """Its parameters that its docstring does not name; what is wrong with the docstring itself."""
+  text = inspect.getdoc(thing) or ''
+  if not text or 'Alias for field' in text:
+    return ['no docstring']
   if inspect.isclass(thing):
     if issubclass(thing, Exception):  # It takes a message.
-      return
+      return []
     text += inspect.getdoc(thing.__init__) or ''
   linens = {'self', 'parent', 'name'}  # What each Linen module has, and methods.
   gathers = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
   parameters = inspect.signature(thing).parameters.items()
   named = [name for name, parameter in parameters if name not in linens and parameter.kind not in gathers]
-  assert not [name for name in named if not re.search(rf'\b{name}\b', text, re.IGNORECASE)]
+  return [name for name in named if not re.search(rf'\b{name}\b', text, re.IGNORECASE)]
+
+
+def test_public_names_and_their_parameters_are_described():
+  found = public()
+  assert len(found) > 150
+  assert {name: lacks for name, thing in found.items() if (lacks := undescribed(thing))} == {}
 
 
 def takes_an_example(thing):
@@ -77,9 +97,11 @@ def takes_an_example(thing):
   return '.' not in thing.__qualname__ and not (inspect.isclass(thing) and issubclass(thing, Exception))
 
 
-@pytest.mark.parametrize('thing', [param for param in public() if takes_an_example(param.values[0])])
-def test_each_public_function_and_class_has_an_example(thing):
-  assert '>>>' in (thing.__doc__ or '')  # tests/test_doctests.py runs it; getdoc would take a parent's.
+def test_each_public_function_and_class_has_an_example():
+  found = {name: thing for name, thing in public().items() if takes_an_example(thing)}
+  assert len(found) > 100
+  # tests/test_doctests.py runs them; getdoc would take a parent's.
+  assert [name for name, thing in found.items() if '>>>' not in (thing.__doc__ or '')] == []
 
 
 def is_on_a_page(name, thing):
@@ -92,12 +114,14 @@ def is_on_a_page(name, thing):
   return any(getattr(importlib.import_module(module), name, None) is thing for module in ON_PAGES)
 
 
-@pytest.mark.parametrize('part', ['', '.learners', '.nn', '.rl', '.tasks', '.datasets', '.plotting'])
-def test_each_public_name_is_on_a_page_of_the_site(part):
-  module = importlib.import_module(f'metasgd_jax{part}')
-  names = set(module.__all__) - {'__version__'}
-  assert names
-  assert not [name for name in sorted(names) if not is_on_a_page(name, getattr(module, name))]
+def test_each_public_name_is_on_a_page_of_the_site():
+  missing = []
+  for part in ('', '.learners', '.nn', '.rl', '.tasks', '.datasets', '.plotting'):
+    module = importlib.import_module(f'metasgd_jax{part}')
+    names = set(module.__all__) - {'__version__'}
+    assert names, part
+    missing += [f'{part}.{name}' for name in sorted(names) if not is_on_a_page(name, getattr(module, name))]
+  assert missing == []
 
 
 def test_pages_name_modules_that_exist():

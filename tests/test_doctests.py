@@ -1,4 +1,7 @@
-"""The examples in docstrings give what they say."""
+"""The examples in docstrings give what they say.
+
+Those that compile for more than half a second each are marked slow.
+"""
 
 import doctest
 import importlib
@@ -15,6 +18,19 @@ import metasgd_jax as ms
 
 PACKAGE = pathlib.Path(ms.__file__).parent
 NAMES = {'jax': jax, 'jnp': jnp, 'ms': ms, 'np': np, 'optax': optax}  # What every example may use.
+DEAR = {  # Docstrings, without the package's name.
+  'classifier.FewShotClassifier', 'evaluation.evaluate', 'export.export_learner', 'export.export_model',
+  'learners.ensemble.ensemble', 'learners.fine_tuning.fine_tuning', 'learners.mann.MemoryCell',
+  'learners.mann.PlainCell', 'learners.mann.mann', 'learners.matching.matching', 'learners.meta_lstm.meta_lstm',
+  'memory_plan.plan_memory', 'nn.block.ConvBlock', 'nn.networks.Conv4', 'nn.transformer.Transformer',
+  'objective.mean_loss', 'objective.value_and_grad', 'rl.advantages.advantages',
+  'rl.gymnasium_host.collect_on_host', 'rl.gymnasium_host.policy_gradient_on_host', 'rl.learner.Experience',
+  'rl.learner.PolicyGradient', 'rl.learner.Rollouts', 'rl.learner.mean_return', 'rl.learner.policy_learner',
+  'rl.learner.returns_by_step', 'rl.meta_step.trpo_meta_step', 'rl.training.train', 'rl.trpo.fisher_product',
+  'rl.trpo.trpo_update', 'tasks.augmentation.augmented', 'tasks.few_shot.all_classes', 'tasks.few_shot.few_shot',
+  'tasks.few_shot.few_shot_from', 'tasks.glyphs.glyphs', 'tasks.markov.MarkovConfig', 'tasks.markov.markov_chains',
+  'training.Progress', 'training.TrainState', 'training.train', 'training.train_step', 'types.TaskStream',
+}  # fmt: skip
 
 
 def examples():
@@ -35,7 +51,23 @@ def examples():
 EXAMPLES = examples()
 
 
-@pytest.mark.parametrize('test', [pytest.param(test, id=name) for name, test in EXAMPLES.items()])
+def test_every_example_is_python():
+  for name, test in EXAMPLES.items():
+    for example in test.examples:
+      compile(example.source, name, 'single')
+
+
+def test_the_dear_ones_are_there():
+  assert sorted(f'metasgd_jax.{name}' for name in DEAR if f'metasgd_jax.{name}' not in EXAMPLES) == []
+
+
+@pytest.mark.parametrize(
+  'test',
+  [
+    pytest.param(test, id=name, marks=[pytest.mark.slow] if name.removeprefix('metasgd_jax.') in DEAR else [])
+    for name, test in EXAMPLES.items()
+  ],
+)
 def test_example_gives_what_it_says(test):
   told = io.StringIO()
   test.globs = dict(NAMES)  # An example stands by itself: it sees nothing else of its module.

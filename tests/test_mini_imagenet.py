@@ -1,10 +1,14 @@
 """mini-ImageNet in each layout that it comes in; the images are made up, each of a colour of its own."""
 
+import functools
+import io
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from problems import saying
 
 from metasgd_jax.datasets import DatasetError, image_cache, mini_imagenet, published_split
 
@@ -22,9 +26,16 @@ def expected(part):
   return [colour(name, i) for name in getattr(LISTS, part) for i in range(PER_CLASS)]
 
 
+@functools.cache
+def png(name, i):
+  file = io.BytesIO()
+  Image.new('RGB', (5, 4), colour(name, i)).save(file, 'PNG')
+  return file.getvalue()
+
+
 def write(path, name, i):
   path.parent.mkdir(parents=True, exist_ok=True)
-  Image.new('RGB', (5, 4), colour(name, i)).save(path, 'PNG')  # Exact whatever the suffix; decoders look inside.
+  path.write_bytes(png(name, i))  # Exact whatever the suffix; decoders look inside.
 
 
 def files():
@@ -113,10 +124,9 @@ def test_layouts(layout, tmp_path):
   layout(tmp_path)
   lines = []
   assert_whole(mini_imagenet.load(tmp_path, size=4, report=lines.append))
-  assert lines == [
-    f'reading 300 images of mini-ImageNet from {tmp_path}',
-    '100 of 100 classes have other than 600 images: 3 to 3',
-  ]
+  assert len(lines) == 2
+  assert re.match(saying('reading 300 images', 'mini-ImageNet', tmp_path), lines[0])
+  assert re.match(saying('100 of 100 classes', 'than 600 images', '3 to 3'), lines[1])
 
 
 def test_size_is_84_unless_asked_otherwise(tree):
@@ -141,9 +151,12 @@ def test_unequal_classes_and_classes_of_others(tmp_path):
   assert splits.train.sizes.tolist() == [3, 2] + [3] * 62
   assert splits.train.images[3:5, 0, 0].tolist() == [list(colour(CLASSES[1], i)) for i in (0, 2)]
   assert splits.validation.sizes.tolist() == [2] + [3] * 15
-  assert 'left out 1 class (n00000001) that mini-ImageNet does not have' in lines
-  assert '100 of 100 classes have other than 600 images: 2 to 3' in lines
-  assert any('skipped' in line and 'the file is empty' in line for line in lines)
+  for parts in (
+    ('left out 1 class (n00000001)', 'mini-ImageNet'),
+    ('100 of 100 classes', 'than 600 images', '2 to 3'),
+    ('skipped', f'{CLASSES[64]}_00000002.jpg', 'empty'),
+  ):
+    assert [line for line in lines if re.match(saying(*parts), line)], parts
 
 
 def test_another_split_is_dealt_out_as_published(tmp_path):
@@ -152,7 +165,8 @@ def test_another_split_is_dealt_out_as_published(tmp_path):
     (tmp_path / 'test' / name).rename(tmp_path / 'train' / name)
   lines = []
   assert_whole(mini_imagenet.load(tmp_path, size=4, report=lines.append))
-  assert f'the published test has 2 classes ({", ".join(LISTS.test[:2])}) that lie elsewhere here' in '\n'.join(lines)
+  moved = saying('the published test', f'2 classes ({", ".join(LISTS.test[:2])})', 'elsewhere')
+  assert [line for line in lines if re.match(moved, line)]
 
 
 def test_a_file_listed_twice_with_one_label_counts_once(tmp_path):
@@ -174,33 +188,33 @@ class TestErrors:
 
   def test_nothing_of_it(self, tmp_path):
     write(tmp_path / 'cat' / 'a.jpg', CLASSES[0], 0)
-    with pytest.raises(DatasetError, match='has no class of mini-ImageNet; it should have folders named by WordNet'):
+    with pytest.raises(DatasetError, match=saying(tmp_path, 'no class of mini-ImageNet', 'WordNet')):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('name', ['mini-imagenet-cache-train.pkl', 'miniImageNet_category_split_val.pickle'])
   def test_pickles_are_not_opened(self, tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
-    with pytest.raises(DatasetError, match=rf'only as pickles \({name}\), which are not read because opening a pickle'):
+    with pytest.raises(DatasetError, match=saying(f'pickles ({name})', 'not read', 'opening a pickle')):
       self.load(tmp_path)
 
   def test_classes_are_missing(self, tmp_path):
     flat_by_name(tmp_path)
     for path in tmp_path.glob(f'{LISTS.validation[3]}*'):
       path.unlink()
-    with pytest.raises(DatasetError, match=rf'lacks 1 class \({LISTS.validation[3]}\) of mini-ImageNet; add them'):
+    with pytest.raises(DatasetError, match=saying(f'lacks 1 class ({LISTS.validation[3]})', 'add')):
       self.load(tmp_path)
 
   def test_a_class_that_cannot_be_read(self, tmp_path):
     flat_by_name(tmp_path)
     for path in tmp_path.glob(f'{LISTS.train[0]}*'):
       path.write_bytes(b'no image')
-    with pytest.raises(DatasetError, match=rf'1 class \({LISTS.train[0]}\) of mini-ImageNet without an image'):
+    with pytest.raises(DatasetError, match=saying(f'1 class ({LISTS.train[0]})', 'without an image')):
       self.load(tmp_path)
 
   def test_a_class_in_two_folders(self, tmp_path):
     classes_at_the_top(tmp_path)
     write(tmp_path / 'processed' / LISTS.train[0] / 'a.jpg', LISTS.train[0], 0)
-    with pytest.raises(DatasetError, match=rf'class {LISTS.train[0]} lie in .* and in .*; leave one of them'):
+    with pytest.raises(DatasetError, match=rf'class {LISTS.train[0]} .* in .* and in .*/processed.*leave one'):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('other', [LISTS.test[0], 'n00000001'])
@@ -209,7 +223,7 @@ class TestErrors:
     name = LISTS.train[0]
     with (tmp_path / 'test.csv').open('a') as file:
       file.write(f'{name}{0:08d}.jpg,{other}\n')
-    with pytest.raises(DatasetError, match=rf'{name}00000000.jpg is listed as {other} and as {name}; leave one of'):
+    with pytest.raises(DatasetError, match=saying(f'{name}00000000.jpg', f'as {other}', f'as {name}', 'leave one')):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/secret.jpg', 'a/../../b.jpg', '..\\b.jpg', 'C:\\b.jpg'])
@@ -219,29 +233,29 @@ class TestErrors:
     lists_beside_images(tmp_path / 'data')
     with (tmp_path / 'data' / 'val.csv').open('a') as file:
       file.write(f'{name},{CLASSES[64]}\n')
-    with pytest.raises(DatasetError, match=r'line 50 of .*val.csv names .*, which may lie outside .*images'):
+    with pytest.raises(DatasetError, match=saying('line 50 of', 'val.csv', repr(name), 'outside', '/data/images')):
       self.load(tmp_path / 'data')
 
   @pytest.mark.parametrize(
-    ('content', 'message'),
+    ('content', 'parts'),
     [
-      (b'', r'has the columns None; its first line must be filename,label'),
-      (b'a.jpg,n01532829\n', r"has the columns \['a.jpg', 'n01532829'\]; its first line must be"),
-      (b'filename,label\na.jpg\n', 'line 2 of .*train.csv has no filename or no label'),
-      (b'filename,label\n\xff\xfe,n01532829\n', 'train.csv cannot be read as a CSV file'),
-      (b'filename,label\n"' + b'x' * 200_000 + b'",n01532829\n', 'train.csv cannot be read as a CSV file'),
+      (b'', ('columns None', 'first line must be filename,label')),
+      (b'a.jpg,n01532829\n', ("columns ['a.jpg', 'n01532829']", 'first line must be filename,label')),
+      (b'filename,label\na.jpg\n', ('line 2 of', 'no filename or no label')),
+      (b'filename,label\n\xff\xfe,n01532829\n', ('cannot be read', 'CSV')),
+      (b'filename,label\n"' + b'x' * 200_000 + b'",n01532829\n', ('cannot be read', 'CSV')),
     ],
   )
-  def test_broken_lists(self, tmp_path, content, message):
+  def test_broken_lists(self, tmp_path, content, parts):
     lists_beside_images(tmp_path)
     (tmp_path / 'train.csv').write_bytes(content)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=saying('train.csv', *parts)):
       self.load(tmp_path)
 
   def test_lists_without_their_images(self, tmp_path):
     (tmp_path / 'images').mkdir()
     write_lists(tmp_path)
-    with pytest.raises(DatasetError, match='has 100 classes .* of mini-ImageNet without an image that can be read'):
+    with pytest.raises(DatasetError, match=saying('100 classes', 'without an image', 'can be read')):
       self.load(tmp_path)
 
 
@@ -303,7 +317,7 @@ class TestCache:
   def test_a_place_that_cannot_be_written_is_known_before_decoding(self, tree, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
     monkeypatch.setattr(mini_imagenet, 'read_all', lambda *args: pytest.fail('decoded'))
-    with pytest.raises(DatasetError, match='the cache .*file/cache cannot be written .*give another directory'):
+    with pytest.raises(DatasetError, match=saying('file/cache', 'cannot be written', 'give another')):
       mini_imagenet.load(tree, size=4, cache=tmp_path / 'file' / 'cache')
 
   def test_a_full_disk_costs_the_cache_alone(self, tree, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import nbformat
 import pytest
 from PIL import Image
+from source import absent
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parents[1] / 'notebooks').glob('*.ipynb'))
 MOST_BYTES = 400_000
@@ -37,6 +38,7 @@ def test_the_four_notebooks_are_there():
 
 
 @notebooks
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::Warning:zmq', 'ignore::Warning:jupyter_client')
 def test_runs_from_top_to_bottom_at_tiny_sizes(path):
   from notebooks.execute import execute
@@ -45,6 +47,14 @@ def test_runs_from_top_to_bottom_at_tiny_sizes(path):
   assert not [output for output in outputs(ran) if output.output_type == 'error']
   assert not [output.text for output in outputs(ran) if output.get('name') == 'stderr']
   assert all(pictures_by_section(ran).values())
+
+
+@notebooks
+def test_the_code_is_python_and_names_what_the_package_has(path):
+  cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == 'code']
+  code = '\n'.join(re.sub(r'^( *)%.*$', r'\1pass', cell, flags=re.MULTILINE) for cell in cells)
+  assert 'ms.' in code
+  assert list(absent(code)) == []
 
 
 @notebooks

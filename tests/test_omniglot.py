@@ -1,7 +1,7 @@
 """Omniglot through tfds: prepared, from archives, over a network; and what is said when it cannot be had.
 
-The archives here are made up, in Omniglot's layout and number, so that no data set is needed; two tests at the end
-read the real one where it lies beside the project.
+The archives here are made up, in Omniglot's layout and with all of its characters, but two drawings of each, so that
+no data set is needed; tests at the end read the real one where it lies beside the project.
 """
 
 import contextlib
@@ -13,13 +13,16 @@ import shutil
 import threading
 import types
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
+from problems import saying
 
 from metasgd_jax.datasets import DatasetError, omniglot
 
+DRAWINGS = 2
 ALPHABETS = [f'Alphabet_{i:02d}' for i in range(50)]
 NAMES = ('images_background', 'images_evaluation', 'images_background_small1', 'images_background_small2')
 
@@ -39,7 +42,7 @@ def write_archive(path, labels, compression=zipfile.ZIP_STORED):
     for label in labels:
       alphabet, number = ALPHABETS[label % 50], label // 50 + 1
       data = png(label)
-      for drawing in range(1, 21):
+      for drawing in range(1, DRAWINGS + 1):
         archive.writestr(f'{path.stem}/{alphabet}/character{number:02d}/{label + 1:04d}_{drawing:02d}.png', data)
 
 
@@ -66,7 +69,8 @@ def few(tmp_path):
 def prepared(archives, tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('prepared')
   lines = []
-  characters = omniglot.load(data_dir, archives=archives, verify_archives=False, report=lines.append)
+  with mock.patch.object(omniglot, 'DRAWINGS', DRAWINGS):
+    characters = omniglot.load(data_dir, archives=archives, verify_archives=False, report=lines.append)
   assert any('preparing omniglot' in line for line in lines)
   return data_dir, characters
 
@@ -78,9 +82,9 @@ def expected_image(label):
 
 def test_prepares_from_archives(prepared):
   data_dir, characters = prepared
-  assert characters.images.shape == (1623, 20, 28, 28, 1)
+  assert characters.images.shape == (1623, DRAWINGS, 28, 28, 1)
   for label in (0, 963, 964, 1622):
-    for drawing in (0, 19):
+    for drawing in range(DRAWINGS):
       assert np.array_equal(characters.images[label, drawing, :, :, 0], expected_image(label))
     assert characters.alphabets[label] == ALPHABETS[label % 50]
     assert characters.numbers[label] == label // 50
@@ -90,11 +94,11 @@ def test_prepares_from_archives(prepared):
 def test_what_is_prepared_is_not_prepared_again(prepared, monkeypatch):
   monkeypatch.setattr(omniglot, 'prepare', lambda *a, **k: pytest.fail('prepared again'))
   monkeypatch.setattr(omniglot, '_read', lambda builder, size, report: builder.info.splits['train'].num_examples)
-  assert omniglot.load(prepared[0]) == 964 * 20
+  assert omniglot.load(prepared[0]) == 964 * DRAWINGS
 
 
 def test_drawings_of_another_size(prepared):
-  with pytest.raises(ValueError, match='size must be from 1 to 105 pixels, got 106'):
+  with pytest.raises(ValueError, match=saying('size', '1 to 105', 'got 106')):
     omniglot.load(prepared[0], size=106)
   whole = omniglot._shrink(np.array(Image.open(io.BytesIO(png(7))).convert('RGB')), 105)
   assert np.array_equal(whole == 255, np.array(Image.open(io.BytesIO(png(7)))) == 0)
@@ -105,6 +109,9 @@ def test_ink_is_255_whatever_the_decoder_makes_of_paper():
   assert np.array_equal(omniglot._shrink(one_bit, 28), omniglot._shrink(255 * one_bit, 28))
   black = np.zeros((105, 105, 3), np.uint8)
   assert omniglot._shrink(black, 28).min() == 255
+
+
+REMEDY = ('check data_dir', f'{NAMES[0]}.zip', 'as archives')
 
 
 @contextlib.contextmanager
@@ -155,9 +162,7 @@ def test_a_download_that_is_another_file(few, from_network, tmp_path):
     file.write(b'x')
   with serving(tmp_path / 'other') as base:
     from_network(base, few)
-    with pytest.raises(
-      DatasetError, match='does not exist, and omniglot could not be downloaded .*give their directory as archives'
-    ):
+    with pytest.raises(DatasetError, match=saying('omniglot', 'does not exist', 'downloaded', *REMEDY)):
       omniglot.load(tmp_path / 'data')
   assert not (tmp_path / 'data' / 'omniglot').exists()
 
@@ -166,9 +171,7 @@ def test_no_network(few, from_network, tmp_path):
   with serving(few) as base:
     pass
   from_network(base, few)
-  with pytest.raises(
-    DatasetError, match='does not exist, and omniglot could not be downloaded .*give their directory as archives'
-  ):
+  with pytest.raises(DatasetError, match=saying('omniglot', 'does not exist', 'downloaded', *REMEDY)):
     omniglot.load(tmp_path / 'data')
 
 
@@ -177,31 +180,30 @@ class TestBadArchives:
     return omniglot.load(tmp_path / 'data', archives=archives, **options)
 
   def test_no_directory(self, tmp_path):
-    with pytest.raises(DatasetError, match='the directory of archives .*nowhere does not exist'):
+    with pytest.raises(DatasetError, match=saying('archives', 'nowhere', 'does not exist')):
       self.load(tmp_path, tmp_path / 'nowhere')
 
   def test_home_is_understood(self, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    with pytest.raises(DatasetError, match=f'the directory of archives {tmp_path}/zips does not exist'):
+    with pytest.raises(DatasetError, match=saying('archives', f'{tmp_path}/zips', 'does not exist')):
       self.load(tmp_path, '~/zips')
 
   def test_one_is_missing(self, tmp_path, archives):
     (tmp_path / 'some').mkdir()
     shutil.copy(archives / f'{NAMES[0]}.zip', tmp_path / 'some')
-    with pytest.raises(DatasetError, match=r'some has no images_\w+.zip; put all of the archives there'):
+    with pytest.raises(DatasetError, match=saying('some has no images_', '.zip', 'put all', 'own names')):
       self.load(tmp_path, tmp_path / 'some')
 
   def test_not_the_registered_file(self, tmp_path, archives):
-    with pytest.raises(
-      DatasetError, match=r'is not the registered file: its sha256 is \w{64}, .* turn verify_archives off'
-    ):
+    with pytest.raises(DatasetError, match=r'not the registered file.*sha256 is \w{64}\b.*verify_archives off'):
       self.load(tmp_path, archives)
 
   @pytest.mark.parametrize('kept', [0, 1000, -30])
   def test_cut_short(self, tmp_path, few, kept):
     path = few / f'{NAMES[3]}.zip'
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DatasetError, match=r'small2.zip is not a whole zip file \(\d+ bytes\); get it again'):
+    size = path.stat().st_size
+    with pytest.raises(DatasetError, match=saying('small2.zip', 'whole zip file', f'({size} bytes)', 'get it again')):
       self.load(tmp_path, few, verify_archives=False)
 
   @pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -212,53 +214,79 @@ class TestBadArchives:
     for at in range(100, 200):
       data[at] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match=r'small2.zip is broken \(.*\); get it again'):
+    with pytest.raises(DatasetError, match=saying('small2.zip is broken (', 'get it again')):
       self.load(tmp_path, few, verify_archives=False)
     assert not list((tmp_path / 'data').glob('.extracted-*'))
 
   def test_characters_are_missing(self, tmp_path, few):
-    with pytest.raises(DatasetError, match='the archives do not hold the whole of omniglot'):
+    with pytest.raises(DatasetError, match=saying('archives', 'the whole of omniglot', 'get them again')):
       self.load(tmp_path, few, verify_archives=False)
     assert not list((tmp_path / 'data').glob('omniglot/[0-9]*'))
 
   def test_checksums_are_not_forgotten_after_trusting_other_files(self, prepared, tmp_path, archives):
     """tfds keeps them for all builders of a process."""
-    with pytest.raises(DatasetError, match='is not the registered file'):
+    with pytest.raises(DatasetError, match='not the registered file'):
       self.load(tmp_path, archives)
 
 
 def test_a_data_dir_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(DatasetError, match=r'data_dir .*file/data does not have the data set and cannot be written'):
-    omniglot.load(tmp_path / 'file' / 'data')
+  data_dir = tmp_path / 'file' / 'data'
+  with pytest.raises(DatasetError, match=saying(f'data_dir {data_dir}', 'cannot be written', 'give a data_dir')):
+    omniglot.load(data_dir)
+
+
+def builder_of(tmp_path, **splits):
+  """What stands for tfds' builder: it has these examples."""
+  info = types.SimpleNamespace(features={'alphabet': types.SimpleNamespace(int2str=ALPHABETS.__getitem__)})
+  return types.SimpleNamespace(data_path=tmp_path, info=info, as_data_source=lambda split: splits[split])
+
+
+def example(label):
+  image = np.ones((105, 105, 3), np.uint8)
+  return {'image': image, 'label': label, 'alphabet': label % 50, 'alphabet_char_id': label // 50}
+
+
+def test_the_whole_is_20_drawings_of_each_of_1623_characters(tmp_path, monkeypatch):
+  monkeypatch.setattr(omniglot, '_shrink', lambda image, size: np.zeros((size, size)))
+  train, test = ([example(label) for label in labels] * 20 for labels in (range(964), range(964, 1623)))
+  characters = omniglot._read(builder_of(tmp_path, train=train, test=test), 1, print)
+  assert characters.images.shape == (1623, 20, 1, 1, 1)
+  assert characters.alphabets.tolist() == [ALPHABETS[label % 50] for label in range(1623)]
+  assert characters.numbers.tolist() == [label // 50 for label in range(1623)]
 
 
 def test_drawings_are_missing(tmp_path):
-  example = {'image': np.ones((105, 105, 3), np.uint8), 'label': 0, 'alphabet': 0, 'alphabet_char_id': 0}
-  info = types.SimpleNamespace(features={'alphabet': types.SimpleNamespace(int2str=str)})
-  builder = types.SimpleNamespace(data_path=tmp_path, info=info, as_data_source=lambda split: [example])
-  with pytest.raises(DatasetError, match='not the whole of Omniglot: character 0 has 2 drawings where .* 20'):
-    omniglot._read(builder, 28, print)
+  with pytest.raises(DatasetError, match=saying('not the whole of Omniglot', 'character 0 has 2 drawings', 'be 20')):
+    omniglot._read(builder_of(tmp_path, train=[example(0)], test=[example(0)]), 28, print)
 
 
 def test_a_prepared_file_is_broken(prepared, tmp_path):
   shutil.copytree(prepared[0] / 'omniglot', tmp_path / 'omniglot')
   for path in (tmp_path / 'omniglot' / '3.0.0').glob('omniglot-train*'):
-    path.write_bytes(path.read_bytes()[:100_000])
-  with pytest.raises(DatasetError, match='prepare .* in another data_dir'):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(DatasetError, match=saying('prepare', 'in another data_dir')):
     omniglot.load(tmp_path)
+
+
+def indexed(**characters):
+  """Characters whose pixels tell their number."""
+  images = np.zeros((1623, 1, 1, 2, 1), np.uint8)
+  images[:, 0, 0, :, 0] = np.stack(np.divmod(np.arange(1623), 256), 1)
+  return omniglot.Characters(images, **characters)
+
+
+def numbers_of(bank):
+  return (bank.images[:, 0, 0, 0].astype(int) * 256 + bank.images[:, 0, 1, 0]).tolist()
 
 
 class TestSplits:
   @pytest.fixture
   def characters(self):
-    """The pixels of a character tell its number."""
-    images = np.zeros((1623, 1, 1, 2, 1), np.uint8)
-    images[:, 0, 0, :, 0] = np.stack(np.divmod(np.arange(1623), 256), 1)
-    return omniglot.Characters(images, np.array(['A'] * 1623), np.zeros(1623, int))
+    return indexed(alphabets=np.array(['A'] * 1623), numbers=np.zeros(1623, int))
 
   def numbers(self, splits):
-    return [(bank.images[:, 0, 0, 0].astype(int) * 256 + bank.images[:, 0, 1, 0]).tolist() for bank in splits]
+    return [numbers_of(bank) for bank in splits]
 
   def test_random(self, characters):
     train, validation, test = self.numbers(omniglot.random_split(characters))
@@ -273,8 +301,32 @@ class TestSplits:
     assert same == test
     assert sorted(train + validation) == whole
     assert len(validation) == 100
-    with pytest.raises(ValueError, match='validation must be from 0 to 1199 characters, got 1200'):
+    with pytest.raises(ValueError, match=saying('validation', '0 to 1199', 'got 1200')):
       omniglot.random_split(characters, validation=1200)
+
+  def test_vinyals_goes_by_alphabets_and_cuts_gurmukhi(self):
+    alphabets = np.array(['Latin'] * 1623, object)
+    alphabets[1500:1545], alphabets[:9], alphabets[9:12] = 'Gurmukhi', 'Hebrew', 'ULOG'
+    numbers = np.arange(1623) - 1500
+    train, validation, test = self.numbers(omniglot.vinyals_split(indexed(alphabets=alphabets, numbers=numbers)))
+    assert validation == [*range(9)]
+    assert test == [*range(9, 12), *range(1541, 1545)]
+    assert train == [*range(12, 1541), *range(1545, 1623)]
+
+  def test_vinyals_is_the_published_one(self, shared_data):
+    names = real_names(shared_data)
+    alphabets, numbers = zip(*(name.rsplit('_', 1) for name in names), strict=True)
+    splits = omniglot.vinyals_split(indexed(alphabets=np.array(alphabets), numbers=np.array(numbers).astype(int)))
+    for stem, bank in zip(('train', 'val', 'test'), splits, strict=True):
+      (path,) = (shared_data / 'splits' / 'omniglot_vinyals').glob(f'{stem}*')
+      published = {tuple(line.split('/')[:2]) for line in path.read_text().split()}
+      published = {f'{alphabet}_{int(character.removeprefix("character")) - 1}' for alphabet, character in published}
+      assert {names[i] for i in numbers_of(bank)} == published
+
+
+def real_names(shared_data):
+  """Alphabet and number of each character as tfds has them."""
+  return (shared_data / 'omniglot' / 'tfds' / 'omniglot' / '3.0.0' / 'label.labels.txt').read_text().split()
 
 
 @pytest.fixture(scope='module')
@@ -282,6 +334,7 @@ def real(shared_data):
   return omniglot.load(shared_data / 'omniglot' / 'tfds')
 
 
+@pytest.mark.slow
 class TestReal:
   def test_archives_give_what_is_prepared(self, real, shared_data, tmp_path):
     again = omniglot.load(tmp_path, archives=shared_data / 'omniglot' / 'zips', verify_archives=False)
@@ -294,14 +347,6 @@ class TestReal:
     assert ink.max() < 0.4
     assert real.images.max() == 255
 
-  def test_vinyals_split_is_the_published_one(self, real, shared_data):
-    names = [f'{a}/character{n + 1:02d}' for a, n in zip(real.alphabets, real.numbers, strict=True)]
-    images = np.zeros((1623, 1, 1, 2, 1), np.uint8)
-    images[:, 0, 0, :, 0] = np.stack(np.divmod(np.arange(1623), 256), 1)
-    indexed = real._replace(images=images)
-    for part, bank in omniglot.vinyals_split(indexed)._asdict().items():
-      stem = {'train': 'train', 'validation': 'val', 'test': 'test'}[part]
-      path = next((shared_data / 'splits' / 'omniglot_vinyals').glob(f'{stem}*'))
-      expected = {'/'.join(line.split('/')[:2]) for line in path.read_text().split()}
-      numbers = bank.images[:, 0, 0, 0].astype(int) * 256 + bank.images[:, 0, 1, 0]
-      assert {names[i] for i in numbers} == expected
+  def test_characters_are_named_as_tfds_names_them(self, real, shared_data):
+    names = [f'{alphabet}_{number}' for alphabet, number in zip(real.alphabets, real.numbers, strict=True)]
+    assert names == real_names(shared_data)

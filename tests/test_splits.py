@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from problems import saying
 
 from metasgd_jax.datasets import (
   ClassNames,
@@ -39,22 +40,22 @@ class TestBySeed:
     assert split_by_seed(NAMES, seed=4) != split
 
   @pytest.mark.parametrize(
-    ('shares', 'message'),
+    ('shares', 'parts'),
     [
-      (dict(train=40, validation=8, test=3), 'sum to 50 or less, got train=40, validation=8, test=3'),
-      (dict(train=-1, validation=8, test=3), 'must be 0 or more'),
-      (dict(train=0.5, validation=0.1, test=0.2), 'sum to 1, got train=0.5'),
-      (dict(train=1.5, validation=-0.5, test=0.0), 'fractions of classes must be 0 or more'),
-      (dict(train=float('nan'), validation=0.5, test=0.5), 'sum to 1'),
-      (dict(train=0.795, validation=0.005, test=0.2), 'validation=0.005 of 50 classes is none; give numbers'),
+      (dict(train=40, validation=8, test=3), ('sum to 50 or less', 'train=40', 'validation=8', 'test=3')),
+      (dict(train=-1, validation=8, test=3), ('0 or more', 'train=-1')),
+      (dict(train=0.5, validation=0.1, test=0.2), ('sum to 1', 'train=0.5')),
+      (dict(train=1.5, validation=-0.5, test=0.0), ('fractions', '0 or more', 'validation=-0.5')),
+      (dict(train=float('nan'), validation=0.5, test=0.5), ('sum to 1', 'train=nan')),
+      (dict(train=0.795, validation=0.005, test=0.2), ('validation=0.005', '50 classes', 'none', 'give numbers')),
     ],
   )
-  def test_shares_that_cannot_be(self, shares, message):
-    with pytest.raises(ValueError, match=message):
+  def test_shares_that_cannot_be(self, shares, parts):
+    with pytest.raises(ValueError, match=saying(*parts)):
       split_by_seed(NAMES, **shares)
 
   def test_a_name_twice(self):
-    with pytest.raises(ValueError, match=r'1 class \(class 3\) more than once'):
+    with pytest.raises(ValueError, match=saying('1 class (class 3)', 'more than once')):
       split_by_seed([*NAMES, 'class 3'])
 
 
@@ -64,11 +65,11 @@ class TestByLists:
     assert split_by_lists(NAMES, lists) == lists
 
   def test_missing_classes_are_named(self):
-    with pytest.raises(ValueError, match=r'the lists have 2 classes \(cat, dog\) that the data has not'):
+    with pytest.raises(ValueError, match=saying('lists', '2 classes (cat, dog)', 'the data has not')):
       split_by_lists(NAMES, ClassNames(('dog', 'class 1'), ('cat',), ()))
 
   def test_a_class_in_two_lists(self):
-    with pytest.raises(ValueError, match=r'the lists of classes have 1 class \(class 1\) more than once'):
+    with pytest.raises(ValueError, match=saying('lists', '1 class (class 1)', 'more than once')):
       split_by_lists(NAMES, ClassNames(('class 1',), (), ('class 1',)))
 
 
@@ -87,7 +88,7 @@ class TestBank:
     assert split.validation.sizes.shape == (0,)
 
   def test_names_that_are_not_as_many(self):
-    with pytest.raises(ValueError, match='a bank of 3 classes needs as many names, got 2'):
+    with pytest.raises(ValueError, match=saying('3 classes', 'names', 'got 2')):
       split_bank(self.bank(), ['a', 'b'], ClassNames(('a',), (), ('b',)))
 
 
@@ -97,12 +98,12 @@ class TestReadList:
     assert read_list(tmp_path / 'list') == ('chat à moustache', 'cat')
 
   def test_no_file(self, tmp_path):
-    with pytest.raises(DatasetError, match='nowhere cannot be read .No such file'):
+    with pytest.raises(DatasetError, match=saying('nowhere', 'cannot be read', 'No such file')):
       read_list(tmp_path / 'nowhere')
 
   def test_not_text(self, tmp_path):
     (tmp_path / 'list').write_bytes(b'\xff\xfe\xff')
-    with pytest.raises(DatasetError, match='is not UTF-8 text; write one class name a line'):
+    with pytest.raises(DatasetError, match=saying(tmp_path / 'list', 'UTF-8', 'one class name a line')):
       read_list(tmp_path / 'list')
 
 
