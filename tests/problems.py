@@ -22,6 +22,16 @@ class SmallConvNet(nn.Module):
     return nn.Dense(self.way)(x.reshape(x.shape[0], -1))
 
 
+class OneLayer(nn.Module):
+  """The least of networks for images."""
+
+  way: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.way)(x.reshape(x.shape[0], -1))
+
+
 def sinusoid_learner(build=ms.meta_sgd, hidden=(40, 40), **kwargs):
   model = ms.nn.from_linen(ms.nn.MLP(hidden, stddev=0.2))
   return build(model, ms.losses.mean_squared_error, **kwargs)
@@ -62,19 +72,19 @@ def assert_slopes_by_differences(loss, meta, *, directions=3, h=1e-7):
   for part in ('theta', 'alpha'):
     at, grad = getattr(meta, part), getattr(grads, part)
     for _ in range(directions):
-      along = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), at)
+      along = jax.tree.map(lambda a: rng.normal(size=a.shape), at)
       ahead, behind = (
-        value(meta._replace(**{part: jax.tree.map(lambda a, d, step=step: a + step * d, at, along)}))
+        value(meta._replace(**{part: jax.tree.map(lambda a, d, step=step: np.asarray(a) + step * d, at, along)}))
         for step in (h, -h)
       )
       expected = float(ahead - behind) / (2 * h)
-      assert_close(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grad, along))), expected, rtol=1e-5, atol=1e-8)
+      assert_close(sum(jax.tree.leaves(jax.tree.map(np.vdot, grad, along))), expected, rtol=1e-5, atol=1e-8)
 
 
 def relative_error(a, b):
   """|a − b| / |b| over all leaves together."""
-  a, b = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))
-  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+  a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t)]) for t in (a, b))
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)

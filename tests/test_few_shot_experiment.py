@@ -1,14 +1,18 @@
 """Few-shot classification from configurations: every learner, the tables, their cells on disk, folders of images."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from problems import assert_trees_close, episodes, table_row
+from problems import SmallConvNet, assert_trees_close, saying, table_row
+from small_models import small_model
 
 import metasgd_jax as ms
 from experiments import classification, few_shot_data, few_shot_learners, few_shot_table, few_shot_training
@@ -34,8 +38,29 @@ def mini_imagenet(tmp_path_factory):
   return directory
 
 
-@pytest.mark.parametrize('name', LEARNERS)
-def test_every_learner_can_be_trained_and_tested(name):
+class OneLayer(nn.Module):
+  way: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.way)(x.reshape(len(x), -1))
+
+
+@contextlib.contextmanager
+def in_place_of_conv4(network):
+  """Builds learners of a small network, which compiles in a fraction of the time."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ms.nn, 'Conv4', lambda way, filters, hidden, dtype: network(way or 4))
+    yield
+
+
+def of_three():
+  """An episode of three classes, an image of each to show and one to ask."""
+  batch = lambda seed: ms.Batch(np.random.default_rng(seed).random((3, 28, 28, 1), np.float32), np.arange(3))
+  return ms.Episode(batch(0), batch(1))
+
+
+def assert_trained_and_tested(name):
   """Traced, not compiled: shapes fit, a key is there where one is needed, and every answer is one of N."""
   config = classification.Config(learner=(name,), way=3, shot=1, query=2, filters=4)
   bank = ms.tasks.class_bank(np.random.default_rng(0).integers(0, 256, (6, 20, 28, 28, 1), np.uint8))
@@ -50,56 +75,118 @@ def test_every_learner_can_be_trained_and_tested(name):
   after, info = jax.eval_shape(step, state)
   assert jax.tree.structure(after.meta) == jax.tree.structure(state.meta)
   assert 'accuracy' in info
-  one = jax.tree.map(lambda a: a[0], episodes(setup.tests[1], 1))
+  test = setup.tests[1]
+
+  def answered(meta, key, tester):
+    support, query = test.episode(test.sample(key), key)
+    return tester.predict(tester.adapt(meta, support, key), query.x)
+
   for inductive in (False, True):
     tester = setup.testers[name, inductive]
-    answers = jax.eval_shape(
-      lambda meta, tester=tester: tester.predict(tester.adapt(meta, one.support, jax.random.key(0)), one.query.x),
-      state.meta,
-    )
+    answers = jax.eval_shape(functools.partial(answered, tester=tester), state.meta, jax.random.key(0))
     assert answers.shape == (45, 3)
+
+
+@pytest.mark.parametrize('name', LEARNERS)
+def test_every_learner_can_be_trained_and_tested(name):
+  # ANIL's rates are by the names of Conv4's layers.
+  with contextlib.nullcontext() if name == 'anil' else in_place_of_conv4(SmallConvNet):
+    assert_trained_and_tested(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LEARNERS)
+def test_every_learner_can_be_trained_and_tested_with_conv4(name):
+  assert_trained_and_tested(name)
 
 
 def test_each_learner_is_another():
   """A name that built its neighbour's learner would go unseen in a table."""
-  config = classification.Config(way=3)
+  config = classification.Config(way=3, filters=2)
   build = lambda name, **options: few_shot_learners.build_learner(name, config, **options)
-  one = jax.tree.map(lambda a: a[0], episodes(ms.tasks.glyphs(way=3, shot=1, query=1), 1))
-  meta = build('maml').init(jax.random.key(0), one)
+  key, one = jax.random.key(0), of_three()
 
-  def adapted(name, **options):
-    return build(name, **options).adapt(meta, one.support, None)
+  def adapted(name):
+    """Which leaves of θ an inner step moves."""
+    init = jax.jit(build(name).init)(key, one)
+    meta, after = jax.device_get((init, jax.jit(build(name).adapt)(init, one.support, None)))
+    return jax.tree.map(lambda a, b: bool(np.any(a != b)), after, meta.theta)
 
-  moved = lambda tree: jax.tree.map(lambda a, b: bool(np.any(a != b)), tree, meta.theta)
-  assert not any(jax.tree.leaves({k: v for k, v in moved(adapted('anil')).items() if k != 'Dense_1'}))
-  assert all(jax.tree.leaves(moved(adapted('anil'))['Dense_1']))
-  assert any(jax.tree.leaves(moved(adapted('maml'))['ConvBlock_0']))
-  path = lambda name, **options: jax.tree.leaves(build(name, **options).path(meta, one.support, None))[0].shape[0]
-  assert [path('maml'), path('maml_5'), path('maml_5', test=True)] == [2, 6, 11]
-  first_order, second = (
-    jax.grad(lambda m, name=name: build(name).loss(m, one, None)[0])(meta) for name in ('fomaml', 'maml')
-  )
-  assert np.any(np.abs(first_order.theta['Dense_1']['kernel'] - second.theta['Dense_1']['kernel']) > 1e-6)
-  rates = {name: build(name).init(jax.random.key(0), one).alpha for name in ('meta_sgd', 'layer_rates')}
+  moved = adapted('anil')
+  assert all(jax.tree.leaves(moved.pop('Dense_1')))
+  assert not any(jax.tree.leaves(moved))
+  with in_place_of_conv4(SmallConvNet):
+    assert any(jax.tree.leaves(adapted('maml')['ConvBlock_0']))
+    meta = jax.jit(build('maml').init)(key, one)
+    slope = lambda name: jax.grad(lambda meta: build(name).loss(meta, one, None)[0])(meta).theta['Dense_0']['kernel']
+    first_order, second = jax.jit(lambda: (slope('fomaml'), slope('maml')))()
+    assert np.any(np.abs(np.subtract(first_order, second)) > 1e-6)
+
+    def steps(name, **options):
+      path = jax.eval_shape(lambda meta: build(name, **options).path(meta, one.support, None), meta)
+      return jax.tree.leaves(path)[0].shape[0]
+
+    assert [steps('maml'), steps('maml_5'), steps('maml_5', test=True)] == [2, 6, 11]
+
+  whole = dataclasses.replace(config, filters=None)
+  init = lambda name: jax.eval_shape(few_shot_learners.build_learner(name, whole).init, key, one)
+  rates = {name: init(name).alpha for name in ('meta_sgd', 'layer_rates')}
   assert {leaf.size for leaf in jax.tree.leaves(rates['layer_rates'])} == {1}
   assert sum(leaf.size for leaf in jax.tree.leaves(rates['meta_sgd'])) > 100_000
-  fce, bare = (build(name).init(jax.random.key(0), one) for name in ('matching_fce', 'matching'))
+  fce, bare = (init(name) for name in ('matching_fce', 'matching'))
   assert bare.support_context is None
   assert fce.support_context is not None
-  cells = [build(name).init(jax.random.key(0), one) for name in SEQUENTIAL]
+  cells = [init(name) for name in SEQUENTIAL]
   assert ['gates' in cell for cell in cells] == [True, False]
+
+
+def write_cell(directory, cell):
+  """Leaves what a run leaves: the configuration, and a row for each way of batch norm."""
+  steps, batch = (20, 2) if cell.learner == ('joint',) else (0, 1)
+  rows = [
+    table_row(
+      learner=cell.learner[0], way=cell.way, shot=cell.shot, test_shot=shot, batch_norm=mode, dataset=cell.dataset,
+      meta_batch=batch, mean_by_step=[0.5] * (steps + 1),
+    )
+    for shot in cell.test_shots
+    for mode in ('transductive', 'inductive')
+  ]  # fmt: skip
+  directory.mkdir(parents=True)
+  (directory / 'config.json').write_text(json.dumps(dataclasses.asdict(cell)))
+  (directory / 'results.json').write_text(json.dumps({'rows': rows}))
+
+
+def table_config(mini_imagenet):
+  """Table 3 of made-up images, two learners."""
+  return classification.Config(
+    learner=('prototypical', 'joint'), table3=True, dataset='mini_imagenet', data_dir=str(mini_imagenet),
+    image_size=16, **TINY,
+  )  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def table(mini_imagenet, tmp_path_factory):
-  """Table 3 of made-up images, end to end, two learners."""
+  """The table of cells by hand."""
   workdir = tmp_path_factory.mktemp('table')
-  config = classification.Config(
-    learner=('prototypical', 'joint'), table3=True, dataset='mini_imagenet', data_dir=str(mini_imagenet),
-    image_size=16, **TINY,
-  )  # fmt: skip
-  few_shot_table.prepare(config, workdir, few_shot_training.build, classification.run)()
+  config = table_config(mini_imagenet)
+  run = lambda cell, directory, setup: write_cell(directory, cell)
+  few_shot_table.prepare(config, workdir, few_shot_training.build, run)()
   return config, workdir
+
+
+@pytest.mark.slow
+def test_a_table_of_two_cells_that_are_run(mini_imagenet, tmp_path, monkeypatch):
+  monkeypatch.setattr(few_shot_table, 'WAYS', (5,))
+  monkeypatch.setattr(few_shot_table, 'SHOTS', (1,))
+  few_shot_table.prepare(table_config(mini_imagenet), tmp_path, few_shot_training.build, classification.run)()
+  rows = json.loads((tmp_path / 'table_mini_imagenet.json').read_text())['rows']
+  assert [(row['learner'], row['batch_norm']) for row in rows] == [
+    (learner, mode) for learner in ('prototypical', 'joint') for mode in ('transductive', 'inductive')
+  ]
+  lines = (tmp_path / 'table_mini_imagenet.md').read_text().splitlines()
+  assert [line.split(' | ', 3)[3] for line in lines[2:6]] == ['0 | 1 × 1 | 1 |'] * 2 + ['20 | 1 × 2 | 1 |'] * 2
+  assert 'on 2 unseen tasks of mini_imagenet' in lines[-1]
+  assert (tmp_path / 'table_mini_imagenet.png').read_bytes().startswith(b'\x89PNG')
 
 
 class TestTable:
@@ -169,28 +256,34 @@ class TestTable:
     assert figure('meta_sgd', 'omniglot', 3, 1) is None
 
 
-def test_any_folder_of_images(tmp_path, mini_imagenet):
+@pytest.fixture(scope='module')
+def folder_run(mini_imagenet, tmp_path_factory):
+  """A run from start to end, of grey images from a folder, its three best checkpoints an ensemble."""
+  workdir = tmp_path_factory.mktemp('folder')
+  options = TINY | dict(meta_iterations=22, validate_every=2, ensemble=3)
   config = classification.Config(
-    learner=('prototypical',), dataset='folder', data_dir=str(mini_imagenet), image_size=16, channels=1, **TINY
+    learner=('prototypical',), dataset='folder', data_dir=str(mini_imagenet), image_size=16, channels=1, **options
   )
-  rows = classification.run(config, tmp_path)
+  with in_place_of_conv4(OneLayer):
+    return config, workdir, classification.run(config, workdir)
+
+
+def test_any_folder_of_images(folder_run):
+  config, workdir, rows = folder_run
   assert rows[0]['dataset'] == 'folder'
+  means = lambda rows: [row['mean_by_step'] for row in rows]
+  assert means(few_shot_table._read_rows(workdir / 'results.json')) == means(rows)  # As a table reads a cell's.
   data = few_shot_data.load(config)
   assert [len(bank.sizes) for bank in data] == [64, 16, 20]
   assert data.test.images.shape == (160, 16, 16, 1)
 
 
-def test_the_best_checkpoints_answer_together(tmp_path, mini_imagenet):
-  options = TINY | dict(meta_iterations=40)
-  config = classification.Config(
-    dataset='folder', data_dir=str(mini_imagenet), image_size=16, validate_every=2, ensemble=3, **options
-  )
-  rows = classification.run(config, tmp_path)
+def test_the_best_checkpoints_answer_together(folder_run):
+  _, workdir, rows = folder_run
   assert rows[0]['ensemble'] == 3
-  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   found = {line['step']: line['validation_accuracy'] for line in lines if 'validation_accuracy' in line}
-  assert len(found) == 20
-  assert list(found) == list(range(2, 41, 2))
+  assert list(found) == list(range(2, 23, 2))
 
 
 def test_checkpoints_are_kept_by_their_accuracy():
@@ -217,21 +310,21 @@ def test_images_stay_on_the_host_where_asked():
 @pytest.mark.parametrize(
   ('values', 'message'),
   [
-    (dict(table2=True, table3=True), 'table2 and table3 are two commands; give one'),
-    (dict(dataset='mini_imagenet'), 'dataset mini_imagenet needs data_dir'),
-    (dict(ensemble=3), 'ensemble=3 is of checkpoints that validate_every makes; give --validate_every=N'),
-    (dict(channels=2), 'channels must be 1 or 3, got 2'),
-    (dict(eval_shots=(0,)), r'eval_shots must be whole numbers of at least 1, got \(0,\)'),
-    (dict(eval_shots=(1, 1)), 'eval_shots must be some of numbers, each once'),
-    (dict(multi_step_loss=True), 'multi_step_loss is for several inner steps, got inner_steps=1; give at least 2'),
-    (dict(alpha_by_step=True), 'alpha_by_step is for several inner steps, got inner_steps=1; give at least 2'),
-    (dict(ensemble=3, validate_every=200), 'ensemble=3 is more than the 2 validations of 500 meta-iterations'),
-    (dict(table2=True, dataset='glyphs'), 'a table is of real images, got dataset=glyphs'),
-    (dict(class_lists='lists'), 'class_lists is for dataset folder, got dataset=glyphs'),
+    (dict(table2=True, table3=True), ('table2 and table3', 'give one')),
+    (dict(dataset='mini_imagenet'), ('mini_imagenet', 'data_dir')),
+    (dict(ensemble=3), ('ensemble=3', '--validate_every=N')),
+    (dict(channels=2), ('channels', '1 or 3', 'got 2')),
+    (dict(eval_shots=(0,)), ('eval_shots', 'at least 1', '(0,)')),
+    (dict(eval_shots=(1, 1)), ('eval_shots', 'each once')),
+    (dict(multi_step_loss=True), ('multi_step_loss', 'inner_steps=1', 'at least 2')),
+    (dict(alpha_by_step=True), ('alpha_by_step', 'inner_steps=1', 'at least 2')),
+    (dict(ensemble=3, validate_every=200), ('ensemble=3', '2 validations', '500 meta-iterations', 'lower')),
+    (dict(table2=True, dataset='glyphs'), ('table', 'dataset=glyphs', 'leave dataset out')),
+    (dict(class_lists='lists'), ('class_lists', 'folder', 'dataset=glyphs', 'leave it out')),
   ],
 )
 def test_settings_that_do_not_go_together(values, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     classification.Config(**values)
 
 
@@ -257,7 +350,7 @@ def test_a_cell_that_diverges_does_not_keep_the_others_waiting(tmp_path, monkeyp
 
   monkeypatch.setattr(few_shot_data, 'load', lambda config: few_shot_data.Data(None, None, None))
   make = few_shot_table.prepare(config, tmp_path, lambda cell, data: None, run)
-  with pytest.raises(TrainingError, match='1 of 4 cells are missing: cell 1 of 4: MAML, 5-way, trained on 1 shot'):
+  with pytest.raises(TrainingError, match=saying('1 of 4 cells', 'cell 1 of 4', 'MAML', '5-way', '1 shot')):
     make()
   assert made == [('lstm', 5), ('maml', 20), ('lstm', 20)]
   assert 'error: the loss is no longer finite' in capsys.readouterr().out
@@ -292,7 +385,9 @@ def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path,
   (broken / 'results.json').write_bytes(text.encode('latin-1'))
   assert not few_shot_table._done(cell, broken)
   few_shot_table.write(tmp_path, 'omniglot')
-  assert f'{broken}/results.json is no results of a cell and not in the table' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert f'{broken}/results.json' in out
+  assert 'not in the table' in out
   assert len(json.loads((tmp_path / 'table_omniglot.json').read_text())['rows']) == 1
 
 
@@ -305,15 +400,18 @@ def test_a_pipe_for_a_cell_is_not_waited_for(tmp_path, capsys):
   assert not few_shot_table._done(cell, directory)
   os.mkfifo(directory / 'results.json')
   assert few_shot_table.rows_of(tmp_path, 'omniglot') == []
-  assert 'is no results of a cell and not in the table (it is not a file)' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert f'{directory}/results.json' in out
+  assert 'not in the table (it is not a file)' in out
 
 
 def test_a_sequence_has_ten_images_of_a_class():
   config = classification.Config(learner=('mann',), shot=10)
-  with pytest.raises(ValueError, match='learner mann reads 10 images of a class, got shot=10; give a lower shot'):
+  with pytest.raises(ValueError, match=saying('mann', '10 images', 'shot=10', 'lower shot')):
     few_shot_training.build(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['random', 'lstm'])
 def test_an_ensemble_of_what_is_not_trained_and_of_what_reads_sequences(name, tmp_path, mini_imagenet):
   config = classification.Config(
@@ -339,6 +437,21 @@ def test_a_folder_is_split_by_lists(tmp_path):
 
 
 def test_training_starts_from_a_model(tmp_path):
+  path, options = str(tmp_path / 'm.safetensors'), TINY | dict(way=3)
+  model = small_model(way=3, filters=2, hidden=32, seed=1)
+  ms.save_model(path, model)
+  config = classification.Config(start=path, **options)
+  state = few_shot_training._first_state('meta_sgd', 0, config, few_shot_training.build(config))
+  assert_trees_close(state.meta, model.meta, rtol=0, atol=0)
+  for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
+    with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden)', 'make them the same')):
+      few_shot_training.build(classification.Config(start=path, **options | other))
+  with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave it out')):
+    classification.Config(start=path, learner=('lstm',))
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_anothers_model_answers_as_it_did(tmp_path):
   options = TINY | dict(way=3)
   rows = classification.run(classification.Config(**options), tmp_path / 'first')
   path = str(tmp_path / 'first' / 'model_meta_sgd.safetensors')
@@ -347,39 +460,32 @@ def test_training_starts_from_a_model(tmp_path):
   np.testing.assert_allclose(again[0]['mean_by_step'], rows[0]['mean_by_step'], atol=1e-6)
   models = [ms.load_model(tmp_path / run / 'model_meta_sgd.safetensors').meta for run in ('first', 'second')]
   assert_trees_close(*models, atol=1e-6)
-  for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
-    with pytest.raises(ValueError, match=r'is a model of \(learner, way, filters, hidden\) = .* make them the same'):
-      few_shot_training.build(classification.Config(start=path, **options | other))
-  with pytest.raises(ValueError, match='start is a model of meta_sgd or maml, got learner=lstm; leave it out'):
-    classification.Config(start=path, learner=('lstm',))
 
 
 def test_joint_training_needs_classes():
   config = classification.Config(learner=('joint',))
-  with pytest.raises(ValueError, match='learner joint needs a data set with classes to train on; glyphs have none'):
+  with pytest.raises(ValueError, match=saying('joint', 'glyphs', '--dataset=omniglot')):
     few_shot_training.build(config)
 
 
 def test_validation_needs_classes():
   config = classification.Config(validate_every=5)
   bank = ms.tasks.class_bank(np.zeros((6, 20, 28, 28, 1), np.uint8))
-  with pytest.raises(ValueError, match='validate_every needs classes to validate on; give --validation_classes=100'):
+  with pytest.raises(ValueError, match=saying('validate_every', '--validation_classes=100')):
     few_shot_training.build(config, few_shot_data.Data(bank, None, bank))
 
 
 def test_a_folder_with_too_few_images_of_a_class(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(30)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=5)
-  with pytest.raises(
-    ValueError, match=r"class 'class_\d+' of the train part has 3 images where shot \+ query = 1 \+ 5"
-  ):
+  with pytest.raises(ValueError, match=saying("'class_", 'train part', '3 images', 'shot + query = 1 + 5')):
     few_shot_training.build(config)
 
 
 def test_a_folder_with_too_few_classes(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(10)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=1, eval_query=1)
-  with pytest.raises(ValueError, match=r'way=3 asks for more classes than there are in the test part \(2\)'):
+  with pytest.raises(ValueError, match=saying('way=3', 'test part (2)', 'add classes')):
     few_shot_training.build(config)
 
 
