@@ -1,7 +1,6 @@
 """Other libraries' models in Meta-SGD's inner loop: the same weights give the same numbers in all."""
 
 import functools
-import re
 import sys
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import assert_trees_close
+from problems import assert_trees_close, saying
 
 import metasgd_jax as ms
 from metasgd_jax import checkpoint
@@ -116,6 +115,11 @@ WAYS = {
 }
 
 
+def single():
+  """The first episode, in float32."""
+  return jax.tree.map(lambda a: a[0].astype(np.float32 if a.dtype == float else np.int32), problem()[1])
+
+
 def problem(tasks=2):
   """Common weights, rates and episodes, as NumPy arrays in float64."""
   rng = np.random.default_rng(0)
@@ -159,21 +163,22 @@ def expected():
 def measured(way, how):
   """The mean loss of the tasks and its gradient by (θ, α), of the common weights."""
   with jax.enable_x64(True):
-    common, episodes = jax.tree.map(jnp.asarray, problem())
+    common, episodes = problem()
     put = lambda meta: ms.MetaParams(way.put(meta.theta), way.put(meta.alpha))
-    if how == 'model':
+
+    def by_model(common):
       learner = ms.meta_sgd(way.model, CROSS_ENTROPY)
-      keys = jax.random.split(jax.random.key(0), 2)
       meta, back = jax.vjp(put, common)
-      (loss, _), grads = jax.jit(lambda meta: ms.value_and_grad(learner, meta, episodes, keys))(meta)
+      (loss, _), grads = ms.value_and_grad(learner, meta, episodes, jax.random.split(jax.random.key(0), 2))
       return loss, back(grads)[0]
+
     loss_fn = lambda theta, batch: CROSS_ENTROPY(way.bare(theta, batch.x), batch.y)
 
     def loss(meta):
       one = lambda task: loss_fn(ms.adapt(*put(meta), task.support, loss_fn=loss_fn), task.query)
       return jnp.mean(jax.vmap(one)(episodes))
 
-    return jax.jit(jax.value_and_grad(loss))(common)
+    return jax.jit(by_model if how == 'model' else jax.value_and_grad(loss))(common)
 
 
 class TestFiveLibraries:
@@ -204,25 +209,28 @@ class TestFiveLibraries:
   @pytest.mark.parametrize('library', ['linen', 'nnx', 'equinox', 'haiku'])
   def test_starts_are_of_the_key_and_a_head_alone_may_adapt(self, library):
     model = WAYS[library]().model
-    one = jax.tree.map(lambda a: jnp.asarray(a[0], jnp.float32 if a.dtype == float else jnp.int32), problem()[1])
+    one = single()
     last = lambda name: name.lower().startswith(('dense', 'linear'))
     learner = ms.meta_sgd(ms.partly(model, last), CROSS_ENTROPY)
-    keys = jnp.stack([jax.random.key(seed) for seed in (0, 0, 1)])
-    starts = jax.jit(jax.vmap(lambda key: learner.init(key, one)))(keys)
+    start = jax.jit(jax.vmap(lambda seed: learner.init(jax.random.key(seed), one)))
+    starts = jax.device_get(start(np.array([0, 0, 1])))
     first, again, other = (jax.tree.map(lambda a, i=i: a[i], starts) for i in range(3))
     assert_trees_close(first, again, rtol=0, atol=0)
     differs = [not np.allclose(a, b) for a, b in zip(*map(jax.tree.leaves, (first.theta, other.theta)), strict=True)]
     assert sum(differs) >= 2
-    adapted = learner.adapt(again, one.support, None)
-    moved = {n: bool(np.any(a != t)) for (n, a), (_, t) in zip(*map(leaves, (adapted, again.theta)), strict=True)}
+    adapt = lambda meta: learner.adapt(meta, one.support, None)
+    adapted, predicted = jax.jit(lambda meta: (adapt(meta), learner.predict(adapt(meta), one.query.x)))(again)
+    moved = {
+      n: bool(np.any(np.asarray(a) != t)) for (n, a), (_, t) in zip(*map(leaves, (adapted, again.theta)), strict=True)
+    }
     assert moved == {name: last(name) for name in moved}
     assert sum(moved.values()) == 2
-    assert learner.predict(adapted, one.query.x).shape == (6, WAY)
+    assert predicted.shape == (6, WAY)
 
   @pytest.mark.parametrize('library', ['linen', 'nnx', 'equinox', 'haiku'])
   def test_a_train_state_is_saved_and_read(self, library, tmp_path):
     """By `checkpoint`, whatever the library's own containers are."""
-    one = jax.tree.map(lambda a: jnp.asarray(a[0], jnp.float32 if a.dtype == float else jnp.int32), problem()[1])
+    one = single()
     tasks = ms.TaskDistribution(lambda key: one, lambda task, key: task)
     learner = ms.meta_sgd(WAYS[library]().model, CROSS_ENTROPY)
     start = lambda seed: ms.init(jax.random.key(seed), tasks, learner=learner, optimizer=optax.adam(1e-3))
@@ -236,11 +244,16 @@ class TestFiveLibraries:
     """What `nnx.split` gives, with variables in it, as α too."""
     module = Nnx(nnx.Rngs(0))
     graphdef, theta = nnx.split(module)
-    one = jax.tree.map(lambda a: jnp.asarray(a[0], jnp.float32 if a.dtype == float else jnp.int32), problem()[1])
+    one = single()
     loss_fn = lambda theta, batch: CROSS_ENTROPY(nnx.merge(graphdef, theta)(batch.x), batch.y)
-    alpha = ms.init_alpha(jax.random.key(0), theta, low=0.1, high=0.1)
-    adapted = jax.jit(lambda t, a: ms.adapt(t, a, one.support, loss_fn=loss_fn))(theta, alpha)
-    as_dict = ms.adapt(nnx.to_pure_dict(theta), 0.1, one.support, loss_fn=loss_fn)
+
+    @jax.jit
+    def both(theta):
+      alpha = ms.init_alpha(jax.random.key(0), theta, low=0.1, high=0.1)
+      as_dict = ms.adapt(nnx.to_pure_dict(theta), 0.1, one.support, loss_fn=loss_fn)
+      return ms.adapt(theta, alpha, one.support, loss_fn=loss_fn), as_dict
+
+    adapted, as_dict = both(theta)
     assert_trees_close(nnx.to_pure_dict(adapted), as_dict)
     nnx.update(module, adapted)
     np.testing.assert_allclose(module.dense.bias[...], as_dict['dense']['bias'], rtol=1e-6)
@@ -273,13 +286,12 @@ class TestMistakes:
   )
   def test_nnx_with_other_variables(self, layer, types):
     build = lambda rngs: nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), layer(rngs))
-    message = f'Sequential has variables of the types {types} besides nnx.Param; a Model is a pure function'
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=saying('Sequential has variables', types, 'nnx.Param', 'pure function')):
       ms.nn.from_nnx(build)
 
   def test_equinox_with_state(self):
     build = lambda key: eqx.nn.Sequential([eqx.nn.BatchNorm(2, 'batch', mode='batch')])
-    with pytest.raises(ValueError, match=r'Sequential has state \(eqx.nn.StateIndex\); a Model is a pure function'):
+    with pytest.raises(ValueError, match=saying('Sequential has state', 'eqx.nn.StateIndex', 'pure function')):
       ms.nn.from_equinox(build)
 
   @pytest.mark.parametrize(
@@ -293,8 +305,7 @@ class TestMistakes:
         self.dense = nnx.Linear(3, 3, rngs=rngs)
         self.scale = array()
 
-    message = r'Scaled\.scale.* is an array that is no nnx.Variable; wrap it in nnx.Variable, or close over it'
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=saying('Scaled.scale', 'an array', 'in nnx.Variable', 'close over it')):
       ms.nn.from_nnx(Scaled)
 
   @pytest.mark.parametrize(
@@ -317,14 +328,14 @@ class TestMistakes:
   @pytest.mark.parametrize(
     ('build', 'message'),
     [
-      (lambda key: Scaled(jnp.ones(9), jax.random.permutation(key, 9)), 'Scaled has arrays .* that depend on the key'),
-      (lambda key: Scaled(jnp.ones(9, jnp.complex64), 1), 'Scaled has parameters of dtype complex64, which cannot'),
-      (lambda key: Scaled(np.ones(9), 1), 'Scaled has no parameters, which are floating-point JAX arrays'),
+      (lambda key: Scaled(jnp.ones(9), jax.random.permutation(key, 9)), ['Scaled has arrays', 'depend on the key']),
+      (lambda key: Scaled(jnp.ones(9, jnp.complex64), 1), ['Scaled has parameters', 'complex64']),
+      (lambda key: Scaled(np.ones(9), 1), ['Scaled has no parameters', 'floating-point JAX arrays']),
     ],
     ids=['by key', 'complex', 'none'],
   )
   def test_equinox_with_what_cannot_be_learned(self, build, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=saying(*message)):
       ms.nn.from_equinox(build)
 
   @pytest.mark.parametrize('library', ['nnx', 'equinox'])
@@ -334,14 +345,14 @@ class TestMistakes:
       'equinox': (ms.nn.from_equinox, 'eqx.Module', eqx.nn.Linear(3, 1, key=jax.random.key(0))),
     }[library]
     for wrong, name in ((module, 'Linear'), (5, 'int')):
-      with pytest.raises(ValueError, match=f'build must be a function, .* → {kind}, got {name}; write lambda'):
+      with pytest.raises(ValueError, match=saying('build', 'a function', f'→ {kind}', f'got {name}', 'write lambda')):
         adapter(wrong)
-    with pytest.raises(ValueError, match=f'build must return an {kind}, got int'):
+    with pytest.raises(ValueError, match=saying('build', f'return an {kind}', 'got int')):
       adapter(lambda _: 3)
 
   def test_equinox_that_is_not_installed(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'equinox', None)
-    with pytest.raises(ImportError, match=r"Equinox is not installed; pip install 'metasgd_jax\[compose\]'"):
+    with pytest.raises(ImportError, match=saying('Equinox is not installed', "pip install 'metasgd_jax[compose]'")):
       ms.nn.from_equinox(Equinox)
 
   def test_no_array_is_made_before_init(self):

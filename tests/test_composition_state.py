@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import assert_slopes_by_differences, assert_trees_close
+from problems import assert_slopes_by_differences, assert_trees_close, saying, to_float64
 
 import metasgd_jax as ms
 
@@ -116,8 +116,7 @@ class TestState:
       assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-11)
       assert not np.allclose(after['mean'], given[1]['mean'])
 
-  @pytest.mark.parametrize('backward', ['recompute', 'forward', 'sparse'])
-  def test_a_key_of_dropout_in_the_batch(self, backward):
+  def test_a_key_of_dropout_in_the_batch(self):
     """The same key is the same mask at every step and on the way back; another key another loss."""
 
     class Net(nn.Module):
@@ -129,7 +128,7 @@ class TestState:
       (x, y), key = batch
       return MSE(Net().apply({'params': theta}, x, rngs={'dropout': key}), y)
 
-    def outer(meta, key, backward=backward):
+    def outer(meta, key, backward):
       adapted = ms.adapt(*meta, (support, key), loss_fn=loss, steps=3, backward=backward)
       return loss(adapted, (query, jax.random.key(9)))
 
@@ -137,14 +136,17 @@ class TestState:
       _, _, support, query = problem()
       rng = np.random.default_rng(1)
       shapes = jax.eval_shape(Net().init, jax.random.key(0), support.x)['params']
-      draw = lambda size: jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * size), shapes)
+      draw = lambda size: jax.tree.map(lambda s: rng.normal(size=s.shape) * size, shapes)
       meta = ms.MetaParams(draw(1.0), draw(0.1))
       key = jax.random.key(3)
-      loss_, grads = jax.jit(jax.value_and_grad(outer))(meta, key)
-      expected, expected_grads = jax.jit(jax.value_and_grad(lambda m, k: outer(m, k, 'reverse')))(meta, key)
-      np.testing.assert_allclose(loss_, expected, rtol=1e-12)
-      assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
-      assert abs(outer(meta, jax.random.key(4)) - loss_) > 1e-6
+      by = lambda backward: jax.jit(jax.value_and_grad(lambda meta, key: outer(meta, key, backward)))
+      expected, expected_grads = by('reverse')(meta, key)
+      for backward in ('recompute', 'forward', 'sparse'):
+        gradient = by(backward)
+        loss_, grads = gradient(meta, key)
+        np.testing.assert_allclose(loss_, expected, rtol=1e-12)
+        assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)
+        assert abs(gradient(meta, jax.random.key(4))[0] - loss_) > 1e-6
 
   def test_nnx_dropout_draws_a_mask_a_step_and_has_a_meta_gradient(self):
     class Net(nnx.Module):
@@ -171,19 +173,25 @@ class TestState:
 
     with jax.enable_x64(True):
       _, _, support, query = problem()
-      theta = jax.tree.map(lambda t: jnp.asarray(t, jnp.float64), nnx.to_pure_dict(theta))
-      meta = ms.MetaParams(theta, jax.tree.map(lambda t: jnp.full(t.shape, 0.1), theta))
+      theta = to_float64(nnx.to_pure_dict(theta))
+      meta = ms.MetaParams(theta, jax.tree.map(lambda t: np.full(t.shape, 0.1), theta))
       assert_slopes_by_differences(outer, meta)
-      same = ms.adapt(*meta, (support, rest), loss_fn=lambda *inputs: loss(*inputs)[0], steps=2)
-      np.testing.assert_allclose(outer(meta, new_masks=False), loss(same, (query, rest))[0], rtol=1e-12)
-      assert abs(outer(meta) - outer(meta, new_masks=False)) > 1e-6
+
+      @jax.jit
+      def with_new_and_with_one(meta):
+        same = ms.adapt(*meta, (support, rest), loss_fn=lambda *inputs: loss(*inputs)[0], steps=2)
+        return outer(meta), outer(meta, new_masks=False), loss(same, (query, rest))[0]
+
+      new, one, adapted_at_once = with_new_and_with_one(meta)
+      np.testing.assert_allclose(one, adapted_at_once, rtol=1e-12)
+      assert abs(new - one) > 1e-6
 
 
 class TestMasks:
-  SHOTS = (1, 3, 5)
+  SHOTS = (1, 5)
 
   def padded(self, labels, width=5):
-    """Tasks of 1, 3 and 5 shots and 4, 2 and 3 queries, and the same padded with what may not matter."""
+    """Tasks of 1 and 5 shots and 4 and 2 queries, and the same padded with what may not matter."""
     rng = np.random.default_rng(0)
 
     def pad(batch):
@@ -194,7 +202,7 @@ class TestMasks:
     def batch(n):
       return ms.Batch(rng.normal(size=(n, 3)), rng.integers(0, 3, n) if labels else rng.normal(size=(n, 3)))
 
-    tasks = [ms.Episode(batch(s), batch(q)) for s, q in zip(self.SHOTS, (4, 2, 3), strict=True)]
+    tasks = [ms.Episode(batch(s), batch(q)) for s, q in zip(self.SHOTS, (4, 2), strict=True)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[ms.Episode(*map(pad, task)) for task in tasks])
     return tasks, stacked
 
@@ -203,35 +211,34 @@ class TestMasks:
     model = ms.nn.from_linen(ms.nn.MLP((4,), outputs=3, stddev=0.5))
     options = dict(steps=2)
     with jax.enable_x64(True):
-      tasks, stacked = jax.tree.map(jnp.asarray, self.padded(labels=loss is not MSE))
+      tasks, stacked = self.padded(labels=loss is not MSE)
       masked = ms.meta_sgd(model, ms.losses.masked(loss), **options)
-      meta = masked.init(jax.random.key(0), jax.tree.map(lambda a: a[0], stacked))
-      meta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), meta)
-      keys = jax.random.split(jax.random.key(0), 3)
+      meta = to_float64(jax.jit(masked.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], stacked)))
+      keys = jax.random.split(jax.random.key(0), 2)
       (value, _), grads = jax.jit(lambda m: ms.value_and_grad(masked, m, stacked, keys))(meta)
       plain = ms.meta_sgd(model, loss, **options)
-      one_by_one = lambda m: sum(plain.loss(m, task, None)[0] for task in tasks) / 3
+      one_by_one = lambda m: sum(plain.loss(m, task, None)[0] for task in tasks) / 2
       expected, expected_grads = jax.jit(jax.value_and_grad(one_by_one))(meta)
       np.testing.assert_allclose(value, expected, rtol=1e-12)
       assert_trees_close(grads, expected_grads, rtol=1e-11, atol=1e-14)
 
   def test_of_a_metric_it_is_the_mean_over_the_items_there(self):
-    logits = jnp.eye(3)[jnp.array([0, 1, 2, 0])]
-    targets = jnp.array([0, 1, 0, 1]), jnp.array([True, True, True, False])
-    np.testing.assert_allclose(ms.losses.masked(ms.losses.accuracy)(logits, targets), 2 / 3, rtol=1e-6)
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
+    targets = np.array([0, 1, 0, 1]), np.array([True, True, True, False])
+    np.testing.assert_allclose(jax.jit(ms.losses.masked(ms.losses.accuracy))(logits, targets), 2 / 3, rtol=1e-6)
 
   def test_a_task_with_no_shot_stays(self):
     loss = lambda theta, batch: ms.losses.masked(MSE)(batch.x @ theta, batch.y)
-    empty = ms.Batch(jnp.ones((2, 3)), (jnp.ones((2, 1)), jnp.zeros(2, bool)))
-    theta = jnp.full((3, 1), 0.5)
-    np.testing.assert_array_equal(ms.adapt(theta, 0.1, empty, loss_fn=loss), theta)
+    empty = ms.Batch(np.ones((2, 3), np.float32), (np.ones((2, 1), np.float32), np.zeros(2, bool)))
+    theta = np.full((3, 1), 0.5, np.float32)
+    np.testing.assert_array_equal(jax.jit(lambda theta: ms.adapt(theta, 0.1, empty, loss_fn=loss))(theta), theta)
 
   def test_mistakes(self):
     loss = ms.losses.masked(MSE)
-    with pytest.raises(ValueError, match=r'targets must be a pair \(y, mask\), got ndarray; give Batch'):
-      loss(jnp.ones((2, 1)), np.ones((2, 1)))
-    message = r'mask must be booleans of shape \(2,\), one an item, got {} of shape {}'
-    with pytest.raises(ValueError, match=message.format('float32', r'\(2,\)')):
-      loss(jnp.ones((2, 1)), (jnp.ones((2, 1)), jnp.ones(2)))
-    with pytest.raises(ValueError, match=message.format('bool', r'\(2, 1\)')):
-      loss(jnp.ones((2, 1)), (jnp.ones((2, 1)), jnp.ones((2, 1), bool)))
+    ones = lambda *shape, dtype=np.float32: np.ones(shape, dtype)
+    with pytest.raises(ValueError, match=saying('targets', 'a pair (y, mask)', 'got ndarray', 'give Batch')):
+      loss(ones(2, 1), ones(2, 1))
+    with pytest.raises(ValueError, match=saying('mask', 'booleans of shape (2,)', 'got float32 of shape (2,)')):
+      loss(ones(2, 1), (ones(2, 1), ones(2)))
+    with pytest.raises(ValueError, match=saying('mask', 'booleans of shape (2,)', 'got bool of shape (2, 1)')):
+      loss(ones(2, 1), (ones(2, 1), ones(2, 1, dtype=bool)))

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 from PIL import Image
+from problems import SmallConvNet, saying
 from small_models import pictures, small_model
 
 import metasgd_jax as ms
@@ -33,15 +35,29 @@ def some(count, seed=0, way=5):
   return (pictures(labels, size=16, seed=seed) / 255).astype(np.float32)[..., None], labels
 
 
+def shrink(patch):
+  """Has models of one block in Conv4's place, which compile in a fraction of its time."""
+  patch.setattr(ms.nn, 'Conv4', lambda way, **sizes: SmallConvNet(way))
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+  shrink(monkeypatch)
+
+
 @pytest.fixture(scope='module')
 def model():
-  return small_model(seed=3, training={'dataset': 'none'}, **SMALL)
+  with pytest.MonkeyPatch.context() as patch:
+    shrink(patch)
+    return small_model(seed=3, training={'dataset': 'none'}, **SMALL)
 
 
 @pytest.fixture(scope='module')
 def file(model, tmp_path_factory):
   path = tmp_path_factory.mktemp('exported') / 'small.zip'
-  export.export_model(path, model)
+  with pytest.MonkeyPatch.context() as patch:
+    shrink(patch)
+    export.export_model(path, model)
   return path
 
 
@@ -55,14 +71,39 @@ def run_alone(file, support, x, tmp_path):
   return np.load(tmp_path / 'out.npy')
 
 
+def test_the_documented_lines_give_the_learners_numbers_without_the_package(tmp_path):
+  learner, _, episode = linear(lambda theta, support: {'w': theta['w'] * support.x.mean()})
+  meta = {'w': np.arange(6, dtype=np.float32).reshape(2, 3)}
+  export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
+  rng = np.random.default_rng(0)
+  support = rng.normal(size=(6, 2)).astype(np.float32), np.ones((6, 1), np.float32)
+  x = rng.normal(size=(7, 2)).astype(np.float32)
+  ours = scipy.special.softmax(x @ meta['w'] * support[0].mean(), -1)
+  np.testing.assert_allclose(run_alone(tmp_path / 'a.zip', support, x, tmp_path), ours, rtol=1e-5)
+
+
 @pytest.mark.parametrize('shots', [1, 3])
-def test_the_documented_lines_give_the_classifiers_numbers_without_the_package(file, model, shots, tmp_path):
+def test_the_documented_lines_give_the_classifiers_numbers(file, model, one_block, shots, tmp_path, monkeypatch):
   support, (x, _) = some(5 * shots), some(7, seed=1)
   ours = ms.FewShotClassifier(model, invert=False).fit(*support).predict_proba(x)
-  np.testing.assert_allclose(run_alone(file, support, x, tmp_path), ours, rtol=1e-5)
+  np.savez(tmp_path / 'in.npz', support_x=support[0], support_y=support[1], x=x)
+  monkeypatch.setattr(sys, 'argv', ['', *(str(path) for path in (file, tmp_path / 'in.npz', tmp_path / 'out.npy'))])
+  exec(compile(ALONE, 'docs/export.md', 'exec'), {})
+  np.testing.assert_allclose(np.load(tmp_path / 'out.npy'), ours, rtol=1e-5)
 
 
-def test_fewer_classes_and_a_fixed_number_of_shots(model, tmp_path):
+@pytest.mark.slow
+def test_the_documented_lines_give_the_numbers_of_conv4_without_the_package(tmp_path):
+  model = small_model(seed=3, **SMALL)
+  export.export_model(tmp_path / 'a.zip', model)
+  classifier, (x, _) = ms.FewShotClassifier(model, invert=False), some(7, seed=1)
+  for shots in (1, 3):
+    support = some(5 * shots)
+    ours = classifier.fit(*support).predict_proba(x)
+    np.testing.assert_allclose(run_alone(tmp_path / 'a.zip', support, x, tmp_path), ours, rtol=1e-5)
+
+
+def test_fewer_classes_and_a_fixed_number_of_shots(model, one_block, tmp_path):
   found = export.export_model(tmp_path / 'a.zip', model, way=3, shot=2, inductive=False, platforms=('cpu',))
   support, (x, _) = some(6, way=3), some(4, seed=1, way=3)
   learner = model_file.build_learner(model.config, 3)
@@ -100,15 +141,18 @@ LEARNERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', LEARNERS)
+RECURRENT = ('matching', 'mann')  # Their loops take the compiler longest.
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in RECURRENT else n for n in LEARNERS])
 def test_learners_of_each_kind(name, tmp_path):
   learner = LEARNERS[name](ms.nn.from_linen(ms.nn.MLP((8,), outputs=5, stddev=0.1)))
   flat = lambda x, y: ms.Batch(x.reshape(len(x), -1), y)
   episode = ms.Episode(flat(*some(5)), flat(*some(10, seed=1)))
   meta = jax.jit(learner.init)(jax.random.key(0), episode)
   found = export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
-  support, (x, _) = flat(*some(20, seed=2)), flat(*some(4, seed=3))
-  ours = learner.predict(learner.adapt(meta, support, jax.random.key(0)), x)
+  support, (x, _) = flat(*some(10, seed=2)), flat(*some(4, seed=3))
+  ours = jax.jit(lambda meta: learner.predict(learner.adapt(meta, support, jax.random.key(0)), x))(meta)
   theirs = found.predict(found.adapt(found.parameters, *support), x)
   np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
@@ -146,7 +190,7 @@ def test_a_program_with_other_numbers_is_not_written(tmp_path):
     return x @ theta['w'] + len(traced)
 
   (tmp_path / 'a.zip').write_text('of before')
-  with pytest.raises(WriterError, match='the exported programs differ from the learner, by'):
+  with pytest.raises(WriterError, match=saying('differ from the learner', 'by ')):
     export.export_learner(tmp_path / 'a.zip', *linear(predict=predict))
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.zip', 'of before')]
 
@@ -157,7 +201,7 @@ def test_other_numbers_are_seen_beside_infinite_ones(tmp_path):
   assert export.export_learner(tmp_path / 'a.zip', *same, platforms=('cpu',)).about['checked_on'] == 'cpu'
   traced = []
   other = linear(predict=lambda theta, x: traced.append(1) or absent(x @ theta['w'] + 1e-2 * len(traced)))
-  with pytest.raises(WriterError, match=r'differ from the learner, by 0.0\d* where both are finite'):
+  with pytest.raises(WriterError, match=saying('differ from the learner', 'by 0.0', 'finite')):
     export.export_learner(tmp_path / 'b.zip', *other, platforms=('cpu',))
   assert [path.name for path in tmp_path.iterdir()] == ['a.zip']
 
@@ -165,13 +209,14 @@ def test_other_numbers_are_seen_beside_infinite_ones(tmp_path):
 def test_names_with_slashes_as_haiku_gives_them(tmp_path):
   transformed = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 1])(x)))
   learner = ms.meta_sgd(ms.Model(transformed.init, transformed.apply), ms.losses.mean_squared_error)
-  tasks = ms.tasks.sinusoid(shot=5)
-  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
-  meta = learner.init(jax.random.key(2), episode)
+  batch = lambda seed: ms.Batch(*np.random.default_rng(seed).normal(size=(2, 5, 1)).astype(np.float32))
+  episode = ms.Episode(batch(0), batch(1))
+  meta = jax.jit(learner.init)(jax.random.key(2), episode)
   export.export_learner(tmp_path / 'a.zip', learner, meta, episode, platforms=('cpu',))
   found = export.load_exported(tmp_path / 'a.zip')
   assert 'theta.mlp/~/linear_0.w' in found.parameters
-  ours = learner.predict(learner.adapt(meta, episode.support, jax.random.key(0)), episode.query.x)
+  adapted = lambda meta: learner.adapt(meta, episode.support, jax.random.key(0))
+  ours = jax.jit(lambda meta: learner.predict(adapted(meta), episode.query.x))(meta)
   theirs = found.predict(found.adapt(found.parameters, *episode.support), episode.query.x)
   np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
@@ -182,7 +227,7 @@ def test_a_file_of_64_bits_says_so_where_jax_has_32(tmp_path):
     episode = ms.Episode(*[ms.Batch(np.ones((4, 2)), np.ones((4, 1)))] * 2)
     export.export_learner(tmp_path / 'a.zip', learner, {'w': np.ones((2, 1))}, episode, platforms=('cpu',))
     assert export.load_exported(tmp_path / 'a.zip').parameters['w'].dtype == np.float64
-  with pytest.raises(ValueError, match=r"a.zip takes or gives float64, .* jax.config.update\('jax_enable_x64', True\)"):
+  with pytest.raises(ValueError, match=saying('a.zip', 'float64', "jax.config.update('jax_enable_x64', True)")):
     export.load_exported(tmp_path / 'a.zip')
 
 
@@ -227,27 +272,27 @@ def of_host(theta, support):
   ],
 )
 def test_a_support_that_cannot_be_open_is_told_and_can_be_fixed(adapt, tmp_path):
-  with pytest.raises(ValueError, match='number of items cannot be left open .*any_support=False'):
+  with pytest.raises(ValueError, match=saying('number of items', 'left open', 'any_support=False')):
     export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',))
   assert not list(tmp_path.iterdir())
   export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',), any_support=False)
 
 
 def test_a_predict_of_fixed_size_cannot_be_exported(tmp_path):
-  with pytest.raises(ValueError, match=r'left open .*; predict must take any number of query items'):
+  with pytest.raises(ValueError, match=saying('left open', 'predict', 'any number of query items')):
     fixed = linear(predict=lambda theta, x: x @ theta['w'] + np.ones((4, 1), np.float32))
-    export.export_learner(tmp_path / 'a.zip', *fixed, any_support=False)
+    export.export_learner(tmp_path / 'a.zip', *fixed, any_support=False, platforms=('cpu',))
 
 
 @pytest.mark.parametrize(
   ('adapt', 'message'),
   [
-    (of_host, 'cannot hold what calls back into Python'),
-    (lambda theta, support: theta | {'key': jax.random.key(0)}, r'adapt returns has a key of jax\.random'),
+    (of_host, ['calls back into Python']),
+    (lambda theta, support: theta | {'key': jax.random.key(0)}, ['what adapt returns', 'a key of jax.random']),
   ],
 )
 def test_what_no_file_can_hold(adapt, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     export.export_learner(tmp_path / 'a.zip', *linear(adapt), platforms=('cpu',), any_support=False)
   assert not list(tmp_path.iterdir())
 
@@ -255,18 +300,18 @@ def test_what_no_file_can_hold(adapt, message, tmp_path):
 @pytest.mark.parametrize(
   ('meta', 'message'),
   [
-    ({'k': jax.random.PRNGKey(0), 'key': 'a key'}, "the parameter key must be an array of numbers, got 'a key'"),
-    ({'a/../b': 1.0}, "the parameter 'a/../b' has a name that .*; rename it"),
-    ({'/b': 1.0}, "the parameter '/b' has a name that .*; rename it"),
-    ({'n': np.float32}, r'the parameter n must be an array of numbers, got <class'),
-    ({'a': {'b\0': 1.0}}, 'has a name that .*; rename it'),
+    ({'k': np.zeros(2, np.uint32), 'key': 'a key'}, ['parameter key ', 'array of numbers', "got 'a key'"]),
+    ({'a/../b': 1.0}, ["parameter 'a/../b'", 'a name', 'rename it']),
+    ({'/b': 1.0}, ["parameter '/b'", 'a name', 'rename it']),
+    ({'n': np.float32}, ['parameter n ', 'array of numbers', 'got <class']),
+    ({'a': {'b\0': 1.0}}, ['a name', 'rename it']),
   ],
 )
 def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
   learner, _, episode = linear()
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     export.export_learner(tmp_path / 'a.zip', learner, meta, episode)
-  with pytest.raises(ValueError, match='the parameter k is a key of jax'):
+  with pytest.raises(ValueError, match=saying('parameter k ', 'a key of jax')):
     export.export_learner(tmp_path / 'a.zip', learner, {'k': jax.random.key(0)}, episode)
   assert not list(tmp_path.iterdir())
 
@@ -274,57 +319,57 @@ def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
 @pytest.mark.parametrize(
   ('leaf', 'message'),
   [
-    (np.float32(3), r'support.y.1 must be an array of numbers with the items in front, got the scalar'),
-    (np.ones(3, np.float32), r'leaves of support must have one number of items in front, at least 1, got \[3, 4\]'),
+    (np.float32(3), ['support.y.1', 'items in front', 'got the scalar']),
+    (np.ones(3, np.float32), ['leaves of support', 'one number of items in front', 'at least 1', 'got [3, 4]']),
   ],
 )
 def test_leaves_of_the_episode_without_items_in_front(leaf, message, tmp_path):
   learner, meta, episode = linear()
   support = ms.Batch(episode.support.x, (episode.support.y, leaf))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     export.export_learner(tmp_path / 'a.zip', learner, meta, ms.Episode(support, episode.query))
 
 
 def test_a_support_whose_size_matters_must_be_fixed(tmp_path):
   halves = lambda theta, support: theta if support.x.shape[0] > 3 else {'w': theta['w'] / 2}
-  with pytest.raises(ValueError, match='cannot be left open .*any_support=False'):
-    export.export_learner(tmp_path / 'a.zip', *linear(halves))
-  export.export_learner(tmp_path / 'a.zip', *linear(halves), any_support=False)
+  with pytest.raises(ValueError, match=saying('left open', 'any_support=False')):
+    export.export_learner(tmp_path / 'a.zip', *linear(halves), platforms=('cpu',))
+  export.export_learner(tmp_path / 'a.zip', *linear(halves), any_support=False, platforms=('cpu',))
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(platforms=('gpu',)), r"platforms must be some of cpu, cuda, tpu, rocm, each once, got \('gpu',\)"),
-    (dict(platforms='cpu'), "got 'cpu'"),
-    (dict(platforms=()), r'got \(\)'),
-    (dict(says={'a': object()}), 'the file cannot hold this'),
+    (dict(platforms=('gpu',)), ['platforms', 'cpu, cuda, tpu, rocm', 'each once', "got ('gpu',)"]),
+    (dict(platforms='cpu'), ['platforms', "got 'cpu'"]),
+    (dict(platforms=()), ['platforms', 'got ()']),
+    (dict(says={'a': object()}), ['the file cannot hold this']),
   ],
 )
 def test_what_cannot_be_exported(options, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     export.export_learner(tmp_path / 'a.zip', *linear(), **options)
   assert not list(tmp_path.iterdir())
 
 
 def test_parameters_and_episodes_that_it_cannot_take(tmp_path):
   learner, _, episode = linear()
-  with pytest.raises(ValueError, match='dtype that NumPy has, got bfloat16'):
+  with pytest.raises(ValueError, match=saying('NumPy', 'got bfloat16')):
     export.export_learner(tmp_path / 'a.zip', learner, {'w': jax.numpy.ones((2, 1), 'bfloat16')}, episode)
-  with pytest.raises(ValueError, match=r'must be Batch\(x, y\), got tuple'):
+  with pytest.raises(ValueError, match=saying('Batch(x, y)', 'got tuple')):
     export.export_learner(tmp_path / 'a.zip', learner, {}, ms.Episode(tuple(episode.support), episode.query))
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(('options', 'message'), [(dict(way=6), 'got 6'), (dict(shot=0), 'shot must be .*, got 0')])
+@pytest.mark.parametrize(('options', 'message'), [(dict(way=6), ['got 6']), (dict(shot=0), ['shot', 'got 0'])])
 def test_classes_and_shots_that_there_are_not(model, options, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     export.export_model(tmp_path / 'a.zip', model, **options)
 
 
 @pytest.mark.parametrize('place', ['none/a.zip', '', 'a\0b', '~nobody-of-that-name/a'])
 def test_where_nothing_can_be_written(place, tmp_path):
-  with pytest.raises(WriterError, match='cannot be written .*; give another path'):
+  with pytest.raises(WriterError, match=saying('cannot be written', 'give another path')):
     export.export_learner(place if place.startswith('~') else f'{tmp_path}/{place}', *linear())
   assert not list(tmp_path.iterdir())
 
@@ -338,7 +383,7 @@ def changed_about(parts, **changes):
   return parts | {'about.json': json.dumps(json.loads(parts['about.json']) | changes).encode()}
 
 
-BIAS = 'parameters/theta.Dense_1.bias.npy'
+BIAS = 'parameters/theta.Dense_0.bias.npy'
 
 
 def other_shape(parts):
@@ -420,24 +465,25 @@ def test_files_that_are_something_else_are_refused(file, tmp_path):
       export.load_exported(tmp_path / name)
 
 
-def test_the_command_writes_a_file_that_it_has_compared(model, tmp_path, capsys):
+def test_the_command_writes_a_file_that_it_has_compared(model, one_block, tmp_path, capsys):
   ms.save_model(tmp_path / 'm', model)
   out = tmp_path / 'a.zip'
   flags = [f'--model={tmp_path / "m"}', f'--out={out}', '--way=3', '--shot=1', '--platforms=cpu,cuda']
   assert cli.main(['export', *flags]) == 0
   said = capsys.readouterr().out
-  assert 'MB, for cpu, cuda; read back, it gives the same numbers on cpu' in said
-  assert 'float32[3,16,16,1] of 0 to 1, light on dark, labels int32[3] from 0' in said
-  assert 'float32[Q,16,16,1] → logits float32[Q,3]' in said
+  assert re.match(saying(' MB', 'for cpu, cuda;', 'read back', 'same numbers on cpu', 'labels int32[3] from 0'), said)
+  assert re.match(
+    saying('float32[3,16,16,1] of 0 to 1, light on dark', 'float32[Q,16,16,1] → logits float32[Q,3]'), said
+  )
   assert ms.load_exported(out).about['says']['classes'] == 3
 
 
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--way=30'], 'the model tells 2 to 20 classes apart, got 30'),
-    (['--platforms=cpu,gpu'], "platforms must be some of cpu, cuda, tpu, rocm, each once, got ['cpu', 'gpu']"),
-    (['--out=none/a.zip'], 'none/a.zip cannot be written (there is no folder none); give another path'),
+    (['--way=30'], ['2 to 20 classes', 'got 30']),
+    (['--platforms=cpu,gpu'], ['platforms', 'cpu, cuda, tpu, rocm', 'each once', "got ['cpu', 'gpu']"]),
+    (['--out=none/a.zip'], ['none/a.zip cannot be written', 'no folder none', 'another path']),
   ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path, monkeypatch, capsys):
@@ -445,7 +491,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path,
   assert cli.main(['export', '--out=a.zip', *flags]) == 1
   out, err = capsys.readouterr()
   assert out == '', 'told that it exports, and does not'
-  assert err.startswith(f'error: {message}')
+  assert err.startswith('error: ')
+  assert re.match(saying(*message), err)
   assert err.count('\n') == 1
   assert not list(tmp_path.iterdir())
 

@@ -3,16 +3,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, sinusoid_learner
+from problems import assert_trees_close, saying, sinusoid_learner
 
 import metasgd_jax as ms
 from metasgd_jax import training
 
-pytestmark = pytest.mark.usefixtures('optimized')
-
 TASKS = ms.tasks.sinusoid()
 LEARNER = sinusoid_learner(hidden=(8,))
 ADAM = optax.adam(1e-2)
+
+# A problem of one weight, which compiles fast.
+POINTS = np.linspace(-1, 1, 5, dtype=np.float32)[:, None]
+LINES = ms.TaskDistribution(
+  lambda key: jax.random.normal(key, (1, 1)), lambda slope, key: ms.Episode(*[ms.Batch(POINTS, POINTS @ slope)] * 2)
+)
+LINE = ms.Model(lambda key, x: {'w': jax.random.normal(key, (1, 1))}, lambda theta, x: x @ theta['w'])
+OF_LINES = ms.meta_sgd(LINE, ms.losses.mean_squared_error)
 
 
 def start(seed=0, learner=LEARNER, optimizer=ADAM):
@@ -24,15 +30,11 @@ def train(state, iterations, learner=LEARNER, optimizer=ADAM, **kwargs):
   return ms.train(state, TASKS, learner=learner, optimizer=optimizer, meta_iterations=iterations, **options)
 
 
-def runs(seeds):
-  return ms.init(jax.vmap(jax.random.key)(jnp.asarray(seeds)), TASKS, learner=LEARNER, optimizer=ADAM)
-
-
 def without_key(state):
   return state._replace(key=jax.random.key_data(state.key))
 
 
-def test_equals_steps_taken_one_by_one():
+def test_equals_steps_taken_one_by_one(optimized):
   state = start()
   step = jax.jit(lambda s: ms.train_step(s, TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=4))
   losses, infos = [], []
@@ -62,14 +64,18 @@ def test_tasks_differ_from_step_to_step_and_seed_to_seed():
   assert len(set(losses)) == 40
 
 
-def test_seeds_side_by_side_equal_each_alone():
-  together = train(runs([3, 4, 5]), 20)
-  for r, seed in enumerate((3, 4, 5)):
-    for alone in (start(seed), jax.tree.map(lambda a: a[None], start(seed))):
-      got = train(alone, 20)
-      got = got if got.step.ndim == 0 else jax.tree.map(lambda a: a[0], got)
-      expected = jax.tree.map(lambda a, r=r: a[r], together)
-      assert_trees_close(without_key(got), without_key(expected), rtol=1e-4, atol=1e-5)
+def test_seeds_side_by_side_equal_each_alone(optimized):
+  def trained(seeds):
+    state = ms.init(seeds, LINES, learner=OF_LINES, optimizer=ADAM)
+    state = ms.train(state, LINES, learner=OF_LINES, optimizer=ADAM, meta_iterations=20, meta_batch=4, chunk=10)
+    return jax.device_get(without_key(state))
+
+  row = lambda tree, r: jax.tree.map(lambda a: a[r], tree)
+  seeds = jax.jit(jax.vmap(jax.random.key))(np.array([3, 4, 5]))
+  together = trained(seeds)
+  for r in range(3):
+    for got in (trained(seeds[r]), row(trained(seeds[r : r + 1]), 0)):
+      assert_trees_close(got, row(together, r), rtol=1e-4, atol=1e-5)
 
 
 def test_compiles_once():
@@ -126,20 +132,26 @@ def test_weight_decay_cannot_move_mamls_rate():
   learner, optimizer = sinusoid_learner(ms.maml, hidden=(8,), alpha=0.05), optax.adamw(1e-2, weight_decay=0.5)
   state = train(start(learner=learner, optimizer=optimizer), 10, learner=learner, optimizer=optimizer)
   assert state.meta.alpha is None
-  support = TASKS.episode(TASKS.sample(jax.random.key(0)), jax.random.key(1)).support
   loss_fn = lambda t, b: jnp.mean((learner.predict(t, b.x) - b.y) ** 2)
-  assert_trees_close(
-    learner.adapt(state.meta, support, None), ms.adapt(state.meta.theta, 0.05, support, loss_fn=loss_fn)
-  )
+
+  @jax.jit
+  def adapted(meta):
+    support = TASKS.episode(TASKS.sample(jax.random.key(0)), jax.random.key(1)).support
+    return learner.adapt(meta, support, None), ms.adapt(meta.theta, 0.05, support, loss_fn=loss_fn)
+
+  assert_trees_close(*adapted(state.meta))
 
 
 def test_strict_dtype_promotion_is_possible_around_optax():
   """Under 'strict' optax.adam fails, so only its update may be wrapped; the rest must keep dtypes."""
-  with jax.numpy_dtype_promotion('strict'):
-    episode = TASKS.episode(TASKS.sample(jax.random.key(0)), jax.random.key(1))
-    meta = LEARNER.init(jax.random.key(2), episode)
+
+  def first(key):
+    episode = TASKS.episode(TASKS.sample(key), key)
     batch = jax.tree.map(lambda a: a[None], episode)
-    (loss, _), grads = ms.value_and_grad(LEARNER, meta, batch, jax.random.split(jax.random.key(3), 1))
+    return ms.value_and_grad(LEARNER, LEARNER.init(key, episode), batch, key[None])
+
+  with jax.numpy_dtype_promotion('strict'):
+    (loss, _), grads = jax.eval_shape(first, jax.random.key(0))
   assert loss.dtype == jnp.float32
   assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
@@ -157,24 +169,25 @@ GOLDEN = [1.6542, 6.244, 5.2074, 7.8259, 7.2635]
 @pytest.mark.parametrize('name', ['meta_iterations', 'meta_batch', 'chunk'])
 def test_counts_below_one(name):
   options = dict(meta_iterations=5, meta_batch=4, chunk=10) | {name: 0}
-  with pytest.raises(ValueError, match=f'{name} must be an integer of at least 1, got 0'):
+  with pytest.raises(ValueError, match=saying(name, 'an integer of at least 1', 'got 0')):
     ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, **options)
 
 
 def test_a_state_that_is_past_the_end():
-  with pytest.raises(ValueError, match='the state has done 10 meta-iterations, more than meta_iterations=5'):
+  with pytest.raises(ValueError, match=saying('has done 10', 'meta_iterations=5')):
     train(train(start(), 10), 5)
 
 
 def test_runs_that_are_not_at_the_same_step():
-  state = runs([0, 1])
-  with pytest.raises(ValueError, match=r'as many meta-iterations, got \[0 3\]'):
-    train(state._replace(step=jnp.array([0, 3])), 5)
+  with pytest.raises(ValueError, match=saying('side by side', '[0 3]')):
+    train(start()._replace(step=jnp.array([0, 3])), 5)
 
 
 @pytest.mark.parametrize('key', [0, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), (2, 2))])
 def test_a_key_of_another_kind(key):
-  with pytest.raises(ValueError, match=r'key must be jax.random.key\(seed\), or an array \[R\] of such, got'):
+  with pytest.raises(
+    ValueError, match=saying('key must be', 'jax.random.key(seed)', '[R]', getattr(key, 'dtype', int))
+  ):
     ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)
 
 
@@ -190,7 +203,7 @@ def test_a_rate_for_each_leaf_or_layer_or_one_for_all_is_learned(per):
 
 
 def test_an_unknown_mapping():
-  with pytest.raises(ValueError, match="mapping must be .*, got 'pmap'"):
+  with pytest.raises(ValueError, match=saying('mapping must be', "'vmap'", "got 'pmap'")):
     train(start(), 5, mapping='pmap')
 
 
@@ -205,13 +218,17 @@ def test_an_unknown_mapping():
   ],
   ids=['polyak', 'plateau', 'noisy', 'multi', 'finite'],
 )
-@pytest.mark.parametrize('keys', [jax.random.key(0), jax.random.split(jax.random.key(0))], ids=['one', 'two'])
+@pytest.mark.parametrize(
+  'keys',
+  [pytest.param(jax.random.key(0), marks=pytest.mark.slow), jax.random.split(jax.random.key(0))],
+  ids=['one', 'two'],
+)
 def test_optimisers_that_ask_for_the_loss_or_hold_a_key(make, keys):
-  learner, optimizer = sinusoid_learner(hidden=(4,)), make()
-  state = ms.init(keys, TASKS, learner=learner, optimizer=optimizer)
-  options = dict(learner=learner, optimizer=optimizer, meta_batch=2)
+  optimizer = make()
+  state = ms.init(keys, LINES, learner=OF_LINES, optimizer=optimizer)
+  options = dict(learner=OF_LINES, optimizer=optimizer, meta_batch=2)
   seen = []
-  trained = ms.train(state, TASKS, meta_iterations=4, chunk=2, callbacks=[seen.append], **options)
+  trained = ms.train(state, LINES, meta_iterations=4, chunk=2, callbacks=[seen.append], **options)
   assert np.isfinite([progress.info['loss'] for progress in seen]).all()
   before, after = (np.asarray(jax.tree.leaves(s.meta)[0]) for s in (state, trained))
   assert np.isfinite(after).all()
@@ -220,13 +237,17 @@ def test_optimisers_that_ask_for_the_loss_or_hold_a_key(make, keys):
 
 def test_polyaks_step_is_of_the_meta_batchs_loss():
   """Its rate is (loss − f_min) / ‖gradient‖² (Loizou et al. 2021), here below the bound."""
-  learner, optimizer = sinusoid_learner(hidden=(4,)), optax.polyak_sgd(max_learning_rate=1e9)
-  state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=optimizer)
-  after, info = ms.train_step(state, TASKS, learner=learner, optimizer=optimizer, meta_batch=2)
-  step = jax.tree.map(jnp.subtract, state.meta, after.meta)
-  _, grads = gradient_at(state, learner, 2)
-  rate = info['loss'] / optax.tree.norm(grads) ** 2
-  assert_trees_close(step, jax.tree.map(lambda g: rate * g, grads), rtol=1e-3, atol=1e-6)
+  optimizer = optax.polyak_sgd(max_learning_rate=1e9)
+  state = start(optimizer=optimizer)
+
+  @jax.jit
+  def steps(state):
+    after, info = ms.train_step(state, TASKS, learner=LEARNER, optimizer=optimizer, meta_batch=2)
+    _, grads = gradient_at(state, LEARNER, 2)
+    rate = info['loss'] / optax.tree.norm(grads) ** 2
+    return jax.tree.map(jnp.subtract, state.meta, after.meta), jax.tree.map(lambda g: rate * g, grads)
+
+  assert_trees_close(*steps(state), rtol=1e-3, atol=1e-6)
 
 
 def gradient_at(state, learner, meta_batch):
@@ -239,22 +260,22 @@ PAIR = lambda task, key: (ms.Batch(jnp.ones((5, 1)), jnp.ones((5, 1))),) * 2
 
 
 @pytest.mark.parametrize(
-  ('options', 'message'),
+  ('options', 'said'),
   [
-    (dict(tasks=(TASKS.sample, TASKS.episode)), 'tasks must be a TaskDistribution or a TaskStream, got tuple'),
-    (dict(optimizer=optax.adam), r'optimizer must be an optimiser of optax, such as optax.adam\(1e-3\), got <function'),
+    (dict(tasks=(TASKS.sample, TASKS.episode)), ['tasks must be', 'TaskDistribution', 'TaskStream', 'got tuple']),
+    (dict(optimizer=optax.adam), ['optimizer must be', 'optax.adam(1e-3)', 'got <function']),
     (
       dict(tasks=ms.TaskDistribution(TASKS.sample, PAIR)),
-      r'the tasks must give ms.Episode\(support, query\), got tuple',
+      ['tasks must give', 'ms.Episode(support, query)', 'got tuple'],
     ),
     (
       dict(tasks=ms.TaskDistribution(TASKS.sample, lambda task, key: ms.Episode(*[tuple(b) for b in PAIR(task, key)]))),
-      r'the support is no ms.Batch but a plain tuple or list; give ms.Batch\(x, y\)',
+      ['support', 'plain tuple', 'ms.Batch(x, y)'],
     ),
   ],
 )
-def test_parts_that_are_none(options, message):
-  with pytest.raises(ValueError, match=message):
+def test_parts_that_are_none(options, said):
+  with pytest.raises(ValueError, match=saying(*said)):
     ms.init(jax.random.key(0), **(dict(tasks=TASKS, learner=LEARNER, optimizer=ADAM) | options))
 
 
@@ -267,5 +288,5 @@ def test_parts_that_are_none_in_training(options):
 
 @pytest.mark.parametrize('meta_batch', [0, 4.0, True])
 def test_a_step_of_no_tasks(meta_batch):
-  with pytest.raises(ValueError, match=f'meta_batch must be an integer of at least 1, got {meta_batch}'):
+  with pytest.raises(ValueError, match=saying('meta_batch', 'an integer of at least 1', f'got {meta_batch}')):
     ms.train_step(start(), TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=meta_batch)
