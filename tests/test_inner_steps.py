@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_trees_close, conv_learner, random_bank, sinusoid_learner, to_float64
+from problems import (
+  OneLayer,
+  SmallConvNet,
+  assert_trees_close,
+  conv_learner,
+  episodes,
+  random_bank,
+  sinusoid_learner,
+  to_float64,
+)
 
 import metasgd_jax as ms
 from metasgd_jax import descent
@@ -34,33 +43,31 @@ def test_rooms_grow_far_slower_than_steps():
 
 @pytest.mark.parametrize('steps', [1, 2, 3, 9, 23])
 def test_equals_reverse_mode_over_reverse_mode(steps):
-  tasks = ms.tasks.sinusoid()
-  gradients = []
+  learners = [sinusoid_learner(steps=steps, backward=backward, hidden=(6,)) for backward in ('reverse', 'sparse')]
+  episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(ms.tasks.sinusoid(), 1)))
+  meta = jax.jit(learners[0].init)(jax.random.key(2), episode)
   with jax.enable_x64(True):
-    for backward in ('reverse', 'sparse'):
-      learner = sinusoid_learner(steps=steps, backward=backward, hidden=(6,))
-      episode = to_float64(tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)))
-      meta = to_float64(learner.init(jax.random.key(2), episode))
-      # By the support too, which the inner gradient closes over.
-      both = jax.jit(jax.grad(lambda meta, episode, learner=learner: learner.loss(meta, episode, None)[0], (0, 1)))
-      gradients.append(both(meta, episode))
-  assert_trees_close(*gradients, rtol=1e-10, atol=1e-13)
+    # By the support too, which the inner gradient closes over.
+    gradients = [jax.grad(lambda *of, learner=learner: learner.loss(*of, None)[0], (0, 1)) for learner in learners]
+    both = jax.jit(lambda *of: [gradient(*of) for gradient in gradients])
+    assert_trees_close(*both(to_float64(meta), to_float64(episode)), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize('given', ['arguments', 'constants'])
-def test_several_tasks_side_by_side(given):
+@pytest.mark.parametrize('network', [OneLayer, pytest.param(SmallConvNet, marks=pytest.mark.slow)])
+def test_several_tasks_side_by_side(network):
   """Labels are integers, and pictures may be constants of the program: neither has a derivative."""
   tasks = ms.tasks.few_shot(random_bank(size=8), way=3, shot=1, query=1)
   keys = jax.random.split(jax.random.key(0), 2)
+  two = jax.device_get(episodes(tasks, 2))
+  meta = jax.jit(conv_learner(way=3, network=network).init)(keys[0], jax.tree.map(lambda a: a[0], two))
   with jax.enable_x64(True):
-    episodes = to_float64(jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys))
+    meta, two = to_float64(meta), to_float64(two)
     found = []
     for backward in ('reverse', 'forward', 'sparse'):
-      learner = conv_learner(way=3, steps=4, backward=backward)
-      meta = to_float64(learner.init(keys[0], jax.tree.map(lambda a: a[0], episodes)))
-      of = lambda meta, episodes, learner=learner: ms.value_and_grad(learner, meta, episodes, keys, mapping='vmap')
-      closed = lambda meta, of=of: of(meta, episodes)
-      found.append(jax.jit(of)(meta, episodes) if given == 'arguments' else jax.jit(closed)(meta))
+      learner = conv_learner(way=3, network=network, steps=4, backward=backward)
+      of = lambda meta, two, learner=learner: ms.value_and_grad(learner, meta, two, keys, mapping='vmap')
+      found.append(jax.jit(of)(meta, two))
+      found.append(jax.jit(lambda meta, of=of: of(meta, two))(meta))
   for other in found[1:]:
     assert_trees_close(other, found[0], rtol=1e-9, atol=1e-12)
 
@@ -75,20 +82,21 @@ def test_a_third_derivative():
       return loss_fn(ms.adapt(theta, 0.1, None, loss_fn=loss_fn, steps=5, backward=backward), None)
 
     curvature = lambda backward: jax.grad(lambda t: jnp.sum(jax.grad(outer)(t, backward) ** 2))(x)
-    assert_trees_close(curvature('sparse'), curvature('reverse'), rtol=1e-9)
+    assert_trees_close(*jax.jit(lambda: [curvature(backward) for backward in ('sparse', 'reverse')])(), rtol=1e-9)
 
 
 def intermediates(steps, backward):
   learner = sinusoid_learner(steps=steps, backward=backward, hidden=(64, 64))
   tasks = ms.tasks.sinusoid()
-  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
-  meta = learner.init(jax.random.key(2), episode)
+  episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
+  meta = jax.eval_shape(learner.init, jax.random.key(2), episode)
   gradient = jax.jit(jax.grad(lambda meta: learner.loss(meta, episode, None)[0]))
   return gradient.lower(meta).compile().memory_analysis().temp_size_in_bytes, 4 * sum(
     t.size for t in jax.tree.leaves(meta.theta)
   )
 
 
+@pytest.mark.slow
 def test_memory_of_two_hundred_steps(optimized):
   """Beside two steps', where θ is nearly all there is: ten θ more, which XLA may copy once, not two hundred."""
   (two, theta), (many, _), (all_kept, _) = (

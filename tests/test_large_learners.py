@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from problems import saying
 
-from experiments import large_learners
+from experiments import large_learners, trainings
 from experiments.large_learners import Config
 
 TINY = {
@@ -16,24 +17,39 @@ TINY = {
     learning_rate=0.01, eval_tasks=50, alpha=0.5, rank=2,
   ),
 }  # fmt: skip
+LEAST = dict(
+  network='transformer', adapts='head', width=4, depth=1, heads=1, tokens=3, length=4, shot=1, query=1,
+  meta_iterations=2, meta_batch=1, eval_tasks=3,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize('network', ['resnet12', 'transformer'])
-def test_learns_to_adapt_with_low_rank_changes(network, tmp_path, capsys):
-  config = Config(**TINY[network])
-  rows = large_learners.run(config, tmp_path)
-  losses = np.load(tmp_path / rows[0]['per_task_file'], allow_pickle=False)
+def check_run(config, folder, capsys):
+  """Runs the experiment, looks at what it prints and writes, and returns the losses on unseen tasks."""
+  rows = large_learners.run(config, folder)
+  losses = np.load(folder / rows[0]['per_task_file'], allow_pickle=False)
   assert losses.shape == (1, config.eval_tasks, 2)
-  before, after = losses[0].mean(0)
-  assert after < before
-  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  trained = [line for line in map(json.loads, lines) if 'loss' in str(line)]
-  assert trained
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  assert any('loss' in str(json.loads(line)) for line in lines)
   assert 0 < rows[0]['alpha_entries'] < rows[0]['theta_entries']
   out = capsys.readouterr().out
   assert out.index('memory of a meta-iteration') < out.index('unseen tasks')
-  assert (tmp_path / 'learning_curves.png').is_file()
-  assert ('whoever knows the chain' in out) == (network == 'transformer')
+  assert (folder / 'learning_curves.png').is_file()
+  assert ('whoever knows the chain' in out) == (config.network == 'transformer')
+  return losses[0]
+
+
+def test_the_least_run(tmp_path, capsys, monkeypatch):
+  """The plan is a program of its own, which the runs of full length compile."""
+  monkeypatch.setattr(large_learners, 'FLOOR_TASKS', 2)
+  monkeypatch.setattr(trainings, 'print_memory', lambda of: print('memory of a meta-iteration of', of[0].label))
+  assert np.all(np.isfinite(check_run(Config(**LEAST), tmp_path, capsys)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('network', ['resnet12', 'transformer'])
+def test_learns_to_adapt_with_low_rank_changes(network, tmp_path, capsys):
+  before, after = check_run(Config(**TINY[network]), tmp_path, capsys).mean(0)
+  assert after < before
 
 
 @pytest.mark.parametrize('network', ['resnet12', 'transformer'])
@@ -49,7 +65,7 @@ def test_parts_that_adapt(network):
 
 
 def test_a_rank_that_is_too_high_and_a_wrong_grouping():
-  with pytest.raises(ValueError, match='rank must be at most'):
+  with pytest.raises(ValueError, match=saying('rank', 'at most', 'got 17')):
     large_learners.build(Config(**{**TINY['transformer'], 'rank': 17}))
-  with pytest.raises(ValueError, match='3'):
+  with pytest.raises(ValueError, match=saying('mapping=3', '2 tasks')):
     large_learners.build(Config(**{**TINY['transformer'], 'tasks_at_once': 3}))

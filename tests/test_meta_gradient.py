@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_slopes_by_differences, conv_learner, episodes, random_bank, relative_error, to_float64
+from problems import (
+  SmallConvNet,
+  assert_slopes_by_differences,
+  conv_learner,
+  episodes,
+  random_bank,
+  relative_error,
+  to_float64,
+)
 
 import metasgd_jax as ms
 
@@ -119,7 +127,7 @@ def numpy_meta_gradient(theta, alpha, support, query, steps):
 def test_independent_numpy(steps):
   learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP(stddev=0.5)), ms.losses.mean_squared_error, steps=steps)
   tasks = episodes(ms.tasks.sinusoid(shot=5, query=10), 4)
-  meta = learner.init(jax.random.key(1), jax.tree.map(lambda a: a[0], tasks))
+  meta = jax.jit(learner.init)(jax.random.key(1), jax.tree.map(lambda a: a[0], jax.device_get(tasks)))
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
     meta, tasks = to_float64(meta), to_float64(tasks)
@@ -138,36 +146,53 @@ def test_independent_numpy(steps):
         np.testing.assert_allclose(leaf, np.mean([e[i][j] for e in expected], 0), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize('steps', STEPS)
-def test_finite_differences_through_conv4(steps):
-  learner = conv_learner(
-    way=3, network=lambda way: ms.nn.Conv4(way, filters=3, hidden=6), steps=steps, alpha_range=(0.1, 0.1)
-  )
+@pytest.mark.parametrize(
+  ('network', 'steps'),
+  [
+    (SmallConvNet, 3),
+    pytest.param(functools.partial(ms.nn.Conv4, filters=3, hidden=6), 1, marks=pytest.mark.slow),
+    pytest.param(functools.partial(ms.nn.Conv4, filters=3, hidden=6), 3, marks=pytest.mark.slow),
+  ],
+)
+def test_finite_differences_through_conv4(network, steps):
+  learner = conv_learner(way=3, network=network, steps=steps, alpha_range=(0.1, 0.1))
   tasks = ms.tasks.glyphs(way=3, shot=2, query=2)
-  episode = jax.tree.map(lambda a: a[0], episodes(tasks, 1))
-  meta = learner.init(jax.random.key(1), episode)
+  episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
+  meta = jax.jit(learner.init)(jax.random.key(1), episode)
   with jax.enable_x64(True):
     meta, episode = to_float64(meta), to_float64(episode)
     assert_slopes_by_differences(lambda m: learner.loss(m, episode, None)[0], meta)
 
 
-@pytest.mark.parametrize('mapping', ['vmap', 'scan'])
-def test_compiled_float32_conv4_equals_float64(mapping, optimized):
+@pytest.fixture(scope='module')
+def two_tasks():
+  return jax.device_get(episodes(ms.tasks.glyphs(way=5, shot=1, query=3), 2))
+
+
+@pytest.mark.parametrize(
+  ('network', 'mapping'),
+  [
+    (SmallConvNet, 'vmap'),
+    pytest.param(ms.nn.Conv4, 'vmap', marks=pytest.mark.slow),
+    pytest.param(ms.nn.Conv4, 'scan', marks=pytest.mark.slow),
+  ],
+)
+def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, optimized):
   """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
-  learner = conv_learner(network=ms.nn.Conv4, alpha_range=(0.1, 0.1))
-  tasks = episodes(ms.tasks.glyphs(way=5, shot=1, query=3), 2)
-  meta = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], tasks))
+  learner = conv_learner(network=network, alpha_range=(0.1, 0.1))
+  meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], two_tasks))
   keys = jax.random.split(jax.random.key(0), 2)
 
-  def grads(meta, tasks):
+  @functools.partial(jax.jit, static_argnums=2)
+  def grads(meta, tasks, mapping):
     (loss, _), grads = ms.value_and_grad(learner, meta, tasks, keys, mapping=mapping)
     return loss, grads
 
   with jax.default_matmul_precision('highest'):  # An accelerator's own default rounds products to fewer bits.
-    loss, single = jax.jit(grads)(meta, tasks)
+    loss, single = grads(meta, two_tasks, mapping)
   with jax.enable_x64(True):
-    loss64, double = jax.jit(grads)(to_float64(meta), to_float64(tasks))
-    single = to_float64(single)
+    loss64, double = grads(to_float64(meta), to_float64(two_tasks), 'scan')
+    single, double = to_float64(single), jax.device_get(double)
     assert double.theta['ConvBlock_0']['kernel'].dtype == jnp.float64
     np.testing.assert_allclose(loss, loss64, rtol=1e-5)
     for part in ('theta', 'alpha'):
@@ -175,11 +200,11 @@ def test_compiled_float32_conv4_equals_float64(mapping, optimized):
         assert relative_error(getattr(single, part)[name], leaf) < 1e-3, (part, name)
 
 
-def test_sharding_the_tasks_changes_nothing(optimized):
+def test_sharding_the_tasks_changes_nothing():
   """Each task must adapt on its own support alone, on whichever device it is."""
   learner = conv_learner()
-  tasks = episodes(ms.tasks.few_shot(random_bank(size=16), way=5, shot=1, query=2), 4)
-  meta = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], tasks))
+  tasks = episodes(ms.tasks.few_shot(random_bank(), way=5, shot=1, query=2), 4)
+  meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], jax.device_get(tasks)))
   keys = jax.random.split(jax.random.key(0), 4)
   grads = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k))
   mesh = jax.make_mesh((2,), ('tasks',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices('cpu')[:2])

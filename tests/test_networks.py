@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_slopes_by_differences, episodes, to_float64
+from problems import assert_slopes_by_differences, episodes, saying, to_float64
 
 import metasgd_jax as ms
 from metasgd_jax.tasks.markov import MarkovConfig, markov_chains
@@ -42,10 +42,11 @@ class TestResNet12:
   def test_a_block_by_hand(self):
     block = ms.nn.from_linen(ms.nn.ResidualBlock(3))
     x = pictures(2, 4, 2)
-    theta = block.init(jax.random.key(0), x)
-    theta = jax.tree.map(lambda t: t + 0.1 * jax.random.normal(jax.random.key(1), t.shape), theta)
+    rng = np.random.default_rng(1)
+    theta = jax.jit(block.init)(jax.random.key(0), x)
+    theta = jax.tree.map(lambda t: t + 0.1 * rng.normal(size=t.shape).astype(np.float32), jax.device_get(theta))
 
-    def layer(x, i):
+    def layer(theta, x, i):
       kernel, norm = theta[f'Conv_{i}']['kernel'], theta[f'BatchNorm_{i}']
       y = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
       mean, variance = y.mean((0, 1, 2), keepdims=True), y.var((0, 1, 2), keepdims=True)
@@ -53,35 +54,49 @@ class TestResNet12:
       return (y - mean) / jnp.sqrt(variance + 1e-3) * scale + bias
 
     leaky = lambda a: jnp.where(a > 0, a, 0.1 * a)
-    y = leaky(layer(leaky(layer(leaky(layer(x, 1)), 2)), 3) + layer(x, 0))
-    expected = y.reshape(2, 2, 2, 2, 2, 3).max((2, 4))
-    np.testing.assert_allclose(block.apply(theta, x), expected, rtol=1e-4, atol=1e-5)
+
+    def by_hand(theta, x):
+      y = x
+      for i in (1, 2):
+        y = leaky(layer(theta, y, i))
+      y = leaky(layer(theta, y, 3) + layer(theta, x, 0))
+      return y.reshape(2, 2, 2, 2, 2, 3).max((2, 4))
+
+    both = jax.jit(lambda theta, x: (block.apply(theta, x), by_hand(theta, x)))
+    np.testing.assert_allclose(*both(theta, x), rtol=1e-4, atol=1e-5)
 
   def test_is_inductive_with_the_supports_statistics(self):
     model = ms.nn.from_linen(ms.nn.ResNet12(3, widths=(4, 4)))
     x = pictures(4)
-    theta = jax.jit(model.init)(jax.random.key(0), x)
-    statistics = model.statistics(theta, x)
-    alone = jnp.concatenate([model.apply(theta, one[None], statistics) for one in x])
-    np.testing.assert_allclose(alone, model.apply(theta, x), rtol=1e-3, atol=1e-4)
+
+    @jax.jit
+    def both(x):
+      theta = model.init(jax.random.key(0), x)
+      statistics = model.statistics(theta, x)
+      return jax.lax.map(lambda one: model.apply(theta, one[None], statistics)[0], x), model.apply(theta, x)
+
+    np.testing.assert_allclose(*both(x), rtol=1e-3, atol=1e-4)
 
   @pytest.mark.parametrize('shape', [(2, 16, 16), (2, 8, 16, 1)])
   def test_pictures_that_do_not_suit(self, shape):
-    with pytest.raises(ValueError, match=r'ResNet12 halves images 4 times, so takes .* at least 16x16, got'):
-      ms.nn.from_linen(ms.nn.ResNet12()).init(jax.random.key(0), jnp.ones(shape))
+    with pytest.raises(ValueError, match=saying('ResNet12', 'at least 16x16', shape)):
+      ms.nn.from_linen(ms.nn.ResNet12()).init(jax.random.key(0), np.ones(shape, np.float32))
 
 
 class TestTransformer:
-  def tokens(self, seed=0):
-    return jax.random.randint(jax.random.key(seed), (3, 6), 0, 4)
-
   @pytest.mark.parametrize('causal', [True, False])
   def test_a_place_sees_none_after_it_where_it_is_causal(self, causal):
     model = ms.nn.from_linen(ms.nn.Transformer(**SMALL, causal=causal))
-    x = self.tokens()
-    theta = model.init(jax.random.key(0), x)
-    other = x.at[:, 4].set((x[:, 4] + 1) % 4)
-    before, after = model.apply(theta, x), model.apply(theta, other)
+    x = np.random.default_rng(0).integers(0, 4, (3, 6))
+    other = x.copy()
+    other[:, 4] = (x[:, 4] + 1) % 4
+
+    @jax.jit
+    def both(*of):
+      theta = model.init(jax.random.key(0), x)
+      return [model.apply(theta, x) for x in of]
+
+    before, after = both(x, other)
     assert before.shape == (3, 6, 4)
     assert np.allclose(before[:, :4], after[:, :4], atol=1e-6) == causal
     assert not np.allclose(before[:, 4:], after[:, 4:], atol=1e-4)
@@ -89,7 +104,7 @@ class TestTransformer:
   def test_a_block_by_hand(self):
     block = ms.nn.from_linen(ms.nn.TransformerBlock(heads=2, hidden=5, causal=True))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32)
-    theta = block.init(jax.random.key(0), x)
+    theta = jax.device_get(jax.jit(block.init)(jax.random.key(0), x))
     norm = lambda a: (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 1e-6)
     a = np.asarray(x[0], np.float64)
     q, k, v = (norm(a) @ theta[n]['kernel'] for n in ('query', 'key', 'value'))
@@ -99,38 +114,39 @@ class TestTransformer:
       weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
       seen.append(weights @ v[:, head])
     a = a + np.concatenate(seen, -1) @ theta['out']['kernel']
-    inner = jax.nn.gelu(norm(a) @ theta['dense_in']['kernel'])
+    inner = jax.jit(jax.nn.gelu)(norm(a) @ theta['dense_in']['kernel'])
     expected = a + inner @ theta['dense_out']['kernel']
-    np.testing.assert_allclose(block.apply(theta, x)[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(block.apply)(theta, x)[0], expected, rtol=1e-4, atol=1e-5)
 
   def test_meta_gradient_by_differences(self):
     """Of an inner loop that moves norms and a low-rank change of attention."""
-    model = ms.partly(ms.nn.from_linen(ms.nn.Transformer(**SMALL)), lambda name: 'norm' in name)
+    model = ms.partly(ms.nn.from_linen(ms.nn.Transformer(**SMALL | dict(depth=1))), lambda name: 'norm' in name)
     learner = ms.meta_sgd(ms.low_rank(model, 2, lambda name: 'query' in name), OF_SEQUENCES, steps=2)
     with jax.enable_x64(True):
-      one = to_float64(jax.tree.map(lambda a: a[0], episodes(markov_chains(CHAINS, shot=2, query=2), 1)))
-      meta = to_float64(learner.init(jax.random.key(0), one))
-      noise = lambda t: t + 0.1 * jax.random.normal(jax.random.key(t.size), t.shape)
+      one = jax.device_get(episodes(markov_chains(CHAINS, shot=2, query=2), 1))
+      one = to_float64(jax.tree.map(lambda a: a[0], one))
+      meta = to_float64(jax.jit(learner.init)(jax.random.key(0), one))
+      noise = lambda t: np.asarray(t) + 0.1 * np.random.default_rng(t.size).normal(size=t.shape)
       meta = jax.tree.map(noise, meta)
       assert_slopes_by_differences(lambda m: learner.loss(m, one, None)[0], meta, h=1e-6)
 
   @pytest.mark.parametrize(
-    ('x', 'options', 'message'),
+    ('x', 'options', 'parts'),
     [
-      (jnp.ones((2, 3)), {}, r'takes integer tokens \[B, L\], got float32'),
-      (jnp.ones((2, 7), int), {}, 'sequences may have 6 places, got 7; build it with a greater length'),
-      (jnp.ones((2, 3), int), dict(heads=3), 'width must be a multiple of heads, got width=8 and heads=3'),
+      (np.ones((2, 3), np.float32), {}, ('integer tokens', '[B, L]', 'float32')),
+      (np.ones((2, 7), int), {}, ('6 places', 'got 7', 'length')),
+      (np.ones((2, 3), int), dict(heads=3), ('multiple', 'width=8', 'heads=3')),
     ],
   )
-  def test_what_does_not_suit(self, x, options, message):
-    with pytest.raises(ValueError, match=message):
+  def test_what_does_not_suit(self, x, options, parts):
+    with pytest.raises(ValueError, match=saying(*parts)):
       ms.nn.from_linen(ms.nn.Transformer(**{**SMALL, **options})).init(jax.random.key(0), x)
 
 
 class TestMarkovChains:
   def test_sequences_follow_the_chain(self):
     tasks = markov_chains(MarkovConfig(tokens=3, length=400, concentration=2.0), shot=20, query=20)
-    task = tasks.sample(jax.random.key(0))
+    task = jax.jit(tasks.sample)(jax.random.key(0))
     rows = np.exp(np.asarray(task.log_transitions))
     np.testing.assert_allclose(rows.sum(1), 1, rtol=1e-5)
     one = jax.jit(tasks.episode)(task, jax.random.key(1))
@@ -143,27 +159,30 @@ class TestMarkovChains:
 
   def test_the_chain_itself_is_the_best_there_is(self):
     tasks = markov_chains(shot=1, query=500)
-    task = tasks.sample(jax.random.key(3))
-    query = tasks.episode(task, jax.random.key(1)).query
-    best = OF_SEQUENCES(task(query.x), query.y)
-    for other in range(4, 8):
-      assert best < OF_SEQUENCES(tasks.sample(jax.random.key(other))(query.x), query.y)
-    assert 0 < best < np.log(8)
+
+    @jax.jit
+    def losses(keys):
+      query = tasks.episode(tasks.sample(keys[0]), jax.random.key(1)).query
+      return jax.lax.map(lambda key: OF_SEQUENCES(tasks.sample(key)(query.x), query.y), keys)
+
+    best, *others = losses(jax.vmap(jax.random.key)(np.arange(3, 8)))
+    assert len(others) == 4
+    assert 0 < best < min(*others, np.log(8))
 
   def test_low_concentrations_stay_finite(self):
-    task = markov_chains(MarkovConfig(concentration=1e-3), shot=1, query=1).sample(jax.random.key(0))
+    task = jax.jit(markov_chains(MarkovConfig(concentration=1e-3), shot=1, query=1).sample)(jax.random.key(0))
     assert np.all(np.isfinite(task.log_transitions))
 
   @pytest.mark.parametrize(
-    ('options', 'message'),
+    ('options', 'parts'),
     [
-      (dict(tokens=1), 'tokens must be an integer of at least 2, got 1'),
-      (dict(length=0), 'length must be an integer of at least 1, got 0'),
-      (dict(concentration=0.0), 'concentration must be a finite number above 0, got 0.0'),
+      (dict(tokens=1), ('tokens', 'integer of at least 2', 'got 1')),
+      (dict(length=0), ('length', 'integer of at least 1', 'got 0')),
+      (dict(concentration=0.0), ('concentration', 'finite', 'above 0', '0.0')),
     ],
   )
-  def test_bad_settings(self, options, message):
-    with pytest.raises(ValueError, match=message):
+  def test_bad_settings(self, options, parts):
+    with pytest.raises(ValueError, match=saying(*parts)):
       MarkovConfig(**options)
-    with pytest.raises(ValueError, match='query must be at least 1, got 0'):
+    with pytest.raises(ValueError, match=saying('query', 'at least 1', 'got 0')):
       markov_chains(shot=1, query=0)
