@@ -26,7 +26,8 @@ test: $(VENV)/test
 	$(BIN)/python $(TESTS) -m 'not slow'
 
 test-slow: $(VENV)/test
-	$(BIN)/python $(TESTS) -m slow
+	$(BIN)/python $(TESTS) -m 'slow and not optimized'
+	XLA_FLAGS= $(BIN)/python $(TESTS) -m optimized
 
 test-all: test test-slow
 

@@ -6,10 +6,8 @@ import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('NPROC', '4')  # As sharding.cpu_cores_as_devices has it, for two devices.
-# Compiling is most of the suite's time. Without XLA's newer fusion emitters, and with one part per program, it takes half.
-os.environ.setdefault(
-  'XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
-)
+# Compiling is most of the suite's time, and takes half of it with XLA's older fusion emitters and programs in one part.
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
 import jax
 import pytest
@@ -27,9 +25,19 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 
 
+def pytest_collection_modifyitems(items):
+  """Marks the tests that use the fixture `optimized`."""
+  for item in items:
+    if 'optimized' in item.fixturenames:
+      item.add_marker('optimized')
+
+
 @pytest.fixture
 def optimized():
-  """Compiles as users do, for tests of what fusion and reordering do to numbers."""
+  """Compiles with all optimisations, for tests of what fusion and reordering do to numbers.
+
+  `make test-slow` runs these tests once more with XLA_FLAGS empty, and so as users compile.
+  """
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)

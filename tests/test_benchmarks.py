@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import metasgd_jax as ms
@@ -33,9 +32,12 @@ def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
   monkeypatch.setattr(block, 'default_parts', lambda *shapes: 1)  # Parts take the first layer's output twice.
   learner = conv4.learner(ms.nn.Conv4(way, filters=8))
   tasks = conv4.task_distribution(way, shot)
-  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
-  meta = learner.init(jax.random.key(0), episode)
-  both = jax.tree.map(lambda a: jnp.stack([a, a]), episode)
+
+  def gradient(meta, keys):
+    both = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)
+    return ms.value_and_grad(learner, meta, both, keys, mapping='scan')[1]
+
   keys = jax.random.split(jax.random.key(0), 2)
-  jaxpr = jax.make_jaxpr(lambda m: ms.value_and_grad(learner, m, both, keys, mapping='scan')[1])(meta)
+  meta = jax.eval_shape(lambda key: learner.init(key, tasks.episode(tasks.sample(key), key)), keys[0])
+  jaxpr = jax.make_jaxpr(gradient)(meta, keys)
   assert flop(jaxpr.jaxpr) == conv4.work(way, shot, 2, filters=8)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from problems import sinusoid_learner
+from problems import saying, sinusoid_learner
 
 import metasgd_jax as ms
 from metasgd_jax import fully_sharded
@@ -27,6 +27,7 @@ def found():
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('case', 'most'),
   [
@@ -41,6 +42,7 @@ def test_many_devices_compute_what_one_does(found, case, most):
   assert all(error < most for error in errors.values()), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 8])
 def test_each_device_keeps_its_part_of_what_is_large(found, devices):
   case = found[f'wide float64 {devices}']
@@ -62,7 +64,7 @@ def test_the_largest_dimension_that_fits_is_split():
   assert fully_sharded.split_dimension(jax.random.split(jax.random.key(0), 2**15), 8) is None
 
 
-def test_a_state_in_parts_goes_on_and_comes_back(optimized):
+def test_a_state_in_parts_goes_on_and_comes_back():
   learner = sinusoid_learner(hidden=(128, 128))
   state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=ADAM)
   train = lambda state, step, **options: ms.train(
@@ -72,7 +74,10 @@ def test_a_state_in_parts_goes_on_and_comes_back(optimized):
   halves = train(train(state, 2, mesh=mesh, shard_meta=True), 4, mesh=mesh, shard_meta=True)
   for whole, part in zip(*map(jax.tree.leaves, (train(state, 4).meta, halves.meta)), strict=True):
     np.testing.assert_allclose(whole, part, rtol=1e-3, atol=1e-4)
-  assert halves.meta.theta['Dense_1']['kernel'].addressable_shards[0].data.size == 128 * 64
+  large = [leaf for leaf in jax.tree.leaves((halves.meta, halves.opt_state)) if leaf.size == 128 * 128]
+  assert [leaf.addressable_shards[0].data.size for leaf in large] == [128 * 64] * 6  # In θ, α and Adam's two means.
+  small = [leaf for leaf in jax.tree.leaves((halves.meta, halves.opt_state)) if leaf.size <= 128]
+  assert all(shard.data.shape == leaf.shape for leaf in small for shard in leaf.addressable_shards)
   again = train(halves, 5, mesh=mesh)  # Without, all is put together again.
   assert len(jax.tree.leaves(again.meta)[0].devices()) == 1
 
@@ -83,7 +88,7 @@ def test_shard_meta_needs_a_mesh_and_one_run():
   train = lambda mesh: ms.train(
     state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=1, meta_batch=2, mesh=mesh, shard_meta=True
   )
-  with pytest.raises(ValueError, match='shard_meta is over the devices of a mesh, got none; give mesh='):
+  with pytest.raises(ValueError, match=saying('shard_meta', 'got none', 'give mesh=')):
     train(None)
-  with pytest.raises(ValueError, match='shard_meta is for one run, got 3 side by side'):
+  with pytest.raises(ValueError, match=saying('shard_meta', 'one run', 'got 3')):
     train(ms.sharding.task_mesh(2))

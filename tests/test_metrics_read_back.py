@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from problems import saying
 
 from experiments.reporting import Recorder, TrainingError
 from metasgd_jax.writers import MetricsWriter
@@ -36,6 +37,6 @@ def test_curves_come_back(tmp_path):
   ],
 )  # fmt: skip
 def test_what_was_never_written_is_refused_in_a_sentence(tmp_path, line):
-  sentence = r'^a: the lines of metrics.jsonl about meta-iteration .* are not what was written; give --restart to begin'
+  sentence = saying('a: ', 'metrics.jsonl about meta-iteration ', 'not what was written', '--restart')
   with pytest.raises(TrainingError, match=sentence):
     read_back(tmp_path, {'step': 10, 'loss': 0.5}, {'step': 20, **line})

@@ -12,20 +12,22 @@ import sys
 import threading
 import time
 
+import commands
 import jax
 import numpy as np
 import pytest
 import torture
 from flax import serialization
+from problems import saying
 
 from experiments import classification, few_shot_training, navigation, processes, regression, reporting
 from experiments.processes import Machines
 from experiments.resuming import Keeping
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONFIG = regression.Config(learner=('meta_sgd',), seeds=2, meta_iterations=400, eval_tasks=6, eval_repeats=2)
+CONFIG = regression.Config(learner=('meta_sgd',), seeds=2, meta_iterations=200, eval_tasks=6, eval_repeats=2)
 FLAGS = (
-  '--learner=meta_sgd', '--seeds=2', '--meta_iterations=400', '--eval_tasks=6', '--eval_repeats=2',
+  '--learner=meta_sgd', '--seeds=2', '--meta_iterations=200', '--eval_tasks=6', '--eval_repeats=2',
   '--checkpoint_every=20', '--keep_checkpoints',
 )  # fmt: skip
 
@@ -43,8 +45,8 @@ def two(module, workdir, *flags):
   running = [
     subprocess.Popen(
       [
-        sys.executable, '-m', f'experiments.{module}', f'--workdir={workdir}', f'--compilation_cache={workdir}.cache',
-        meeting, '--num_processes=2', f'--process_id={i}', *flags,
+        sys.executable, '-m', f'experiments.{module}', f'--workdir={workdir}', meeting, '--num_processes=2',
+        f'--process_id={i}', *flags,
       ],
       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
@@ -64,9 +66,11 @@ def ended(running):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def one_device_each():
+def one_device_each(tmp_path_factory):
+  """Of each process; all of them share their compiled programs."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_NUM_CPU_DEVICES', '1')
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled')))
     patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     patch.setattr(reporting, 'save_pictures', lambda *_: None)
@@ -83,10 +87,19 @@ def whole(tmp_path_factory):
   return workdir, printed
 
 
+@pytest.fixture
+def no_pictures(tmp_path, monkeypatch):
+  """Processes find no matplotlib, and so draw nothing."""
+  (tmp_path / 'path').mkdir()
+  (tmp_path / 'path' / 'matplotlib.py').write_text('raise ImportError')
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'path'))
+
+
 def params(workdir):
   return serialization.msgpack_restore((workdir / 'params_meta_sgd_5shot.msgpack').read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 2])
 def test_two_processes_train_and_test_as_one(whole, devices, tmp_path):
   """In one process of two devices the tasks are shared in the same way; one device adds them up otherwise."""
@@ -103,10 +116,11 @@ def test_two_processes_train_and_test_as_one(whole, devices, tmp_path):
   close(losses(workdir), losses(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_first_alone_writes_and_prints(whole):
   workdir, ((out, progress), (other_out, other_progress)) = whole
   assert 'mean squared error after 1 inner step(s)' in out
-  assert 'Meta-SGD 5-shot  400/400' in progress
+  assert 'Meta-SGD 5-shot  200/200' in progress
   assert other_out == ''
   assert 'Meta-SGD' not in other_progress
   names = {path.name for path in workdir.iterdir()}
@@ -117,6 +131,7 @@ def test_the_first_alone_writes_and_prints(whole):
   assert 'coordinator' not in (workdir / 'config.json').read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_in_all(whole):
   """Only the first sees that it is finished."""
   workdir, _ = whole
@@ -129,6 +144,7 @@ def test_a_finished_run_stays_in_all(whole):
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_the_same(whole, tmp_path):
   workdir = tmp_path / 'killed'
   with two('regression', workdir, *FLAGS) as running:
@@ -152,9 +168,10 @@ def test_killed_and_started_again_ends_the_same(whole, tmp_path):
   assert [name for name in got if got[name] != expected[name]] == []
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_after_the_same_chunk(tmp_path):
   workdir = tmp_path / 'stopped'
-  with two('regression', workdir, *FLAGS, '--meta_iterations=20000') as running:
+  with two('regression', workdir, *FLAGS, '--meta_iterations=4000') as running:
     end = time.monotonic() + 240
     while not (workdir / 'metrics.jsonl').exists() or not (workdir / 'metrics.jsonl').read_text():
       assert time.monotonic() < end
@@ -165,6 +182,7 @@ def test_a_signal_to_one_stops_both_after_the_same_chunk(tmp_path):
   assert 'stopped by SIGTERM: Meta-SGD 5-shot is saved at meta-iteration ' in out
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_while_both_test_stops_both(tmp_path):
   """Where no chunk ends at which they would ask each other."""
   workdir = tmp_path / 'stopped'
@@ -180,6 +198,7 @@ def test_a_signal_to_one_while_both_test_stops_both(tmp_path):
   assert 'stopped by SIGTERM: all that was trained is saved; the same command goes on from there' in out
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_ends_both_with_a_sentence(tmp_path):
   (tmp_path / 'file').write_text('')
   with two('classification', tmp_path / 'file' / 'x', '--meta_batch=2') as running:
@@ -190,7 +209,8 @@ def test_a_mistake_of_one_ends_both_with_a_sentence(tmp_path):
   assert 'Traceback' not in error + other_error
 
 
-def test_classification_by_two_processes(tmp_path):
+@pytest.mark.slow
+def test_classification_by_two_processes(tmp_path, no_pictures):
   config = dict(
     learner='prototypical', way=2, query=1, filters=2, meta_batch=2, meta_iterations=4, validate_every=2, eval_tasks=3,
     eval_query=1,
@@ -212,7 +232,8 @@ NAVIGATION = navigation.Config(
 )  # fmt: skip
 
 
-def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch, no_pictures):
   """TRPO's meta-iterations: a process of two devices shares the tasks in the same way."""
   monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
   navigation.run(NAVIGATION, tmp_path / 'one', Keeping(), 2)
@@ -232,63 +253,71 @@ def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('given', 'message'),
+  ('given', 'said'),
   [
-    (dict(coordinator='a:1'), 'go together, got coordinator=a:1; give --num_processes and --process_id too'),
-    (dict(num_processes=2), 'go together, got num_processes=2; give --coordinator and --process_id too'),
-    (dict(num_processes=2, process_id=0), 'got num_processes=2, process_id=0; give --coordinator too'),
-    (dict(coordinator='a:1', num_processes=2, process_id=2), 'process_id must be less than num_processes=2, got 2'),
-    (dict(coordinator='a', num_processes=2, process_id=0), "coordinator must be HOST:PORT, such as .*, got 'a'"),
-    (dict(coordinator='a:x', num_processes=2, process_id=0), "coordinator must be HOST:PORT, such as .*, got 'a:x'"),
-    (dict(coordinator=':1', num_processes=2, process_id=0), "coordinator must be HOST:PORT, such as .*, got ':1'"),
-    (dict(coordinator='a:1', num_processes=2, process_id=-1), 'process_id must be from 0 to 99999, got -1'),
-    (dict(distributed=True, num_processes=2), 'distributed finds num_processes by itself; leave out one or the other'),
-    (dict(devices=0), 'devices must be from 1 to 100000, got 0'),
+    (dict(coordinator='a:1'), ('go together', 'coordinator=a:1', '--num_processes and --process_id')),
+    (dict(num_processes=2), ('go together', 'num_processes=2', '--coordinator and --process_id')),
+    (dict(num_processes=2, process_id=0), ('go together', 'num_processes=2, process_id=0', 'give --coordinator ')),
+    (dict(coordinator='a:1', num_processes=2, process_id=2), ('process_id', 'less than num_processes=2', 'got 2')),
+    (dict(coordinator='a', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "'a'")),
+    (dict(coordinator='a:x', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "'a:x'")),
+    (dict(coordinator=':1', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "':1'")),
+    (dict(coordinator='a:1', num_processes=2, process_id=-1), ('process_id', 'from 0 to 99999', 'got -1')),
+    (dict(distributed=True, num_processes=2), ('distributed finds num_processes', 'leave out one')),
+    (dict(devices=0), ('devices', 'from 1 to 100000', 'got 0')),
   ],
 )
-def test_mistakes_about_processes_get_a_sentence(given, message):
-  with pytest.raises(ValueError, match=message):
+def test_mistakes_about_processes_get_a_sentence(given, said):
+  with pytest.raises(ValueError, match=saying(*said)):
     Machines(**given)
 
 
 @pytest.mark.parametrize(
-  ('module', 'flags', 'message'),
+  ('module', 'flags', 'said'),
   [
-    ('regression', ['--meta_batch=3', '--devices=2'], '3 tasks cannot be shared evenly by 2 devices; take a multiple'),
-    ('regression', ['--devices=3'], 'devices must be from 1 to 2, as many as JAX has, got 3'),
-    ('regression', ['--process_id=1'], 'give --coordinator and --num_processes too'),
-    ('regression', ['--distributed'], 'no cluster tells of its processes ('),
-    ('classification', ['--meta_batch=3', '--devices=2'], '3 tasks cannot be shared evenly by 2 devices; take a mul'),
-    ('navigation', ['--curvature_tasks=3', '--devices=2'], 'curvature_tasks=3 cannot be shared evenly by 2 devices'),
+    ('regression', ['--meta_batch=3', '--devices=2'], ('3 tasks', '2 devices', 'multiple of 2')),
+    ('regression', ['--devices=3'], ('devices', 'from 1 to 2', 'got 3')),
+    ('regression', ['--process_id=1'], ('process_id=1', 'give --coordinator and --num_processes')),
+    ('classification', ['--meta_batch=3', '--devices=2'], ('3 tasks', '2 devices', 'multiple of 2')),
+    ('navigation', ['--curvature_tasks=3', '--devices=2'], ('curvature_tasks=3', '2 devices', 'multiple of 2')),
   ],
 )
-def test_mistakes_in_flags_get_a_sentence(module, flags, message, tmp_path, monkeypatch):
-  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', '2')
-  command = [sys.executable, '-m', f'experiments.{module}', f'--workdir={tmp_path}/w', '--compilation_cache=', *flags]
+def test_mistakes_in_flags_get_a_sentence(module, flags, said, tmp_path):
+  done = commands.run(module, f'--workdir={tmp_path}/w', *flags)
+  assert done.returncode == 1
+  assert re.match(saying('error: ', *said), done.stderr)
+  assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_without_a_cluster_there_is_none_to_ask(tmp_path):
+  """In a process of its own: JAX must not have been used."""
+  command = [sys.executable, '-m', 'experiments.regression', f'--workdir={tmp_path}/w', '--distributed']
   done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-  assert done.returncode != 0
-  assert f'error: {message}' in done.stderr or message in done.stderr
+  assert done.returncode == 1
+  assert re.search(saying('error: no cluster tells of its processes (', '--coordinator=HOST:PORT'), done.stderr)
+  assert 'before any JAX calls' not in done.stderr
   assert 'Traceback' not in done.stderr
 
 
 def test_nobody_at_the_port(monkeypatch):
   monkeypatch.setattr(processes, 'PATIENCE', 0)
   where = f'localhost:{free_port()}'
-  with pytest.raises(ValueError, match=f'nobody answers at {where} .*; start process 0 there'):
+  with pytest.raises(ValueError, match=saying('nobody answers', where, 'start process 0')):
     processes.start(Machines(coordinator=where, num_processes=2, process_id=1))
 
 
 def test_the_others_do_not_come(monkeypatch):
   monkeypatch.setattr(processes, 'PATIENCE', 0)
   where = f'localhost:{free_port()}'
-  with pytest.raises(ValueError, match=f'the others do not come to {where}: processes 1, 2 of 3 are missing after 0 s'):
+  with pytest.raises(ValueError, match=saying(where, 'processes 1, 2 of 3', 'missing after 0 s', 'start them')):
     processes.start(Machines(coordinator=where, num_processes=3, process_id=0))
 
 
 def test_the_port_is_taken():
   with socket.create_server(('', 0)) as taken:
     where = f'localhost:{taken.getsockname()[1]}'
-    with pytest.raises(ValueError, match=f'the processes cannot meet at {where} .*; give another port'):
+    with pytest.raises(ValueError, match=saying('cannot meet', where, 'give another port')):
       processes.start(Machines(coordinator=where, num_processes=2, process_id=0))
 
 
@@ -322,5 +351,5 @@ def test_devices_of_a_classification():
   config = classification.Config(way=2, query=1, filters=2, meta_batch=2)
   trainings = [few_shot_training.plan(config, few_shot_training.build(config, devices=n)) for n in (None, 1, 2)]
   assert [len(found) for found in trainings] == [1, 1, 1]
-  with pytest.raises(ValueError, match='devices must be from 1 to 2'):
+  with pytest.raises(ValueError, match=saying('devices', 'from 1 to 2', 'got 3')):
     few_shot_training.build(config, devices=3)

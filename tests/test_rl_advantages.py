@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import saying
 
 from metasgd_jax import rl
 
@@ -20,20 +21,20 @@ def draw(lengths=(12, 5, 1, 12, 7), terminated=(False, True, True, True, False),
   B = len(lengths)
   valid = np.arange(H)[None] < np.array(lengths)[:, None]
   return rl.Trajectories(
-    observations=jnp.asarray(rng.normal(size=(B, H, 2)) * 6),
-    actions=jnp.zeros((B, H, 1)),
-    log_probs=jnp.zeros((B, H)),
-    rewards=jnp.asarray(rng.normal(size=(B, H))),
-    valid=jnp.asarray(valid),
-    terminated=jnp.array(terminated),
-    last_observation=jnp.asarray(rng.normal(size=(B, 2))),
+    observations=rng.normal(size=(B, H, 2)) * 6,
+    actions=np.zeros((B, H, 1)),
+    log_probs=np.zeros((B, H)),
+    rewards=rng.normal(size=(B, H)),
+    valid=valid,
+    terminated=np.array(terminated),
+    last_observation=rng.normal(size=(B, 2)),
   )
 
 
 def steps_of(drawn, b):
   """One trajectory's valid steps, as lists."""
   n = int(drawn.valid[b].sum())
-  return n, np.asarray(drawn.observations[b])[:n], np.asarray(drawn.rewards[b])[:n]
+  return n, drawn.observations[b][:n], drawn.rewards[b][:n]
 
 
 def returns_by_loop(rewards, discount):
@@ -55,34 +56,50 @@ def padded(values):
   return np.pad(values, (0, H - len(values)))
 
 
+discounted_returns = jax.jit(jax.vmap(rl.discounted_returns, (0, 0, None)))
+
+
 @pytest.mark.parametrize('discount', [0.0, 0.9, 1.0])
 def test_discounted_returns(discount):
   drawn = draw()
+  found = discounted_returns(drawn.rewards, drawn.valid, discount)
   for b in range(5):
     _, _, rewards = steps_of(drawn, b)
-    found = rl.discounted_returns(drawn.rewards[b], drawn.valid[b], discount)
     # After the end rewards are none, whatever stands there.
-    np.testing.assert_allclose(found, padded(returns_by_loop(rewards, discount)), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found[b], padded(returns_by_loop(rewards, discount)), rtol=1e-12, atol=1e-12)
+
+
+@jax.jit
+def generalized_advantages(rewards, values, valid, last, decay):
+  estimate = lambda *of_one: rl.generalized_advantages(*of_one, last, discount=0.9, decay=decay)
+  return jax.vmap(estimate)(rewards, values, valid)
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.7, 1.0])
 @pytest.mark.parametrize('last', [0.0, 2.5])
 def test_generalized_advantages(decay, last):
   drawn = draw()
-  values = jnp.asarray(np.random.default_rng(1).normal(size=(5, H)))
+  values = np.random.default_rng(1).normal(size=(5, H))
+  found = generalized_advantages(drawn.rewards, values, drawn.valid, last, decay)
   for b in range(5):
     n, _, rewards = steps_of(drawn, b)
-    found = rl.generalized_advantages(drawn.rewards[b], values[b], drawn.valid[b], last, discount=0.9, decay=decay)
-    expected = advantages_by_loop(rewards, np.asarray(values[b])[:n], last, 0.9, decay)
-    np.testing.assert_allclose(found, padded(expected), rtol=1e-12, atol=1e-12)
+    expected = advantages_by_loop(rewards, values[b][:n], last, 0.9, decay)
+    np.testing.assert_allclose(found[b], padded(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_last_value_left_out_is_zero():
+  drawn, values = draw(), np.random.default_rng(1).normal(size=(5, H))
+  estimate = jax.jit(lambda *about: rl.generalized_advantages(*about, discount=0.9, decay=0.7))
+  expected = generalized_advantages(drawn.rewards, values, drawn.valid, 0.0, 0.7)[1]
+  np.testing.assert_allclose(estimate(drawn.rewards[1], values[1], drawn.valid[1]), expected, rtol=1e-12)
 
 
 def test_features():
   observations = np.random.default_rng(0).normal(size=(H, 2)) * 12
-  expected = [features_by_loop(o, t) for t, o in enumerate(observations)]
-  np.testing.assert_allclose(rl.linear_features(jnp.asarray(observations)), expected, rtol=1e-12)
-  later = [features_by_loop(o, t + 4) for t, o in enumerate(observations)]
-  np.testing.assert_allclose(rl.linear_features(jnp.asarray(observations), 4), later, rtol=1e-12)
+  features = jax.jit(lambda observations: (rl.linear_features(observations), rl.linear_features(observations, 4)))
+  found, later = features(observations)
+  np.testing.assert_allclose(found, [features_by_loop(o, t) for t, o in enumerate(observations)], rtol=1e-12)
+  np.testing.assert_allclose(later, [features_by_loop(o, t + 4) for t, o in enumerate(observations)], rtol=1e-12)
 
 
 def baseline_by_normal_equations(drawn, discount, ridge):
@@ -96,12 +113,17 @@ def baseline_by_normal_equations(drawn, discount, ridge):
   return np.linalg.lstsq(rows.T @ rows + ridge * np.eye(rows.shape[1]), rows.T @ targets)[0]
 
 
+@jax.jit
+def fit(drawn, ridge):
+  returns = jax.vmap(rl.discounted_returns, (0, 0, None))(drawn.rewards, drawn.valid, 0.9)
+  features = jax.vmap(rl.linear_features)(drawn.observations)
+  return features, rl.fit_linear(features, returns, drawn.valid, ridge=ridge)
+
+
 @pytest.mark.parametrize('ridge', [1e-5, 0.3])
 def test_the_baseline_is_the_ridge_regression(ridge):
   drawn = draw()
-  returns = jax.vmap(rl.discounted_returns, (0, 0, None))(drawn.rewards, drawn.valid, 0.9)
-  features = jax.vmap(rl.linear_features)(drawn.observations)
-  found = rl.fit_linear(features, returns, drawn.valid, ridge=ridge)
+  features, found = jax.device_get(fit(drawn, ridge))
   expected = baseline_by_normal_equations(drawn, 0.9, ridge)
   np.testing.assert_allclose(features @ found, features @ expected, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -112,22 +134,26 @@ def test_the_baseline_in_single_precision_bears_dependent_features():
   angle = rng.uniform(0, 2 * np.pi, (20, 100))
   observations = np.stack([np.cos(angle), np.sin(angle)], -1)
   targets = 3 * observations[..., 0] + 1
-  features = jax.vmap(rl.linear_features)(jnp.asarray(observations, jnp.float32))
-  weights = rl.fit_linear(features, jnp.asarray(targets, jnp.float32), jnp.ones((20, 100), bool))
-  assert weights.dtype == jnp.float32
+
+  @jax.jit
+  def fitted(observations, targets):
+    features = jax.vmap(rl.linear_features)(observations)
+    return features, rl.fit_linear(features, targets, jnp.ones((20, 100), bool))
+
+  features, weights = jax.device_get(fitted(observations.astype(np.float32), targets.astype(np.float32)))
+  assert weights.dtype == np.float32
   np.testing.assert_allclose(features @ weights, targets, atol=1e-4)
 
 
 def test_normalize_sees_valid_steps_alone():
   drawn = draw()
-  x = jnp.where(drawn.valid, drawn.rewards, 1e6)
-  inside = np.asarray(x)[np.asarray(drawn.valid)]
-  found = np.asarray(rl.normalize(x, drawn.valid))
-  np.testing.assert_allclose(
-    found[np.asarray(drawn.valid)], (inside - inside.mean()) / (inside.std() + 1e-8), rtol=1e-12
-  )
-  np.testing.assert_array_equal(found[~np.asarray(drawn.valid)], 0)
-  np.testing.assert_array_equal(rl.normalize(jnp.full((2, 3), 7.0), jnp.ones((2, 3), bool)), 0)
+  normalize = jax.jit(rl.normalize)
+  x = np.where(drawn.valid, drawn.rewards, 1e6)
+  inside = x[drawn.valid]
+  found = np.asarray(normalize(x, drawn.valid))
+  np.testing.assert_allclose(found[drawn.valid], (inside - inside.mean()) / (inside.std() + 1e-8), rtol=1e-12)
+  np.testing.assert_array_equal(found[~drawn.valid], 0)
+  np.testing.assert_array_equal(normalize(np.full((5, H), 7.0), np.ones((5, H), bool)), 0)
 
 
 CONFIGS = {
@@ -138,17 +164,20 @@ CONFIGS = {
 }
 
 
+advantages = jax.jit(rl.advantages, static_argnums=1)
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_all_together_against_loops(name):
   config, drawn = CONFIGS[name], draw()
-  found = np.asarray(rl.advantages(drawn, config))
+  found = np.asarray(advantages(drawn, config))
   weights = baseline_by_normal_equations(drawn, config.discount, config.ridge) * config.baseline
   expected = []
   for b in range(5):
     n, observations, rewards = steps_of(drawn, b)
     values = [features_by_loop(observations[t], t) @ weights for t in range(n)]
     time_ended_it = not bool(drawn.terminated[b])
-    beyond = features_by_loop(np.asarray(drawn.last_observation[b]), n) @ weights
+    beyond = features_by_loop(drawn.last_observation[b], n) @ weights
     last = beyond if config.bootstrap and time_ended_it else 0.0
     expected.append(advantages_by_loop(rewards, values, last, config.discount, config.decay))
   together = np.concatenate(expected)
@@ -160,22 +189,22 @@ def test_all_together_against_loops(name):
 def test_what_lies_after_the_end_counts_for_nothing():
   drawn = draw()
   spoilt = drawn._replace(
-    rewards=jnp.where(drawn.valid, drawn.rewards, jnp.nan),
-    observations=jnp.where(drawn.valid[..., None], drawn.observations, jnp.inf),
+    rewards=np.where(drawn.valid, drawn.rewards, np.nan),
+    observations=np.where(drawn.valid[..., None], drawn.observations, np.inf),
   )
   for config in CONFIGS.values():
-    np.testing.assert_array_equal(rl.advantages(spoilt, config), rl.advantages(drawn, config))
+    np.testing.assert_array_equal(advantages(spoilt, config), advantages(drawn, config))
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(discount=1.1), r'discount must be in \[0, 1\], got 1.1'),
-    (dict(decay=-0.1), r'decay must be in \[0, 1\], got -0.1'),
-    (dict(ridge=0.0), 'ridge must be above 0, got 0.0'),
-    (dict(baseline=False, bootstrap=True), 'bootstrap=True takes its value from the baseline'),
+    (dict(discount=1.1), ['discount', '[0, 1]', '1.1']),
+    (dict(decay=-0.1), ['decay', '[0, 1]', '-0.1']),
+    (dict(ridge=0.0), ['ridge', 'above 0', '0.0']),
+    (dict(baseline=False, bootstrap=True), ['bootstrap=True', 'baseline']),
   ],
 )
 def test_bad_options(options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=saying(*message)):
     rl.AdvantageConfig(**options)

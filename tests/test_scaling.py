@@ -6,6 +6,7 @@ import pytest
 from benchmarks import scaling
 
 
+@pytest.mark.slow
 def test_a_worker_trains_on_as_many_devices_as_it_is_told(monkeypatch):
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   workers = [scaling.Worker('sinusoids', devices, 4 // devices, 1) for devices in (1, 2)]
@@ -21,6 +22,7 @@ def test_a_worker_trains_on_as_many_devices_as_it_is_told(monkeypatch):
   assert one[0] != one[1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_is_told_of(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'no_such_platform')
   worker = scaling.Worker('sinusoids', 1, 1, 1)

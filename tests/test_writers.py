@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from problems import saying
 
 from metasgd_jax import files, writers
 
@@ -14,7 +15,7 @@ def test_a_full_disk_under_the_metrics_is_told_in_a_sentence(tmp_path, monkeypat
   def full(*args, **options):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  sentence = r'metrics.jsonl cannot be written \(No space left on device\); make room, or give another --workdir'
+  sentence = saying('metrics.jsonl cannot be written', 'No space left on device', 'make room', '--workdir')
   monkeypatch.setattr('os.fsync', full)
   with pytest.raises(files.WriterError, match=sentence):
     writer.sync()
@@ -33,8 +34,9 @@ def test_metrics_are_not_written_through_a_link(tmp_path, name):
   tries = [lambda: writer.write('a', 1, {'loss': 0.5, 'seconds': 1.0}), lambda: writer.cut('a', 0)]
   if name == 'metrics.jsonl':
     tries += [writer.sync, lambda: writers.MetricsWriter(path)]
+  said = saying(name, 'is not a file but a link', 'remove the link', '--workdir')
   for fails in tries:
-    with pytest.raises(files.WriterError, match='is not a file but a link; remove the link, or give another --work'):
+    with pytest.raises(files.WriterError, match=said):
       fails()
   assert (tmp_path / 'mine').read_text() == 'mine'
 
@@ -82,7 +84,7 @@ def test_clock_times_have_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize('name', ['label', 'step'])
 def test_a_value_takes_no_name_that_lines_have(tmp_path, name):
   writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
-  with pytest.raises(ValueError, match=f"a value cannot be called '{name}', which each line has of its own"):
+  with pytest.raises(ValueError, match=saying('value cannot be called', f"'{name}'")):
     writer.write('MAML', 10, {'loss': 0.5, name: 99})
   assert (tmp_path / 'm.jsonl').read_text() == ''
 
