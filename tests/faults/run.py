@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import coverage
 
@@ -41,13 +41,12 @@ def covering_tests(data: pathlib.Path) -> dict[str, dict[int, list[str]]]:
   """Reads which tests ran a line, by module and line, from a combined file of coverage."""
   read = coverage.CoverageData(str(data))
   read.read()
-  found = {}
+  found: dict[str, dict[int, list[str]]] = {}
   for path in read.measured_files():
-    by_line = {
-      line: [context for context in contexts if '::' in context]
-      for line, contexts in read.contexts_by_lineno(path).items()
-    }
-    found[path.split('metasgd_jax/')[-1].removesuffix('.py')] = by_line
+    by_line = found.setdefault(path.split('metasgd_jax/')[-1].removesuffix('.py'), {})
+    for line, contexts in read.contexts_by_lineno(path).items():  # 'import|TEST' in pytest's process, 'TEST' in others.
+      parts = [part for context in contexts for part in context.split('|') if '::' in part]
+      by_line[line] = list(dict.fromkeys([*by_line.get(line, []), *parts]))
   return found
 
 
@@ -107,8 +106,10 @@ def _judged(fault: Fault, clone: pathlib.Path, core: int, tests: Sequence[str]) 
   return Verdict(fault.name, None, None, time.monotonic() - start)
 
 
-def _first_failure(clone: pathlib.Path, core: int, chosen: Iterable[str], markers: str) -> str | None:
+def _first_failure(clone: pathlib.Path, core: int, chosen: Sequence[str], markers: str) -> str | None:
   """Runs tests until one fails, and returns its name, or None."""
+  if not chosen:
+    return None
   command = [
     'taskset', '-c', str(core), sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', '-m', markers,
     *chosen,
