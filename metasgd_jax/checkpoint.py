@@ -339,8 +339,11 @@ def _check_files(path: pathlib.Path) -> None:
     if part.is_symlink() or not (part.is_file() or part.is_dir()):
       raise ValueError(f'{part.relative_to(path)} is no file')
   metrics = path / 'metrics' / 'metrics'
-  if metrics.exists() and not isinstance(json.loads(metrics.read_bytes()), dict):
-    raise ValueError('its metrics are not those of a checkpoint')
+  if metrics.exists():
+    found = json.loads(metrics.read_bytes())
+    # Orbax sorts checkpoints by this number, and lets a training fail at any other kind of value.
+    if not isinstance(found, dict) or not isinstance(found.get('metric', 0.0), int | float):
+      raise ValueError('its metrics are not those of a checkpoint')
   import orbax.checkpoint as ocp
 
   _ = ocp.path.step.standard_name_format().find_step(path.parent, int(path.name)).commit_timestamp

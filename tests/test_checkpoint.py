@@ -211,7 +211,7 @@ def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
 
 
 @pytest.mark.parametrize('step', [10, 20])
-@pytest.mark.parametrize('text', ['{"metric": 2 "', '[]', '[' * 100_000])
+@pytest.mark.parametrize('text', ['{"metric": 2 "', '[]', '[' * 100_000, '{"metric": [2]}', '{"metric": "2"}'])
 def test_broken_metrics(tmp_path, step, text):
   with opened(tmp_path, keep_best=2) as kept:
     kept.save(a_state(10), 0.9)
