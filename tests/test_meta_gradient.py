@@ -172,7 +172,7 @@ def two_tasks():
 @pytest.mark.parametrize(
   ('network', 'mapping'),
   [
-    (SmallConvNet, 'vmap'),
+    pytest.param(SmallConvNet, 'vmap', marks=pytest.mark.slow),
     pytest.param(ms.nn.Conv4, 'vmap', marks=pytest.mark.slow),
     pytest.param(ms.nn.Conv4, 'scan', marks=pytest.mark.slow),
   ],

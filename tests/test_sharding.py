@@ -19,12 +19,15 @@ TASKS = ms.tasks.sinusoid()
 ADAM = optax.adam(1e-2)
 
 
-@pytest.mark.parametrize('kind', ['sinusoid', 'conv'])
-@pytest.mark.parametrize('mapping', ['vmap', 'scan'])
+@pytest.mark.parametrize(
+  ('kind', 'mapping'),
+  [('sinusoid', 'vmap'), ('sinusoid', 'scan'), ('conv', 'scan'), pytest.param('conv', 'vmap', marks=pytest.mark.slow)],
+)
 def test_training_over_devices_equals_one_device(kind, mapping):
   assert_devices_train_as_one(kind, mapping)
 
 
+@pytest.mark.slow
 def test_optimized_training_over_devices_equals_one_device(optimized):
   assert_devices_train_as_one('sinusoid', 'vmap')
 
