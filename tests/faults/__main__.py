@@ -44,7 +44,7 @@ def cover(root: pathlib.Path, data: pathlib.Path) -> None:
   data.mkdir(parents=True, exist_ok=True)
   config = f'--rcfile={HERE / "coverage.ini"}'
   environment = os.environ | {'PYTHONPATH': str(HERE.parents[1]), 'COVERAGE_FILE': str(data / 'process')}
-  tests = ['-m', 'pytest', '-q', '-p', 'tests.faults.by_test', '-n', '2', '--dist', 'loadfile']
+  tests = ['-m', 'pytest', '-q', '-p', 'tests.faults.contexts', '-n', '2', '--dist', 'loadfile']
   subprocess.run([sys.executable, '-m', 'coverage', 'run', config, *tests], cwd=root, env=environment, check=True)
   combine = ['combine', config, '--keep', f'--data-file={data / "combined"}', str(data)]
   subprocess.run([sys.executable, '-m', 'coverage', *combine], cwd=root, check=True)
