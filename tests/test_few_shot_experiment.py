@@ -6,12 +6,11 @@ import functools
 import json
 import os
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from problems import SmallConvNet, assert_trees_close, saying, table_row
+from problems import OneLayer, SmallConvNet, assert_trees_close, saying, table_row
 from small_models import small_model
 
 import metasgd_jax as ms
@@ -36,14 +35,6 @@ def mini_imagenet(tmp_path_factory):
   directory = tmp_path_factory.mktemp('mini_imagenet')
   draw_folder(directory, [name for part in published_split('mini_imagenet') for name in part])
   return directory
-
-
-class OneLayer(nn.Module):
-  way: int
-
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(self.way)(x.reshape(len(x), -1))
 
 
 @contextlib.contextmanager
