@@ -1,5 +1,6 @@
 """Settings of all tests: shapes are never broadcast by accident, and a warning is an error."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -21,6 +22,8 @@ COMPILED = tempfile.TemporaryDirectory(prefix='metasgd-compiled-')
 jax.config.update('jax_compilation_cache_dir', COMPILED.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+gc.set_threshold(200_000, 20, 100)  # Tracing makes many small objects that live; looking for cycles so often costs 8%.
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 

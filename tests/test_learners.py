@@ -143,7 +143,14 @@ def three_of(tasks):
   return jax.device_get(episodes(tasks, 3))
 
 
-@pytest.fixture(scope='module', params=CASES)
+NEAR_ANOTHER = ('meta_sgd, 3 steps', 'lstm')
+"""MAML has three steps, too, and the memory cell is that of MANN: these compile once more for little."""
+
+
+@pytest.fixture(
+  scope='module',
+  params=[pytest.param(name, marks=[pytest.mark.slow] if name in NEAR_ANOTHER else []) for name in CASES],
+)
 def case(request):
   return Case(request.param)
 
@@ -196,7 +203,11 @@ def test_batched_equals_a_loop_and_compiled_equals_not(case, optimized):
     assert_trees_close(jax.tree.map(lambda a, i=i: a[i], info), one_info, rtol=1e-4)
 
 
-@pytest.mark.parametrize('case', TRAINED_AS_JUDGED, indirect=True)
+@pytest.mark.parametrize(
+  'case',
+  [pytest.param(name, marks=[pytest.mark.slow] if name in NEAR_ANOTHER else []) for name in TRAINED_AS_JUDGED],
+  indirect=True,
+)
 def test_loss_is_the_query_loss_after_adaptation(case):
   np.testing.assert_allclose(case.found.side_by_side[0], case.found.alone[0], rtol=1e-5)
 
@@ -253,7 +264,7 @@ def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step():
 
 
 class TestInductive:
-  @pytest.mark.parametrize('name', ['meta_sgd', 'meta_lstm', 'prototypical', 'matching', 'siamese', 'fine_tuning'])
+  @pytest.mark.parametrize('name', ['meta_sgd', pytest.param('meta_lstm', marks=pytest.mark.slow), 'prototypical', 'matching', 'siamese', 'fine_tuning'])
   def test_an_answer_depends_on_no_other_query(self, name):
     build = {'meta_sgd': ms.meta_sgd, **vars(ms.learners)}[name]
     options = dict(classes=8) if name == 'fine_tuning' else {}

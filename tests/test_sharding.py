@@ -21,7 +21,11 @@ ADAM = optax.adam(1e-2)
 
 @pytest.mark.parametrize(
   ('kind', 'mapping'),
-  [('sinusoid', 'vmap'), ('sinusoid', 'scan'), ('conv', 'scan'), pytest.param('conv', 'vmap', marks=pytest.mark.slow)],
+  [
+    ('sinusoid', 'vmap'),
+    ('sinusoid', 'scan'),
+    *[pytest.param('conv', mapping, marks=pytest.mark.slow) for mapping in ('scan', 'vmap')],
+  ],
 )
 def test_training_over_devices_equals_one_device(kind, mapping):
   assert_devices_train_as_one(kind, mapping)
@@ -110,17 +114,20 @@ def test_a_mesh_has_as_many_devices_as_share_the_tasks():
     ms.sharding.check_mesh(both, 2)
 
 
-def test_cores_become_devices_unless_their_number_is_set():
-  code = (
-    'import jax, metasgd_jax as ms; {}; ms.sharding.cpu_cores_as_devices(); '
-    'import os; print(jax.device_count("cpu") == len(os.sched_getaffinity(0)), jax.device_count("cpu"))'
-  )
-  run = lambda before: subprocess.run(
-    [sys.executable, '-c', code.format(before)], capture_output=True, text=True, check=True
-  ).stdout.split()
-  assert run('pass')[0] == 'True'
-  assert run("jax.config.update('jax_num_cpu_devices', 3)")[1] == '3'
-  assert run("import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=5'")[1] == '5'
+@pytest.mark.parametrize(
+  ('before', 'expected'),
+  [
+    ('pass', len(os.sched_getaffinity(0))),
+    pytest.param("jax.config.update('jax_num_cpu_devices', 3)", 3, marks=pytest.mark.slow),
+    pytest.param(
+      "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=5'", 5, marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_cores_become_devices_unless_their_number_is_set(before, expected):
+  code = f"import jax, metasgd_jax as ms; {before}; ms.sharding.cpu_cores_as_devices(); print(jax.device_count('cpu'))"
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert int(done.stdout) == expected
 
 
 @pytest.mark.parametrize(('given', 'expected'), [('', 4), ('0', 4), ('2', 4), ('many', 4), ('9', 9)])

@@ -15,10 +15,16 @@ LINEAR = ms.Model(
 )
 LEARNER = ms.meta_sgd(LINEAR, ms.losses.cross_entropy)
 OPTIMIZER = optax.sgd(0.1)
+BANK = random_bank()
+RESIDENT = ms.tasks.few_shot(BANK, way=WAY, shot=SHOT, query=QUERY)
 
 
 def stream(bank):
   return ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=WAY, shot=SHOT, query=QUERY))
+
+
+STREAM = stream(BANK)
+"""Tasks that are the same object share their compiled program of training."""
 
 
 def trained(tasks, meta_iterations=7, keys=None, learner=LEARNER, **options):
@@ -33,41 +39,35 @@ def trained(tasks, meta_iterations=7, keys=None, learner=LEARNER, **options):
   [(None, False), (2, True), *[pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, False), (None, True))]],
 )
 def test_training_on_a_stream_is_training_on_the_bank(runs, mesh):
-  bank = random_bank()
   keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
   options = dict(mesh=ms.sharding.task_mesh(2)) if mesh else {}
-  resident = trained(ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY), keys=keys, **options)
-  streamed = trained(stream(bank), keys=keys, **options)
+  resident, streamed = (trained(tasks, keys=keys, **options) for tasks in (RESIDENT, STREAM))
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
 
 
 @pytest.mark.slow
 def test_training_a_convolutional_network_on_a_stream_is_training_it_on_the_bank():
-  bank = random_bank()
-  tasks = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY), stream(bank)
-  resident, streamed = (trained(t, learner=conv_learner(way=WAY)) for t in tasks)
+  learner = conv_learner(way=WAY)
+  resident, streamed = (trained(tasks, learner=learner) for tasks in (RESIDENT, STREAM))
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
 
 
 def test_a_stream_goes_on_where_training_stopped():
-  bank = random_bank()
   options = dict(learner=LEARNER, optimizer=OPTIMIZER, meta_batch=2, chunk=3)
-  half = trained(stream(bank), meta_iterations=4)
-  again = ms.train(half, stream(bank), meta_iterations=7, **options)
-  for a, b in zip(jax.tree.leaves(again.meta), jax.tree.leaves(trained(stream(bank)).meta), strict=True):
+  half = trained(STREAM, meta_iterations=4)
+  again = ms.train(half, STREAM, meta_iterations=7, **options)
+  for a, b in zip(jax.tree.leaves(again.meta), jax.tree.leaves(trained(STREAM).meta), strict=True):
     assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize('mesh', [pytest.param(None, marks=pytest.mark.slow), ms.sharding.task_mesh(2)])
 def test_testing_on_a_stream_is_testing_on_the_bank(mesh, monkeypatch):
   monkeypatch.setattr('metasgd_jax.evaluation.SENT_AT_ONCE', 4)
-  bank = random_bank()
-  resident = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
-  meta = trained(resident, meta_iterations=1).meta
+  meta = trained(RESIDENT, meta_iterations=1).meta
   options = dict(metric_fn=ms.losses.cross_entropy, num_tasks=12, repeats=2, mapping=2, mesh=mesh)
-  values = [ms.evaluate(LEARNER, meta, tasks, jax.random.key(5), **options) for tasks in (resident, stream(bank))]
+  values = [ms.evaluate(LEARNER, meta, tasks, jax.random.key(5), **options) for tasks in (RESIDENT, STREAM)]
   assert values[0].shape == (12, 2, 2)
   np.testing.assert_allclose(values[1], values[0], rtol=1e-6)
 
@@ -106,11 +106,11 @@ def test_an_image_that_was_not_sent_is_nan():
 
 
 def test_a_memory_map_will_do(tmp_path):
-  images, sizes = random_bank()
+  images, sizes = BANK
   np.save(tmp_path / 'images.npy', images)
-  bank = ms.tasks.ClassBank(np.load(tmp_path / 'images.npy', mmap_mode='r'), sizes)
-  a, b = (trained(stream(b)) for b in (bank, ms.tasks.ClassBank(images, sizes)))
-  for x, y in zip(jax.tree.leaves(a.meta), jax.tree.leaves(b.meta), strict=True):
+  mapped = stream(ms.tasks.ClassBank(np.load(tmp_path / 'images.npy', mmap_mode='r'), sizes))
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  for x, y in zip(*(jax.tree.leaves(tasks.send(*keys)) for tasks in (mapped, STREAM)), strict=True):
     assert np.array_equal(x, y)
 
 
