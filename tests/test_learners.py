@@ -264,7 +264,13 @@ def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step():
 
 
 class TestInductive:
-  @pytest.mark.parametrize('name', ['meta_sgd', pytest.param('meta_lstm', marks=pytest.mark.slow), 'prototypical', 'matching', 'siamese', 'fine_tuning'])
+  @pytest.mark.parametrize(
+    'name',
+    [
+      'meta_sgd', pytest.param('meta_lstm', marks=pytest.mark.slow), 'prototypical', 'matching', 'siamese',
+      'fine_tuning',
+    ],
+  )  # fmt: skip
   def test_an_answer_depends_on_no_other_query(self, name):
     build = {'meta_sgd': ms.meta_sgd, **vars(ms.learners)}[name]
     options = dict(classes=8) if name == 'fine_tuning' else {}
