@@ -19,11 +19,11 @@ from tests.faults.draw import Fault
 TIERS = {'first': 'not slow', 'slow': 'slow'}
 """Each tier and its expression of markers."""
 
-PATIENCE = 1200
-"""Seconds after which a run of tests counts as caught: the fault made something endless."""
-
 FEW = 80
 """Tests that are tried one by one before whole files are."""
+
+PATIENCE = {'few': 300, 'files': 1200}
+"""Seconds after which a run of tests counts as caught: the fault made something endless."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +100,13 @@ def _judged(fault: Fault, clone: pathlib.Path, core: int, tests: Sequence[str]) 
   tests = sorted(tests, key=lambda test: not test.split('::')[0].endswith(tuple(f'{name}.py' for name in own)))
   files = list(dict.fromkeys(test.split('::')[0] for test in tests))
   for tier, markers in TIERS.items():
-    for chosen in (tests[:FEW], files):
-      if failed := _first_failure(clone, core, chosen, markers):
+    for chosen, patience in ((tests[:FEW], PATIENCE['few']), (files, PATIENCE['files'])):
+      if failed := _first_failure(clone, core, chosen, markers, patience):
         return Verdict(fault.name, tier, failed, time.monotonic() - start)
   return Verdict(fault.name, None, None, time.monotonic() - start)
 
 
-def _first_failure(clone: pathlib.Path, core: int, chosen: Sequence[str], markers: str) -> str | None:
+def _first_failure(clone: pathlib.Path, core: int, chosen: Sequence[str], markers: str, patience: float) -> str | None:
   """Runs tests until one fails, and returns its name, or None."""
   if not chosen:
     return None
@@ -117,10 +117,10 @@ def _first_failure(clone: pathlib.Path, core: int, chosen: Sequence[str], marker
   environment = os.environ | {'PYTHONPATH': str(clone)}  # For scripts that tests start: the clone's package is theirs.
   try:
     done = subprocess.run(
-      command, cwd=clone, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+      command, cwd=clone, env=environment, capture_output=True, text=True, timeout=patience, check=False
     )
   except subprocess.TimeoutExpired:
-    return f'no end after {PATIENCE} s'
+    return f'no end after {patience} s'
   if done.returncode in (0, 5):  # 5: none was chosen.
     return None
   named = re.search(r'^(?:FAILED|ERROR) (\S+)', done.stdout, re.MULTILINE)
