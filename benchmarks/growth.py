@@ -18,8 +18,8 @@ import numpy as np
 
 import metasgd_jax as ms
 from benchmarks import ours
-from metasgd_jax import provenance
-from metasgd_jax.adaptation import Backward
+from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.io import provenance
 
 PICTURE = 'benchmarks/growth.png'
 

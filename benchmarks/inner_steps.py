@@ -22,8 +22,9 @@ from absl import app, flags
 
 import metasgd_jax as ms
 from benchmarks.worker import resident
-from metasgd_jax import host_memory, provenance
-from metasgd_jax.adaptation import Backward
+from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.io import provenance
+from metasgd_jax.outer import host_memory
 
 STEPS = flags.DEFINE_list('steps', ['2', '20', '200'], 'Inner steps.')
 BACKWARD = flags.DEFINE_list('backward', ['sparse', 'forward', 'recompute', 'reverse'], 'Ways back.')

@@ -21,7 +21,9 @@ from absl import app, flags, logging
 
 from benchmarks import timing
 from experiments.navigation import Config
-from metasgd_jax import provenance, rl, sharding
+from metasgd_jax import rl
+from metasgd_jax.io import provenance
+from metasgd_jax.outer import sharding
 from metasgd_jax.rl.meta_step import explore_tasks
 from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio

@@ -25,7 +25,8 @@ from absl import app, flags, logging
 
 from benchmarks import ALPHA, conv4, ours, peers, timing, worker
 from benchmarks.conv4 import OURS, PLAIN, ROOF, SIDE, work
-from metasgd_jax import provenance, sharding
+from metasgd_jax.io import provenance
+from metasgd_jax.outer import sharding
 
 SETTINGS = ((5, 1, 16), (5, 1, 32), (20, 1, 16), (20, 1, 32))  # way, shot, tasks
 SECONDS = 6.0  # Of a turn: the first second after a pause is slow.

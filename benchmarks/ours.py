@@ -5,7 +5,7 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from metasgd_jax import sharding
+from metasgd_jax.outer import sharding
 
 
 class Run:

@@ -23,7 +23,8 @@ from absl import app, flags
 
 import metasgd_jax as ms
 from benchmarks import timing
-from metasgd_jax import provenance, sharding
+from metasgd_jax.io import provenance
+from metasgd_jax.outer import sharding
 
 PROBLEMS = ('sinusoids', 'conv4')
 

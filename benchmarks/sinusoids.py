@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import metasgd_jax as ms
 from benchmarks import ALPHA, ours, peers, timing
-from metasgd_jax import provenance
+from metasgd_jax.io import provenance
 from metasgd_jax.losses import mean_squared_error
 
 TASKS, SHOT, QUERY = 4, 5, 10

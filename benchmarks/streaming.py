@@ -18,7 +18,8 @@ from absl import app
 import metasgd_jax as ms
 from benchmarks import ours, timing
 from benchmarks.conv4 import learner
-from metasgd_jax import provenance, sharding
+from metasgd_jax.io import provenance
+from metasgd_jax.outer import sharding
 
 CLASSES, INSTANCES, SIDE, CHUNK, TASKS = 64, 600, 84, 25, 4
 RESIDENT, STREAMED, MAPPED = 'on the device', 'streamed from memory', 'streamed from a memory map'

@@ -75,7 +75,7 @@ def _peer(name, way, path):
 
 def _of_jax(name, way, shot, tasks):
   from benchmarks import conv4  # Nor torch here.
-  from metasgd_jax import sharding
+  from metasgd_jax.outer import sharding
 
   if name == conv4.ROOF:
     return conv4.matrix_product()

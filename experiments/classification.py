@@ -39,9 +39,9 @@ from experiments.options import option
 from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
-from metasgd_jax import files, provenance
-from metasgd_jax.adaptation import Backward
-from metasgd_jax.evaluation import estimate
+from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.io import files, provenance
+from metasgd_jax.outer.evaluation import estimate
 
 MODEL_FACTS = (
   'dataset', 'split', 'split_seed', 'way', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate',

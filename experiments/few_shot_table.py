@@ -11,7 +11,7 @@ from absl import logging
 
 from experiments import few_shot_data, processes, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
-from metasgd_jax import files
+from metasgd_jax.io import files
 
 WAYS, SHOTS = (5, 20), (1, 5)
 SETTINGS = tuple((way, shot) for way in WAYS for shot in SHOTS)

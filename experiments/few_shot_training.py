@@ -17,8 +17,9 @@ from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_le
 from experiments.reporting import test_keys
 from experiments.resuming import Run
 from experiments.trainings import Training
-from metasgd_jax import sharding, writers
-from metasgd_jax.objective import tasks_at_once
+from metasgd_jax.io import writers
+from metasgd_jax.outer import sharding
+from metasgd_jax.outer.objective import tasks_at_once
 
 Config = Any
 """`classification.Config`."""

@@ -25,10 +25,11 @@ from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import files, sharding
-from metasgd_jax.adaptation import Backward
+from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.io import files
 from metasgd_jax.losses import accuracy, cross_entropy, per_token
-from metasgd_jax.objective import tasks_at_once
+from metasgd_jax.outer import sharding
+from metasgd_jax.outer.objective import tasks_at_once
 from metasgd_jax.tasks.markov import MarkovConfig, markov_chains
 
 NETWORKS = {'resnet12': 'ResNet-12', 'transformer': 'transformer'}

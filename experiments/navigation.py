@@ -25,7 +25,9 @@ from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import files, rl, sharding
+from metasgd_jax import rl
+from metasgd_jax.io import files
+from metasgd_jax.outer import sharding
 from metasgd_jax.rl.meta_step import check_curvature
 
 LEARNERS = ('meta_sgd', 'maml')

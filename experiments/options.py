@@ -14,11 +14,11 @@ from absl import app, flags, logging
 
 from experiments import command
 from experiments.reporting import TrainingError
-from metasgd_jax import sharding
-from metasgd_jax.checkpoint import CheckpointError
 from metasgd_jax.cli.telling import cut
 from metasgd_jax.datasets import DatasetError
-from metasgd_jax.files import WriterError
+from metasgd_jax.io.checkpoint import CheckpointError
+from metasgd_jax.io.files import WriterError
+from metasgd_jax.outer import sharding
 
 C = TypeVar('C')
 _PARTS = ('experiments', 'metasgd_jax')

@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 
 from experiments import options
 from experiments.options import option
-from metasgd_jax import files, leaves, sharding
+from metasgd_jax.io import files
+from metasgd_jax.outer import sharding
+from metasgd_jax.tree import is_key
 from metasgd_jax.types import PyTree
 
 PATIENCE = 300
@@ -230,7 +232,7 @@ def from_first(tree: PyTree) -> PyTree:
   """Returns the first process's tree in all, to the bit; elsewhere only shapes and dtypes are looked at."""
   if jax.process_count() == 1:
     return tree
-  data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if leaves.is_key(leaf) else leaf, tree)
+  data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
   arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(data)]
   sent = multihost_utils.broadcast_one_to_all([np.frombuffer(array.tobytes(), np.uint8) for array in arrays])
   found = []
@@ -238,7 +240,7 @@ def from_first(tree: PyTree) -> PyTree:
     value: Any = np.frombuffer(np.asarray(received).tobytes(), array.dtype).reshape(array.shape)
     if isinstance(leaf, jax.Array):
       value = jax.numpy.asarray(value)
-    found.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if leaves.is_key(leaf) else value)
+    found.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value)
   return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 

@@ -21,7 +21,8 @@ from experiments.processes import Machines
 from experiments.reporting import NAMES, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax import files, sharding
+from metasgd_jax.io import files
+from metasgd_jax.outer import sharding
 from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
 
 LEARNERS = ('meta_sgd', 'maml')

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from metasgd_jax import bad_numbers, files, progress_line, provenance, writers
-from metasgd_jax.evaluation import Estimate, estimate
-from metasgd_jax.training import Progress
+from metasgd_jax.io import files, progress, provenance, writers
+from metasgd_jax.outer import bad_numbers
+from metasgd_jax.outer.evaluation import Estimate, estimate
+from metasgd_jax.outer.training import Progress
 from metasgd_jax.types import PyTree
 
 NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
@@ -109,9 +110,9 @@ class Recorder:
     """
     self._label, self._metrics = label, metrics
     if jax.process_index():  # Silent if not first: its standard output goes nowhere.
-      self._line = progress_line.ProgressLine(label, out=sys.stdout)
+      self._line = progress.ProgressLine(label, out=sys.stdout)
     else:
-      self._line = progress_line.ProgressLine(label, say=lambda line: logging.info('%s', line))
+      self._line = progress.ProgressLine(label, say=lambda line: logging.info('%s', line))
     self._steps: list[int] = []
     self._values: dict[str, list[np.ndarray]] = {}
     for line in history:

@@ -17,8 +17,8 @@ from absl import flags
 
 from experiments import options, processes, reporting
 from experiments.options import option
-from metasgd_jax import checkpoint, files, provenance, writers
-from metasgd_jax.checkpoint import CheckpointError
+from metasgd_jax.io import checkpoint, files, provenance, writers
+from metasgd_jax.io.checkpoint import CheckpointError
 
 flags.disclaim_key_flags()  # As in options.
 

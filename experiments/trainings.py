@@ -19,7 +19,9 @@ from experiments import processes, reporting, resuming
 from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
-from metasgd_jax import bad_numbers, checkpoint, leaves, provenance
+from metasgd_jax.io import checkpoint, provenance
+from metasgd_jax.outer import bad_numbers
+from metasgd_jax.tree import named_arrays
 
 SECONDS = 15.0
 """Between checkpoints where their number is not given."""
@@ -350,4 +352,4 @@ def _beginning(training: Training, step: int) -> dict[str, np.ndarray]:
     state = training.go(training.start(), step, [lambda progress: infos.append(progress.info)])
   finally:
     jax.config.update('jax_enable_compilation_cache', cache)
-  return leaves.named_arrays({'state': state, 'reported': infos})
+  return named_arrays({'state': state, 'reported': infos})

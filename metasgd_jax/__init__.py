@@ -1,19 +1,62 @@
 """Meta-SGD (Li et al. 2017) and its kin as pure functions in JAX."""
 
-from metasgd_jax import learners, losses, nn, rl, sharding, tasks
-from metasgd_jax.adaptation import adapt, adapt_path, init_alpha
-from metasgd_jax.classifier import FewShotClassifier
-from metasgd_jax.evaluation import Estimate, estimate, evaluate
-from metasgd_jax.export import Exported, export_learner, export_model, load_exported
-from metasgd_jax.inner_optax import adapt_with, adapt_with_path, scale_by_alpha
-from metasgd_jax.learners import maml, meta_sgd
-from metasgd_jax.memory_plan import MemoryPlan, plan_memory
-from metasgd_jax.model_file import FewShotModel, ModelConfig, load_model, save_model
-from metasgd_jax.objective import Mapping, mean_loss, value_and_grad
-from metasgd_jax.partial import low_rank, partly
-from metasgd_jax.training import Progress, TrainState, init, train, train_step
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metasgd_jax import losses, rl, tasks
+from metasgd_jax.inner.adaptation import adapt, adapt_path, init_alpha
+from metasgd_jax.inner.optimizer import adapt_with, adapt_with_path, scale_by_alpha
+from metasgd_jax.inner.parts import low_rank, partly
+from metasgd_jax.outer import sharding
+from metasgd_jax.outer.evaluation import Estimate, estimate, evaluate
+from metasgd_jax.outer.memory import MemoryPlan, plan_memory
+from metasgd_jax.outer.objective import Mapping, mean_loss, value_and_grad
+from metasgd_jax.outer.training import Progress, TrainState, init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution, TaskStream
 from metasgd_jax.version import __version__
+
+if TYPE_CHECKING:
+  from metasgd_jax import datasets, learners, nn, plotting
+  from metasgd_jax.deploy.classifier import FewShotClassifier
+  from metasgd_jax.deploy.export import Exported, export_learner, export_model, load_exported
+  from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, load_model, save_model
+  from metasgd_jax.io import checkpoint, files
+  from metasgd_jax.learners import maml, meta_sgd
+
+_LATER = {
+  'checkpoint': 'io.checkpoint',
+  'datasets': 'datasets',
+  'files': 'io.files',
+  'learners': 'learners',
+  'nn': 'nn',
+  'plotting': 'plotting',
+  'FewShotClassifier': 'deploy.classifier:FewShotClassifier',
+  'FewShotModel': 'deploy.model_file:FewShotModel',
+  'ModelConfig': 'deploy.model_file:ModelConfig',
+  'load_model': 'deploy.model_file:load_model',
+  'save_model': 'deploy.model_file:save_model',
+  'Exported': 'deploy.export:Exported',
+  'export_learner': 'deploy.export:export_learner',
+  'export_model': 'deploy.export:export_model',
+  'load_exported': 'deploy.export:load_exported',
+  'maml': 'learners:maml',
+  'meta_sgd': 'learners:meta_sgd',
+}
+"""Modules, and names of modules, that import flax, orbax or other libraries: they are imported when first used."""
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _LATER:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module, _, attribute = _LATER[name].partition(':')
+  found = importlib.import_module(f'{__name__}.{module}')
+  globals()[name] = getattr(found, attribute) if attribute else found
+  return globals()[name]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_LATER})
+
 
 __all__ = [
   'Batch',
@@ -37,10 +80,13 @@ __all__ = [
   'adapt_path',
   'adapt_with',
   'adapt_with_path',
+  'checkpoint',
+  'datasets',
   'estimate',
   'evaluate',
   'export_learner',
   'export_model',
+  'files',
   'init',
   'init_alpha',
   'learners',
@@ -54,6 +100,7 @@ __all__ = [
   'nn',
   'partly',
   'plan_memory',
+  'plotting',
   'rl',
   'save_model',
   'scale_by_alpha',

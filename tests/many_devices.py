@@ -14,7 +14,7 @@ import optax
 from problems import conv_learner, random_bank, relative_error, sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax import fully_sharded
+from metasgd_jax.outer import fully_sharded
 
 TASKS, STEPS = 8, 5
 ADAM = optax.adam(1e-2)

@@ -7,8 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import metasgd_jax as ms
+from metasgd_jax.outer import training
 
 
 class SmallConvNet(nn.Module):
@@ -52,6 +54,23 @@ def random_bank(classes=8, instances=6, size=8, seed=0):
   """A class bank in which no two drawings are equal."""
   images = np.random.default_rng(seed).integers(0, 256, (classes, instances, size, size, 1), np.uint8)
   return ms.tasks.class_bank(images)
+
+
+CURVES = ms.tasks.sinusoid()
+
+
+def poisoned(steps, task=2, seed=0, how=jnp.nan, meta_batch=4):
+  """Curves of which one task's targets at these meta-iterations of a run are not finite."""
+  step_key = lambda step: jax.random.key_data(training.step_keys(jax.random.key(seed), step, meta_batch)[1, task])
+  keys = jax.jit(jax.vmap(step_key))(np.asarray(steps))
+  episode = Partial(_poisoned_episode, keys, jnp.float32(how))
+  return ms.TaskDistribution(Partial(CURVES.sample), episode)
+
+
+def _poisoned_episode(bad, how, curve, key):
+  found = CURVES.episode(curve, key)
+  hit = jnp.any(jnp.all(jax.random.key_data(key)[None] == bad, axis=-1))
+  return ms.Episode(found.support, ms.Batch(found.query.x, jnp.where(hit, how, found.query.y)))
 
 
 def saying(*parts):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 import metasgd_jax as ms
-from metasgd_jax import model_file
+from metasgd_jax.deploy import model_file
 
 WAY = 5
 

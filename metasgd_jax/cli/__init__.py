@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code: 0, or 1 after a mistake, told in a sentence on standard error."""
   args = parse(sys.argv[1:] if argv is None else argv)
   from metasgd_jax.datasets.messages import DatasetError
-  from metasgd_jax.files import WriterError
+  from metasgd_jax.io.files import WriterError
 
   for stream in (sys.stdout, sys.stderr):  # A file's name may hold what a terminal cannot show.
     if isinstance(stream, io.TextIOWrapper):

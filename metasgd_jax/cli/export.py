@@ -30,8 +30,8 @@ def add(commands: Any) -> None:
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
   """Reads the model and writes the file, checked; what it returns tells of it."""
-  from metasgd_jax import export
   from metasgd_jax.datasets.messages import at_home
+  from metasgd_jax.deploy import export
 
   model, out = load_model(args.model), at_home(args.out)
   inductive, platforms = not args.transductive, args.platforms.split(',')

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
   """Reads the model; what it returns tells of it."""
-  from metasgd_jax import model_file
+  from metasgd_jax.deploy import model_file
 
   if args.model is not None:
     lines = about(load_model(args.model), model_file.model_size(args.model))

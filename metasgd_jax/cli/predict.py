@@ -46,9 +46,9 @@ def add(commands: Any) -> None:
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
   """Reads and checks everything, and adapts; what it returns answers, draws and writes."""
-  from metasgd_jax.classifier import FewShotClassifier
   from metasgd_jax.datasets import image_folder
   from metasgd_jax.datasets.messages import at_home
+  from metasgd_jax.deploy.classifier import FewShotClassifier
 
   out, query_dir = at_home(args.out), at_home(args.query)
   model = load_model(args.model)
@@ -76,7 +76,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen: list[bool], out: pathlib.Path) -> None:
   """Answers, draws, writes and tells; pictures `seen` among the examples are not judged."""
-  from metasgd_jax import files
+  from metasgd_jax.io import files
 
   say(f'answering {len(names)} pictures')
   probabilities = classifier.predict_proba(query.images)
@@ -117,7 +117,7 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
 
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Raises WriterError where results cannot go, or would be taken for pictures the next time."""
-  from metasgd_jax.files import WriterError
+  from metasgd_jax.io.files import WriterError
 
   for flag, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails at loops.

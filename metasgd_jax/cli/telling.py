@@ -22,8 +22,8 @@ def how_many(config: Any) -> str:
 
 
 def load_model(path_or_name: str) -> Any:
-  """Returns the model as `model_file.load_model` does, whose ValueError names the nearest of the models that ship."""
-  from metasgd_jax import model_file
+  """Returns the model as `load_model` does, whose ValueError names the nearest of the models that ship."""
+  from metasgd_jax.deploy import model_file
 
   try:
     return model_file.load_model(path_or_name)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from metasgd_jax.datasets.archives import is_archive, unpack
 from metasgd_jax.datasets.messages import DatasetError, Report, first_line
-from metasgd_jax.files import why_not_writable
+from metasgd_jax.io.files import why_not_writable
 
 
 def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.adaptation import check_steps
-from metasgd_jax.inner_optax import InnerOptimizer, adapt_with, adapt_with_path, moving_part
+from metasgd_jax.inner.adaptation import check_steps
+from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_with, adapt_with_path, moving_part
 from metasgd_jax.learners.episodic import Metric, of_parameters
-from metasgd_jax.leaves import named, strong
+from metasgd_jax.tree import named, strong
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 

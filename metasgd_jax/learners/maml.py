@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
-from metasgd_jax.adaptation import Backward, broadcast_alpha
+from metasgd_jax.inner.adaptation import Backward, broadcast_alpha
 from metasgd_jax.learners.episodic import Metric
 from metasgd_jax.learners.meta_sgd import gradient_learner
 from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.adaptation import (
+from metasgd_jax.inner.adaptation import (
   Backward,
   Per,
   adapt,
@@ -50,7 +50,7 @@ def meta_sgd(
     loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
     steps: inner steps; the paper's 1.
     first_order: drop the second derivatives.
-    backward: how the outer gradient goes through the inner steps; see `adaptation.Backward`. 'sparse' is for hundreds.
+    backward: how the outer gradient goes through the inner steps; see `Backward`. 'sparse' is for hundreds.
     inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
       the paper's does; see `nn.BatchNorm`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).

@@ -72,7 +72,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
   Parameters are its floating-point JAX arrays. NumPy arrays, and JAX's of integers and flags, are constants, the same
   for every key. `eqx.combine(θ, module)` is a module again. Names for `partly` are as the attributes':
-  'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` save such a θ; `files.write_params`, which takes
+  'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` save such a θ; `io.files.write_params`, which takes
   flax's containers, does not.
 
   Args:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from metasgd_jax.outer.sharding import check_mesh, mean_over, share_tasks
 from metasgd_jax.rl.learner import Experience, PolicyGradient, act_again, mean_return
 from metasgd_jax.rl.surrogate import likelihood_ratio
 from metasgd_jax.rl.trpo import fisher_product, trpo_update
-from metasgd_jax.sharding import check_mesh, mean_over, share_tasks
 from metasgd_jax.types import MetaParams, PyTree, check_count
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metasgd_jax import sharding
+from metasgd_jax.outer import sharding
+from metasgd_jax.outer.training import Progress, TrainState, check_key, repeat
 from metasgd_jax.rl.learner import PolicyGradient
 from metasgd_jax.rl.meta_step import trpo_meta_step
-from metasgd_jax.training import Progress, TrainState, check_key, repeat
 from metasgd_jax.types import check_count
 
 

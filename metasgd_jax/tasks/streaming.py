@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metasgd_jax.sharding import host_device
+from metasgd_jax.outer.sharding import host_device
 from metasgd_jax.tasks.few_shot import ClassBank
 from metasgd_jax.types import Batch, Episode, TaskDistribution, TaskStream
 

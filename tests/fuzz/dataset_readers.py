@@ -17,8 +17,9 @@ import optax
 from PIL import Image
 
 import metasgd_jax as ms
-from metasgd_jax import checkpoint, training
 from metasgd_jax.datasets import DatasetError, cifar_fs, omniglot, published_split
+from metasgd_jax.io import checkpoint
+from metasgd_jax.outer import training
 
 from .mutations import in_json, in_signed_json
 from .reader import Reader, in_folder

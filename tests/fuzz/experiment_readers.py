@@ -10,7 +10,7 @@ import random
 import numpy as np
 
 from experiments import classification, command, few_shot_table, regression, reporting
-from metasgd_jax import files, writers
+from metasgd_jax.io import files, writers
 
 from .mutations import in_json, in_json_lines, text
 from .reader import Reader, in_folder

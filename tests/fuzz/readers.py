@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 
 import metasgd_jax as ms
-from metasgd_jax import cli, files, model_file, writers
+from metasgd_jax import cli
 from metasgd_jax.cli import info
 from metasgd_jax.datasets import DatasetError, archives, image_cache, image_files, image_folder, mini_imagenet, splits
+from metasgd_jax.deploy import model_file
+from metasgd_jax.io import files, writers
 from metasgd_jax.tasks.few_shot import ClassBank
 
 from .dataset_readers import DATASET_READERS

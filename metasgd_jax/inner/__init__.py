@@ -1,0 +1,1 @@
+"""The inner loop: how parameters are adapted to one task."""

@@ -1,0 +1,219 @@
+"""Optax inside: Meta-SGD's update as a transformation, and an inner loop by any transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from metasgd_jax.inner.adaptation import LossFn, broadcast_alpha, check_steps, check_theta, scalar_loss, which_adapt
+from metasgd_jax.types import Adapts, PyTree
+
+InnerOptimizer = Callable[[PyTree], optax.GradientTransformation]
+"""`hyper → optax.GradientTransformation`, such as `lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])`."""
+
+
+def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
+  """Returns the transformation g ↦ −α ∘ g: Meta-SGD's update (Li et al. 2017, equation 2), sign included.
+
+  `optax.apply_updates` adds what comes out, so that θ + (−α ∘ g) is the step of `adapt`. It stands last in an
+  `optax.chain`, as `optax.scale_by_learning_rate` does, with no `optax.scale(-1)` after it. Stateless; differentiable
+  in α to any order.
+
+  Args:
+    alpha: as `adapt` takes it: of θ's structure or a prefix of it, scalars, entries of any sign. Where it has `None`
+      the update is zero.
+
+  Raises (from its `init` and `update`):
+    ValueError: α does not fit θ, naming the leaf. What `optax.masked` or `optax.partition` keeps from it may have an α.
+
+  Example:
+    >>> inner = optax.chain(optax.clip_by_global_norm(1.0), ms.scale_by_alpha({'w': 0.5}))
+    >>> updates, _ = inner.update({'w': jnp.array([3.0, 4.0])}, inner.init({'w': jnp.zeros(2)}))
+    >>> print(updates['w'].round(3))
+    [-0.3 -0.4]
+
+  In such a chain `optax.clip_by_global_norm` takes a root of the gradient: see `adapt_with` on a gradient of zero.
+  """
+
+  def init(params):
+    broadcast_alpha(alpha, params, masked=optax.MaskedNode)
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    structure: Any = jax.tree.structure(updates)
+    rates = structure.flatten_up_to(broadcast_alpha(alpha, updates, masked=optax.MaskedNode))
+    scale = lambda a, g: jnp.zeros_like(g) if a is None else -jnp.asarray(a, jnp.result_type(g)) * g
+    return structure.unflatten([scale(a, g) for a, g in zip(rates, jax.tree.leaves(updates), strict=True)]), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def adapt_with(
+  theta: PyTree,
+  hyper: PyTree,
+  batch: Any,
+  *,
+  loss_fn: LossFn,
+  optimizer: InnerOptimizer,
+  steps: int = 1,
+  first_order: bool = False,
+  adapts: Adapts | None = None,
+) -> PyTree:
+  """Returns θ adapted to one task by `steps` updates of an optax transformation, whose state starts anew.
+
+  s_0 = init(θ_0);  u_t, s_{t+1} = update(∇loss_fn(θ_t, batch), s_t, θ_t);  θ_{t+1} = θ_t + u_t
+
+  With `optimizer=ms.scale_by_alpha` and hyper = α it is `adapt`. Differentiable in θ and in hyper, through the state
+  too, by reverse mode: all steps' intermediates are kept.
+
+  A root, or a norm, of a gradient that is exactly zero has no finite derivative there, and the meta-gradient is NaN;
+  by what is learned inside of it, such as Adam's `b2`, also with `first_order`. It happens to an entry behind a ReLU
+  that is off (Adam and its kin, LAMB, Adafactor, RMSProp with `eps_in_sqrt=False`), and to the whole gradient in a task
+  with no shot or a loss at its minimum (also clipping by a norm, LARS, NovoGrad, Polyak's step). What helps stands
+  under the root: `eps_root` (such as 1e-8) for Adam's kin; `eps` stands beside it. Where there is none, write the root
+  so that it never sees zero: docs/composition.md has such a clipping. `optax.clip`, by entries, is safe.
+
+  Transformations that ask for them get the loss as `value`, its gradient as `grad` and `value_fn`. A line search runs
+  a loop of unknown length, through which JAX has no reverse mode: with one there is an adapted θ, but no meta-gradient.
+
+  Args:
+    theta: any pytree of floating-point arrays.
+    hyper: any pytree, handed to `optimizer`: what is meta-learned of the inner optimiser.
+    batch: the task's support, handed to `loss_fn` as it is.
+    loss_fn: `(θ, batch) → scalar`.
+    optimizer: `hyper → optax.GradientTransformation`. Bounds are its own affair: `jax.nn.sigmoid(hyper['b1'])`.
+    steps: 0 or more.
+    first_order: gradients, and the loss where `value` is asked for, are constants; what is made of `value_fn` is not.
+    adapts: says by name which of θ's leaves move; the transformation sees `None` for the others. All where left out.
+
+  Returns:
+    A pytree with θ's structure, shapes and dtypes.
+
+  Raises:
+    ValueError: an `optimizer` that is no function or does not return a transformation, θ has a leaf that is not
+      floating-point, steps that are no count, or a loss that is not a floating-point scalar.
+
+  Example:
+    >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])
+    >>> loss = lambda theta, batch: (theta - batch) ** 2
+    >>> learned = {'rate': 0.25, 'momentum': 0.5}
+    >>> print(ms.adapt_with(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer=momentum, steps=2))
+    1.0
+  """
+  inner = _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts)
+  return inner.whole(_over_steps(inner, steps, keep=False), None)
+
+
+def adapt_with_path(
+  theta: PyTree,
+  hyper: PyTree,
+  batch: Any,
+  *,
+  loss_fn: LossFn,
+  optimizer: InnerOptimizer,
+  steps: int = 1,
+  first_order: bool = False,
+  adapts: Adapts | None = None,
+) -> PyTree:
+  """Returns θ after 0, 1, …, steps updates, stacked on a new leading axis `[steps + 1]`.
+
+  Entry −1 is what `adapt_with` returns, whose errors these are too.
+
+  Args:
+    theta: as in `adapt_with`, and so are the others.
+    hyper: what is meta-learned of the inner optimiser.
+    batch: the task's support.
+    loss_fn: `(θ, batch) → scalar`.
+    optimizer: `hyper → optax.GradientTransformation`.
+    steps: 0 or more.
+    first_order: gradients are constants.
+    adapts: which of θ's leaves move, by name.
+
+  Example:
+    >>> loss = lambda theta, batch: (theta - batch) ** 2
+    >>> print(ms.adapt_with_path(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer=optax.sgd, steps=2))
+    [0.   0.5  0.75]
+  """
+  inner = _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts)
+  later = _over_steps(inner, steps, keep=True)
+  path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), inner.moving, later)
+  return inner.whole(path, int(steps) + 1)
+
+
+def moving_part(theta: PyTree, adapts: Adapts | None) -> PyTree:
+  """Returns θ with `None` for the leaves that do not adapt; all do without `adapts`."""
+  return jax.tree.map(lambda move, t: t if move else None, which_adapt(theta, adapts), theta)
+
+
+class _Inner(NamedTuple):
+  """The inner problem: what moves of θ, the step from (it, the state), the state's start, and how it is put back."""
+
+  moving: PyTree
+  state: PyTree
+  step: Callable[[tuple[PyTree, PyTree]], tuple[PyTree, PyTree]]
+  whole: Callable[[PyTree, int | None], PyTree]
+
+
+def _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts) -> _Inner:
+  check_theta(theta)
+  theta = jax.tree.map(jnp.asarray, theta)
+  moves, moving = which_adapt(theta, adapts), moving_part(theta, adapts)
+  transformation = _transformation(optimizer, hyper)
+
+  def whole(moving, copies=None):
+    """θ from what moves of it and the rest, which has `copies` in front where they are given."""
+    rest = lambda t: t if copies is None else jnp.broadcast_to(t[None], (copies, *t.shape))
+    return jax.tree.map(lambda move, t, new: new if move else rest(t), moves, theta, moving)
+
+  def value_fn(moving):
+    return scalar_loss(loss_fn, whole(moving), batch)
+
+  def step(carry):
+    t, state = carry
+    value, grad = jax.value_and_grad(value_fn)(t)
+    if first_order:
+      value, grad = jax.lax.stop_gradient((value, grad))
+    updates, after = transformation.update(grad, state, t, value=value, grad=grad, value_fn=value_fn)
+    return optax.apply_updates(t, updates), jax.tree.map(_of_dtype, after, state)
+
+  return _Inner(moving, transformation.init(moving), step, whole)
+
+
+def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
+  """The state after a step in the dtypes of that before, which a learned number of another dtype would widen."""
+  dtype = jnp.result_type(old)
+  return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
+
+
+def _over_steps(inner: _Inner, steps, *, keep):
+  """What moves of the last θ, or with `keep` of θ after each of the steps."""
+  check_steps(steps)
+  carry = inner.moving, inner.state
+  if steps == 1 and not keep:
+    return inner.step(carry)[0]
+
+  def body(carry, _):
+    carry = inner.step(carry)
+    return carry, carry[0] if keep else None
+
+  last, path = jax.lax.scan(body, carry, length=int(steps))
+  return path if keep else last[0]
+
+
+def _transformation(optimizer, hyper) -> optax.GradientTransformationExtraArgs:
+  if not callable(optimizer):
+    raise ValueError(
+      f'optimizer must be a function, hyper → optax.GradientTransformation, got {type(optimizer).__name__}; '
+      'for one with nothing to learn write lambda hyper: …'
+    )
+  transformation = optimizer(hyper)
+  if not isinstance(transformation, optax.GradientTransformation):
+    raise ValueError(
+      f'optimizer must return an optax.GradientTransformation, got {type(transformation).__name__}; '
+      'it is a function of hyper, such as lambda rate: optax.adam(rate, eps_root=1e-8)'
+    )
+  return optax.with_extra_args_support(transformation)

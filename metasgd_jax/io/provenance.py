@@ -1,0 +1,62 @@
+"""What a figure was made with: versions, the device, JAX's settings."""
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+__all__ = ['collect']
+
+_PACKAGES = (
+  'metasgd_jax',
+  'jax',
+  'jaxlib',
+  'optax',
+  'flax',
+  'chex',
+  'numpy',
+  'orbax-checkpoint',
+  'tensorflow-datasets',
+)
+
+_JAX_SETTINGS = (
+  'jax_enable_x64',
+  'jax_default_matmul_precision',
+  'jax_default_prng_impl',
+  'jax_threefry_partitionable',
+)
+"""Those that change numbers."""
+
+
+def collect() -> dict[str, Any]:
+  """Returns the versions, the device and JAX's settings that a figure was made with, as JSON takes them.
+
+  Example:
+    >>> from metasgd_jax.io import provenance
+    >>> sorted(provenance.collect())
+    ['device', 'jax_settings', 'versions']
+  """
+  versions = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  devices = jax.devices()
+  device = {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)}
+  if devices[0].platform == 'cpu':
+    device['cores'] = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    device['cpu'] = _cpu_model()
+  settings = {name: getattr(jax.config, name) for name in _JAX_SETTINGS}
+  settings['XLA_FLAGS'] = os.environ.get('XLA_FLAGS')
+  return {'versions': versions, 'device': device, 'jax_settings': settings}
+
+
+def _cpu_model() -> str:
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+      if line.startswith('model name'):
+        return line.split(':', 1)[1].strip()
+  return platform.processor() or platform.machine()

@@ -1,0 +1,206 @@
+"""Numbers that are not finite in meta-training: where they came from, and a meta-iteration looked at task by task."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metasgd_jax.outer.training import Progress, TrainState, step_keys
+from metasgd_jax.tree import named
+from metasgd_jax.types import Learner, TaskDistribution, TaskStream
+
+MOST_SKIPPED = 10
+"""Bad steps in a row that `skip_bad_steps` skips; more are a training that has diverged."""
+
+
+class StepReport(NamedTuple):
+  """One meta-iteration of one run, by task.
+
+  Attributes:
+    step: which, from 0.
+    keys: `[3, T]`, of `training.step_keys`: to sample each task, to draw its episode, and for the learner.
+    losses: `[T]`, on the query after adaptation.
+    norms: `{leaf: [T]}`, of the gradient of each task's loss.
+    finite: `{leaf: [T]}`, whether every entry of that gradient is.
+  """
+
+  step: int
+  keys: chex.PRNGKey
+  losses: np.ndarray
+  norms: dict[str, np.ndarray]
+  finite: dict[str, np.ndarray]
+
+  @property
+  def bad_tasks(self) -> list[int]:
+    """Returns the tasks, from 0, of a loss or a gradient that is not finite."""
+    return np.flatnonzero(~np.isfinite(self.losses) | ~np.all(list(self.finite.values()), axis=0)).tolist()
+
+
+class BadStep(NamedTuple):
+  """The first meta-iteration of a chunk that is not finite.
+
+  Attributes:
+    step: which, from 0.
+    run: of R runs side by side, from 0.
+    loss: its loss, the mean over tasks.
+    before: the state of that run before it, finite.
+    leaves: of meta and the optimiser's state, that it made not finite.
+  """
+
+  step: int
+  run: int
+  loss: float
+  before: TrainState
+  leaves: list[str]
+
+
+def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns the optimiser with optax's guard: a step whose gradient is not finite changes nothing, and is counted.
+
+  After `MOST_SKIPPED` in a row the next is taken, so that a training that has diverged is seen to have.
+  """
+  return optax.apply_if_finite(optimizer, MOST_SKIPPED)
+
+
+def skipped(state: TrainState) -> np.ndarray | None:
+  """Returns how many steps the guard of `skip_bad_steps` has skipped so far, `[]` or `[R]`; `None` without one."""
+  counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, 'total_notfinite')
+  return np.sum([np.asarray(count) for _, count in counts], axis=0) if counts else None
+
+
+def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], TrainState]) -> BadStep | None:
+  """Returns where a chunk stopped being finite, or `None` if it did not.
+
+  What is looked at costs nothing on the device: the losses, which are there, and the state after the chunk, which a
+  gradient that is not finite leaves its mark on. Steps are taken again only if something is found.
+
+  Args:
+    good: the state before the chunk.
+    progress: of the chunk.
+    go: `(state, step) → state` trains on until `step`, as the chunk was trained.
+  """
+  losses = np.atleast_2d(progress.info['loss'].T).T  # [n, R]
+  first = int(np.max(good.step))
+
+  def damage(state, done):
+    """Runs with marks after `done` steps, and the leaves that are marked: `{run: leaves}`."""
+    found = _newly_bad(good, state)
+    more = np.sum(~np.isfinite(losses[:done]), axis=0)
+    before, now = skipped(good), skipped(state)
+    if before is not None and now is not None:
+      more = more - np.atleast_1d(now - before)
+    return {run: [] for run in np.flatnonzero(more > 0).tolist()} | found
+
+  marks, low, high = damage(progress.state, len(losses)), 0, len(losses)
+  if not marks:
+    return None
+  before = good
+  while high - low > 1:
+    middle = (low + high) // 2
+    state = go(before, first + middle)
+    found = damage(state, middle)
+    if found:
+      marks, high = found, middle
+    else:
+      before, low = state, middle
+  run, leaves = min(marks.items())
+  one = before if before.step.ndim == 0 else jax.tree.map(lambda leaf: leaf[run], before)
+  return BadStep(first + low, run, float(losses[low, run]), one, leaves)
+
+
+def inspect_step(
+  state: TrainState, tasks: TaskDistribution | TaskStream, *, learner: Learner, meta_batch: int
+) -> StepReport:
+  """Returns the meta-iteration that follows `state`, task by task; nothing is trained.
+
+  Args:
+    state: of one run.
+    tasks: as in training.
+    learner: as in training.
+    meta_batch: as in training.
+  """
+  keys = step_keys(state.key, state.step, meta_batch)
+  if isinstance(tasks, TaskStream):
+    tasks = tasks.send(keys[0], keys[1])
+  losses, norms, finite = jax.device_get(_by_task(state.meta, tasks.as_arguments(), tuple(keys), learner=learner))
+  return StepReport(int(state.step), keys, losses, dict(named(norms)), dict(named(finite)))
+
+
+@functools.partial(jax.jit, static_argnames='learner')
+def _by_task(meta, tasks, keys, *, learner):
+  def of_task(keys):
+    sample_key, episode_key, adapt_key = keys
+    episode = tasks.episode(tasks.sample(sample_key), episode_key)
+    (loss, _), grads = jax.value_and_grad(learner.loss, has_aux=True)(meta, episode, adapt_key)
+    norm = lambda g: jnp.sqrt(jnp.sum(jnp.square(g)))
+    return loss, jax.tree.map(norm, grads), jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
+
+  return jax.lax.map(of_task, keys)
+
+
+def describe(bad: BadStep, report: StepReport | None = None) -> str:
+  """Returns in words what is not finite: the step, and with a report the tasks, their keys and the leaves."""
+  where = f'of run {bad.run} (from 0) is not finite at meta-iteration {bad.step} (from 0)'
+  loss_is_bad = not np.isfinite(bad.loss)
+  if report is None or not report.bad_tasks:
+    of = f': {_some(bad.leaves)}' if bad.leaves else ''
+    if loss_is_bad:
+      return f'the loss {where}{of}'
+    alone = '' if report is None else ", though each task's gradient by itself is"
+    return f'the update {where}{alone}{of}'
+  task = report.bad_tasks[0]
+  others = f' and in {len(report.bad_tasks) - 1} more' if len(report.bad_tasks) > 1 else ''
+  leaves = [name for name, finite in report.finite.items() if not finite[task]]
+  gradient = f', gradient of {_some(leaves)}' if leaves else ''
+  return (
+    f'the {"loss" if loss_is_bad else "gradient"} {where}, in task {task} of {len(report.losses)} (from 0){others}: '
+    f'loss {report.losses[task]:.4g}{gradient}; the task is drawn with {key_texts(report, task)[0]}'
+  )
+
+
+def key_texts(report: StepReport, task: int) -> list[str]:
+  """Returns a task's keys as Python that makes them: to sample it, to draw its episode, and for the learner."""
+  data = np.asarray(jax.random.key_data(report.keys[:, task])).tolist()
+  impl = jax.random.key_impl(report.keys)
+  end = '' if str(impl) == str(jax.random.key_impl(jax.random.key(0))) else f', impl={str(impl)!r}'
+  return [f'jax.random.wrap_key_data(jax.numpy.uint32({value}){end})' for value in data]
+
+
+def lines(report: StepReport) -> list[str]:
+  """Returns a report as lines of text: each task's loss and keys, and each leaf's gradient norm, by task."""
+  bad = report.bad_tasks
+  found = [f'meta-iteration {report.step} (from 0): {len(bad)} of {len(report.losses)} tasks are not finite']
+  for task, loss in enumerate(report.losses):
+    mark = '  not finite' if task in bad else ''
+    found.append(f'  task {task}: loss {loss:.6g}{mark}')
+    names = ('task', 'episode', 'learner')
+    found += [f'    key of the {name}: {text}' for name, text in zip(names, key_texts(report, task), strict=True)]
+  found.append("  norms of the gradient of each task's loss:")
+  width = max(map(len, report.norms))
+  for name, norms in report.norms.items():
+    values = [f'{norm:.4g}' + ('' if ok else '!') for norm, ok in zip(norms, report.finite[name], strict=True)]
+    found.append(f'  {name:<{width}}  ' + '  '.join(f'{value:>10}' for value in values))
+  return found
+
+
+def _newly_bad(before: TrainState, after: TrainState) -> dict[int, list[str]]:
+  """Returns, for each run that has any, the leaves with an entry that was finite and is not: `{run: leaves}`."""
+  found: dict[int, list[str]] = {}
+  runs = before.step.ndim
+  parts = [(state.meta, state.opt_state) for state in (before, after)]
+  for (name, old), (_, new) in zip(*map(named, map(jax.device_get, parts)), strict=True):
+    if not jnp.issubdtype(new.dtype, jnp.inexact):
+      continue
+    bad = np.asarray(np.isfinite(old) & ~np.isfinite(new))
+    for run in np.flatnonzero(bad.any(axis=tuple(range(runs, bad.ndim)))).tolist():
+      found.setdefault(run, []).append(name)
+  return found
+
+
+def _some(names: list[str]) -> str:
+  return names[0] + (f' and {len(names) - 1} more leaves' if len(names) > 1 else '')

@@ -1,0 +1,168 @@
+"""How well a learner does on unseen tasks: a value for every task, and intervals made of them at the edge."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from metasgd_jax.outer import sharding
+from metasgd_jax.outer.objective import Mapping, check_mapping, tasks_at_once
+from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream, check_count
+
+SENT_AT_ONCE = 128  # Tasks of a stream whose data are sent at the same time, or a group's if that is more.
+AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for otherwise; bounds the memory.
+
+
+class Estimate(NamedTuple):
+  """A mean and the half-width of its 95% confidence interval, in the units of the values.
+
+  Attributes:
+    mean: over tasks, or over runs.
+    ci95: the half-width; infinite for a single value.
+
+  Example:
+    >>> print(ms.Estimate(mean=0.8412, ci95=0.0789))
+    0.84±0.08
+  """
+
+  mean: float
+  ci95: float
+
+  def __str__(self) -> str:
+    return f'{self.mean:z.2f}±{self.ci95:.2f}'
+
+
+def evaluate(
+  learner: Learner,
+  meta: PyTree,
+  tasks: TaskDistribution | TaskStream,
+  key: chex.PRNGKey,
+  *,
+  metric_fn: Callable[[Any, Any], chex.Array],
+  num_tasks: int = 600,
+  repeats: int = 1,
+  mapping: Mapping = 'auto',
+  mesh: Mesh | None = None,
+) -> np.ndarray:
+  """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
+
+  The tasks depend on `key` alone, so two learners with the same key are judged on the same tasks and episodes, and
+  their values can be compared in pairs. A learner with more steps than it was trained with may be given.
+
+  Args:
+    learner: how to adapt and predict; its `path` gives the steps.
+    meta: its meta-parameters, of one run.
+    tasks: where unseen tasks come from; Q is its episodes'. A `TaskStream` is sent `SENT_AT_ONCE` tasks at a time.
+    key: consumed; split into one for each task.
+    metric_fn: `(outputs [Q, …], targets [Q, …]) → scalar`, on the query.
+    num_tasks: T.
+    repeats: episodes drawn of each task.
+    mapping: how tasks are laid over a device, see `Mapping`; of `vmap`, and of groups that do not come out
+      even, the greatest divisor up to 32, or up to the group, is laid out at once.
+    mesh: of devices to share the tasks, such as `sharding.task_mesh(num_tasks)`; one device where left out. Of several
+      processes all must call this; each gets all values.
+
+  Raises:
+    ValueError: num_tasks or repeats that is no integer of at least 1, an unknown mapping, or tasks that cannot be
+      shared evenly.
+
+  Example:
+    >>> tasks = ms.tasks.sinusoid(shot=5)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> meta = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optax.adam(1e-3)).meta
+    >>> values = ms.evaluate(
+    ...   learner, meta, tasks, jax.random.key(1), metric_fn=ms.losses.mean_squared_error, num_tasks=6, repeats=2
+    ... )
+    >>> values.shape  # [task, draw, inner step]
+    (6, 2, 2)
+  """
+  check_mapping(mapping)
+  for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
+    check_count(name, value)
+  sharding.check_mesh(mesh, num_tasks)
+  keys = jax.random.split(key, num_tasks)
+  here = num_tasks if mesh is None else num_tasks // mesh.size
+  most = int(mapping) if isinstance(mapping, int | np.integer) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
+  group = max(n for n in range(1, min(most, here) + 1) if here % n == 0)
+  meta = sharding.on_all(mesh, meta)
+  judge = functools.partial(_evaluate, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
+  if isinstance(tasks, TaskDistribution):
+    return sharding.gathered(judge(meta, *sharding.on_all(mesh, (tasks.as_arguments(), keys))))
+  step = group * (1 if mesh is None else mesh.size)
+  step *= max(n for n in range(1, max(1, SENT_AT_ONCE // step) + 1) if num_tasks // step % n == 0)
+  values = []
+  for start in range(0, num_tasks, step):
+    part = keys[start : start + step]
+    sent = tasks.send(*_episode_keys(part, repeats=repeats))
+    values.append(sharding.gathered(judge(meta, *sharding.on_all(mesh, (sent.as_arguments(), part)))))
+  return np.concatenate(values)
+
+
+@functools.partial(jax.jit, static_argnames='repeats')
+def _episode_keys(keys, *, repeats):
+  """The keys of each task and of each of its episodes, as `_evaluate` draws them: `[tasks · repeats]` each."""
+
+  def of_task(key):
+    sample_key, repeat_key = jax.random.split(key)
+    episode_keys = jax.vmap(lambda k: jax.random.split(k)[0])(jax.random.split(repeat_key, repeats))
+    return jnp.broadcast_to(sample_key, (repeats,)), episode_keys
+
+  sample_keys, episode_keys = jax.vmap(of_task)(keys)
+  return sample_keys.ravel(), episode_keys.ravel()
+
+
+@functools.partial(jax.jit, static_argnames=('learner', 'metric_fn', 'repeats', 'group', 'mesh'))
+def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, group, mesh):
+  def of_tasks(shared, keys):
+    meta, tasks = shared
+
+    def one_episode(task, key):
+      episode_key, adapt_key = jax.random.split(key)
+      episode = tasks.episode(task, episode_key)
+      path = learner.path(meta, episode.support, adapt_key)
+
+      def judge(adapted):
+        return metric_fn(learner.predict(adapted, episode.query.x), episode.query.y)
+
+      return jax.vmap(judge)(path) if group > 1 else jax.lax.map(judge, path)
+
+    def one_task(key):
+      sample_key, repeat_key = jax.random.split(key)
+      task = tasks.sample(sample_key)
+      return jax.vmap(one_episode, (None, 0))(task, jax.random.split(repeat_key, repeats))
+
+    return jax.lax.map(one_task, keys, batch_size=group if group > 1 else None)
+
+  return sharding.share_tasks(of_tasks, mesh, average=False)((meta, tasks), keys)
+
+
+def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:
+  """Returns the mean of n values `[n]` and its 95% interval, t_{0.975, n−1} · s / √n with Student's t.
+
+  A single value has an infinite interval.
+
+  Args:
+    values: `[n]`, one a task, or one a run.
+
+  Raises:
+    ValueError: values that are not one-dimensional, or none at all.
+
+  Example:
+    >>> print(ms.estimate(np.array([1.0, 2.0, 3.0])))
+    2.00±2.48
+  """
+  values = np.asarray(values, np.float64)
+  if values.ndim != 1 or values.size == 0:
+    raise ValueError(f'estimate takes one value a task, [n] with n >= 1, got shape {values.shape}')
+  n = values.size
+  if n == 1:
+    return Estimate(float(values[0]), float('inf'))
+  from scipy.special import stdtrit  # scipy is imported where it is first used.
+
+  quantile = stdtrit(n - 1, 0.975)
+  return Estimate(float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(n)))

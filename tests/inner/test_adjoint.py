@@ -1,0 +1,106 @@
+"""Inner steps by the hundred: few of the θ_t are kept, and the derivatives are the same."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import (
+  OneLayer,
+  SmallConvNet,
+  assert_trees_close,
+  conv_learner,
+  episodes,
+  random_bank,
+  sinusoid_learner,
+  to_float64,
+)
+
+import metasgd_jax as ms
+from metasgd_jax.inner import adjoint
+
+
+@pytest.mark.parametrize('steps', [3, 4, 7, 20, 37, 200, 1000])
+def test_the_schedule_takes_each_step_back_in_order_from_a_theta_that_is_there(steps):
+  plan = adjoint.schedule(steps)
+  rooms, taken, back = {0: 0}, collections.Counter(), []
+  for source, target in plan.moves.tolist():
+    if target < 0:
+      back.append(rooms[source])
+    else:
+      taken[rooms[source]] += 1
+      rooms[target] = rooms[source] + 1
+      assert 0 < target < plan.rooms  # θ_0 stays.
+  assert back == list(range(steps))[::-1]
+  assert max(taken.values()) <= adjoint.AGAIN + 1
+  assert all(target > 0 for _, target in plan.moves[: steps - 1].tolist())  # The way forward.
+
+
+def test_rooms_grow_far_slower_than_steps():
+  assert [adjoint.schedule(n).rooms for n in (20, 200, 2000)] == [4, 10, 22]
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 9, 23])
+def test_equals_reverse_mode_over_reverse_mode(steps):
+  learners = [sinusoid_learner(steps=steps, backward=backward, hidden=(6,)) for backward in ('reverse', 'sparse')]
+  episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(ms.tasks.sinusoid(), 1)))
+  meta = jax.jit(learners[0].init)(jax.random.key(2), episode)
+  with jax.enable_x64(True):
+    # By the support too, which the inner gradient closes over.
+    gradients = [jax.grad(lambda *of, learner=learner: learner.loss(*of, None)[0], (0, 1)) for learner in learners]
+    both = jax.jit(lambda *of: [gradient(*of) for gradient in gradients])
+    assert_trees_close(*both(to_float64(meta), to_float64(episode)), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize('network', [OneLayer, pytest.param(SmallConvNet, marks=pytest.mark.slow)])
+def test_several_tasks_side_by_side(network):
+  """Labels are integers, and pictures may be constants of the program: neither has a derivative."""
+  tasks = ms.tasks.few_shot(random_bank(size=8), way=3, shot=1, query=1)
+  keys = jax.random.split(jax.random.key(0), 2)
+  two = jax.device_get(episodes(tasks, 2))
+  meta = jax.jit(conv_learner(way=3, network=network).init)(keys[0], jax.tree.map(lambda a: a[0], two))
+  with jax.enable_x64(True):
+    meta, two = to_float64(meta), to_float64(two)
+    found = []
+    for backward in ('reverse', 'forward', 'sparse'):
+      learner = conv_learner(way=3, network=network, steps=4, backward=backward)
+      of = lambda meta, two, learner=learner: ms.value_and_grad(learner, meta, two, keys, mapping='vmap')
+      found.append(jax.jit(of)(meta, two))
+      found.append(jax.jit(lambda meta, of=of: of(meta, two))(meta))
+  for other in found[1:]:
+    assert_trees_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_third_derivative():
+  """Its own derivatives can be taken again."""
+  with jax.enable_x64(True):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=3))
+    loss_fn = lambda theta, _: jnp.sum(jnp.sin(theta) ** 2)
+
+    def outer(theta, backward):
+      return loss_fn(ms.adapt(theta, 0.1, None, loss_fn=loss_fn, steps=5, backward=backward), None)
+
+    curvature = lambda backward: jax.grad(lambda t: jnp.sum(jax.grad(outer)(t, backward) ** 2))(x)
+    assert_trees_close(*jax.jit(lambda: [curvature(backward) for backward in ('sparse', 'reverse')])(), rtol=1e-9)
+
+
+def intermediates(steps, backward):
+  learner = sinusoid_learner(steps=steps, backward=backward, hidden=(64, 64))
+  tasks = ms.tasks.sinusoid()
+  episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
+  meta = jax.eval_shape(learner.init, jax.random.key(2), episode)
+  gradient = jax.jit(jax.grad(lambda meta: learner.loss(meta, episode, None)[0]))
+  return gradient.lower(meta).compile().memory_analysis().temp_size_in_bytes, 4 * sum(
+    t.size for t in jax.tree.leaves(meta.theta)
+  )
+
+
+@pytest.mark.slow
+def test_memory_of_two_hundred_steps(optimized):
+  """Beside two steps', where θ is nearly all there is: ten θ more, which XLA may copy once, not two hundred."""
+  (two, theta), (many, _), (all_kept, _) = (
+    intermediates(2, 'sparse'), intermediates(200, 'sparse'), intermediates(200, 'forward'),
+  )  # fmt: skip
+  assert many < two + 20 * theta
+  assert all_kept > two + 150 * theta

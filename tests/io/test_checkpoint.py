@@ -1,0 +1,421 @@
+"""Checkpoints: what is read is what was written, or it is not used."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import saying, sinusoid_learner
+
+import metasgd_jax as ms
+from metasgd_jax.io import checkpoint, checkpoint_record
+from metasgd_jax.io.checkpoint import CheckpointError, Checkpoints
+from metasgd_jax.outer import training
+from metasgd_jax.tree import is_key, named_arrays
+
+TASKS, LEARNER = ms.tasks.sinusoid(), sinusoid_learner(hidden=(4,))
+SGD = optax.sgd(optax.constant_schedule(1e-2))  # Has one array, a count; each takes milliseconds to read.
+CONFIG = {'learning_rate': 1e-2, 'learner': ('meta_sgd', 'maml'), 'alpha': None}
+
+
+def a_state(step=0, optimizer=SGD, **changes):
+  state = ms.init(jax.random.key(7), TASKS, learner=LEARNER, optimizer=optimizer)
+  meta = jax.tree.map(lambda a: np.asarray(a) + np.float32(step), state.meta)
+  return state._replace(step=jnp.int32(step), meta=meta, **changes)
+
+
+def opened(directory, like=None, config=CONFIG, **options):
+  return Checkpoints(directory, like=a_state() if like is None else like, config=config, **options)
+
+
+def assert_equal(a, b):
+  a, b = named_arrays(a), named_arrays(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    assert (a[name].dtype, a[name].shape, a[name].tobytes()) == (b[name].dtype, b[name].shape, b[name].tobytes()), name
+
+
+def write(directory, steps, **options):
+  with opened(directory, **options) as kept:
+    for step in steps:
+      kept.save(a_state(step))
+
+
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
+def test_a_state_comes_back_to_the_bit(tmp_path, impl):
+  """With arrays that orbax alone does not take as they are: keys, no entries, no leaf; and bfloat16, NaN and −0."""
+  extra = {
+    'none': None, 'empty': jnp.zeros((0, 3)), 'half': jnp.array([0.1, -0.0, jnp.nan], jnp.bfloat16),
+    'flags': jnp.array([True, False]), 'key': jax.random.key(3), 'nothing': (), 'scalar': jnp.float32(1 / 3),
+  }  # fmt: skip
+  state = a_state(5, key=jax.random.key(2, impl=impl), opt_state=extra)
+  with opened(tmp_path / 'c', like=state) as kept:
+    assert kept.latest is None
+    kept.save(state)
+  like = jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.zeros_like(leaf), state)
+  with opened(tmp_path / 'c', like=like) as kept:
+    assert kept.latest.step == 5
+    assert jax.tree.structure(kept.latest.state) == jax.tree.structure(state)
+    assert_equal(kept.latest.state, state)
+    assert jax.random.key_impl(kept.latest.state.key) == jax.random.key_impl(state.key)
+
+
+def test_runs_side_by_side(tmp_path):
+  state = ms.init(jax.vmap(jax.random.key)(jnp.arange(3)), TASKS, learner=LEARNER, optimizer=SGD)
+  with opened(tmp_path, like=state) as kept:
+    kept.save(state)
+  with opened(tmp_path, like=state) as kept:
+    assert_equal(kept.latest.state, state)
+
+
+def test_a_restored_state_is_trained_by_the_same_program(tmp_path):
+  """A weak type or another device would compile anew, and could round otherwise."""
+  adam = optax.adam(1e-2)
+  go = lambda state, end: ms.train(
+    state, TASKS, learner=LEARNER, optimizer=adam, meta_iterations=end, meta_batch=2, chunk=5
+  )
+  state = go(a_state(optimizer=adam), 5)
+  with opened(tmp_path, like=state) as kept:
+    kept.save(state)
+  restored = checkpoint.newest(tmp_path, like=a_state(optimizer=adam), config=CONFIG).state
+  expected = go(state, 10)
+  before = training._run_chunk._cache_size()
+  assert_equal(go(restored, 10), expected)
+  assert training._run_chunk._cache_size() == before
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+  """Orbax's best_fn alone would delete the newest where it is not among the best; a resume would go back."""
+  accuracies = {10: 0.5, 20: 0.9, 30: None, 40: 0.7, 50: 0.9, 60: 0.1, 70: None, 80: 0.2}
+  with opened(tmp_path, keep_best=2) as kept:
+    for step, accuracy in accuracies.items():
+      kept.save(a_state(step), accuracy)
+  assert checkpoint.steps(tmp_path) == [20, 50, 70, 80]
+  with opened(tmp_path, keep_best=2) as kept:
+    assert (kept.latest.step, kept.latest.metric) == (80, 0.2)
+    assert [(c.metric, c.step) for c in kept.best] == [(0.9, 50), (0.9, 20)]
+    assert_equal(kept.best[1].state, a_state(20))
+
+
+def test_without_a_metric_the_last_two_are_kept(tmp_path):
+  write(tmp_path, range(0, 50, 10))
+  assert checkpoint.steps(tmp_path) == [30, 40]
+  assert {p.name for p in tmp_path.iterdir()} == {'30', '40'}
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed(tmp_path):
+  """Killed when the last was written and an older one not yet removed, with nothing to be saved any more."""
+  for keep_best, left in ((0, [30, 40]), (1, [10, 30, 40])):
+    directory = tmp_path / str(keep_best)
+    directory.mkdir()
+    for step, accuracy in ((10, 0.9), (20, 0.1), (30, None), (40, None)):
+      alone = tmp_path / f'{keep_best}_{step}'
+      with opened(alone, keep_best=keep_best) as kept:
+        kept.save(a_state(step), accuracy)
+      (alone / str(step)).rename(directory / str(step))
+    with opened(directory, keep_best=keep_best) as kept:
+      assert kept.latest.step == 40
+    assert checkpoint.steps(directory) == left
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+  with opened(tmp_path) as kept:
+    kept.save(a_state(10), 0.5)
+    kept.save(a_state(10))
+    assert kept.last == 10
+  with opened(tmp_path) as kept:
+    kept.save(a_state(10))
+  assert json.loads((tmp_path / '10' / 'about' / 'metadata').read_text())['metric'] == 0.5
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path):
+  write(tmp_path, [10])
+  about = json.loads((tmp_path / '10' / 'about' / 'metadata').read_text())
+  assert about['config'] == {'learning_rate': 0.01, 'learner': ['meta_sgd', 'maml'], 'alpha': None}
+  assert about['versions']['jax'] == jax.__version__
+  assert about['leaves']['meta.theta.Dense_0.kernel']['shape'] == [1, 4]
+  assert checkpoint.read_config(tmp_path) == about['config']
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('written') / 'c'
+  write(directory, [10, 20])
+  return directory
+
+
+@pytest.fixture
+def two(written, tmp_path):
+  """A directory with the checkpoints of two steps, 10 and 20."""
+  return shutil.copytree(written, tmp_path / 'two')
+
+
+def damages():
+  halve = lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  empty = lambda path: path.write_bytes(b'')
+  remove = lambda path: path.unlink()
+
+  def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(bytes(data))
+
+  return dict(halve=halve, empty=empty, remove=remove, flip=flip)
+
+
+@pytest.mark.parametrize('damage', damages())
+def test_whatever_file_is_damaged_what_is_read_is_right(written, tmp_path, damage):
+  """Either the file does not matter, or the checkpoint before it is taken and the user told."""
+  files = sorted(p.relative_to(written) for p in (written / '20').rglob('*') if p.is_file() and p.stat().st_size)
+  assert len(files) > 5
+  fell_back = set()
+  for i, file in enumerate(files):
+    directory, told = shutil.copytree(written, tmp_path / str(i)), []
+    damages()[damage](directory / file)
+    with opened(directory, report=told.append) as kept:
+      assert_equal(kept.latest.state, a_state(kept.latest.step))
+      if kept.latest.step == 10:
+        fell_back.add(file.parts[1])
+        assert re.search(saying(f'checkpoint {directory / "20"} cannot be read (', 'the one before, 10'), told[0])
+        assert checkpoint.steps(directory) == [10]
+        kept.save(a_state(20))
+    assert checkpoint.steps(directory) == [10, 20]
+    assert checkpoint.newest(directory, like=a_state(), config=CONFIG).step == 20
+  assert fell_back >= {'about', 'state'}
+
+
+def test_all_damaged(two):
+  for step in ('10', '20'):
+    (two / step / 'about' / 'metadata').write_text('{')
+  said = []
+  with pytest.raises(CheckpointError, match=saying('none of the checkpoints', two, 'can be read', '--restart')):
+    opened(two, report=said.append)
+  assert len(said) == 2
+  assert checkpoint.steps(two) == [10, 20]
+
+
+def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
+  with opened(tmp_path, keep_best=2) as kept:
+    for step, accuracy in ((10, 0.9), (20, 0.8), (30, 0.1), (40, 0.2)):
+      kept.save(a_state(step), accuracy)
+  (tmp_path / '10' / 'state' / 'manifest.ocdbt').write_bytes(b'x')
+  said = []
+  with opened(tmp_path, keep_best=2, report=said.append) as kept:
+    assert [c.step for c in kept.best] == [20, 40]
+  assert 'the best are chosen without it' in said[0]
+
+
+@pytest.mark.parametrize('step', [10, 20])
+@pytest.mark.parametrize('text', ['{"metric": 2 "', '[]', '[' * 100_000, '{"metric": [2]}', '{"metric": "2"}'])
+def test_broken_metrics(tmp_path, step, text):
+  with opened(tmp_path, keep_best=2) as kept:
+    kept.save(a_state(10), 0.9)
+    kept.save(a_state(20), 0.8)
+  (tmp_path / str(step) / 'metrics' / 'metrics').write_text(text)
+  said = []
+  with opened(tmp_path, keep_best=2, report=said.append) as kept:
+    assert kept.latest.step == (20 if step == 10 else 10)
+    assert checkpoint.steps(tmp_path) == [kept.latest.step]
+  assert f'checkpoint {tmp_path / str(step)} ' in said[0]
+
+
+@pytest.mark.parametrize('changes', [{'performance_metrics': []}, {'metrics': [1]}, {'init_timestamp_nsecs': 'x'}])
+def test_what_orbax_notes_is_broken(two, changes):
+  file = two / '20' / '_CHECKPOINT_METADATA'
+  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+  said = []
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert f'checkpoint {two / "20"} cannot be read (Object must be ' in said[0]
+
+
+@pytest.mark.parametrize('file', ['about/metadata', 'state/manifest.ocdbt', 'other'])
+def test_a_pipe_is_not_waited_for(two, file):
+  path = two / '20' / file
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  said = []
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert f'{file} is no file' in said[0]
+
+
+def test_one_that_was_being_written_is_not_there(two):
+  (two / '20').rename(two / '20.orbax-checkpoint-tmp')
+  said = []
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+    kept.save(a_state(20))
+  assert not said
+  assert {p.name for p in two.iterdir()} == {'10', '20'}
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+  write(tmp_path, [10])
+  other = {'learning_rate': 1e-3, 'learner': ('meta_sgd', 'maml'), 'shot': 5}
+  differ = (
+    'learning_rate: 0.01 there, 0.001 asked',
+    'alpha: None there, nothing asked',
+    'shot: nothing there, 5 asked',
+  )
+  with pytest.raises(CheckpointError, match=saying(tmp_path, 'configuration', *differ, '--workdir', '--restart')):
+    opened(tmp_path, config=other)
+  assert checkpoint.steps(tmp_path) == [10]
+
+
+@pytest.mark.parametrize(
+  ('other', 'said'),
+  [
+    (lambda s: s._replace(opt_state=()), ('opt_state', 'is int32[] there and nothing here')),
+    (
+      lambda s: s._replace(meta=jax.tree.map(lambda a: np.asarray(a)[None], s.meta)),
+      ('float32[4] there and float32[1, 4] here',),
+    ),
+    (lambda s: s._replace(step=jnp.float32(0)), ('step is int32[] there and float32[] here',)),
+    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), ('key is uint32[2] there and uint32[4] here',)),
+  ],
+)
+def test_other_arrays_are_refused(two, other, said):
+  with pytest.raises(CheckpointError, match=saying('does not fit what is trained: ', *said)):
+    opened(two, like=other(a_state()))
+
+
+def test_up_to_a_step(two):
+  before = sorted(two.rglob('*'))
+  found = checkpoint.newest(two, like=a_state(), config=CONFIG, until=15)
+  assert found.step == 10
+  assert checkpoint.newest(two, like=a_state(), config=CONFIG, until=5) is None
+  assert checkpoint.newest(two / 'nowhere', like=a_state(), config=CONFIG) is None
+  assert sorted(two.rglob('*')) == before
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(CheckpointError, match=saying('cannot be written', tmp_path, 'make room, or give another')):
+    opened(tmp_path / 'file' / 'c')
+
+
+def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
+  kept = opened(tmp_path / 'c')
+
+  def full(*args, **options):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(kept._manager, 'save', full)
+  with pytest.raises(CheckpointError, match='No space left on device'):
+    kept.save(a_state(10))
+  kept.close()
+
+
+def signed(path, **changes):
+  """Has a checkpoint's description say something else, with the checksum made to fit."""
+  file = path / 'about' / 'metadata'
+  about = json.loads(file.read_text()) | changes
+  about['checksum'] = checkpoint_record._checksum({k: v for k, v in about.items() if k != 'checksum'})
+  file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'step': 5}, 'it is of step 5, not of the 20 that its folder is called'),
+    ({'step': 'x'}, "its description has step='x'"),
+    ({'step': True}, 'its description has step=True'),
+    ({'config': [1]}, 'its description has config=[1]'),
+    ({'config': None}, 'its description has config=None'),
+    ({'versions': []}, 'its description has versions=[]'),
+    ({'versions': {'jax': 1}}, "its description has versions={'jax': 1}"),
+    ({'metric': 10**400}, 'its description has metric=1000'),
+    ({'leaves': [1]}, 'its description has leaves=[1]'),
+    ({'leaves': {'step': {'shape': None, 'dtype': None}}}, 'its description has leaves='),
+  ],
+)
+def test_a_description_that_does_not_fit_is_a_damaged_one(two, changes, message):
+  signed(two / '20', **changes)
+  assert checkpoint.read_config(two) == json.loads(json.dumps(CONFIG))
+  said = []
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+    assert_equal(kept.latest.state, a_state(10))
+  assert f'checkpoint {two / "20"} cannot be read ({message}' in said[0]
+  assert checkpoint.steps(two) == [10]
+
+
+def test_one_that_was_renamed_or_holds_another_state_costs_no_other(two):
+  (two / '20').rename(two / '30')
+  said = []
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+    kept.save(a_state(20))
+  assert 'it is of step 20, not of the 30' in said[0]
+  (two / '20').rename(two / '30')
+  signed(two / '30', step=30)
+  with opened(two, report=said.append) as kept:
+    assert kept.latest.step == 10
+  assert 'its state is of step 20, its description of 30' in said[1]
+  assert checkpoint.steps(two) == [10]
+
+
+def test_a_folder_that_is_only_like_a_step_is_left_alone(two):
+  (two / '0099').mkdir()
+  with opened(two) as kept:
+    assert kept.latest.step == 20
+    kept.save(a_state(30))
+  assert checkpoint.steps(two) == [20, 30]
+  assert (two / '0099').is_dir()
+
+
+def test_what_a_link_leads_to_is_left_alone(tmp_path):
+  mine = tmp_path / 'mine'
+  (mine / '20').mkdir(parents=True)
+  (mine / '20' / 'letter').write_text('')
+  directory = tmp_path / 'c'
+  write(directory, [10, 20])
+  (directory / '20' / 'about' / 'metadata').write_text('{')
+  (directory / 'removed').symlink_to(mine)
+  with opened(directory, report=str) as kept:
+    assert kept.latest.step == 10
+    (directory / 'removed').symlink_to(mine)
+    for step in (20, 30, 40):
+      kept.save(a_state(step))
+  assert checkpoint.steps(directory) == [30, 40]
+  (directory / '50').symlink_to(mine / '20')
+  assert checkpoint.newest(directory, like=a_state(), config=CONFIG).step == 40
+  with pytest.raises(CheckpointError, match=saying(directory / '50', 'is a link', 'remove the link', '--workdir')):
+    opened(directory)
+  assert [p.relative_to(mine).as_posix() for p in sorted(mine.rglob('*'))] == ['20', '20/letter']
+
+
+@pytest.mark.parametrize('chunk', [[1 << 14, 1 << 13], [4, 4]])
+def test_no_room_is_made_for_arrays_of_other_shapes(two, chunk, monkeypatch):
+  """512 MiB of zeros take 20 KB, as an array or as a chunk of a small one."""
+  import tensorstore as ts
+
+  name, shape = 'meta.theta.Dense_0.kernel', [1, 4] if chunk[0] > 4 else [1 << 14, 1 << 13]
+  at = {'driver': 'ocdbt', 'base': f'file://{two}/20/state/', 'path': f'{name}/'}
+  metadata = {'shape': shape, 'chunks': chunk, 'dtype': '<f4', 'compressor': {'id': 'zstd', 'level': 1}}
+  spec = {'driver': 'zarr', 'kvstore': at, 'metadata': metadata, 'create': True, 'delete_existing': True}
+  ts.open(spec).result()
+  import orbax.checkpoint as ocp
+
+  restored, restore = [], ocp.Checkpointer.restore
+  monkeypatch.setattr(
+    ocp.Checkpointer, 'restore', lambda self, path, *a, **k: restored.append(path) or restore(self, path, *a, **k)
+  )
+  said = []
+  found = checkpoint.newest(two, like=a_state(), config=CONFIG, report=said.append)
+  assert found.step == 10
+  assert f'{name} is ' in said[0]
+  assert two / '20' / 'state' not in restored
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write('here', [10])
+  assert checkpoint.newest(pathlib.Path('here'), like=a_state(), config=CONFIG).step == 10

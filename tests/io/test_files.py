@@ -1,0 +1,119 @@
+import errno
+import io
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import saying
+
+from metasgd_jax.io import files
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+  path = tmp_path / 'results.json'
+  files.write_json(path, {'a': 1})
+  with pytest.raises(RuntimeError, match='half'), files.atomic(path) as file:
+    file.write(b'{"a": ')
+    raise RuntimeError('half-way')
+  assert json.loads(path.read_text()) == {'a': 1}
+  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+@pytest.mark.parametrize('module', ['fsync', 'replace', 'write'])
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, module):
+  path = tmp_path / 'a'
+  path.write_text('old')
+
+  def full(*args, **options):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  class Full(io.BytesIO):
+    write, fileno = full, full
+
+  if module == 'fsync':
+    monkeypatch.setattr('os.fsync', full)
+  elif module == 'replace':
+    monkeypatch.setattr('pathlib.Path.replace', full)
+  else:
+    monkeypatch.setattr('pathlib.Path.open', lambda path, mode: Full())
+  for write in (
+    lambda: files.write_json(path, {}),
+    lambda: files.write_array(path, np.zeros(3)),
+    lambda: files.write_params(path, {'a': np.zeros(3)}),
+  ):
+    with pytest.raises(files.WriterError, match=saying(f'{path} cannot be written', 'No space left', 'give another')):
+      write()
+  monkeypatch.undo()
+  assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a', 'old')]
+
+
+def test_json_of_arrays_and_infinities(tmp_path):
+  value = {
+    'mean': np.float32(0.5),
+    'ci': float('inf'),
+    'steps': jnp.arange(2),
+    'path': pathlib.Path('x'),
+    'n': np.int64(3),
+  }
+  files.write_json(tmp_path / 'a.json', value)
+  assert json.loads((tmp_path / 'a.json').read_text()) == {
+    'mean': 0.5,
+    'ci': None,
+    'steps': [0, 1],
+    'path': 'x',
+    'n': 3,
+  }
+
+
+def test_params_come_back(tmp_path):
+  params = {'a': np.arange(6.0).reshape(2, 3), 'b': {'c': np.float32(2)}}
+  files.write_params(tmp_path / 'p', params)
+  like = {'a': np.zeros((2, 3)), 'b': {'c': np.float32(0)}}
+  back = files.read_params(tmp_path / 'p', like)
+  assert np.array_equal(back['a'], params['a'])
+  assert back['b']['c'] == 2
+
+
+@pytest.mark.parametrize(
+  ('data', 'like', 'said'),
+  [
+    (None, {'a': np.zeros((3, 2))}, ("['a']", 'has shape (2, 3)', 'expected (3, 2)')),
+    (None, {'z': np.zeros((2, 3))}, ('does not hold the parameters',)),
+    (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
+    (b'', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
+  ],
+)
+def test_params_that_are_not_those(tmp_path, data, like, said):
+  files.write_params(tmp_path / 'p', {'a': np.zeros((2, 3))})
+  if data is not None:
+    (tmp_path / 'p').write_bytes(data)
+  with pytest.raises(ValueError, match=saying(tmp_path / 'p', *said)):
+    files.read_params(tmp_path / 'p', like)
+
+
+@pytest.mark.parametrize('umask', [0o077, 0o022, 0o002])
+def test_whoever_may_read_other_files_may_read_these(tmp_path, umask):
+  before = os.umask(umask)
+  try:
+    files.write_json(tmp_path / 'a.json', {})
+  finally:
+    os.umask(before)
+  assert (tmp_path / 'a.json').stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_workdir_of_no_name_is_refused():
+  with pytest.raises(files.WriterError, match=saying('workdir is empty', 'such as --workdir=.')):
+    files.open_workdir('')
+
+
+def test_a_workdir_is_made(tmp_path):
+  assert files.open_workdir(tmp_path / 'a' / 'b').is_dir()
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(files.WriterError, match=saying(tmp_path / 'file', 'cannot be written (', '--workdir')):
+    files.open_workdir(tmp_path / 'file')

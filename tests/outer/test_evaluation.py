@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+from problems import conv_learner, random_bank, saying, sinusoid_learner
+
+import metasgd_jax as ms
+from metasgd_jax.outer import evaluation
+
+TASKS = ms.tasks.sinusoid(query=20)
+LEARNER = sinusoid_learner(hidden=(8,))
+
+
+def evaluate(learner, meta, seed=0, tasks=TASKS, metric_fn=ms.losses.mean_squared_error, **kwargs):
+  return ms.evaluate(learner, meta, tasks, jax.random.key(seed), metric_fn=metric_fn, **kwargs)
+
+
+def meta_of(learner=LEARNER, tasks=TASKS):
+  return ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optax.identity()).meta
+
+
+def test_a_value_for_every_task_repeat_and_step():
+  after = [sinusoid_learner(hidden=(8,), steps=step) for step in range(4)]
+  meta = meta_of(after[3])
+  values = evaluate(after[3], meta, num_tasks=4, repeats=2)
+  assert values.shape == (4, 2, 4)
+
+  @jax.jit
+  def second_of_second(meta):
+    sample_key, repeat_key = jax.random.split(jax.random.split(jax.random.key(0), 4)[1])
+    episode_key, adapt_key = jax.random.split(jax.random.split(repeat_key, 2)[1])
+    episode = TASKS.episode(TASKS.sample(sample_key), episode_key)
+    predict = lambda learner: learner.predict(learner.adapt(meta, episode.support, adapt_key), episode.query.x)
+    return [predict(learner) for learner in after], episode.query.y
+
+  predictions, y = jax.device_get(second_of_second(meta))
+  for step, predicted in enumerate(predictions):
+    np.testing.assert_allclose(values[1, 1, step], np.mean((predicted - y) ** 2), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_mappings_are_equal_for_a_convolutional_network():
+  learner = conv_learner(way=3)
+  tasks = ms.tasks.few_shot(random_bank(), way=3, shot=1, query=3)
+  meta = meta_of(learner, tasks)
+  by = {
+    mapping: evaluate(learner, meta, tasks=tasks, metric_fn=ms.losses.cross_entropy, num_tasks=5, mapping=mapping)
+    for mapping in ('vmap', 'scan')
+  }
+  np.testing.assert_allclose(by['vmap'], by['scan'], rtol=1e-4)
+
+
+def test_mappings_and_groups_change_nothing(optimized):
+  meta = meta_of()
+  whole = evaluate(LEARNER, meta, num_tasks=6, mapping='vmap')
+  for mapping in ('scan', 1, 4, 100):
+    np.testing.assert_allclose(evaluate(LEARNER, meta, num_tasks=6, mapping=mapping), whole, rtol=1e-5)
+
+
+def test_devices_change_nothing():
+  meta = meta_of()
+  whole, shared = (evaluate(LEARNER, meta, num_tasks=6, repeats=2, mesh=m) for m in (None, ms.sharding.task_mesh(6)))
+  np.testing.assert_allclose(shared, whole, rtol=1e-5)
+
+
+def test_another_run_of_the_same_learner_does_not_compile_again():
+  meta = meta_of()
+  evaluate(LEARNER, meta, num_tasks=5)
+  size = evaluation._evaluate._cache_size()
+  evaluate(LEARNER, jax.tree.map(lambda a: a + 1, meta), seed=3, num_tasks=5)
+  assert evaluation._evaluate._cache_size() == size
+
+
+def test_the_key_alone_says_which_tasks():
+  """Two learners are judged on the same tasks: before adaptation equal parameters give equal values."""
+  fast = sinusoid_learner(hidden=(8,), alpha_range=(0.1, 0.1))
+  slow = sinusoid_learner(ms.maml, hidden=(8,), alpha=0.001)
+  meta = meta_of(fast)
+  a = evaluate(fast, meta, num_tasks=10)
+  b = evaluate(slow, meta._replace(alpha=None), num_tasks=10)
+  np.testing.assert_allclose(a[..., 0], b[..., 0], rtol=1e-6)
+  assert not np.allclose(a[..., 1], b[..., 1])
+  assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
+
+
+@pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('num_tasks', 4.0), ('repeats', -1)])
+def test_counts_below_one(option, value):
+  with pytest.raises(ValueError, match=saying(option, 'an integer of at least 1', f'got {value}')):
+    evaluate(sinusoid_learner(), None, **{option: value})
+
+
+class TestEstimate:
+  def test_equals_scipys_t_interval(self):
+    values = np.random.default_rng(0).gamma(2.0, size=30)
+    mean, ci95 = ms.estimate(values)
+    low, high = scipy.stats.t.interval(0.95, 29, values.mean(), scipy.stats.sem(values))
+    np.testing.assert_allclose([mean - ci95, mean + ci95], [low, high], rtol=1e-12)
+
+  def test_covers_the_truth_95_times_in_100(self):
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (4000, 5))
+    estimates = [ms.estimate(d) for d in draws]
+    assert abs(np.mean([abs(e.mean - 3.0) <= e.ci95 for e in estimates]) - 0.95) < 0.01
+
+  def test_one_value_has_no_interval(self):
+    assert ms.estimate(np.array([2.0])) == (2.0, float('inf'))
+
+  def test_jax_arrays_and_text(self):
+    assert str(ms.estimate(jnp.array([1.0, 2.0, 3.0]))) == '2.00±2.48'
+
+  @pytest.mark.parametrize('shape', [(0,), (3, 2), ()])
+  def test_wrong_ranks(self, shape):
+    with pytest.raises(ValueError, match=saying('one value a task', '[n]', f'got shape {shape}')):
+      ms.estimate(np.zeros(shape))

@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_trees_close, conv_learner, episodes, random_bank, saying, sinusoid_learner
+
+import metasgd_jax as ms
+from metasgd_jax.outer import objective
+
+
+@pytest.mark.parametrize(
+  ('kind', 'mappings'),
+  [
+    ('sinusoid', ['vmap', 'scan', 2]),
+    pytest.param('conv', ['vmap', 'scan', 2], marks=pytest.mark.slow),
+  ],
+)
+def test_mappings_are_equal_and_equal_a_loop(kind, mappings, request):
+  if kind == 'sinusoid':
+    request.getfixturevalue('optimized')
+    learner, tasks = (
+      sinusoid_learner(hidden=(8,), steps=2, metrics={'mse': ms.losses.mean_squared_error}),
+      ms.tasks.sinusoid(),
+    )
+  else:
+    learner, tasks = conv_learner(way=3), ms.tasks.few_shot(random_bank(), way=3, shot=1, query=2)
+  batch, keys = jax.device_get(episodes(tasks, 4)), jax.random.split(jax.random.key(7), 4)
+  task = lambda i: jax.tree.map(lambda a: a[i], batch)
+  meta = jax.jit(learner.init)(jax.random.key(0), task(0))
+  one = jax.jit(jax.value_and_grad(learner.loss, has_aux=True))
+  outs = jax.device_get([one(meta, task(i), keys[i]) for i in range(4)])
+  looped = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *outs)
+  for mapping in mappings:
+    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))(
+      meta, batch, keys
+    )
+    assert_trees_close(got, looped, rtol=1e-4, atol=1e-6)
+  loss, info = jax.jit(lambda m, e, k: ms.mean_loss(learner, m, e, k))(meta, batch, keys)
+  np.testing.assert_allclose(loss, looped[0][0], rtol=1e-5)
+  assert_trees_close(info, looped[0][1])
+
+
+def test_each_task_gets_its_own_key():
+  def loss(meta, episode, key):
+    return meta * jax.random.uniform(key), {}
+
+  learner = ms.Learner(None, None, None, None, loss)
+  keys = jax.random.split(jax.random.key(0), 4)
+  batch = ms.Episode(np.zeros(4), np.zeros(4))
+  draw = jax.jit(jax.random.uniform)
+  expected = np.mean([float(draw(k)) for k in keys])
+  mapped = jax.jit(ms.value_and_grad, static_argnums=0, static_argnames='mapping')
+  for mapping in ('vmap', 'scan', 2):
+    (value, _), grad = mapped(learner, np.float32(2.0), batch, keys, mapping=mapping)
+    np.testing.assert_allclose([value, grad], [2 * expected, expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize('mapping', ['pmap', 0, -2, True, 1.5])
+def test_an_unknown_mapping(mapping):
+  with pytest.raises(ValueError, match=saying('mapping', "'auto', 'vmap', 'scan'", 'a number', f'got {mapping!r}')):
+    ms.value_and_grad(sinusoid_learner(), None, None, None, mapping=mapping)
+
+
+def shapes_of(learner, tasks, count):
+  """Shapes of the meta-parameters, of `count` episodes and of their keys."""
+
+  def arguments(keys):
+    batch = jax.vmap(lambda key: tasks.episode(tasks.sample(key), key))(keys)
+    return learner.init(keys[0], jax.tree.map(lambda a: a[0], batch)), batch, keys
+
+  return jax.eval_shape(arguments, jax.random.split(jax.random.key(0), count))
+
+
+@pytest.mark.parametrize('group', [3, 8])
+def test_groups_that_do_not_come_out_even(group):
+  learner, arguments = sinusoid_learner(), shapes_of(sinusoid_learner(), ms.tasks.sinusoid(), 4)
+  with pytest.raises(ValueError, match=saying('4 tasks', 'groups of mapping', f'={group}')):
+    jax.eval_shape(lambda m, e, k: ms.value_and_grad(learner, m, e, k, mapping=group), *arguments)
+
+
+def test_auto_takes_large_networks_one_task_after_the_other():
+  small, large = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (objective.LARGE - 1, objective.LARGE))
+  on_cpu = jax.default_backend() == 'cpu'
+  assert objective.tasks_at_once('auto', small, 8) == 8
+  assert objective.tasks_at_once('auto', {'a': large}, 8) == (1 if on_cpu else 8)
+
+
+def test_groups_bound_the_memory():
+  learner, tasks = sinusoid_learner(hidden=(8,)), ms.tasks.sinusoid(shot=500, query=500)
+  arguments = shapes_of(learner, tasks, 8)
+  memory = {}
+  for mapping in (8, 2, 1):
+    f = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))
+    memory[mapping] = f.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+  assert memory[8] > 2 * memory[2] > 2.5 * memory[1]
