@@ -17,8 +17,8 @@ VARIANTS = (
   f'{OURS}, one device',
   f"{OURS}, one device, mapping='vmap'",
   f'{OURS}, one device, mapping=4',
-  f"{OURS}, backward='forward'",
-  f"{OURS}, backward='recompute'",
+  f"{OURS}, adjoint='hvp'",
+  f"{OURS}, adjoint='checkpoint'",
   f'{OURS}, bfloat16',
 )
 
@@ -86,8 +86,8 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
     lambda: build(learner(net)),
     lambda: build(learner(net), mapping='vmap'),
     lambda: build(learner(net), mapping=4),
-    lambda: build(learner(net, backward='forward'), devices=True),
-    lambda: build(learner(net, backward='recompute'), devices=True),
+    lambda: build(learner(net, adjoint='hvp'), devices=True),
+    lambda: build(learner(net, adjoint='checkpoint'), devices=True),
     lambda: build(learner(half), devices=True),
   )
   known = {

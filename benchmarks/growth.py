@@ -18,7 +18,7 @@ import numpy as np
 
 import metasgd_jax as ms
 from benchmarks import ours
-from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import provenance
 
 PICTURE = 'benchmarks/growth.png'
@@ -34,7 +34,7 @@ class Point:
   steps: int = 1
   filters: int = 32
   mapping: ms.Mapping = 'scan'
-  backward: Backward = 'reverse'
+  adjoint: Adjoint = 'reverse'
 
 
 LINES: tuple[
@@ -45,8 +45,8 @@ LINES: tuple[
   ('way', (2, 5, 10, 20), {}),
   ('shot', (1, 2, 5, 10), {}),
   ('steps', (1, 2, 4, 8, 16, 32), {}),
-  ('steps', (2, 8, 32), {'backward': 'recompute'}),
-  ('steps', (2, 8, 32), {'backward': 'forward'}),
+  ('steps', (2, 8, 32), {'adjoint': 'checkpoint'}),
+  ('steps', (2, 8, 32), {'adjoint': 'hvp'}),
   ('filters', (8, 16, 32, 64, 128), {}),
 )
 
@@ -57,7 +57,7 @@ def measure(point: Point) -> tuple[float, float]:
   tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=point.way, shot=point.shot, query=5)
   model = ms.nn.from_linen(ms.nn.Conv4(point.way, filters=point.filters))
   learner = ms.meta_sgd(
-    model, ms.losses.cross_entropy, steps=point.steps, backward=point.backward, alpha_range=(0.01, 0.01)
+    model, ms.losses.cross_entropy, steps=point.steps, adjoint=point.adjoint, alpha_range=(0.01, 0.01)
   )
   episodes = ours.draw(tasks, point.tasks)
   keys = jax.random.split(jax.random.key(0), point.tasks)
@@ -109,7 +109,7 @@ def main() -> None:
     found = [measure(Point(**p)) for p in points]
     milliseconds, mebibytes = zip(*found, strict=True)
     label = ', '.join(f'{k}={v!r}' for k, v in chosen.items())
-    default = {'tasks': "mapping='scan'", 'steps': "backward='reverse'"}.get(name, '')
+    default = {'tasks': "mapping='scan'", 'steps': "adjoint='reverse'"}.get(name, '')
     results.append((name, label or default, values, milliseconds, mebibytes))
     listed = lambda numbers, form: ' '.join(format(n, form) for n in numbers)
     print(

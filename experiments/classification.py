@@ -39,7 +39,7 @@ from experiments.options import option
 from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
-from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import files, provenance
 from metasgd_jax.outer.evaluation import estimate
 
@@ -92,9 +92,9 @@ class Config:
   eval_shots: tuple[int, ...] = option((), 'In testing; as in training if not given.', low=1)
   query: int = option(5, 'Query images of a class in training.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
-  backward: str = option(
+  adjoint: str = option(
     'reverse', "Of Meta-SGD and MAML: the outer gradient's way back; sparse for inner steps by the hundred.",
-    choices=get_args(Backward),
+    choices=get_args(Adjoint),
   )  # fmt: skip
   alpha: float | None = option(
     None, "MAML's inner rate (that of its paper's data set if not given), and Meta-SGD's start (U[0.005, 0.1]).",

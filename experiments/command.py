@@ -29,7 +29,7 @@ TOPICS = {  # title → flags with a line of their own, flags that are only name
   ),
   'The inner step': (
     'inner_steps alpha',
-    'backward inductive multi_step_loss alpha_by_step floor_rate later_rate estimator discount decay',
+    'adjoint inductive multi_step_loss alpha_by_step floor_rate later_rate estimator discount decay',
   ),
   'The outer loop': (
     'meta_iterations meta_batch learning_rate',

@@ -57,7 +57,7 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
   shared: dict[str, Any] = dict(
     inductive=config.inductive if inductive is None else inductive, metrics={'accuracy': accuracy}
   )
-  steps, backward = config.inner_steps, config.backward
+  steps, adjoint = config.inner_steps, config.adjoint
   if name in ('meta_sgd', 'layer_rates'):
     start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
     weights = None
@@ -65,7 +65,7 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
       weights = (1 / steps,) * steps
     return ms.meta_sgd(
       classifier, cross_entropy, steps=steps, alpha_range=start, alpha_by_step=config.alpha_by_step,
-      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, backward=backward, **shared,
+      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, adjoint=adjoint, **shared,
     )  # fmt: skip
   if name in ('maml', 'fomaml', 'anil', 'maml_5'):
     if name == 'maml_5':
@@ -73,7 +73,7 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
     rate = maml_rate(name, config)
     alpha = head_alone(config, rate) if name == 'anil' else rate
     return ms.maml(
-      classifier, cross_entropy, alpha=alpha, steps=steps, first_order=name == 'fomaml', backward=backward, **shared
+      classifier, cross_entropy, alpha=alpha, steps=steps, first_order=name == 'fomaml', adjoint=adjoint, **shared
     )
   if name == 'meta_lstm':
     return ms.learners.meta_lstm(classifier, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)

@@ -25,7 +25,7 @@ from experiments.processes import Machines
 from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
-from metasgd_jax.inner.adaptation import Backward
+from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import files
 from metasgd_jax.losses import accuracy, cross_entropy, per_token
 from metasgd_jax.outer import sharding
@@ -71,8 +71,8 @@ class Config:
   shot: int = option(1, 'Support pictures of a class; of a chain, its sequences.', low=1, high=1000)
   query: int = option(5, 'Query pictures of a class; of a chain, its sequences.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
-  backward: str = option(
-    'reverse', "The outer gradient's way back; sparse for inner steps by the hundred.", choices=get_args(Backward)
+  adjoint: str = option(
+    'reverse', "The outer gradient's way back; revolve for inner steps by the hundred.", choices=get_args(Adjoint)
   )
   alpha: float = option(0.05, "α's start.", low=-100.0, high=100.0)
   meta_batch: int = option(4, 'Tasks in a meta-iteration.', low=1, high=10_000)
@@ -154,7 +154,7 @@ def build(config: Config, devices: int | None = None) -> Setup:
   of_all = per_token if config.network == 'transformer' else lambda metric: metric
   metrics = {'loss': of_all(cross_entropy), 'accuracy': of_all(accuracy)}
   learner = ms.meta_sgd(
-    build_model(config), metrics['loss'], steps=config.inner_steps, backward=config.backward,  # type: ignore[arg-type]
+    build_model(config), metrics['loss'], steps=config.inner_steps, adjoint=config.adjoint,  # type: ignore[arg-type]
     alpha_range=(config.alpha, config.alpha), metrics={'accuracy': metrics['accuracy']},
   )  # fmt: skip
   train, test = build_tasks(config)

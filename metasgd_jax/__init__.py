@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metasgd_jax import losses, rl, tasks
-from metasgd_jax.inner.adaptation import adapt, adapt_path, init_alpha
+from metasgd_jax.inner.adaptation import adapt, adapt_path
+from metasgd_jax.inner.alpha import init_alpha
 from metasgd_jax.inner.optimizer import adapt_with, adapt_with_path, scale_by_alpha
 from metasgd_jax.inner.parts import low_rank, partly
 from metasgd_jax.outer import sharding

@@ -1,5 +1,6 @@
 """Small problems that several tests share."""
 
+import contextlib
 import functools
 import re
 
@@ -54,6 +55,22 @@ def random_bank(classes=8, instances=6, size=8, seed=0):
   """A class bank in which no two drawings are equal."""
   images = np.random.default_rng(seed).integers(0, 256, (classes, instances, size, size, 1), np.uint8)
   return ms.tasks.class_bank(images)
+
+
+@contextlib.contextmanager
+def compilations():
+  """Gives a list that gets an entry for each program that is compiled, in this block."""
+  found, inside = [], [True]
+
+  def listen(event, duration, **_):
+    if inside[0] and event == '/jax/core/compile/backend_compile_duration':
+      found.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield found
+  finally:
+    inside[0] = False
 
 
 CURVES = ms.tasks.sinusoid()

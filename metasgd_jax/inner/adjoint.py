@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from metasgd_jax.inner.loop import gradient_step
 from metasgd_jax.types import PyTree
 
 AGAIN = 2
@@ -169,7 +170,7 @@ def schedule(steps: int) -> Schedule:
 
 
 def _step(grad, theta, alpha, constants):
-  return jax.tree.map(lambda p, a, g: p - a * g, theta, alpha, grad(theta, *constants))
+  return gradient_step(theta, alpha, grad(theta, *constants))
 
 
 def _start_back(v, alpha, constants):

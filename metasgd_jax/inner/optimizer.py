@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metasgd_jax.inner.adaptation import LossFn, broadcast_alpha, check_steps, check_theta, scalar_loss, which_adapt
+from metasgd_jax.inner.alpha import broadcast_alpha, check_theta, which_adapt
+from metasgd_jax.inner.loop import (
+  InnerProblem,
+  LossFn,
+  check_steps,
+  inner_problem,
+  repeat,
+  repeat_with_path,
+  with_frozen,
+)
 from metasgd_jax.types import Adapts, PyTree
 
 InnerOptimizer = Callable[[PyTree], optax.GradientTransformation]
@@ -104,8 +113,9 @@ def adapt_with(
     >>> print(ms.adapt_with(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer=momentum, steps=2))
     1.0
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts)
-  return inner.whole(_over_steps(inner, steps, keep=False), None)
+  inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)
+  adapting, _ = repeat(inner.update, inner.carry, steps, arrays=inner.arrays)
+  return inner.problem.merge(adapting)
 
 
 def adapt_with_path(
@@ -138,70 +148,43 @@ def adapt_with_path(
     >>> print(ms.adapt_with_path(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer=optax.sgd, steps=2))
     [0.   0.5  0.75]
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts)
-  later = _over_steps(inner, steps, keep=True)
-  path = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), inner.moving, later)
-  return inner.whole(path, int(steps) + 1)
-
-
-def moving_part(theta: PyTree, adapts: Adapts | None) -> PyTree:
-  """Returns θ with `None` for the leaves that do not adapt; all do without `adapts`."""
-  return jax.tree.map(lambda move, t: t if move else None, which_adapt(theta, adapts), theta)
+  inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)
+  path = repeat_with_path(inner.update, inner.carry, steps, arrays=inner.arrays, parameters=lambda carry: carry[0])
+  return with_frozen(inner.problem, path, steps)
 
 
 class _Inner(NamedTuple):
-  """The inner problem: what moves of θ, the step from (it, the state), the state's start, and how it is put back."""
+  """The updates of one task: the problem, the carry (adapting leaves, optimiser state), one update, arrays in use."""
 
-  moving: PyTree
-  state: PyTree
-  step: Callable[[tuple[PyTree, PyTree]], tuple[PyTree, PyTree]]
-  whole: Callable[[PyTree, int | None], PyTree]
+  problem: InnerProblem
+  carry: tuple[PyTree, PyTree]
+  update: Callable[[tuple[PyTree, PyTree], None], tuple[PyTree, PyTree]]
+  arrays: Any
 
 
-def _inner(theta, hyper, batch, loss_fn, optimizer, first_order, adapts) -> _Inner:
+def _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts) -> _Inner:
+  check_steps(steps)
   check_theta(theta)
   theta = jax.tree.map(jnp.asarray, theta)
-  moves, moving = which_adapt(theta, adapts), moving_part(theta, adapts)
+  problem = inner_problem(theta, which_adapt(theta, adapts), batch, loss_fn)
   transformation = _transformation(optimizer, hyper)
 
-  def whole(moving, copies=None):
-    """θ from what moves of it and the rest, which has `copies` in front where they are given."""
-    rest = lambda t: t if copies is None else jnp.broadcast_to(t[None], (copies, *t.shape))
-    return jax.tree.map(lambda move, t, new: new if move else rest(t), moves, theta, moving)
-
-  def value_fn(moving):
-    return scalar_loss(loss_fn, whole(moving), batch)
-
-  def step(carry):
-    t, state = carry
-    value, grad = jax.value_and_grad(value_fn)(t)
+  def update(carry, _):
+    adapting, state = carry
+    value, grad = jax.value_and_grad(problem.loss)(adapting)
     if first_order:
       value, grad = jax.lax.stop_gradient((value, grad))
-    updates, after = transformation.update(grad, state, t, value=value, grad=grad, value_fn=value_fn)
-    return optax.apply_updates(t, updates), jax.tree.map(_of_dtype, after, state)
+    updates, after = transformation.update(grad, state, adapting, value=value, grad=grad, value_fn=problem.loss)
+    return optax.apply_updates(adapting, updates), jax.tree.map(_of_dtype, after, state)
 
-  return _Inner(moving, transformation.init(moving), step, whole)
+  carry = problem.adapting, transformation.init(problem.adapting)
+  return _Inner(problem, carry, update, (theta, hyper, batch))
 
 
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
   """The state after a step in the dtypes of that before, which a learned number of another dtype would widen."""
   dtype = jnp.result_type(old)
   return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
-
-
-def _over_steps(inner: _Inner, steps, *, keep):
-  """What moves of the last θ, or with `keep` of θ after each of the steps."""
-  check_steps(steps)
-  carry = inner.moving, inner.state
-  if steps == 1 and not keep:
-    return inner.step(carry)[0]
-
-  def body(carry, _):
-    carry = inner.step(carry)
-    return carry, carry[0] if keep else None
-
-  last, path = jax.lax.scan(body, carry, length=int(steps))
-  return path if keep else last[0]
 
 
 def _transformation(optimizer, hyper) -> optax.GradientTransformationExtraArgs:

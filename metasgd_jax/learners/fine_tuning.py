@@ -7,7 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.inner.adaptation import adapt, adapt_path, check_steps
+from metasgd_jax.inner.adaptation import adapt, adapt_path
+from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.learners.episodic import Metric, apply, check_adapts_all, check_way, measure, of_parameters
 from metasgd_jax.losses import cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree

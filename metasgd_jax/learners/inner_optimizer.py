@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.inner.adaptation import check_steps
-from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_with, adapt_with_path, moving_part
+from metasgd_jax.inner.alpha import which_adapt
+from metasgd_jax.inner.loop import check_steps
+from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_with, adapt_with_path
 from metasgd_jax.learners.episodic import Metric, of_parameters
 from metasgd_jax.tree import named, strong
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
@@ -82,7 +83,8 @@ def inner_optimizer(
   def init(key, episode: Episode) -> WithHyper:
     theta_key, hyper_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    start = hyper(hyper_key, moving_part(theta, model.adapts)) if _is_function(hyper) else hyper
+    adapting = jax.tree.map(lambda leaf, adapts: leaf if adapts else None, theta, which_adapt(theta, model.adapts))
+    start = hyper(hyper_key, adapting) if _is_function(hyper) else hyper
     for name, leaf in named(start):
       if not _is_floating(leaf):
         raise ValueError(

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import jax
 
-from metasgd_jax.inner.adaptation import Backward, broadcast_alpha
+from metasgd_jax.inner.adaptation import Adjoint
+from metasgd_jax.inner.alpha import broadcast_alpha
 from metasgd_jax.learners.episodic import Metric
 from metasgd_jax.learners.meta_sgd import gradient_learner
 from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree
@@ -17,7 +18,7 @@ def maml(
   alpha: PyTree = 0.01,
   steps: int = 1,
   first_order: bool = False,
-  backward: Backward = 'reverse',
+  adjoint: Adjoint = 'reverse',
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
@@ -32,7 +33,7 @@ def maml(
       does not adapt.
     steps: inner steps.
     first_order: drop the second derivatives (FOMAML).
-    backward: as in `meta_sgd`.
+    adjoint: as in `meta_sgd`.
     inductive: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
@@ -61,7 +62,7 @@ def maml(
     lambda meta: alpha,
     steps=steps,
     first_order=first_order,
-    backward=backward,
+    adjoint=adjoint,
     inductive=inductive,
     metrics=metrics,
   )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from metasgd_jax.inner.adaptation import check_steps
+from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.learners.episodic import Metric, check_adapts_all, of_parameters
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 

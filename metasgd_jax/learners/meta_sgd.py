@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.inner.adaptation import (
-  Backward,
-  Per,
-  adapt,
-  adapt_path,
-  check_alpha_range,
-  check_backward,
-  check_steps,
-  held,
-  init_alpha,
-)
+from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path, check_adjoint
+from metasgd_jax.inner.alpha import Per, check_alpha_range, init_alpha
+from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.learners.episodic import Metric, measure, of_parameters
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, PyTree
 
@@ -29,7 +21,7 @@ def meta_sgd(
   *,
   steps: int = 1,
   first_order: bool = False,
-  backward: Backward = 'reverse',
+  adjoint: Adjoint = 'reverse',
   inductive: bool = False,
   alpha_range: tuple[float, float] = (0.005, 0.1),
   alpha_per: Per = 'entry',
@@ -50,18 +42,18 @@ def meta_sgd(
     loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
     steps: inner steps; the paper's 1.
     first_order: drop the second derivatives.
-    backward: how the outer gradient goes through the inner steps; see `Backward`. 'sparse' is for hundreds.
+    adjoint: how the outer gradient goes through the inner steps; see `Adjoint`. 'revolve' is for hundreds of steps.
     inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
       the paper's does; see `nn.BatchNorm`.
     alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
     alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ.
     alpha_by_step: every inner step has rates of its own (MAML++, Antoniou et al. 2019).
     step_weights: w_1 … w_k; the loss is then Σ_t w_t L_query(θ_t) in place of L_query(θ_k): MAML++'s multi-step loss,
-      but for its weights' annealing. Intermediates are kept as with backward='reverse'.
+      but for its weights' annealing. Intermediates are kept as with adjoint='reverse'.
     metrics: `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown backward, weights that
+    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown adjoint, weights that
       are not one a step, a metric named 'loss', or inductive with a model that has no statistics.
 
   Example:
@@ -93,7 +85,7 @@ def meta_sgd(
     lambda meta: meta.alpha,
     steps=steps,
     first_order=first_order,
-    backward=backward,
+    adjoint=adjoint,
     inductive=inductive,
     alpha_by_step=alpha_by_step,
     step_weights=step_weights,
@@ -109,7 +101,7 @@ def gradient_learner(
   *,
   steps: int,
   first_order: bool,
-  backward: Backward,
+  adjoint: Adjoint,
   inductive: bool,
   alpha_by_step: bool = False,
   step_weights: Sequence[float] | None = None,
@@ -124,34 +116,31 @@ def gradient_learner(
     alpha_of: `meta → α`.
     steps: inner steps.
     first_order: drop the second derivatives.
-    backward: as in `meta_sgd`.
+    adjoint: as in `meta_sgd`.
     inductive: as in `meta_sgd`.
     alpha_by_step: as in `meta_sgd`.
     step_weights: as in `meta_sgd`.
     metrics: as in `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, an unknown backward, weights that are not one a step, and as `of_parameters`.
+    ValueError: steps that are no count, an unknown adjoint, weights that are not one a step, and as `of_parameters`.
   """
   check_steps(steps)
-  check_backward(backward)
+  check_adjoint(adjoint)
   if step_weights is not None and not (
     np.shape(step_weights) == (steps,) and steps and np.all(np.isfinite(step_weights))
   ):
     raise ValueError(f'step_weights must be {steps} finite numbers, one a step, got {step_weights!r}')
-  inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step)
-
-  def rates(meta: MetaParams) -> PyTree:
-    return held(alpha_of(meta), meta.theta, model.adapts, steps if alpha_by_step else None)
+  inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step, adapts=model.adapts)
 
   def support_loss(theta, batch: Batch):
     return loss_fn(model.apply(theta, batch.x), batch.y)
 
   def adapt_(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt(meta.theta, rates(meta), support, loss_fn=support_loss, backward=backward, **inner)
+    return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, adjoint=adjoint, **inner)
 
   def path(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt_path(meta.theta, rates(meta), support, loss_fn=support_loss, **inner)
+    return adapt_path(meta.theta, alpha_of(meta), support, loss_fn=support_loss, **inner)
 
   metrics = dict(metrics or {})
   learner = of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)

@@ -83,7 +83,7 @@ class MemoryPlan:
       return f'does NOT fit: {there}; {way}, {self.fits_at_once} task(s) at a time, would'
     return (
       f'does NOT fit: {there}, and one task at a time would not either; take a smaller network or support, '
-      "backward='sparse' for many inner steps, or let a part of θ adapt (`partly`, `low_rank`)"
+      "adjoint='revolve' for many inner steps, or let a part of θ adapt (`partly`, `low_rank`)"
     )
 
 

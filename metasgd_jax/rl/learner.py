@@ -8,7 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.inner.adaptation import Per, adapt, broadcast_alpha, check_alpha_range, check_steps, init_alpha
+from metasgd_jax.inner.adaptation import adapt
+from metasgd_jax.inner.alpha import Per, broadcast_alpha, check_alpha_range, init_alpha
+from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
 from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_close, assert_trees_close, saying
+from problems import assert_close, assert_trees_close, compilations, saying
 
 import metasgd_jax as ms
 
@@ -47,6 +47,19 @@ def test_steps_repeat_the_step_and_path_holds_each(problem, steps):
   expected, adapted, path = ways(*problem)
   assert_trees_close(adapted, expected[-1])
   assert_trees_close(path, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
+
+
+def test_outside_of_jit_nothing_is_compiled_twice(problem):
+  theta, alpha, batch = problem
+  for how, options in ((ms.adapt, dict(adjoint='revolve')), (ms.adapt_path, {}), (ms.adapt, dict(alpha_by_step=True))):
+    rates = jax.tree.map(lambda a: jnp.stack([a] * 3), alpha) if options.get('alpha_by_step') else alpha
+    call = lambda: how(theta, rates, batch, loss_fn=loss_fn, steps=3, **options)  # noqa: B023
+    with compilations() as first:
+      expected = call()
+    with compilations() as again:
+      assert_trees_close(call(), expected, rtol=0, atol=0)
+    assert first
+    assert not again
 
 
 @pytest.mark.parametrize(
@@ -215,7 +228,7 @@ def test_meta_params_keep_theta_before_alpha():
   assert [leaf.shape for leaf in leaves] == [(1,), (2,)]
 
 
-class TestBackward:
+class TestAdjoint:
   """The ways back through the inner steps are one and the same."""
 
   @pytest.mark.parametrize(
@@ -236,28 +249,28 @@ class TestBackward:
         'prefix': {'w': np.float64(0.3), 'b': rng.normal(size=2)},
       }[alpha]
 
-      def outer(theta, rates, x, temperature, backward):
+      def outer(theta, rates, x, temperature, adjoint):
         loss_fn = lambda t, batch: ms.losses.cross_entropy(
           jnp.tanh(batch.x @ t['w'] + t['b'][None]) * temperature, batch.y
         )
-        adapted = ms.adapt(theta, rates, support._replace(x=x), loss_fn=loss_fn, steps=steps, backward=backward)
+        adapted = ms.adapt(theta, rates, support._replace(x=x), loss_fn=loss_fn, steps=steps, adjoint=adjoint)
         return loss_fn(adapted, support._replace(x=2 * x + 1))
 
-      def gradient(backward):
-        by_all = jax.jit(jax.grad(functools.partial(outer, backward=backward), argnums=(0, 1, 2, 3)))
+      def gradient(adjoint):
+        by_all = jax.jit(jax.grad(functools.partial(outer, adjoint=adjoint), argnums=(0, 1, 2, 3)))
         return by_all(theta, rates, support.x, np.float64(1.7))
 
       expected = gradient('reverse')
-      for backward in ('recompute', 'forward', 'sparse'):
-        assert_trees_close(expected, gradient(backward), rtol=1e-10, atol=1e-12)
+      for adjoint in ('checkpoint', 'hvp', 'revolve'):
+        assert_trees_close(expected, gradient(adjoint), rtol=1e-10, atol=1e-12)
 
   def test_first_order(self, problem):
     options = dict(loss_fn=loss_fn, first_order=True, steps=2)
 
     @jax.jit
     def gradients(theta, alpha, batch):
-      outer = lambda t, backward: loss_fn(ms.adapt(t, alpha, batch, backward=backward, **options), batch)
-      return [jax.grad(outer)(theta, backward) for backward in ('reverse', 'recompute', 'forward', 'sparse')]
+      outer = lambda t, adjoint: loss_fn(ms.adapt(t, alpha, batch, adjoint=adjoint, **options), batch)
+      return [jax.grad(outer)(theta, adjoint) for adjoint in ('reverse', 'checkpoint', 'hvp', 'revolve')]
 
     expected, *others = gradients(*problem)
     for other in others:
@@ -274,22 +287,22 @@ class TestBackward:
         x = jnp.sin(jnp.sin(x @ t['w']))
       return jnp.mean((x - batch.y) ** 2)
 
-    def memory(steps, backward):
-      loss = lambda t, a, b: loss_fn(ms.adapt(t, a, b, loss_fn=loss_fn, steps=steps, backward=backward), b)
+    def memory(steps, adjoint):
+      loss = lambda t, a, b: loss_fn(ms.adapt(t, a, b, loss_fn=loss_fn, steps=steps, adjoint=adjoint), b)
       compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(theta, theta, support).compile()
       return compiled.memory_analysis().temp_size_in_bytes
 
-    for backward in ('recompute', 'forward'):
-      assert memory(32, backward) < 1.1 * memory(2, backward)
+    for adjoint in ('checkpoint', 'hvp'):
+      assert memory(32, adjoint) < 1.1 * memory(2, adjoint)
     assert memory(32, 'reverse') > 5 * memory(2, 'reverse')
 
   def test_an_unknown_way(self, problem):
     theta, alpha, batch = problem
-    message = saying('backward', *map(repr, ('reverse', 'recompute', 'forward', 'sparse')), "got 'implicit'")
+    message = saying('adjoint', *map(repr, ('reverse', 'checkpoint', 'hvp', 'revolve')), "got 'implicit'")
     with pytest.raises(ValueError, match=message):
-      ms.adapt(theta, alpha, batch, loss_fn=loss_fn, backward='implicit')
+      ms.adapt(theta, alpha, batch, loss_fn=loss_fn, adjoint='implicit')
     with pytest.raises(ValueError, match=message):
-      ms.maml(None, loss_fn, backward='implicit')
+      ms.maml(None, loss_fn, adjoint='implicit')
 
 
 RATES_THETA = {'a': np.float32([1.0, -2.0]), 'b': np.float32(0.5)}
@@ -314,10 +327,10 @@ class TestRatesByStep:
     both = lambda *meta: (adapt(*meta), jax.grad(lambda *meta: self.loss(adapt(*meta), 1.0), (0, 1))(*meta))
     return jax.jit(both)(RATES_THETA, RATES_ALPHA)
 
-  @pytest.mark.parametrize('backward', ['reverse', 'recompute', 'forward', 'sparse'])
-  def test_each_step_takes_its_own_and_gets_its_own_gradient(self, backward):
+  @pytest.mark.parametrize('adjoint', ['reverse', 'checkpoint', 'hvp', 'revolve'])
+  def test_each_step_takes_its_own_and_gets_its_own_gradient(self, adjoint):
     adapt = lambda theta, alpha: ms.adapt(
-      theta, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True, backward=backward
+      theta, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True, adjoint=adjoint
     )
     (adapted, grads), (expected, expected_grads) = map(self.adapted_and_gradients, (adapt, self.by_hand))
     assert_trees_close(adapted, expected, rtol=1e-5)

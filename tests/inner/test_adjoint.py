@@ -43,7 +43,7 @@ def test_rooms_grow_far_slower_than_steps():
 
 @pytest.mark.parametrize('steps', [1, 2, 3, 9, 23])
 def test_equals_reverse_mode_over_reverse_mode(steps):
-  learners = [sinusoid_learner(steps=steps, backward=backward, hidden=(6,)) for backward in ('reverse', 'sparse')]
+  learners = [sinusoid_learner(steps=steps, adjoint=adjoint, hidden=(6,)) for adjoint in ('reverse', 'revolve')]
   episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(ms.tasks.sinusoid(), 1)))
   meta = jax.jit(learners[0].init)(jax.random.key(2), episode)
   with jax.enable_x64(True):
@@ -63,8 +63,8 @@ def test_several_tasks_side_by_side(network):
   with jax.enable_x64(True):
     meta, two = to_float64(meta), to_float64(two)
     found = []
-    for backward in ('reverse', 'forward', 'sparse'):
-      learner = conv_learner(way=3, network=network, steps=4, backward=backward)
+    for adjoint in ('reverse', 'hvp', 'revolve'):
+      learner = conv_learner(way=3, network=network, steps=4, adjoint=adjoint)
       of = lambda meta, two, learner=learner: ms.value_and_grad(learner, meta, two, keys, mapping='vmap')
       found.append(jax.jit(of)(meta, two))
       found.append(jax.jit(lambda meta, of=of: of(meta, two))(meta))
@@ -78,15 +78,15 @@ def test_a_third_derivative():
     x = jnp.asarray(np.random.default_rng(0).normal(size=3))
     loss_fn = lambda theta, _: jnp.sum(jnp.sin(theta) ** 2)
 
-    def outer(theta, backward):
-      return loss_fn(ms.adapt(theta, 0.1, None, loss_fn=loss_fn, steps=5, backward=backward), None)
+    def outer(theta, adjoint):
+      return loss_fn(ms.adapt(theta, 0.1, None, loss_fn=loss_fn, steps=5, adjoint=adjoint), None)
 
-    curvature = lambda backward: jax.grad(lambda t: jnp.sum(jax.grad(outer)(t, backward) ** 2))(x)
-    assert_trees_close(*jax.jit(lambda: [curvature(backward) for backward in ('sparse', 'reverse')])(), rtol=1e-9)
+    curvature = lambda adjoint: jax.grad(lambda t: jnp.sum(jax.grad(outer)(t, adjoint) ** 2))(x)
+    assert_trees_close(*jax.jit(lambda: [curvature(adjoint) for adjoint in ('revolve', 'reverse')])(), rtol=1e-9)
 
 
-def intermediates(steps, backward):
-  learner = sinusoid_learner(steps=steps, backward=backward, hidden=(64, 64))
+def intermediates(steps, adjoint):
+  learner = sinusoid_learner(steps=steps, adjoint=adjoint, hidden=(64, 64))
   tasks = ms.tasks.sinusoid()
   episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
   meta = jax.eval_shape(learner.init, jax.random.key(2), episode)
@@ -100,7 +100,7 @@ def intermediates(steps, backward):
 def test_memory_of_two_hundred_steps(optimized):
   """Beside two steps', where θ is nearly all there is: ten θ more, which XLA may copy once, not two hundred."""
   (two, theta), (many, _), (all_kept, _) = (
-    intermediates(2, 'sparse'), intermediates(200, 'sparse'), intermediates(200, 'forward'),
+    intermediates(2, 'revolve'), intermediates(200, 'revolve'), intermediates(200, 'hvp'),
   )  # fmt: skip
   assert many < two + 20 * theta
   assert all_kept > two + 150 * theta

@@ -128,8 +128,8 @@ class TestState:
       (x, y), key = batch
       return MSE(Net().apply({'params': theta}, x, rngs={'dropout': key}), y)
 
-    def outer(meta, key, backward):
-      adapted = ms.adapt(*meta, (support, key), loss_fn=loss, steps=3, backward=backward)
+    def outer(meta, key, adjoint):
+      adapted = ms.adapt(*meta, (support, key), loss_fn=loss, steps=3, adjoint=adjoint)
       return loss(adapted, (query, jax.random.key(9)))
 
     with jax.enable_x64(True):
@@ -139,10 +139,10 @@ class TestState:
       draw = lambda size: jax.tree.map(lambda s: rng.normal(size=s.shape) * size, shapes)
       meta = ms.MetaParams(draw(1.0), draw(0.1))
       key = jax.random.key(3)
-      by = lambda backward: jax.jit(jax.value_and_grad(lambda meta, key: outer(meta, key, backward)))
+      by = lambda adjoint: jax.jit(jax.value_and_grad(lambda meta, key: outer(meta, key, adjoint)))
       expected, expected_grads = by('reverse')(meta, key)
-      for backward in ('recompute', 'forward', 'sparse'):
-        gradient = by(backward)
+      for adjoint in ('checkpoint', 'hvp', 'revolve'):
+        gradient = by(adjoint)
         loss_, grads = gradient(meta, key)
         np.testing.assert_allclose(loss_, expected, rtol=1e-12)
         assert_trees_close(grads, expected_grads, rtol=1e-9, atol=1e-12)

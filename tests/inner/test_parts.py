@@ -67,10 +67,10 @@ def whole():
 
 
 class TestPartly:
-  @pytest.mark.parametrize('backward', ['reverse', 'recompute', 'forward', 'sparse'])
+  @pytest.mark.parametrize('adjoint', ['reverse', 'checkpoint', 'hvp', 'revolve'])
   @pytest.mark.parametrize('where', [LAST, lambda name: name.endswith('bias')], ids=['head', 'biases'])
-  def test_is_the_whole_with_rates_of_zero_for_the_rest(self, where, backward):
-    part = ms.meta_sgd(ms.partly(NET, where), MSE, steps=3, backward=backward)
+  def test_is_the_whole_with_rates_of_zero_for_the_rest(self, where, adjoint):
+    part = ms.meta_sgd(ms.partly(NET, where), MSE, steps=3, adjoint=adjoint)
     meta = meta_of(part)
     with jax.enable_x64(True):
       one = to_float64(episode())
@@ -83,7 +83,7 @@ class TestPartly:
       assert_trees_close(grads.theta, both.theta, rtol=1e-9, atol=1e-12)
       assert_trees_close(grads.alpha, as_there(both.alpha, grads.alpha), rtol=1e-9, atol=1e-12)
       assert max(np.max(np.abs(g)) for g in jax.tree.leaves(grads.theta['Dense_0'])) > 0  # It is learned.
-      if backward == 'reverse':  # The others equal the same whole.
+      if adjoint == 'reverse':  # The others equal the same whole.
         assert_slopes_by_differences(lambda m: part.loss(m, one, None)[0], meta._replace(alpha=rates))
 
   def test_alpha_has_no_entry_for_the_rest_and_the_optimiser_no_state(self):
@@ -189,9 +189,9 @@ class TestLowRank:
         for of, them in ((grads.theta, expected_grads.theta), (grads.alpha, expected_grads.alpha)):
           np.testing.assert_allclose(of['factors'][n]['b'], them[layer]['kernel'], rtol=1e-9, atol=1e-12)
 
-  @pytest.mark.parametrize('backward', ['reverse', 'sparse'])
-  def test_meta_gradient_by_differences(self, backward):
-    learner = ms.meta_sgd(ms.low_rank(NET, 1, KERNELS), MSE, steps=3, backward=backward)
+  @pytest.mark.parametrize('adjoint', ['reverse', 'revolve'])
+  def test_meta_gradient_by_differences(self, adjoint):
+    learner = ms.meta_sgd(ms.low_rank(NET, 1, KERNELS), MSE, steps=3, adjoint=adjoint)
     meta = meta_of(learner)
     with jax.enable_x64(True):
       one, meta = to_float64(episode()), to_float64(meta)

@@ -42,7 +42,7 @@ def test_nothing_is_allocated():
   assert found.parts['θ'] > 16 * 1024 * MIB
   assert not found.fits
   assert found.fits_at_once == 0
-  assert "backward='sparse'" in str(found)
+  assert "adjoint='revolve'" in str(found)
 
 
 def test_says_which_mapping_would_fit_and_it_does():
