@@ -15,8 +15,8 @@ OURS, PLAIN = 'metasgd_jax', 'plain JAX (lax.conv, vmap, one device)'
 ROOF, SIDE = 'matrix product', 2048
 VARIANTS = (
   f'{OURS}, one device',
-  f"{OURS}, one device, mapping='vmap'",
-  f'{OURS}, one device, mapping=4',
+  f"{OURS}, one device, tasks_at_once='all'",
+  f'{OURS}, one device, tasks_at_once=4',
   f"{OURS}, adjoint='hvp'",
   f"{OURS}, adjoint='checkpoint'",
   f'{OURS}, bfloat16',
@@ -84,8 +84,8 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
   half = ms.nn.Conv4(way, dtype=jnp.bfloat16)
   makers = (
     lambda: build(learner(net)),
-    lambda: build(learner(net), mapping='vmap'),
-    lambda: build(learner(net), mapping=4),
+    lambda: build(learner(net), tasks_at_once='all'),
+    lambda: build(learner(net), tasks_at_once=4),
     lambda: build(learner(net, adjoint='hvp'), devices=True),
     lambda: build(learner(net, adjoint='checkpoint'), devices=True),
     lambda: build(learner(half), devices=True),
@@ -93,7 +93,7 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
   known = {
     OURS: lambda: build(learner(net), devices=True),
     **dict(zip(VARIANTS, makers, strict=True)),
-    PLAIN: lambda: build(learner(PlainConv4(way)), mapping='vmap'),
+    PLAIN: lambda: build(learner(PlainConv4(way)), tasks_at_once='all'),
   }
   return {name: make() for name, make in known.items() if name in names}
 

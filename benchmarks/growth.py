@@ -20,6 +20,7 @@ import metasgd_jax as ms
 from benchmarks import ours
 from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import provenance
+from metasgd_jax.outer.placement import TasksAtOnce
 
 PICTURE = 'benchmarks/growth.png'
 
@@ -33,7 +34,7 @@ class Point:
   shot: int = 1
   steps: int = 1
   filters: int = 32
-  mapping: ms.Mapping = 'scan'
+  tasks_at_once: TasksAtOnce = 1
   adjoint: Adjoint = 'reverse'
 
 
@@ -62,7 +63,7 @@ def measure(point: Point) -> tuple[float, float]:
   episodes = ours.draw(tasks, point.tasks)
   keys = jax.random.split(jax.random.key(0), point.tasks)
   meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], episodes))
-  gradient = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k, mapping=point.mapping))
+  gradient = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k, tasks_at_once=point.tasks_at_once))
   compiled = gradient.lower(meta, episodes, keys).compile()
   times: list[float] = []
   begun = time.perf_counter()
@@ -109,7 +110,7 @@ def main() -> None:
     found = [measure(Point(**p)) for p in points]
     milliseconds, mebibytes = zip(*found, strict=True)
     label = ', '.join(f'{k}={v!r}' for k, v in chosen.items())
-    default = {'tasks': "mapping='scan'", 'steps': "adjoint='reverse'"}.get(name, '')
+    default = {'tasks': 'tasks_at_once=1', 'steps': "adjoint='reverse'"}.get(name, '')
     results.append((name, label or default, values, milliseconds, mebibytes))
     listed = lambda numbers, form: ' '.join(format(n, form) for n in numbers)
     print(

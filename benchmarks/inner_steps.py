@@ -46,7 +46,7 @@ def measure(steps: int, adjoint: Adjoint, query: int) -> dict[str, float]:
   compiled = gradient.lower(meta, episode, key).compile()
   compiling = time.perf_counter() - start
   memory: Any = compiled.memory_analysis()
-  host_memory.give_back()
+  host_memory.release_freed()
   before = resident(peak=False)
   resident(reset=True)
   seconds = []

@@ -24,6 +24,7 @@ from experiments.navigation import Config
 from metasgd_jax import rl
 from metasgd_jax.io import provenance
 from metasgd_jax.outer import sharding
+from metasgd_jax.outer.placement import Placement
 from metasgd_jax.rl.meta_step import explore_tasks
 from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio
@@ -53,7 +54,9 @@ class Ours:
   def __init__(self, learner: str, whole: bool = True, curvature_tasks: int | None = None) -> None:
     sharding.cpu_cores_as_devices()
     inner, mesh = build_inner(learner), sharding.task_mesh(math.gcd(TASKS, curvature_tasks or TASKS))
-    meta_step = functools.partial(rl.trpo_meta_step, inner=inner, curvature_tasks=curvature_tasks, mesh=mesh)
+    meta_step = functools.partial(
+      rl.trpo_meta_step, inner=inner, curvature_tasks=curvature_tasks, placement=Placement(mesh=mesh)
+    )
     self.state = sharding.on_all(mesh, (inner.init(jax.random.key(0)), jnp.zeros(())))
     self.key = sharding.on_all(mesh, jax.random.key(1))
 

@@ -6,6 +6,8 @@ import optax
 
 import metasgd_jax as ms
 from metasgd_jax.outer import sharding
+from metasgd_jax.outer.placement import TasksAtOnce
+from metasgd_jax.types import Tasks
 
 
 class Run:
@@ -14,22 +16,23 @@ class Run:
   def __init__(
     self,
     learner: ms.Learner,
-    tasks: ms.TaskDistribution | ms.TaskStream,
+    tasks: Tasks,
     num_tasks: int,
     *,
-    mapping: ms.Mapping = 'auto',
+    tasks_at_once: TasksAtOnce = 'auto',
     devices: bool = False,
     chunk: int = 1000,
   ) -> None:
     self.learner, self.tasks, self.num_tasks, self.optimizer = learner, tasks, num_tasks, optax.adam(1e-3)
-    self.options: dict = dict(mapping=mapping, mesh=sharding.task_mesh(num_tasks) if devices else None, chunk=chunk)
+    self.placement = ms.Placement(tasks_at_once, sharding.task_mesh(num_tasks) if devices else None)
+    self.chunk = chunk
     self.state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=self.optimizer)
 
   def __call__(self, iterations: int) -> None:
     done = int(self.state.step)
     self.state = ms.train(
       self.state, self.tasks, learner=self.learner, optimizer=self.optimizer, meta_iterations=done + iterations,
-      meta_batch=self.num_tasks, **self.options,
+      meta_batch=self.num_tasks, placement=self.placement, chunk=self.chunk,
     )  # fmt: skip
 
   def meta_gradient(self, episodes):
@@ -37,12 +40,12 @@ class Run:
 
     In float32 two right programs may differ by percents: where rounding changes a max-pool's winner.
     """
-    count, mapping = len(episodes.query.y), self.options['mapping']
-    mapping = min(mapping, count) if isinstance(mapping, int) else mapping
+    count, at_once = len(episodes.query.y), self.placement.tasks_at_once
+    at_once = min(at_once, count) if isinstance(at_once, int) else at_once
     keys = jax.random.split(jax.random.key(2), count)
     f = sharding.share_tasks(
-      lambda meta, tasks: ms.value_and_grad(self.learner, meta, *tasks, mapping=mapping),
-      self.options['mesh'],
+      lambda meta, tasks: ms.value_and_grad(self.learner, meta, *tasks, tasks_at_once=at_once),
+      self.placement.mesh,
       average=True,
     )
     with jax.enable_x64(True):

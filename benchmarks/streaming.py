@@ -62,7 +62,7 @@ def main(argv) -> None:
     for name, of in tasks.items():
       if isinstance(of, ms.TaskStream):
         start = time.perf_counter()
-        jax.block_until_ready(of.send(*keys).as_arguments())
+        jax.block_until_ready(of.send(*keys))
         seconds[name] = f'{1000 * (time.perf_counter() - start):.0f} ms'
   print(timing.table(found, RESIDENT, {f'to gather a chunk of {CHUNK}': seconds}))
   print(f'\n{provenance.collect()}')

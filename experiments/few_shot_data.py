@@ -111,7 +111,7 @@ def augmented(found: Tasks, config: Any) -> Tasks:
 
 def sent(found: Tasks, sample_keys, episode_keys) -> ms.TaskDistribution:
   """Returns tasks that a jitted function takes, of a stream those of these keys `[B]`."""
-  return (found.send(sample_keys, episode_keys) if isinstance(found, ms.TaskStream) else found).as_arguments()
+  return found.prepare(lambda: (sample_keys, episode_keys))
 
 
 def placed(found: Data, choice: str) -> Data:

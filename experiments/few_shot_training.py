@@ -19,7 +19,7 @@ from experiments.resuming import Run
 from experiments.trainings import Training
 from metasgd_jax.io import writers
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.objective import tasks_at_once
+from metasgd_jax.outer.placement import TasksAtOnce
 
 Config = Any
 """`classification.Config`."""
@@ -73,8 +73,8 @@ def build(config: Config, data: few_shot_data.Data | None = None, devices: int |
     raise ValueError('validate_every needs classes to validate on; give --validation_classes=100, or --split=vinyals')
   for name in set(config.learners) - set(UNTRAINED):
     batch = few_shot_learners.meta_batch(name, config)
-    mesh = sharding.task_mesh(batch, devices=devices)
-    tasks_at_once(_mapping(name, config), (), batch // (mesh.size if mesh else 1))
+    placement = ms.Placement(_tasks_at_once(name, config), sharding.task_mesh(batch, devices=devices))
+    placement.group((), batch // placement.devices)
   classes = 2 if data.train is None else len(data.train.sizes)
   together = ms.learners.ensemble if config.ensemble > 1 else lambda learner: learner
   return Setup(
@@ -152,14 +152,14 @@ def _training(name: str, r: int, config: Config, setup: Setup) -> Training:
   return trainings.by_gradient(
     f'{name}_run{r}', label, functools.partial(_first_state, name, r, config, setup), tasks, learner=learner,
     optimizer=optimizer, meta_iterations=config.meta_iterations, meta_batch=batch,
-    mesh=sharding.task_mesh(batch, devices=setup.devices), mapping=_mapping(name, config),
+    placement=ms.Placement(_tasks_at_once(name, config), sharding.task_mesh(batch, devices=setup.devices)),
     chunk=_chunk(config),
   )  # fmt: skip
 
 
-def _mapping(name: str, config: Config) -> ms.Mapping:
+def _tasks_at_once(name: str, config: Config) -> TasksAtOnce:
   if name in SEQUENTIAL:
-    return 'vmap'
+    return 'all'
   return 'auto' if name == 'joint' else config.tasks_at_once or 'auto'
 
 
@@ -217,8 +217,8 @@ def _validate(name: str, config: Config, setup: Setup, meta) -> float:
   learner, tasks = setup.validators[name], setup.validation
   assert tasks is not None
   key, count = test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
-  mesh = processes.mesh_to_judge(count, setup.devices)
-  values = ms.evaluate(learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, mesh=mesh)
+  placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
+  values = ms.evaluate(learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, placement=placement)
   return float(values[:, 0, -1].mean())
 
 
@@ -238,7 +238,7 @@ def judge(name: str, meta, shot: int, config: Config, setup: Setup) -> list[repo
       ms.evaluate(
         setup.testers[name, bool(inductive)], reporting.one_run(meta, r), setup.tests[shot],
         test_keys(config.eval_seed)[0], metric_fn=ms.losses.accuracy, num_tasks=config.eval_tasks,
-        mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices),
+        placement=ms.Placement(mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices)),
       )[:, 0]
       for r in range(config.seeds)
     ]  # fmt: skip

@@ -29,7 +29,6 @@ from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import files
 from metasgd_jax.losses import accuracy, cross_entropy, per_token
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.objective import tasks_at_once
 from metasgd_jax.tasks.markov import MarkovConfig, markov_chains
 
 NETWORKS = {'resnet12': 'ResNet-12', 'transformer': 'transformer'}
@@ -158,16 +157,15 @@ def build(config: Config, devices: int | None = None) -> Setup:
     alpha_range=(config.alpha, config.alpha), metrics={'accuracy': metrics['accuracy']},
   )  # fmt: skip
   train, test = build_tasks(config)
-  mesh = sharding.task_mesh(config.meta_batch, devices=devices)
-  mapping: ms.Mapping = config.tasks_at_once or 'auto'
+  placement = ms.Placement(config.tasks_at_once or 'auto', sharding.task_mesh(config.meta_batch, devices=devices))
   optimizer = trainings.optimizer_of(config, optax.adam(config.learning_rate))
   start = lambda: ms.init(jax.random.key(config.seed), train, learner=learner, optimizer=optimizer)
   meta = jax.eval_shape(start).meta  # Raises what is wrong with the network.
-  tasks_at_once(mapping, meta, config.meta_batch // (mesh.size if mesh else 1))
+  placement.group(meta, config.meta_batch // placement.devices)
   training = trainings.by_gradient(
     config.network, config.label, start, train, learner=learner, optimizer=optimizer,
     meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=-(-config.meta_iterations // 20),
-    mesh=mesh, mapping=mapping,
+    placement=placement,
   )  # fmt: skip
   return Setup(learner, train, test, metrics, training, devices)
 
@@ -212,7 +210,7 @@ def _about(meta: ms.MetaParams, config: Config) -> dict[str, Any]:
 def _test(name: str, meta: ms.MetaParams, config: Config, setup: Setup) -> reporting.Result:
   values = ms.evaluate(
     setup.learner, meta, setup.test, test_keys(config.eval_seed)[0], metric_fn=setup.metrics[name],
-    num_tasks=config.eval_tasks, mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices),
+    num_tasks=config.eval_tasks, placement=ms.Placement(mesh=processes.mesh_to_judge(config.eval_tasks, setup.devices)),
   )[:, 0]  # fmt: skip
   about = {'network': config.network, 'adapts': config.adapts, 'learner': 'meta_sgd', 'metric': name}
   return reporting.Result(about, values[None])

@@ -154,14 +154,15 @@ def _training(start: str, name: str, environment: rl.Environment, mesh, config: 
     tasks, learner, adam = rl.task_distribution(environment), rl.policy_learner(inner), optax.adam(config.learning_rate)
     return trainings.by_gradient(
       f'{name}_{start}', label, lambda: ms.init(keys, tasks, learner=learner, optimizer=adam), tasks, learner=learner,
-      optimizer=adam, meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=chunk, mapping='vmap',
-      mesh=mesh,
+      optimizer=adam, meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, chunk=chunk,
+      placement=ms.Placement('all', mesh),
     )  # fmt: skip
 
   def go(state, step, callbacks):
     return rl.train(
-      state, inner=inner, meta_iterations=step, meta_batch=config.meta_batch, max_kl=config.max_kl,
-      curvature_tasks=config.curved, damping=config.damping, chunk=chunk, callbacks=callbacks, mesh=mesh,
+      state, inner=inner, meta_iterations=step, meta_batch=config.meta_batch,
+      curvature_tasks=config.curved, trpo=rl.TrpoConfig(max_kl=config.max_kl, damping=config.damping), chunk=chunk,
+      callbacks=callbacks, placement=ms.Placement(mesh=mesh),
     )  # fmt: skip
 
   return Training(f'{name}_{start}', label, config.meta_iterations, chunk, lambda: rl.init(keys, inner), go)
@@ -212,8 +213,8 @@ def _test(trained: Trained, environment, config: Config, devices: int | None) ->
   values = [
     ms.evaluate(
       learner, reporting.one_run(trained.meta, r), rl.task_distribution(environment), test_keys(config.eval_seed)[0],
-      metric_fn=rl.mean_return, num_tasks=config.eval_tasks, mapping='vmap',
-      mesh=processes.mesh_to_judge(config.eval_tasks, devices),
+      metric_fn=rl.mean_return, num_tasks=config.eval_tasks,
+      placement=ms.Placement('all', processes.mesh_to_judge(config.eval_tasks, devices)),
     )[:, 0]
     for r in range(config.seeds)
   ]  # fmt: skip

@@ -120,7 +120,7 @@ def _training(name: str, shot: int, learner: ms.Learner, optimizer, mesh, config
   return trainings.by_gradient(
     f'{name}_{shot}shot', f'{NAMES[name]} {shot}-shot',
     lambda: ms.init(keys, tasks, learner=learner, optimizer=optimizer), tasks, learner=learner, optimizer=optimizer,
-    meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, mesh=mesh,
+    meta_iterations=config.meta_iterations, meta_batch=config.meta_batch, placement=ms.Placement(mesh=mesh),
     chunk=min(1000, -(-config.meta_iterations // 20)),
   )  # fmt: skip
 
@@ -162,7 +162,7 @@ def _test(trained: Trained, shot: int, tasks: ms.TaskDistribution, config: Confi
     ms.evaluate(
       trained.learner, reporting.one_run(trained.meta, r), tasks, test_keys(config.eval_seed)[0],
       metric_fn=ms.losses.mean_squared_error, num_tasks=config.eval_tasks, repeats=config.eval_repeats,
-      mesh=processes.mesh_to_judge(config.eval_tasks, devices),
+      placement=ms.Placement(mesh=processes.mesh_to_judge(config.eval_tasks, devices)),
     ).mean(1)
     for r in range(config.seeds)
   ]  # fmt: skip

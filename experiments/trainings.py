@@ -20,7 +20,7 @@ from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
 from metasgd_jax.io import checkpoint, provenance
-from metasgd_jax.outer import bad_numbers
+from metasgd_jax.outer import bad_numbers, host_memory
 from metasgd_jax.tree import named_arrays
 
 SECONDS = 15.0
@@ -146,6 +146,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
           kept.save(good)
           kept.wait()
           raise TrainingError(_what_is_bad(training, bad, run, kept.last))
+        if good is state:  # After the first chunk, and so after compiling.
+          host_memory.release_freed()
         if run.keeping.profile and not profiled:
           profiled.append(profile(training, good, run.workdir))
         good = progress.state

@@ -10,9 +10,11 @@ from metasgd_jax.inner.optimizer import adapt_with, adapt_with_path, scale_by_al
 from metasgd_jax.inner.parts import low_rank, partly
 from metasgd_jax.outer import sharding
 from metasgd_jax.outer.evaluation import Estimate, estimate, evaluate
+from metasgd_jax.outer.loop import Progress, TrainState
 from metasgd_jax.outer.memory import MemoryPlan, plan_memory
-from metasgd_jax.outer.objective import Mapping, mean_loss, value_and_grad
-from metasgd_jax.outer.training import Progress, TrainState, init, train, train_step
+from metasgd_jax.outer.objective import mean_loss, value_and_grad
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.training import init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution, TaskStream
 from metasgd_jax.version import __version__
 
@@ -67,11 +69,11 @@ __all__ = [
   'FewShotClassifier',
   'FewShotModel',
   'Learner',
-  'Mapping',
   'MemoryPlan',
   'MetaParams',
   'Model',
   'ModelConfig',
+  'Placement',
   'Progress',
   'TaskDistribution',
   'TaskStream',

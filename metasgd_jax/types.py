@@ -8,14 +8,19 @@ Shape letters, the same in every docstring:
   H, W, D image height, width, channels
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import chex
+import jax
 import numpy as np
 from jax.tree_util import Partial
 
 PyTree = Any
+
+Keys = tuple[chex.PRNGKey, chex.PRNGKey]
 
 Adapts = Callable[[str], bool]
 """Whether a leaf of θ adapts, by its name, such as 'Dense_0.kernel'."""
@@ -114,51 +119,74 @@ class Learner(NamedTuple):
   loss: Callable[[PyTree, Episode, chex.PRNGKey], tuple[chex.Array, dict[str, chex.Array]]]
 
 
-class TaskDistribution(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['sample', 'episode'], meta_fields=['changes'])
+@dataclasses.dataclass(frozen=True)
+class TaskDistribution:
   """Tasks as data, drawn on the device.
 
-  Both functions run inside jit, traced once: all randomness must come from the key, since NumPy's would be a constant.
-  One that holds arrays should be a `jax.tree_util.Partial(function, array)`: the arrays are then arguments of the
-  compiled program; in a closure they would be constants copied into it.
+  A task distribution is a pytree, so it can be an argument of a jitted function. Both functions are traced once inside
+  jit: all randomness must come from the key, because a number drawn by NumPy would be a constant. If a function holds
+  arrays, pass it as `jax.tree_util.Partial(function, array)`. The arrays are then arguments of the compiled program; in
+  a closure they would be constants that are copied into the program.
 
   Attributes:
     sample: `key → task`, a pytree; consumes key.
-    episode: `(task, key) → Episode`, a draw of the task's support and query; consumes key.
+    episode: `(task, key) → Episode`, the support and query of one draw from the task; consumes key.
+    changes: The changes that `map_episode` has made.
 
   Example:
     >>> def episode(slope, key):
     ...   x = jax.random.normal(key, (15,))
     ...   return ms.Episode(ms.Batch(x[:5], slope * x[:5]), ms.Batch(x[5:], slope * x[5:]))
     >>> tasks = ms.TaskDistribution(sample=jax.random.normal, episode=episode)
-    >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
+    >>> jax.jit(lambda tasks, key: tasks.episode(tasks.sample(key), key))(tasks, jax.random.key(0)).support.x.shape
     (5,)
   """
 
   sample: Callable[[chex.PRNGKey], PyTree]
   episode: Callable[[PyTree, chex.PRNGKey], Episode]
+  changes: tuple[Callable, ...] = ()
+  sent_at_once: ClassVar[None] = None
 
-  def as_arguments(self) -> 'TaskDistribution':
-    """Returns the same as a pytree that a jitted function takes; arrays in closures stay constants.
+  def __post_init__(self):
+    for name in ('sample', 'episode'):
+      function = getattr(self, name)
+      if callable(function) and not isinstance(function, Partial):  # JAX rebuilds pytrees around other things.
+        object.__setattr__(self, name, Partial(function))
 
-    Example:
-      >>> tasks = ms.tasks.sinusoid().as_arguments()
-      >>> jax.jit(lambda tasks, key: tasks.sample(key))(tasks, jax.random.key(0)).amplitude.shape
-      ()
+  def prepare(self, keys: Callable[[], Keys]) -> 'TaskDistribution':
+    """Returns the distribution itself, which has the data of all tasks.
+
+    Args:
+      keys: Not called; see `TaskStream.prepare`.
     """
-    return TaskDistribution(*(f if isinstance(f, Partial) else Partial(f) for f in self))
+    del keys
+    return self
+
+  def map_episode(self, change: Callable[[Callable], Callable]) -> 'TaskDistribution':
+    """Returns the distribution with `change(episode)` in place of `episode`.
+
+    Args:
+      change: Function from an episode function to another one, a `jax.tree_util.Partial` if it holds arrays.
+    """
+    return TaskDistribution(self.sample, change(self.episode), (*self.changes, change))
 
 
-class TaskStream(NamedTuple):
-  """Tasks whose data stay on the host and are sent to the device for a chunk of meta-iterations at a time.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TaskStream:
+  """Tasks whose data stay on the host. The data are sent to the device for a chunk of meta-iterations at a time.
 
   Attributes:
     send: `(sample keys [B], episode keys [B]) → TaskDistribution` that gives the tasks and episodes of these pairs of
-      keys, and of no others. Called from a thread of its own, while the device works on the chunk before.
+      keys, and of no others. `train` calls it in a separate thread, while the device works on the previous chunk.
+    sent_at_once: Number of tasks whose data `evaluate` sends at the same time.
+    changes: The changes that `map_episode` has made.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
     >>> tasks = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=5, shot=1, query=3))
-    >>> sample_keys, episode_keys = jax.random.split(jax.random.key(0), (2, 4))  # Of four episodes.
+    >>> sample_keys, episode_keys = jax.random.split(jax.random.key(0), (2, 4))  # Keys of four episodes.
     >>> sent = tasks.send(sample_keys, episode_keys)
     >>> draw = jax.jit(lambda tasks, sample_key, episode_key: tasks.episode(tasks.sample(sample_key), episode_key))
     >>> draw(sent, sample_keys[0], episode_keys[0]).support.x.shape
@@ -166,6 +194,31 @@ class TaskStream(NamedTuple):
   """
 
   send: Callable[[chex.PRNGKey, chex.PRNGKey], TaskDistribution]
+  sent_at_once: int = 128
+  changes: tuple[Callable, ...] = ()
+
+  def prepare(self, keys: Callable[[], Keys]) -> TaskDistribution:
+    """Returns the tasks and episodes of some pairs of keys, with their data on the device.
+
+    Args:
+      keys: Function that returns the pairs, `(sample keys [B], episode keys [B])`.
+    """
+    return self.send(*keys())
+
+  def map_episode(self, change: Callable[[Callable], Callable]) -> 'TaskStream':
+    """Returns the stream whose distributions have `change(episode)` in place of `episode`.
+
+    Args:
+      change: As in `TaskDistribution.map_episode`.
+    """
+
+    def send(*keys):
+      return self.send(*keys).map_episode(change)
+
+    return dataclasses.replace(self, send=send, changes=(*self.changes, change))
+
+
+Tasks = TaskDistribution | TaskStream
 
 
 def check_count(name: str, value: int) -> None:

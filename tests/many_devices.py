@@ -42,8 +42,8 @@ def trained(kind, dtype, mesh, **options):
   learner, tasks, state = problem(kind, dtype)
   losses = []
   state = ms.train(
-    state, tasks, learner=learner, optimizer=ADAM, meta_iterations=STEPS, meta_batch=TASKS, chunk=3, mesh=mesh,
-    callbacks=[lambda progress: losses.append(progress.info['loss'])], **options,
+    state, tasks, learner=learner, optimizer=ADAM, meta_iterations=STEPS, meta_batch=TASKS, chunk=3,
+    placement=ms.Placement(mesh=mesh, **options), callbacks=[lambda progress: losses.append(progress.info['loss'])],
   )  # fmt: skip
   return {'state': (state.meta, state.opt_state), 'losses': losses}
 
@@ -57,7 +57,7 @@ def computed(kind, dtype, mesh):
   gradient = jax.jit(shared)(state.meta, (episodes, keys[2]))
   values = ms.evaluate(
     learner, state.meta, tasks, jax.random.key(2), metric_fn=ms.losses.mean_squared_error, num_tasks=TASKS, repeats=2,
-    mesh=mesh,
+    placement=ms.Placement(mesh=mesh),
   )  # fmt: skip
   return {**trained(kind, dtype, mesh), 'gradient': gradient, 'values': values}
 

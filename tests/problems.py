@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import metasgd_jax as ms
-from metasgd_jax.outer import training
+from metasgd_jax.outer import loop
 
 
 class SmallConvNet(nn.Module):
@@ -78,7 +78,7 @@ CURVES = ms.tasks.sinusoid()
 
 def poisoned(steps, task=2, seed=0, how=jnp.nan, meta_batch=4):
   """Curves of which one task's targets at these meta-iterations of a run are not finite."""
-  step_key = lambda step: jax.random.key_data(training.step_keys(jax.random.key(seed), step, meta_batch)[1, task])
+  step_key = lambda step: jax.random.key_data(loop.step_keys(jax.random.key(seed), step, meta_batch)[1, task])
   keys = jax.jit(jax.vmap(step_key))(np.asarray(steps))
   episode = Partial(_poisoned_episode, keys, jnp.float32(how))
   return ms.TaskDistribution(Partial(CURVES.sample), episode)

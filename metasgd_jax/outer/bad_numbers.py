@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metasgd_jax.outer.training import Progress, TrainState, step_keys
+from metasgd_jax.outer.loop import Progress, TrainState, step_keys
 from metasgd_jax.tree import named
-from metasgd_jax.types import Learner, TaskDistribution, TaskStream
+from metasgd_jax.types import Learner, Tasks
 
 MOST_SKIPPED = 10
 """Bad steps in a row that `skip_bad_steps` skips; more are a training that has diverged."""
@@ -113,9 +113,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   return BadStep(first + low, run, float(losses[low, run]), one, leaves)
 
 
-def inspect_step(
-  state: TrainState, tasks: TaskDistribution | TaskStream, *, learner: Learner, meta_batch: int
-) -> StepReport:
+def inspect_step(state: TrainState, tasks: Tasks, *, learner: Learner, meta_batch: int) -> StepReport:
   """Returns the meta-iteration that follows `state`, task by task; nothing is trained.
 
   Args:
@@ -125,9 +123,8 @@ def inspect_step(
     meta_batch: as in training.
   """
   keys = step_keys(state.key, state.step, meta_batch)
-  if isinstance(tasks, TaskStream):
-    tasks = tasks.send(keys[0], keys[1])
-  losses, norms, finite = jax.device_get(_by_task(state.meta, tasks.as_arguments(), tuple(keys), learner=learner))
+  tasks = tasks.prepare(lambda: (keys[0], keys[1]))
+  losses, norms, finite = jax.device_get(_by_task(state.meta, tasks, tuple(keys), learner=learner))
   return StepReport(int(state.step), keys, losses, dict(named(norms)), dict(named(finite)))
 
 

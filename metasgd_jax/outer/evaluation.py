@@ -8,14 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.objective import Mapping, check_mapping, tasks_at_once
-from metasgd_jax.types import Learner, PyTree, TaskDistribution, TaskStream, check_count
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
-SENT_AT_ONCE = 128  # Tasks of a stream whose data are sent at the same time, or a group's if that is more.
-AT_ONCE = 32  # Tasks laid out at the same time at the most, unless asked for otherwise; bounds the memory.
+AT_ONCE = 32
+"""Largest number of tasks that are computed at the same time unless a number is asked for; it bounds the memory."""
 
 
 class Estimate(NamedTuple):
@@ -40,14 +39,13 @@ class Estimate(NamedTuple):
 def evaluate(
   learner: Learner,
   meta: PyTree,
-  tasks: TaskDistribution | TaskStream,
+  tasks: Tasks,
   key: chex.PRNGKey,
   *,
   metric_fn: Callable[[Any, Any], chex.Array],
   num_tasks: int = 600,
   repeats: int = 1,
-  mapping: Mapping = 'auto',
-  mesh: Mesh | None = None,
+  placement: Placement = Placement(),
 ) -> np.ndarray:
   """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
 
@@ -57,19 +55,18 @@ def evaluate(
   Args:
     learner: how to adapt and predict; its `path` gives the steps.
     meta: its meta-parameters, of one run.
-    tasks: where unseen tasks come from; Q is its episodes'. A `TaskStream` is sent `SENT_AT_ONCE` tasks at a time.
+    tasks: where unseen tasks come from; Q is its episodes'.
     key: consumed; split into one for each task.
     metric_fn: `(outputs [Q, …], targets [Q, …]) → scalar`, on the query.
     num_tasks: T.
     repeats: episodes drawn of each task.
-    mapping: how tasks are laid over a device, see `Mapping`; of `vmap`, and of groups that do not come out
-      even, the greatest divisor up to 32, or up to the group, is laid out at once.
-    mesh: of devices to share the tasks, such as `sharding.task_mesh(num_tasks)`; one device where left out. Of several
-      processes all must call this; each gets all values.
+    placement: How the tasks are placed on devices. `tasks_at_once='all'`, and a number that does not divide the tasks
+      of a device, mean the greatest divisor up to 32, or up to that number. Of several processes all must call this
+      function, and each receives all values.
 
   Raises:
-    ValueError: num_tasks or repeats that is no integer of at least 1, an unknown mapping, or tasks that cannot be
-      shared evenly.
+    ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, or if the devices cannot share the tasks
+      evenly.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -81,26 +78,34 @@ def evaluate(
     >>> values.shape  # [task, draw, inner step]
     (6, 2, 2)
   """
-  check_mapping(mapping)
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
     check_count(name, value)
-  sharding.check_mesh(mesh, num_tasks)
+  placement.check(num_tasks)
+  mesh = placement.mesh
   keys = jax.random.split(key, num_tasks)
-  here = num_tasks if mesh is None else num_tasks // mesh.size
-  most = int(mapping) if isinstance(mapping, int | np.integer) else min(AT_ONCE, tasks_at_once(mapping, meta, here))
-  group = max(n for n in range(1, min(most, here) + 1) if here % n == 0)
-  meta = sharding.on_all(mesh, meta)
+  group = _group(placement, meta, num_tasks // placement.devices)
+  meta, tasks = sharding.on_all(mesh, (meta, tasks))
   judge = functools.partial(_evaluate, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
-  if isinstance(tasks, TaskDistribution):
-    return sharding.gathered(judge(meta, *sharding.on_all(mesh, (tasks.as_arguments(), keys))))
-  step = group * (1 if mesh is None else mesh.size)
-  step *= max(n for n in range(1, max(1, SENT_AT_ONCE // step) + 1) if num_tasks // step % n == 0)
+  step = num_tasks if tasks.sent_at_once is None else _part(num_tasks, group * placement.devices, tasks.sent_at_once)
   values = []
   for start in range(0, num_tasks, step):
     part = keys[start : start + step]
-    sent = tasks.send(*_episode_keys(part, repeats=repeats))
-    values.append(sharding.gathered(judge(meta, *sharding.on_all(mesh, (sent.as_arguments(), part)))))
+    ready = tasks.prepare(functools.partial(_episode_keys, part, repeats=repeats))
+    values.append(sharding.gathered(judge(meta, *sharding.on_all(mesh, (ready, part)))))
   return np.concatenate(values)
+
+
+def _group(placement: Placement, meta: PyTree, num_tasks: int) -> int:
+  """Returns the number of a device's tasks that are computed at the same time, a divisor of `num_tasks`."""
+  at_once = placement.tasks_at_once
+  most = min(AT_ONCE, placement.group(meta, num_tasks)) if isinstance(at_once, str) else int(at_once)
+  return max(n for n in range(1, min(most, num_tasks) + 1) if num_tasks % n == 0)
+
+
+def _part(num_tasks: int, group: int, sent_at_once: int) -> int:
+  """Returns the number of tasks whose data are sent together: groups that divide all tasks evenly."""
+  groups = max(n for n in range(1, max(1, sent_at_once // group) + 1) if num_tasks // group % n == 0)
+  return group * groups
 
 
 @functools.partial(jax.jit, static_argnames='repeats')

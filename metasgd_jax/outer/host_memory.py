@@ -4,10 +4,10 @@ import ctypes
 import pathlib
 
 
-def give_back() -> bool:
-  """Returns what was freed to the system, by glibc's malloc_trim; returns whether there was anything to do it with.
+def release_freed() -> bool:
+  """Returns freed memory to the system with glibc's malloc_trim, and returns whether this C library has it.
 
-  XLA's compiler frees hundreds of MiB that malloc would otherwise keep for as long as the process lives.
+  XLA's compiler frees hundreds of MiB that malloc would otherwise keep for the lifetime of the process.
   """
   try:
     trim = ctypes.CDLL(None).malloc_trim

@@ -8,11 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from metasgd_jax.outer import host_memory, training
-from metasgd_jax.outer.objective import Mapping, tasks_at_once
-from metasgd_jax.types import Learner, TaskDistribution, TaskStream
+from metasgd_jax.outer.loop import step_keys
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.types import Learner, TaskDistribution, Tasks, check_count
 
 ROOM = 0.9
 """Of the memory that is there, how much may be planned for."""
@@ -79,8 +79,7 @@ class MemoryPlan:
     if self.fits:
       return f'fits: {there}'
     if self.fits_at_once:
-      way = "mapping='scan'" if self.fits_at_once == 1 else f'mapping={self.fits_at_once}'
-      return f'does NOT fit: {there}; {way}, {self.fits_at_once} task(s) at a time, would'
+      return f'does NOT fit: {there}; tasks_at_once={self.fits_at_once} would'
     return (
       f'does NOT fit: {there}, and one task at a time would not either; take a smaller network or support, '
       "adjoint='revolve' for many inner steps, or let a part of θ adapt (`partly`, `low_rank`)"
@@ -88,13 +87,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-  tasks: TaskDistribution | TaskStream,
+  tasks: Tasks,
   *,
   learner: Learner,
   optimizer: optax.GradientTransformation,
   meta_batch: int,
-  mapping: Mapping = 'auto',
-  mesh: Mesh | None = None,
+  placement: Placement = Placement(),
   available: int | None = None,
 ) -> MemoryPlan:
   """Returns what a meta-iteration of `train`, whose arguments these are, will take.
@@ -108,8 +106,7 @@ def plan_memory(
     learner: what to train.
     optimizer: the outer optimiser.
     meta_batch: tasks in a meta-iteration.
-    mapping: how tasks are laid over a device.
-    mesh: of devices to share the tasks.
+    placement: How the tasks are placed on devices.
     available: bytes of a device; what JAX or the system says where left out.
 
   Raises:
@@ -127,23 +124,23 @@ def plan_memory(
   """
   if available is not None and available < 0:
     raise ValueError(f'available must be a number of bytes, at least 0, got {available}')
-  keys = training.step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
-  if isinstance(tasks, TaskStream):
-    tasks = tasks.send(keys[0], keys[1])
-  given = jax.eval_shape(lambda t: t, tasks.as_arguments())
+  check_count('meta_batch', meta_batch)
+  placement.check(meta_batch)
+  keys = step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
+  given = jax.eval_shape(lambda tasks: tasks, tasks.prepare(lambda: (keys[0], keys[1])))
   key = jax.eval_shape(lambda: jax.random.key(0))
   start = functools.partial(training.init, learner=learner, optimizer=optimizer)
   state = jax.eval_shape(start, key, given)
-  devices = 1 if mesh is None else mesh.size
+  devices = placement.devices
   available = _available(devices) if available is None else available
   share = meta_batch // devices
-  at_once = tasks_at_once(mapping, state.meta, share)
+  at_once = placement.group(state.meta, share)
 
-  def compiled(mapping: Mapping) -> Any:
-    step = lambda state, given: training.train_step(
-      state, given, learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh
-    )
-    return jax.jit(step).lower(state, given).compile().memory_analysis()
+  def compiled(at_once: int) -> Any:
+    placed = dataclasses.replace(placement, tasks_at_once=at_once)
+    options = dict(learner=learner, optimizer=optimizer, meta_batch=meta_batch, placement=placed)
+    step = jax.jit(functools.partial(training.train_step, **options))
+    return step.lower(state, given).compile().memory_analysis()
 
   def planned(found: Any, at_once: int) -> MemoryPlan:
     return MemoryPlan(

@@ -1,52 +1,11 @@
 """The outer objective: the mean query loss over a batch of tasks, and its gradient."""
 
-from typing import Literal
-
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from metasgd_jax.outer.placement import Placement, TasksAtOnce
 from metasgd_jax.types import Episode, Learner, PyTree
-
-Mapping = Literal['auto', 'vmap', 'scan'] | int
-"""How a batch of tasks is laid over one device; every way gives the same numbers, to rounding.
-
-`vmap`: all at once. What a small network wants, and most likely an accelerator; memory grows with the tasks.
-`scan`: one after the other, gradients summed; the memory of a single task, which then stays in a CPU's cache.
-an integer g: groups of g at once, one group after the other; the memory of g tasks.
-`auto`: `scan` on a CPU for meta-parameters of `LARGE` entries or more, `vmap` otherwise.
-"""
-
-LARGE = 20_000
-"""Entries of meta-parameters from which 'auto' takes one task after the other on a CPU.
-
-Measured were an MLP of 3,500, which is faster all at once, and Conv4 of 57,000 and of 220,000, which is not.
-"""
-
-
-def check_mapping(mapping: Mapping) -> None:
-  """Raises ValueError unless `mapping` is a `Mapping`."""
-  if isinstance(mapping, int | np.integer) and not isinstance(mapping, bool) and mapping >= 1:
-    return
-  if mapping not in ('auto', 'vmap', 'scan') or isinstance(mapping, bool):
-    raise ValueError(f"mapping must be 'auto', 'vmap', 'scan' or a number of tasks of at least 1, got {mapping!r}")
-
-
-def tasks_at_once(mapping: Mapping, meta: PyTree, num_tasks: int) -> int:
-  """Returns how many of a device's `num_tasks` are laid out at the same time: 1 to num_tasks.
-
-  Raises:
-    ValueError: an unknown mapping, or groups that num_tasks is no multiple of.
-  """
-  check_mapping(mapping)
-  if mapping == 'auto':
-    entries = sum(leaf.size for leaf in jax.tree.leaves(meta))
-    mapping = 'scan' if jax.default_backend() == 'cpu' and entries >= LARGE else 'vmap'
-  group = num_tasks if mapping == 'vmap' else 1 if mapping == 'scan' else mapping
-  if group > num_tasks or num_tasks % group:
-    raise ValueError(f'{num_tasks} tasks on a device cannot be split into groups of mapping={group}; take a divisor')
-  return group
 
 
 def mean_loss(
@@ -83,7 +42,7 @@ def value_and_grad(
   episodes: Episode,
   keys: chex.PRNGKey,
   *,
-  mapping: Mapping = 'auto',
+  tasks_at_once: TasksAtOnce = 'auto',
 ) -> tuple[tuple[chex.Array, dict[str, chex.Array]], PyTree]:
   """Returns `((loss, info), d loss / d meta)` of `mean_loss`.
 
@@ -92,10 +51,10 @@ def value_and_grad(
     meta: its meta-parameters.
     episodes: leaves `[T, …]`.
     keys: `[T]`, one a task; consumed.
-    mapping: how tasks are laid over the device; see `Mapping`.
+    tasks_at_once: Number of tasks that are computed at the same time; see `Placement`.
 
   Raises:
-    ValueError: an unknown mapping, or groups that T is no multiple of.
+    ValueError: if `tasks_at_once` is none of the values of `Placement`, or does not divide T.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -107,9 +66,9 @@ def value_and_grad(
     >>> jax.tree.structure(gradient) == jax.tree.structure(meta)
     True
   """
-  check_mapping(mapping)
+  placement = Placement(tasks_at_once)
   num_tasks = jax.tree.leaves(episodes)[0].shape[0]
-  group = tasks_at_once(mapping, meta, num_tasks)
+  group = placement.group(meta, num_tasks)
   if group == num_tasks > 1:
     return jax.value_and_grad(lambda m: mean_loss(learner, m, episodes, keys), has_aux=True)(meta)
 

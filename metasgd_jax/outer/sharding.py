@@ -99,13 +99,16 @@ def host_device() -> jax.Device:
     return jax.local_devices()[0]
 
 
-def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
-  """Raises ValueError unless the mesh, if any, has one axis whose devices share num_tasks evenly."""
-  if mesh is None:
-    return
-  if len(mesh.axis_names) != 1:
+def check_axes(mesh: Mesh | None) -> None:
+  """Raises ValueError unless the mesh, if there is one, has a single axis."""
+  if mesh is not None and len(mesh.axis_names) != 1:
     raise ValueError(f'mesh must have one axis, for tasks, got {mesh.axis_names}')
-  if num_tasks % mesh.size:
+
+
+def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
+  """Raises ValueError unless the mesh, if there is one, has a single axis and its devices share num_tasks evenly."""
+  check_axes(mesh)
+  if mesh is not None and num_tasks % mesh.size:
     raise ValueError(
       f'{num_tasks} tasks cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
     )

@@ -1,79 +1,24 @@
-"""Meta-training on the device: many meta-iterations in one compiled loop, several seeds side by side."""
+"""Meta-training with an optax optimiser over θ and α (Li et al. 2017, Algorithm 1)."""
 
-import concurrent.futures
+import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metasgd_jax.outer import fully_sharded, host_memory, sharding
-from metasgd_jax.outer.objective import Mapping, check_mapping, value_and_grad
+from metasgd_jax.outer import fully_sharded, sharding
+from metasgd_jax.outer.loop import Info, Progress, TrainState, run_loop, step_keys
+from metasgd_jax.outer.objective import value_and_grad
+from metasgd_jax.outer.placement import Placement
 from metasgd_jax.tree import strong
-from metasgd_jax.types import Episode, Learner, PyTree, TaskDistribution, TaskStream, check_count
+from metasgd_jax.types import Episode, Learner, TaskDistribution, Tasks, TaskStream, check_count
 
 
-class TrainState(NamedTuple):
-  """What meta-training carries. Step i is a function of (key, i) and this, so a run resumes from it exactly.
-
-  Attributes:
-    step: meta-iterations done, int32 `[]`, or `[R]` for R runs side by side, as every other leaf then.
-    key: the run's key; never consumed, only folded with the step.
-    meta: the learner's meta-parameters.
-    opt_state: the outer optimiser's.
-
-  Example:
-    >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
-    >>> keys = jax.random.split(jax.random.key(0), 3)  # Three runs side by side.
-    >>> ms.init(keys, ms.tasks.sinusoid(), learner=learner, optimizer=optax.sgd(0.1)).step
-    Array([0, 0, 0], dtype=int32)
-  """
-
-  step: chex.Array
-  key: chex.PRNGKey
-  meta: PyTree
-  opt_state: optax.OptState
-
-
-class Progress(NamedTuple):
-  """What a callback sees between chunks.
-
-  Attributes:
-    state: the train state now.
-    step: meta-iterations done, of `total`.
-    total: meta-iterations to do.
-    info: of the chunk just done: `{name: array [n]}`, or `[n, R]` for R runs.
-    seconds: wall time of this call's loop so far, callbacks and compilation left out.
-    rate: meta-iterations a second, over those seconds.
-
-  Example:
-    >>> tasks, optimizer = ms.tasks.sinusoid(shot=5), optax.adam(1e-3)
-    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
-    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
-    >>> seen = []  # A callback gets each chunk's Progress.
-    >>> options = dict(meta_iterations=4, meta_batch=2, chunk=2, callbacks=[seen.append])
-    >>> state = ms.train(state, tasks, learner=learner, optimizer=optimizer, **options)
-    >>> [(progress.step, progress.info['loss'].shape) for progress in seen]
-    [(2, (2,)), (4, (2,))]
-  """
-
-  state: TrainState
-  step: int
-  total: int
-  info: dict[str, np.ndarray]
-  seconds: float
-  rate: float
-
-
-def init(
-  key: chex.PRNGKey, tasks: TaskDistribution | TaskStream, *, learner: Learner, optimizer: optax.GradientTransformation
-) -> TrainState:
+def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
 
   Args:
@@ -98,10 +43,7 @@ def init(
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))
-  if isinstance(tasks, TaskStream):
-    task_keys, episode_keys, _ = jnp.moveaxis(jax.vmap(_init_keys)(jnp.atleast_1d(key)), 1, 0)
-    tasks = tasks.send(task_keys, episode_keys)
-  return start(key, tasks.as_arguments())
+  return start(key, tasks.prepare(lambda: tuple(jnp.moveaxis(jax.vmap(_init_keys)(jnp.atleast_1d(key)), 1, 0)[:2])))
 
 
 def _check_parts(tasks: Any, optimizer: Any) -> None:
@@ -142,34 +84,31 @@ def _init(key, tasks, *, learner, optimizer):
 
 def train_step(
   state: TrainState,
-  tasks: TaskDistribution,
+  tasks: Tasks,
   *,
   learner: Learner,
   optimizer: optax.GradientTransformation,
   meta_batch: int,
-  mapping: Mapping = 'auto',
-  mesh: Mesh | None = None,
-  shard_meta: bool = False,
-) -> tuple[TrainState, dict[str, chex.Array]]:
+  placement: Placement = Placement(),
+) -> tuple[TrainState, Info]:
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
-  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′): Algorithm 1 of Li et al. 2017, with any optax optimiser for β
-  but a line search: those that ask for them get the loss as `value` and its gradient as `grad`, not `value_fn`. The
-  loss of a few tasks is noisy: `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some hundreds.
+  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′), Algorithm 1 of Li et al. 2017, with any optax optimiser for β
+  except line searches. Optimisers that ask for them receive the loss as `value` and its gradient as `grad`, but no
+  `value_fn`. The loss of a few tasks is noisy: `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some
+  hundreds.
 
   Args:
-    state: of one run.
-    tasks: T = `meta_batch` of them are drawn, from `(state.key, state.step)`.
-    learner: the learner.
-    optimizer: the outer optimiser.
-    meta_batch: tasks in a meta-iteration.
-    mapping: see `Mapping`.
-    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out.
-    shard_meta: whether they share the state's large arrays too; see `fully_sharded`.
+    state: State of one run.
+    tasks: T = `meta_batch` tasks are drawn from it with `(state.key, state.step)`. Inside jit a `TaskStream` cannot
+      send anything; give the distribution that its `prepare` returns.
+    learner: The learner.
+    optimizer: The outer optimiser.
+    meta_batch: Number of tasks T.
+    placement: How the tasks are placed on devices.
 
   Raises:
-    ValueError: a meta_batch that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
-      or shard_meta without a mesh.
+    ValueError: if `meta_batch` is not an integer of at least 1, or if the devices cannot share the tasks evenly.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -181,78 +120,79 @@ def train_step(
     (1, ['loss'])
   """
   check_count('meta_batch', meta_batch)
-  _check_sharing(mesh, meta_batch, shard_meta)
+  placement.check(meta_batch)
   keys = step_keys(state.key, state.step, meta_batch)
+  tasks = jax.tree.map(jnp.asarray, tasks.prepare(lambda: (keys[0], keys[1])))
 
   def of_tasks(shared, keys):
     meta, tasks = shared
     sample_keys, episode_keys, adapt_keys = keys
     episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(sample_keys), episode_keys)
-    return value_and_grad(learner, meta, episodes, adapt_keys, mapping=mapping)
+    return value_and_grad(learner, meta, episodes, adapt_keys, tasks_at_once=placement.tasks_at_once)
 
-  if mesh is not None and shard_meta:
-    of_all = fully_sharded.share_gradients(of_tasks, mesh, state.meta)
+  shared = placement.state_mesh
+  if shared is not None:
+    of_all = fully_sharded.share_gradients(of_tasks, shared, state.meta)
   else:
-    of_all = sharding.share_tasks(of_tasks, mesh, average=True)
-  (loss, info), grads = of_all((state.meta, tasks.as_arguments()), tuple(keys))
+    of_all = sharding.share_tasks(of_tasks, placement.mesh, average=True)
+  (loss, info), grads = of_all((state.meta, tasks), tuple(keys))
   update = optax.with_extra_args_support(optimizer).update
   updates, opt_state = update(grads, state.opt_state, state.meta, value=loss, grad=grads)
-  meta = optax.apply_updates(state.meta, updates)
-  state = TrainState(state.step + 1, state.key, meta, opt_state)
-  return fully_sharded.constrained(mesh, state) if mesh is not None and shard_meta else state, {**info, 'loss': loss}
+  state = TrainState(state.step + 1, state.key, optax.apply_updates(state.meta, updates), opt_state)
+  if shared is not None:
+    state = fully_sharded.constrained(shared, state)
+  return state, {**info, 'loss': loss}
 
 
-def _check_sharing(mesh: Mesh | None, meta_batch: int, shard_meta: bool) -> None:
-  sharding.check_mesh(mesh, meta_batch)
-  if shard_meta and mesh is None:
-    raise ValueError('shard_meta is over the devices of a mesh, got none; give mesh=sharding.task_mesh(meta_batch)')
+@dataclasses.dataclass(frozen=True)
+class _GradientIteration:
+  """`train_step` as a `MetaIteration`."""
 
+  learner: Learner
+  optimizer: optax.GradientTransformation
+  meta_batch: int
+  placement: Placement
+  in_turn = False
 
-def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:
-  """Returns the keys of a meta-iteration, `[3, T]`: to sample each task, to draw its episode, and for the learner."""
-  return jax.random.split(jax.random.fold_in(key, step), (3, meta_batch))
+  def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
+    options: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return train_step(state, tasks, **options)
 
 
 def train(
   state: TrainState,
-  tasks: TaskDistribution | TaskStream,
+  tasks: Tasks,
   *,
   learner: Learner,
   optimizer: optax.GradientTransformation,
   meta_iterations: int,
   meta_batch: int,
-  mapping: Mapping = 'auto',
-  mesh: Mesh | None = None,
-  shard_meta: bool = False,
+  placement: Placement = Placement(),
   chunk: int = 1000,
   callbacks: Sequence[Callable[[Progress], None]] = (),
 ) -> TrainState:
-  """Runs meta-training from `state` until `meta_iterations` are done; returns the last state.
+  """Runs meta-training from `state` until `meta_iterations` are done, and returns the last state.
 
-  The loop stays on the device for `chunk` meta-iterations, tasks and all; between chunks each callback is called
-  with a `Progress`. It compiles once: the length of a chunk is a run-time number, so the last, shorter one is the
-  same program.
+  The loop stays on the device for `chunk` meta-iterations, including the drawing of tasks. After each chunk the
+  callbacks are called with a `Progress`. The arrays of `state` and of a `Progress` stay valid.
 
   Args:
-    state: from `init`, of one run or of R.
-    tasks: what to train on; the next chunk's of a `TaskStream` are sent while the device works on this one's.
-    learner: what to train.
-    optimizer: the outer optimiser that `state` was made with.
-    meta_iterations: where to stop, counted from the run's beginning.
-    meta_batch: tasks in a meta-iteration.
-    mapping: how tasks are laid over a device; see `Mapping`.
-    mesh: of devices to share the tasks, such as `sharding.task_mesh(meta_batch)`; one device where left out. They
-      may be those of several processes, each of which calls this with the same arguments; each device draws its own
-      share of the tasks. The state comes back, and goes to callbacks, on this process's first.
-    shard_meta: whether the devices share the state's large arrays too (`fully_sharded`), of one run; the state then
-      comes back as it lies, in parts.
-    chunk: meta-iterations between callbacks.
-    callbacks: called in order.
+    state: State from `init`, of one run or of R runs side by side.
+    tasks: Tasks to train on. The data of a `TaskStream` for the next chunk are sent while the device works.
+    learner: The learner.
+    optimizer: The outer optimiser that `state` was made with.
+    meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
+    meta_batch: Number of tasks in a meta-iteration.
+    placement: How the tasks are placed on devices, which may belong to several processes. Each process then calls this
+      function with the same arguments, and each device draws its own share of the tasks. The returned state, and the
+      state of a `Progress`, are on the first device of this process; with `shard_meta` they stay split over all.
+    chunk: Number of meta-iterations between callbacks.
+    callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: a count that is no integer of at least 1, an unknown mapping, tasks that cannot be shared evenly,
-      tasks or an optimizer that are none, runs at different steps, a state that is already past `meta_iterations`,
-      shard_meta without a mesh or for R runs.
+    ValueError: if a count is not an integer of at least 1, if the devices cannot share the tasks evenly, if `tasks` or
+      `optimizer` is of another type, if runs are at different steps, if the state is already past `meta_iterations`, or
+      if `shard_meta` is asked for with R runs.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -266,131 +206,7 @@ def train(
     3 of 5 (3,)
     5 of 5 (2,)
   """
-  check_mapping(mapping)
-  for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
-    check_count(name, value)
+  check_count('meta_batch', meta_batch)
   _check_parts(tasks, optimizer)
-  _check_sharing(mesh, meta_batch, shard_meta)
-  if shard_meta and state.step.ndim:
-    raise ValueError(f'shard_meta is for one run, got {len(state.step)} side by side; train them one after the other')
-  if np.ptp(state.step):
-    raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
-  done = before = int(np.max(state.step))
-  if done > meta_iterations:
-    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
-  if done == meta_iterations:
-    return state
-  state = fully_sharded.split(mesh, state) if mesh is not None and shard_meta else sharding.on_all(mesh, state)
-  key = sharding.on_one(mesh, state.key)
-  seen = (lambda state: state) if shard_meta else functools.partial(sharding.on_one, mesh)
-  if isinstance(tasks, TaskDistribution):
-    tasks = sharding.on_all(mesh, tasks.as_arguments())
-  run_chunk = functools.partial(
-    _run_chunk,
-    learner=learner,
-    optimizer=optimizer,
-    meta_batch=meta_batch,
-    mapping=mapping,
-    mesh=mesh,
-    shard_meta=shard_meta,
-    chunk=chunk,
-  )
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    ahead = functools.partial(_send_ahead, thread, tasks, key, meta_batch, chunk, mesh)
-    coming = ahead(done)
-    start = time.perf_counter()
-    # Compiled with a chunk of no steps, so that this is not timed.
-    jax.block_until_ready(run_chunk(state, coming.result(), 0))
-    if time.perf_counter() - start > 1:
-      host_memory.give_back()  # What the compiler left; a program that was compiled before takes no second.
-    seconds = 0.0
-    while done < meta_iterations:
-      n = min(chunk, meta_iterations - done)
-      start = time.perf_counter()
-      now = coming.result()
-      if done + n < meta_iterations:
-        coming = ahead(done + n)
-      state, info = jax.block_until_ready(run_chunk(state, now, n))
-      seconds += time.perf_counter() - start
-      done += n
-      info = {name: np.asarray(values)[:n] for name, values in info.items()}
-      progress = Progress(seen(state), done, meta_iterations, info, seconds, (done - before) / seconds)
-      for callback in callbacks:
-        callback(progress)
-  return seen(state)
-
-
-def _send_ahead(thread, tasks, key, meta_batch, chunk, mesh, step):
-  """Returns a future of the tasks of `chunk` meta-iterations from `step`."""
-
-  def send():
-    if isinstance(tasks, TaskDistribution):
-      return tasks
-    keys = _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
-    return sharding.on_all(mesh, tasks.send(*keys).as_arguments())
-
-  return thread.submit(send)
-
-
-@functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
-def _chunk_keys(key, step, *, meta_batch, chunk):
-  """The keys of all tasks, and of all their episodes, of a chunk; of R runs together: `[R·chunk·T]` each."""
-  of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
-  keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
-  return tuple(keys[:, :, i].ravel() for i in range(2))
-
-
-@functools.partial(
-  jax.jit, static_argnames=('learner', 'optimizer', 'meta_batch', 'mapping', 'mesh', 'shard_meta', 'chunk')
-)
-def _run_chunk(state, tasks, n, *, learner, optimizer, meta_batch, mapping, mesh, shard_meta, chunk):
-  options = dict(learner=learner, optimizer=optimizer, meta_batch=meta_batch, mapping=mapping, mesh=mesh)
-  state, info = repeat(lambda state: train_step(state, tasks, shard_meta=shard_meta, **options), state, n, chunk)
-  if mesh is None:
-    return state, info
-  everywhere = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, PartitionSpec()))
-  state = fully_sharded.constrained(mesh, state) if shard_meta else jax.tree.map(everywhere, state)
-  return state, jax.tree.map(everywhere, info)
-
-
-def repeat(
-  step: Callable[[TrainState], tuple[TrainState, dict[str, chex.Array]]],
-  state: TrainState,
-  n: chex.Numeric,
-  chunk: int,
-  *,
-  in_turn: bool = False,
-) -> tuple[TrainState, dict[str, chex.Array]]:
-  """Returns the state after n ≤ chunk steps, and their info, with room for `chunk` of them: the first n are filled.
-
-  Args:
-    step: `state → (state, info)` of one run.
-    state: of one run, or of R side by side.
-    n: may be a run-time number.
-    chunk: the most steps.
-    in_turn: several runs are taken one after the other instead of side by side: the memory of one, for steps that fill
-      the device by themselves.
-  """
-  step = _over_runs(step, state, in_turn)
-  rooms = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s)[1], state))
-
-  def body(i, carry):
-    state, infos = carry
-    state, info = step(state)
-    return state, jax.tree.map(lambda room, v: jax.lax.dynamic_update_index_in_dim(room, v, i, 0), infos, info)
-
-  return jax.lax.fori_loop(0, n, body, (state, rooms))
-
-
-def _over_runs(step, state, in_turn=False):
-  """`step` for a state of one run, or of R. One run in a vmap would be three times slower on a CPU, so is unpacked."""
-  if state.step.ndim == 0:
-    return step
-  if state.step.shape[0] > 1:
-    return functools.partial(jax.lax.map, step) if in_turn else jax.vmap(step)
-
-  def single(state):
-    out = step(jax.tree.map(lambda a: a[0], state))
-    return jax.tree.map(lambda a: a[None], out)
-
-  return single
+  iteration = _GradientIteration(learner, optimizer, int(meta_batch), placement)
+  return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)

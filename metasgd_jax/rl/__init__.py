@@ -28,7 +28,7 @@ from metasgd_jax.rl.policies import Gaussian, gaussian
 from metasgd_jax.rl.rollout import collect, rollout, undiscounted_return
 from metasgd_jax.rl.surrogate import dice, likelihood_ratio, score
 from metasgd_jax.rl.training import init, train
-from metasgd_jax.rl.trpo import TrpoInfo, conjugate_gradient, fisher_product, trpo_update
+from metasgd_jax.rl.trpo import TrpoConfig, TrpoInfo, conjugate_gradient, fisher_product, trpo_update
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
   'PolicyGradient',
   'Rollouts',
   'Trajectories',
+  'TrpoConfig',
   'TrpoInfo',
   'advantages',
   'collect',

@@ -291,7 +291,11 @@ def task_distribution(environment: Environment) -> TaskDistribution:
     >>> type(episode.support).__name__, type(episode.query.x).__name__
     ('Navigation', 'Rollouts')
   """
-  return TaskDistribution(environment.sample, lambda task, key: Episode(task, Batch(Rollouts(task, key), task)))
+  return TaskDistribution(environment.sample, _episode)
+
+
+def _episode(task, key) -> Episode:
+  return Episode(task, Batch(Rollouts(task, key), task))
 
 
 def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:

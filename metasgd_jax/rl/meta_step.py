@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from metasgd_jax.outer.sharding import check_mesh, mean_over, share_tasks
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.sharding import mean_over, share_tasks
 from metasgd_jax.rl.learner import Experience, PolicyGradient, act_again, mean_return
 from metasgd_jax.rl.surrogate import likelihood_ratio
-from metasgd_jax.rl.trpo import fisher_product, trpo_update
+from metasgd_jax.rl.trpo import TrpoConfig, fisher_product, trpo_update
 from metasgd_jax.types import MetaParams, PyTree, check_count
 
 
@@ -21,14 +22,9 @@ def trpo_meta_step(
   *,
   inner: PolicyGradient,
   meta_batch: int = 20,
-  tasks_at_once: int | None = None,
   curvature_tasks: int | None = None,
-  max_kl: float = 0.01,
-  cg_steps: int = 10,
-  damping: float = 1e-5,
-  backtrack_ratio: float = 0.8,
-  max_backtracks: int = 15,
-  mesh: Mesh | None = None,
+  trpo: TrpoConfig = TrpoConfig(),
+  placement: Placement = Placement(),
 ) -> tuple[MetaParams, dict[str, chex.Array]]:
   """Returns meta after one meta-iteration with TRPO, and its info: Algorithm 2 of Li et al. 2017, whole.
 
@@ -44,17 +40,12 @@ def trpo_meta_step(
     key: consumed: split `[3, meta_batch]`, to sample each task, to adapt in it, and to act in it after.
     inner: from `policy_gradient`.
     meta_batch: T; the paper's 20.
-    tasks_at_once: how many tasks' inner steps are laid out together; the numbers are the same, to rounding. Where left
-      out, one on a CPU, whose cache holds one, and all elsewhere.
     curvature_tasks: how many of the tasks give F; all where left out. Its products are nearly all of the work, and TRPO
       takes a part of the data for them (Schulman et al. 2015, appendix C); the bound is kept over all of it.
-    max_kl: as in `trpo_update`, and so are the rest.
-    cg_steps: as in `trpo_update`.
-    damping: as in `trpo_update`.
-    backtrack_ratio: as in `trpo_update`.
-    max_backtracks: as in `trpo_update`.
-    mesh: shares the tasks over its devices, see `sharding.task_mesh`; to be jitted then. The numbers are the same, to
-      rounding.
+    trpo: Settings of the outer update.
+    placement: How the tasks are placed on devices; a meta-iteration with a mesh must be jitted. Trajectories of all
+      tasks step together; `tasks_at_once` is the number of tasks whose inner steps are computed at the same time, and
+      'auto' is 1 on a CPU, whose cache holds one task, and all elsewhere.
 
   Returns:
     meta, and a dict of scalars: `return_before` and `return_after` adapting, the mean undiscounted returns in the
@@ -66,23 +57,23 @@ def trpo_meta_step(
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
-    >>> step = jax.jit(lambda meta, key: ms.rl.trpo_meta_step(meta, key, inner=inner, meta_batch=2, damping=0.01))
+    >>> options = dict(inner=inner, meta_batch=2, trpo=ms.rl.TrpoConfig(damping=0.01))
+    >>> step = jax.jit(lambda meta, key: ms.rl.trpo_meta_step(meta, key, **options))
     >>> meta, info = step(inner.init(jax.random.key(0)), jax.random.key(1))
     >>> sorted(info)
     ['improvement', 'kl', 'return_after', 'return_before', 'step']
     >>> bool(info['kl'] <= 0.01)
     True
   """
-  if tasks_at_once is None:
-    tasks_at_once = 1 if jax.default_backend() == 'cpu' else meta_batch
   curved = meta_batch if curvature_tasks is None else curvature_tasks
-  for name, count in (('meta_batch', meta_batch), ('tasks_at_once', tasks_at_once), ('curvature_tasks', curved)):
+  for name, count in (('meta_batch', meta_batch), ('curvature_tasks', curved)):
     check_count(name, count)
   if curved > meta_batch:
     raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
-  check_mesh(mesh, meta_batch)
-  check_curvature(mesh, curved)
-  devices = mesh.size if mesh else 1
+  placement.check(meta_batch)
+  check_curvature(placement.mesh, curved)
+  mesh, devices, damping = placement.mesh, placement.devices, trpo.damping
+  tasks_at_once = _tasks_at_once(placement, meta_batch)
   lay = _laid_out(tasks_at_once)
   over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
 
@@ -138,11 +129,7 @@ def trpo_meta_step(
       gradient=gradient,
       fisher=fisher,
       mean=mean,
-      max_kl=max_kl,
-      cg_steps=cg_steps,
-      damping=damping,
-      backtrack_ratio=backtrack_ratio,
-      max_backtracks=max_backtracks,
+      config=trpo,
     )
     before = experiences[0].trajectories if experiences else acted
     returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
@@ -174,6 +161,13 @@ def explore_tasks(
     experiences.append(jax.vmap(inner.experience)(thetas, tasks, split[i]))
     thetas = lay(lambda task, i=i: inner.step(meta, task[0], task[1], i), (thetas, experiences[-1]))
   return tuple(experiences), thetas
+
+
+def _tasks_at_once(placement: Placement, meta_batch: int) -> int:
+  """Returns the number of tasks whose inner steps are computed at the same time."""
+  if placement.tasks_at_once == 'auto':
+    return 1 if jax.default_backend() == 'cpu' else meta_batch
+  return meta_batch if placement.tasks_at_once == 'all' else int(placement.tasks_at_once)
 
 
 def _laid_out(tasks_at_once: int):

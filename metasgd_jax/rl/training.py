@@ -1,21 +1,19 @@
-"""Meta-training of policies with TRPO: many meta-iterations in one compiled loop, several seeds side by side."""
+"""Meta-training of policies with TRPO (Li et al. 2017, Algorithm 2)."""
 
-import functools
-import time
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metasgd_jax.outer import sharding
-from metasgd_jax.outer.training import Progress, TrainState, check_key, repeat
-from metasgd_jax.rl.learner import PolicyGradient
+from metasgd_jax.outer.loop import Info, Progress, TrainState, run_loop
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.training import check_key
+from metasgd_jax.rl.learner import PolicyGradient, task_distribution
 from metasgd_jax.rl.meta_step import trpo_meta_step
-from metasgd_jax.types import check_count
+from metasgd_jax.rl.trpo import TrpoConfig
+from metasgd_jax.types import TaskDistribution, check_count
 
 
 def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
@@ -46,84 +44,75 @@ def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
   return (jax.vmap(one) if jnp.ndim(key) else one)(key)
 
 
+@dataclasses.dataclass(frozen=True)
+class _TrpoIteration:
+  """`trpo_meta_step` as a `MetaIteration`."""
+
+  inner: PolicyGradient
+  meta_batch: int
+  curvature_tasks: int | None
+  trpo: TrpoConfig
+  placement: Placement
+
+  @property
+  def in_turn(self) -> bool:
+    return jax.default_backend() == 'cpu'
+
+  def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
+    del tasks  # The environment samples them.
+    key = jax.random.fold_in(state.key, state.step)
+    options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    meta, info = trpo_meta_step(state.meta, key, **options)
+    info['taken'] = info.pop('step')
+    # A gradient that is not finite leaves no trace in meta, so the loss reports it.
+    loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)
+    return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': loss}
+
+
 def train(
   state: TrainState,
   *,
   inner: PolicyGradient,
   meta_iterations: int,
   meta_batch: int = 20,
+  curvature_tasks: int | None = None,
+  trpo: TrpoConfig = TrpoConfig(),
+  placement: Placement = Placement(),
   chunk: int = 10,
   callbacks: Sequence[Callable[[Progress], None]] = (),
-  mesh: Mesh | None = None,
-  **trpo: Any,
 ) -> TrainState:
-  """Runs `trpo_meta_step` from `state` until `meta_iterations` are done; returns the last state.
+  """Runs `trpo_meta_step` from `state` until `meta_iterations` are done, and returns the last state.
 
-  Meta-iteration i is a function of (state.key, i) and meta, so a run goes on from its state exactly. Callbacks are as
-  those of `metasgd_jax.train`; `info` has `loss` too, the negative of `return_after`, or NaN where the gradient was not
-  finite, and calls TRPO's share of a step `taken`.
+  Meta-iteration i is a function of `(state.key, i)` and meta, so a run resumes exactly. Callbacks are those of
+  `metasgd_jax.train`. Their `info` also has `loss`, the negative of `return_after`, which is NaN if the gradient was
+  not finite; and `taken`, the share of TRPO's largest step that was taken.
 
   Args:
-    state: from `init`, of one run or of R.
-    inner: from `policy_gradient`.
-    meta_iterations: where to stop, counted from the run's beginning; the paper's 100.
-    meta_batch: tasks in a meta-iteration; the paper's 20.
-    chunk: meta-iterations between callbacks.
-    callbacks: called in order.
-    mesh: shares each meta-iteration's tasks over its devices; see `sharding.task_mesh`.
-    **trpo: options of `trpo_meta_step`.
+    state: State from `init`, of one run or of R runs side by side.
+    inner: Inner loop from `policy_gradient`.
+    meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run; 100 in the
+      paper.
+    meta_batch: Number of tasks in a meta-iteration. The paper has 20.
+    curvature_tasks: As in `trpo_meta_step`.
+    trpo: Settings of the outer update.
+    placement: How the tasks are placed on devices.
+    chunk: Number of meta-iterations between callbacks.
+    callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: a count that is no integer of at least 1, a state that is already past `meta_iterations`, a mesh that
-      cannot share the tasks evenly, or values that `trpo_meta_step` does not take.
-    TypeError: an option that `trpo_meta_step` does not know.
+    ValueError: if a count is not an integer of at least 1, if runs are at different steps, if the state is already past
+      `meta_iterations`, or if the devices cannot share the tasks evenly.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
     >>> state = ms.rl.init(jax.random.key(0), inner)
     >>> show = lambda progress: print(progress.step, 'of', progress.total, sorted(progress.info)[-3:])
-    >>> state = ms.rl.train(
-    ...   state, inner=inner, meta_iterations=2, meta_batch=2, chunk=1, callbacks=[show], damping=0.01
-    ... )
+    >>> options = dict(meta_batch=2, trpo=ms.rl.TrpoConfig(damping=0.01))
+    >>> state = ms.rl.train(state, inner=inner, meta_iterations=2, chunk=1, callbacks=[show], **options)
     1 of 2 ['return_after', 'return_before', 'taken']
     2 of 2 ['return_after', 'return_before', 'taken']
   """
-  for name, value in (('meta_iterations', meta_iterations), ('meta_batch', meta_batch), ('chunk', chunk)):
-    check_count(name, value)
-  done = before = int(np.max(state.step))
-  if done > meta_iterations:
-    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
-  options = tuple(sorted(trpo.items()))
-  run = functools.partial(
-    _run_chunk, inner=inner, meta_batch=int(meta_batch), chunk=int(chunk), mesh=mesh, trpo=options
-  )
-  seen = functools.partial(sharding.on_one, mesh)
-  state = sharding.on_all(mesh, state)
-  if done < meta_iterations:
-    jax.block_until_ready(run(state, 0))  # Compiled with a chunk of no steps, so that this is not timed.
-  seconds = 0.0
-  while done < meta_iterations:
-    n = min(chunk, meta_iterations - done)
-    start = time.perf_counter()
-    state, info = jax.block_until_ready(run(state, n))
-    seconds += time.perf_counter() - start
-    done += n
-    info = {name: np.asarray(values)[:n] for name, values in info.items()}
-    progress = Progress(seen(state), done, meta_iterations, info, seconds, (done - before) / seconds)
-    for callback in callbacks:
-      callback(progress)
-  return seen(state)
-
-
-@functools.partial(jax.jit, static_argnames=('inner', 'meta_batch', 'chunk', 'mesh', 'trpo'))
-def _run_chunk(state, n, *, inner, meta_batch, chunk, mesh, trpo):
-  def one(state):
-    key = jax.random.fold_in(state.key, state.step)
-    meta, info = trpo_meta_step(state.meta, key, inner=inner, meta_batch=meta_batch, mesh=mesh, **dict(trpo))
-    info['taken'] = info.pop('step')
-    # A gradient that is not finite leaves no mark on meta; the loss tells of it.
-    loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)
-    return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': loss}
-
-  done = repeat(one, state, n, chunk, in_turn=jax.default_backend() == 'cpu')
-  return done if mesh is None else jax.lax.with_sharding_constraint(done, NamedSharding(mesh, PartitionSpec()))
+  check_count('meta_batch', meta_batch)
+  iteration = _TrpoIteration(inner, int(meta_batch), curvature_tasks, trpo, placement)
+  tasks = task_distribution(inner.environment)
+  return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)

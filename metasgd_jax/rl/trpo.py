@@ -1,5 +1,6 @@
 """Trust region policy optimisation (Schulman et al. 2015) of any pytree that distributions are a function of."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,48 @@ class TrpoInfo(NamedTuple):
   step: chex.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class TrpoConfig:
+  """Settings of a TRPO step; the defaults are those of rllab, which MAML's released code uses.
+
+  Attributes:
+    max_kl: Bound on the mean divergence KL(old ‖ new), in nats.
+    cg_steps: Largest number of conjugate-gradient steps.
+    cg_tolerance: As in `conjugate_gradient`.
+    damping: Number that is added to the diagonal of the Fisher matrix F.
+    backtrack_ratio: Ratio r of one candidate step to the next larger one.
+    max_backtracks: Number of candidate steps.
+
+  Raises:
+    ValueError: if `max_kl`, `cg_steps` or `max_backtracks` is not positive, if `damping` is negative, or if
+      `backtrack_ratio` is not in (0, 1).
+
+  Example:
+    >>> ms.rl.TrpoConfig(damping=0.01).max_kl
+    0.01
+  """
+
+  max_kl: float = 0.01
+  cg_steps: int = 10
+  cg_tolerance: float = 1e-10
+  damping: float = 1e-5
+  backtrack_ratio: float = 0.8
+  max_backtracks: int = 15
+
+  def __post_init__(self):
+    if not 0 < self.max_kl < math.inf:
+      raise ValueError(f'max_kl must be above 0 and finite, got {self.max_kl}')
+    for name in ('cg_steps', 'max_backtracks'):
+      check_count(name, getattr(self, name))
+    if not self.damping >= 0:
+      raise ValueError(f'damping must be at least 0, got {self.damping}')
+    if not 0 < self.backtrack_ratio < 1:
+      raise ValueError(f'backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}')
+    for name, value in vars(self).items():
+      kind = int if name in ('cg_steps', 'max_backtracks') else float
+      object.__setattr__(self, name, kind(value))  # An array of NumPy would not be hashable.
+
+
 def trpo_update(
   meta: PyTree,
   *,
@@ -39,12 +82,7 @@ def trpo_update(
   gradient: Callable[[PyTree], tuple[tuple[chex.Array, Any], PyTree]] | None = None,
   fisher: Callable[[PyTree], PyTree] | None = None,
   mean: Callable[[PyTree], PyTree] = lambda tree: tree,
-  max_kl: float = 0.01,
-  cg_steps: int = 10,
-  cg_tolerance: float = 1e-10,
-  damping: float = 1e-5,
-  backtrack_ratio: float = 0.8,
-  max_backtracks: int = 15,
+  config: TrpoConfig = TrpoConfig(),
 ) -> tuple[PyTree, TrpoInfo]:
   """Returns meta after one step that raises the surrogate within max_kl, and what it did.
 
@@ -66,15 +104,7 @@ def trpo_update(
     fisher: `v → F v`, such as `fisher_product` gives for a part of the data; that of all of it where left out.
     mean: over devices that have a part of the data each, inside shard_map: `sharding.mean_over`. It is taken of values
       and gradients, never differentiated.
-    max_kl: the bound.
-    cg_steps: conjugate-gradient steps at the most.
-    cg_tolerance: as in `conjugate_gradient`.
-    damping: added to F's diagonal, unless `fisher` is given.
-    backtrack_ratio: r.
-    max_backtracks: candidates; those from max_kl on are Python's or NumPy's numbers, no tracers.
-
-  Raises:
-    ValueError: max_kl, cg_steps or max_backtracks not positive, a negative damping, or backtrack_ratio not in (0, 1).
+    config: Settings of the step.
 
   Example:
     >>> policy = ms.rl.gaussian(2, 1, hidden=())
@@ -88,17 +118,17 @@ def trpo_update(
     >>> bool(info.improvement > 0), bool(info.kl <= 0.01)
     (True, True)
   """
-  check_options(max_kl=max_kl, cg_steps=cg_steps, damping=damping, ratio=backtrack_ratio, backtracks=max_backtracks)
   if gradient is None:
     gradient = jax.value_and_grad(lambda meta: (surrogate(new := distributions(meta)), new), has_aux=True)
   if fisher is None:
-    fisher = fisher_product(distributions, kl, meta, damping=damping)
+    fisher = fisher_product(distributions, kl, meta, damping=config.damping)
   (before, old), slope = gradient(meta)
   before, slope = mean((before, slope))
-  direction, residual = conjugate_gradient(lambda v: mean(fisher(v)), slope, steps=cg_steps, tolerance=cg_tolerance)
+  steps, tolerance = config.cg_steps, config.cg_tolerance
+  direction, residual = conjugate_gradient(lambda v: mean(fisher(v)), slope, steps=steps, tolerance=tolerance)
   # F s is the gradient less the residual.
   curvature = _dot(direction, jax.tree.map(jnp.subtract, slope, residual))
-  size = jnp.where(curvature > 0, jnp.sqrt(2 * max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
+  size = jnp.where(curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
 
   def candidate(share):
     return jax.tree.map(lambda m, d: m + (share * size).astype(m.dtype) * d, meta, direction)
@@ -109,7 +139,7 @@ def trpo_update(
     return after - before, divergence
 
   improvement, divergence, step = largest_good(
-    try_out, max_kl=max_kl, ratio=backtrack_ratio, count=max_backtracks, like=before
+    try_out, max_kl=config.max_kl, ratio=config.backtrack_ratio, count=config.max_backtracks, like=before
   )
   meta = jax.tree.map(lambda old, new: jnp.where(step > 0, new, old), meta, candidate(step))
   finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), (before, slope)))
@@ -228,18 +258,6 @@ def conjugate_gradient(
   start = (jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, b), b, b, whole)
   _, x, residual, _, _ = jax.lax.while_loop(unfinished, body, start)
   return x, residual
-
-
-def check_options(*, max_kl: float, cg_steps: int, damping: float, ratio: float, backtracks: int) -> None:
-  """Raises ValueError for options that `trpo_update` does not take."""
-  if not 0 < max_kl < math.inf:
-    raise ValueError(f'max_kl must be above 0 and finite, got {max_kl}')
-  for name, count in (('cg_steps', cg_steps), ('max_backtracks', backtracks)):
-    check_count(name, count)
-  if not damping >= 0:
-    raise ValueError(f'damping must be at least 0, got {damping}')
-  if not 0 < ratio < 1:
-    raise ValueError(f'backtrack_ratio must be between 0 and 1, got {ratio}')
 
 
 def _dot(a, b):

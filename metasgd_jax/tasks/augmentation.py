@@ -1,6 +1,6 @@
 """Images changed at random, on the device, as an episode is drawn."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import chex
@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from metasgd_jax.types import Episode, TaskDistribution, TaskStream
+from metasgd_jax.types import Episode, Tasks
 
 Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
 """`(key, image [H, W, D] in 0 to 1) → image`; consumes key."""
 
 
-def augmented(tasks: TaskDistribution | TaskStream, augment: Augment) -> TaskDistribution | TaskStream:
+def augmented(tasks: Tasks, augment: Augment) -> Tasks:
   """Returns the tasks with each image of an episode, support and query alike, changed by `augment`.
 
   Which images an episode has stays a function of its key alone, so that a stream sends the right ones. `chain` makes
@@ -29,13 +29,9 @@ def augmented(tasks: TaskDistribution | TaskStream, augment: Augment) -> TaskDis
     >>> jax.jit(tasks.episode)(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
     (5, 28, 28, 1)
   """
-  if isinstance(tasks, TaskStream):
-    if getattr(tasks.send, 'func', None) is _send:
-      raise ValueError('the tasks are augmented already; chain the augmentations and give them at once')
-    return TaskStream(functools.partial(_send, tasks.send, augment))
-  if getattr(tasks.episode, 'func', None) is _episode:
+  if any(isinstance(change, _Augmented) for change in tasks.changes):
     raise ValueError('the tasks are augmented already; chain the augmentations and give them at once')
-  return _augmented(tasks, augment)
+  return tasks.map_episode(_Augmented(augment))
 
 
 def chain(*augments: Augment) -> Augment:
@@ -89,12 +85,14 @@ def light(strength: float) -> Augment:
   return lit
 
 
-def _send(send, augment, *keys):
-  return _augmented(send(*keys), augment)
+@dataclasses.dataclass(frozen=True)
+class _Augmented:
+  """The change of an episode function to one whose images are augmented."""
 
+  augment: Augment
 
-def _augmented(tasks, augment):
-  return TaskDistribution(tasks.sample, Partial(_episode, tasks.as_arguments().episode, Partial(augment)))
+  def __call__(self, episode: Callable) -> Callable:
+    return Partial(_episode, episode, Partial(self.augment))
 
 
 def _episode(episode, augment, task, key) -> Episode:

@@ -124,7 +124,7 @@ def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribu
     >>> tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1)).support.x.shape
     (5, 28, 28, 1)
   """
-  return TaskDistribution(indices.sample, Partial(_look_up, indices.as_arguments().episode, images))
+  return TaskDistribution(indices.sample, Partial(_look_up, indices.episode, images))
 
 
 def check_bank(bank: ClassBank) -> None:

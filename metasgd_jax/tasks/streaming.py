@@ -30,7 +30,7 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
     'TaskStream'
   """
   host = host_device()
-  indices = jax.device_get(indices.as_arguments())
+  indices = jax.device_get(indices)
   total = bank.images.shape[0]
 
   def send(sample_keys, episode_keys) -> TaskDistribution:

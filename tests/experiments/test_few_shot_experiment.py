@@ -61,7 +61,7 @@ def assert_trained_and_tested(name):
     lambda key: ms.init(key, tasks, learner=learner, optimizer=setup.optimizers[name]), jax.random.key(0)
   )
   step = lambda state: ms.train_step(
-    state, tasks, learner=learner, optimizer=setup.optimizers[name], meta_batch=2, mapping='scan'
+    state, tasks, learner=learner, optimizer=setup.optimizers[name], meta_batch=2, placement=ms.Placement(1)
   )
   after, info = jax.eval_shape(step, state)
   assert jax.tree.structure(after.meta) == jax.tree.structure(state.meta)

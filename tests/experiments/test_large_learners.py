@@ -67,5 +67,5 @@ def test_parts_that_adapt(network):
 def test_a_rank_that_is_too_high_and_a_wrong_grouping():
   with pytest.raises(ValueError, match=saying('rank', 'at most', 'got 17')):
     large_learners.build(Config(**{**TINY['transformer'], 'rank': 17}))
-  with pytest.raises(ValueError, match=saying('mapping=3', '2 tasks')):
+  with pytest.raises(ValueError, match=saying('tasks_at_once=3', '2 tasks')):
     large_learners.build(Config(**{**TINY['transformer'], 'tasks_at_once': 3}))

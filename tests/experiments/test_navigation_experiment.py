@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from problems import saying
 
+import metasgd_jax as ms
 from experiments import navigation, reporting
 from metasgd_jax import rl
 
@@ -57,7 +58,13 @@ def test_trpo_gets_the_settings(monkeypatch):
   assert given['inner'].steps == 1
   del given['inner']
   assert given == dict(
-    meta_iterations=2, meta_batch=2, max_kl=0.5, curvature_tasks=1, damping=0.25, chunk=1, callbacks=[], mesh=None
+    meta_iterations=2,
+    meta_batch=2,
+    curvature_tasks=1,
+    trpo=rl.TrpoConfig(max_kl=0.5, damping=0.25),
+    chunk=1,
+    callbacks=[],
+    placement=ms.Placement(),
   )
 
 

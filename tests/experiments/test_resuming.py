@@ -285,6 +285,13 @@ def test_a_bad_number_stops_the_run_with_the_last_good_state_saved(tmp_path, mon
   assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
 
 
+def test_memory_that_the_compiler_has_freed_is_released_once(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(trainings.host_memory, 'release_freed', lambda: calls.append(1))
+  regression.run(dataclasses.replace(MAML, meta_iterations=8), tmp_path)
+  assert len(calls) == 1
+
+
 def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch):
   monkeypatch.setattr(regression, 'sinusoid', lambda *args, **options: poisoned([13, 14], task=3, seed=1))
   monkeypatch.setattr(regression, 'TEST_SHOTS', ())

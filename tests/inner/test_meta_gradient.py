@@ -38,7 +38,7 @@ def closed_form(theta, alpha, a, b, c, d, steps):
   return power(steps).T @ at_query, d_alpha
 
 
-@pytest.mark.parametrize('mapping', ['vmap', 'scan'])
+@pytest.mark.parametrize('mapping', ['all', 1])
 @pytest.mark.parametrize('steps', STEPS)
 def test_closed_form_on_quadratic_tasks(steps, mapping):
   (a, c), (b, d), rng = quadratic_tasks()
@@ -57,7 +57,7 @@ def test_closed_form_on_quadratic_tasks(steps, mapping):
     meta = ms.MetaParams(jnp.asarray(theta), jnp.asarray(alpha))
     tasks = jax.tree.map(jnp.asarray, ms.Episode(ms.Batch(a, b), ms.Batch(c, d)))
     keys = jax.random.split(jax.random.key(0), len(b))
-    grads = jax.jit(lambda: ms.value_and_grad(learner, meta, tasks, keys, mapping=mapping)[1])()
+    grads = jax.jit(lambda: ms.value_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)[1])()
     assert grads.theta.dtype == jnp.float64
   expected = [closed_form(theta, alpha, *task, steps) for task in zip(a, b, c, d, strict=True)]
   np.testing.assert_allclose(grads.theta, np.mean([e[0] for e in expected], 0), rtol=1e-9, atol=1e-9)
@@ -172,9 +172,9 @@ def two_tasks():
 @pytest.mark.parametrize(
   ('network', 'mapping'),
   [
-    pytest.param(SmallConvNet, 'vmap', marks=pytest.mark.slow),
-    pytest.param(ms.nn.Conv4, 'vmap', marks=pytest.mark.slow),
-    pytest.param(ms.nn.Conv4, 'scan', marks=pytest.mark.slow),
+    pytest.param(SmallConvNet, 'all', marks=pytest.mark.slow),
+    pytest.param(ms.nn.Conv4, 'all', marks=pytest.mark.slow),
+    pytest.param(ms.nn.Conv4, 1, marks=pytest.mark.slow),
   ],
 )
 def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, optimized):
@@ -185,13 +185,13 @@ def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, opti
 
   @functools.partial(jax.jit, static_argnums=2)
   def grads(meta, tasks, mapping):
-    (loss, _), grads = ms.value_and_grad(learner, meta, tasks, keys, mapping=mapping)
+    (loss, _), grads = ms.value_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)
     return loss, grads
 
   with jax.default_matmul_precision('highest'):  # An accelerator's own default rounds products to fewer bits.
     loss, single = grads(meta, two_tasks, mapping)
   with jax.enable_x64(True):
-    loss64, double = grads(to_float64(meta), to_float64(two_tasks), 'scan')
+    loss64, double = grads(to_float64(meta), to_float64(two_tasks), 1)
     single, double = to_float64(single), jax.device_get(double)
     assert double.theta['ConvBlock_0']['kernel'].dtype == jnp.float64
     np.testing.assert_allclose(loss, loss64, rtol=1e-5)

@@ -19,7 +19,7 @@ from problems import (
 )
 
 import metasgd_jax as ms
-from metasgd_jax.outer import training
+from metasgd_jax.outer import loop
 
 MSE = ms.losses.mean_squared_error
 NET = ms.nn.from_linen(ms.nn.MLP((6,), stddev=0.5))
@@ -450,10 +450,10 @@ class TestLearner:
     for learner in (plain, weak):
       state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=count)
       assert not any(leaf.weak_type for leaf in jax.tree.leaves((state.meta, state.opt_state)))
-      before = training._run_chunk._cache_size()
+      before = loop._run_chunk._cache_size()
       options = dict(learner=learner, optimizer=count, meta_iterations=5, meta_batch=2, chunk=2)
       assert ms.train(state, tasks, **options).opt_state == 5
-      assert training._run_chunk._cache_size() - before == 1
+      assert loop._run_chunk._cache_size() - before == 1
 
   def test_a_module_of_parameters_is_a_start_and_no_function(self):
     """A learned step from each gradient's entry, by an Equinox MLP; its activation has to be taken out."""

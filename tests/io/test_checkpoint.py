@@ -16,7 +16,7 @@ from problems import saying, sinusoid_learner
 import metasgd_jax as ms
 from metasgd_jax.io import checkpoint, checkpoint_record
 from metasgd_jax.io.checkpoint import CheckpointError, Checkpoints
-from metasgd_jax.outer import training
+from metasgd_jax.outer import loop
 from metasgd_jax.tree import is_key, named_arrays
 
 TASKS, LEARNER = ms.tasks.sinusoid(), sinusoid_learner(hidden=(4,))
@@ -85,9 +85,9 @@ def test_a_restored_state_is_trained_by_the_same_program(tmp_path):
     kept.save(state)
   restored = checkpoint.newest(tmp_path, like=a_state(optimizer=adam), config=CONFIG).state
   expected = go(state, 10)
-  before = training._run_chunk._cache_size()
+  before = loop._run_chunk._cache_size()
   assert_equal(go(restored, 10), expected)
-  assert training._run_chunk._cache_size() == before
+  assert loop._run_chunk._cache_size() == before
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):

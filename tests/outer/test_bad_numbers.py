@@ -11,7 +11,7 @@ from problems import CURVES, poisoned, sinusoid_learner
 
 import metasgd_jax as ms
 from experiments import few_shot_learners
-from metasgd_jax.outer import bad_numbers, training
+from metasgd_jax.outer import bad_numbers, loop
 
 LEARNER = sinusoid_learner(hidden=(4,))
 SGD = optax.sgd(1e-3)
@@ -64,7 +64,7 @@ def test_a_loss_is_traced_to_its_task(step, how):
   )
   assert 'gradient of theta.Dense_0.bias and' in said
   key = eval(said[said.index('jax.random.wrap') :], {'jax': jax})  # What is printed is Python.
-  expected = training.step_keys(jax.random.key(0), step, BATCH)[0, 2]
+  expected = loop.step_keys(jax.random.key(0), step, BATCH)[0, 2]
   assert np.array_equal(jax.random.key_data(key), jax.random.key_data(expected))
 
 
@@ -77,7 +77,7 @@ def test_a_gradient_alone_is_traced_to_its_leaf():
     mark = jnp.all(jax.random.key_data(key) == bad)
     return ms.Episode(found.support, ms.Batch(jnp.where(mark, 0.0, x), y))
 
-  bad = jax.random.key_data(training.step_keys(jax.random.key(0), 13, BATCH)[1, 1])
+  bad = jax.random.key_data(loop.step_keys(jax.random.key(0), 13, BATCH)[1, 1])
 
   def marked(meta, episode, key):
     value, info = LEARNER.loss(meta, episode, key)
@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_finite_while_its_gradient_is_is_not_skipped_in_silen
     y = found.query.y.at[0, 0].set(jnp.where(mark, jnp.inf, found.query.y[0, 0]))
     return ms.Episode(found.support, ms.Batch(found.query.x, y))
 
-  marked = jax.random.key_data(training.step_keys(jax.random.key(0), 4, BATCH)[1, 0])
+  marked = jax.random.key_data(loop.step_keys(jax.random.key(0), 4, BATCH)[1, 0])
 
   def infinite(meta, episode, key):
     value, info = LEARNER.loss(meta, episode._replace(query=jax.tree.map(jnp.nan_to_num, episode.query)), key)

@@ -46,22 +46,25 @@ def test_mappings_are_equal_for_a_convolutional_network():
   tasks = ms.tasks.few_shot(random_bank(), way=3, shot=1, query=3)
   meta = meta_of(learner, tasks)
   by = {
-    mapping: evaluate(learner, meta, tasks=tasks, metric_fn=ms.losses.cross_entropy, num_tasks=5, mapping=mapping)
-    for mapping in ('vmap', 'scan')
+    n: evaluate(learner, meta, tasks=tasks, metric_fn=ms.losses.cross_entropy, num_tasks=5, placement=ms.Placement(n))
+    for n in ('all', 1)
   }
-  np.testing.assert_allclose(by['vmap'], by['scan'], rtol=1e-4)
+  np.testing.assert_allclose(by['all'], by[1], rtol=1e-4)
 
 
 def test_mappings_and_groups_change_nothing(optimized):
   meta = meta_of()
-  whole = evaluate(LEARNER, meta, num_tasks=6, mapping='vmap')
-  for mapping in ('scan', 1, 4, 100):
-    np.testing.assert_allclose(evaluate(LEARNER, meta, num_tasks=6, mapping=mapping), whole, rtol=1e-5)
+  whole = evaluate(LEARNER, meta, num_tasks=6, placement=ms.Placement('all'))
+  for mapping in (1, 4, 100):
+    np.testing.assert_allclose(evaluate(LEARNER, meta, num_tasks=6, placement=ms.Placement(mapping)), whole, rtol=1e-5)
 
 
 def test_devices_change_nothing():
   meta = meta_of()
-  whole, shared = (evaluate(LEARNER, meta, num_tasks=6, repeats=2, mesh=m) for m in (None, ms.sharding.task_mesh(6)))
+  whole, shared = (
+    evaluate(LEARNER, meta, num_tasks=6, repeats=2, placement=ms.Placement(mesh=m))
+    for m in (None, ms.sharding.task_mesh(6))
+  )
   np.testing.assert_allclose(shared, whole, rtol=1e-5)
 
 

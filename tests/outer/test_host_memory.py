@@ -1,16 +1,10 @@
-import itertools
 import platform
 import subprocess
 import sys
-import types
 
-import jax
-import optax
 import pytest
-from problems import sinusoid_learner
 
-import metasgd_jax as ms
-from metasgd_jax.outer import host_memory, training
+from metasgd_jax.outer import host_memory
 
 SCATTERED = """
 import ctypes, pathlib
@@ -24,7 +18,7 @@ for block in blocks:
 for block in blocks[:-1]:
   libc.free(block)
 before = resident()
-assert host_memory.give_back()
+assert host_memory.release_freed()
 print(before - resident())
 """
 
@@ -37,16 +31,4 @@ def test_freed_memory_goes_back_to_the_system():
 
 def test_without_malloc_trim_nothing_happens(monkeypatch):
   monkeypatch.setattr(host_memory.ctypes, 'CDLL', lambda name: object())
-  assert not host_memory.give_back()
-
-
-@pytest.mark.parametrize(('seconds', 'times'), [(2.0, 1), (0.1, 0)])
-def test_training_gives_back_what_compiling_left(seconds, times, monkeypatch):
-  """Once where compiling took over a second, and not where the program was there already; by a clock of the test's."""
-  calls, clock = [], itertools.count(0, seconds)
-  monkeypatch.setattr(host_memory, 'give_back', lambda: calls.append(1))
-  monkeypatch.setattr(training, 'time', types.SimpleNamespace(perf_counter=lambda: next(clock)))
-  tasks, learner, optimizer = ms.tasks.sinusoid(), sinusoid_learner(hidden=(4,)), optax.sgd(0.1)
-  state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
-  ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=2, meta_batch=2, chunk=1)
-  assert len(calls) == times
+  assert not host_memory.release_freed()

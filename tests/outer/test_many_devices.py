@@ -71,14 +71,15 @@ def test_a_state_in_parts_goes_on_and_comes_back():
     state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=step, meta_batch=2, **options
   )
   mesh = ms.sharding.task_mesh(2)
-  halves = train(train(state, 2, mesh=mesh, shard_meta=True), 4, mesh=mesh, shard_meta=True)
+  split = ms.Placement(mesh=mesh, shard_meta=True)
+  halves = train(train(state, 2, placement=split), 4, placement=split)
   for whole, part in zip(*map(jax.tree.leaves, (train(state, 4).meta, halves.meta)), strict=True):
     np.testing.assert_allclose(whole, part, rtol=1e-3, atol=1e-4)
   large = [leaf for leaf in jax.tree.leaves((halves.meta, halves.opt_state)) if leaf.size == 128 * 128]
   assert [leaf.addressable_shards[0].data.size for leaf in large] == [128 * 64] * 6  # In θ, α and Adam's two means.
   small = [leaf for leaf in jax.tree.leaves((halves.meta, halves.opt_state)) if leaf.size <= 128]
   assert all(shard.data.shape == leaf.shape for leaf in small for shard in leaf.addressable_shards)
-  again = train(halves, 5, mesh=mesh)  # Without, all is put together again.
+  again = train(halves, 5, placement=ms.Placement(mesh=mesh))  # Without, all is put together again.
   assert len(jax.tree.leaves(again.meta)[0].devices()) == 1
 
 
@@ -86,9 +87,15 @@ def test_shard_meta_needs_a_mesh_and_one_run():
   learner = sinusoid_learner(hidden=(8,))
   state = ms.init(jax.random.split(jax.random.key(0), 3), TASKS, learner=learner, optimizer=ADAM)
   train = lambda mesh: ms.train(
-    state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=1, meta_batch=2, mesh=mesh, shard_meta=True
+    state,
+    TASKS,
+    learner=learner,
+    optimizer=ADAM,
+    meta_iterations=1,
+    meta_batch=2,
+    placement=ms.Placement(mesh=mesh, shard_meta=True),
   )
-  with pytest.raises(ValueError, match=saying('shard_meta', 'got none', 'give mesh=')):
+  with pytest.raises(ValueError, match=saying('shard_meta', 'got mesh=None', 'give mesh=')):
     train(None)
   with pytest.raises(ValueError, match=saying('shard_meta', 'one run', 'got 3')):
     train(ms.sharding.task_mesh(2))

@@ -38,7 +38,7 @@ def test_a_part_that_does_not_adapt_has_no_rates():
 def test_nothing_is_allocated():
   """A network of 16 GiB of parameters is laid out by its shapes alone."""
   learner = sinusoid_learner(hidden=(65_536, 65_536))
-  found = plan(learner=learner, meta_batch=1, mapping='scan', available=MIB)
+  found = plan(learner=learner, meta_batch=1, placement=ms.Placement(1), available=MIB)
   assert found.parts['θ'] > 16 * 1024 * MIB
   assert not found.fits
   assert found.fits_at_once == 0
@@ -46,27 +46,27 @@ def test_nothing_is_allocated():
 
 
 def test_says_which_mapping_would_fit_and_it_does():
-  together = plan(mapping='vmap', available=100 * MIB)
-  one = plan(mapping='scan', available=100 * MIB)
+  together = plan(placement=ms.Placement('all'), available=100 * MIB)
+  one = plan(placement=ms.Placement(1), available=100 * MIB)
   assert one.at_once == 1
   assert together.at_once == 8
   assert one.intermediates < together.intermediates
   middle = int((one.total + 0.6 * (together.total - one.total)) / memory.ROOM)
-  found = plan(mapping='vmap', available=middle)
+  found = plan(placement=ms.Placement('all'), available=middle)
   assert not found.fits
   assert 1 < found.fits_at_once < 8
-  assert f'mapping={found.fits_at_once}, {found.fits_at_once} task(s) at a time, would' in str(found)
-  assert plan(mapping=found.fits_at_once, available=middle).fits
-  least = plan(mapping='vmap', available=int(one.total / memory.ROOM) + 1)
+  assert f'tasks_at_once={found.fits_at_once} would' in str(found)
+  assert plan(placement=ms.Placement(found.fits_at_once), available=middle).fits
+  least = plan(placement=ms.Placement('all'), available=int(one.total / memory.ROOM) + 1)
   assert least.fits_at_once == 1
-  assert "mapping='scan'" in str(least)
+  assert 'tasks_at_once=1' in str(least)
 
 
 def test_of_data_that_tasks_bring_and_of_devices():
   tasks = ms.tasks.few_shot(random_bank(classes=8, instances=6, size=16), way=3, shot=1, query=1)
   model = ms.nn.from_linen(SmallConvNet(3))
   learner = ms.meta_sgd(model, ms.losses.cross_entropy)
-  found = plan(4, tasks=tasks, learner=learner, mesh=ms.sharding.task_mesh(4), available=MIB)
+  found = plan(4, tasks=tasks, learner=learner, placement=ms.Placement(mesh=ms.sharding.task_mesh(4)), available=MIB)
   assert (found.devices, found.tasks) == (2, 2)
   assert found.arguments - sum(found.parts.values()) >= 8 * 6 * 16 * 16
   assert 'to each device' in str(found)
@@ -100,7 +100,7 @@ def test_memory_that_cannot_be_told(monkeypatch):
 
 def test_the_hosts_memory_is_shared_by_devices(monkeypatch):
   monkeypatch.setattr(host_memory, 'available', lambda: 10 * MIB)
-  assert plan(mesh=ms.sharding.task_mesh(8)).available == 5 * MIB
+  assert plan(placement=ms.Placement(mesh=ms.sharding.task_mesh(8))).available == 5 * MIB
 
 
 def test_bad_memory():

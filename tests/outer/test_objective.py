@@ -5,14 +5,14 @@ import pytest
 from problems import assert_trees_close, conv_learner, episodes, random_bank, saying, sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax.outer import objective
+from metasgd_jax.outer.placement import LARGE
 
 
 @pytest.mark.parametrize(
   ('kind', 'mappings'),
   [
-    ('sinusoid', ['vmap', 'scan', 2]),
-    pytest.param('conv', ['vmap', 'scan', 2], marks=pytest.mark.slow),
+    ('sinusoid', ['all', 1, 2]),
+    pytest.param('conv', ['all', 1, 2], marks=pytest.mark.slow),
   ],
 )
 def test_mappings_are_equal_and_equal_a_loop(kind, mappings, request):
@@ -31,7 +31,7 @@ def test_mappings_are_equal_and_equal_a_loop(kind, mappings, request):
   outs = jax.device_get([one(meta, task(i), keys[i]) for i in range(4)])
   looped = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *outs)
   for mapping in mappings:
-    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))(
+    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, tasks_at_once=mapping))(
       meta, batch, keys
     )
     assert_trees_close(got, looped, rtol=1e-4, atol=1e-6)
@@ -49,16 +49,16 @@ def test_each_task_gets_its_own_key():
   batch = ms.Episode(np.zeros(4), np.zeros(4))
   draw = jax.jit(jax.random.uniform)
   expected = np.mean([float(draw(k)) for k in keys])
-  mapped = jax.jit(ms.value_and_grad, static_argnums=0, static_argnames='mapping')
-  for mapping in ('vmap', 'scan', 2):
-    (value, _), grad = mapped(learner, np.float32(2.0), batch, keys, mapping=mapping)
+  mapped = jax.jit(ms.value_and_grad, static_argnums=0, static_argnames='tasks_at_once')
+  for mapping in ('all', 1, 2):
+    (value, _), grad = mapped(learner, np.float32(2.0), batch, keys, tasks_at_once=mapping)
     np.testing.assert_allclose([value, grad], [2 * expected, expected], rtol=1e-6)
 
 
 @pytest.mark.parametrize('mapping', ['pmap', 0, -2, True, 1.5])
 def test_an_unknown_mapping(mapping):
-  with pytest.raises(ValueError, match=saying('mapping', "'auto', 'vmap', 'scan'", 'a number', f'got {mapping!r}')):
-    ms.value_and_grad(sinusoid_learner(), None, None, None, mapping=mapping)
+  with pytest.raises(ValueError, match=saying('tasks_at_once', "'auto', 'all'", 'an integer', f'got {mapping!r}')):
+    ms.value_and_grad(sinusoid_learner(), None, None, None, tasks_at_once=mapping)
 
 
 def shapes_of(learner, tasks, count):
@@ -74,15 +74,15 @@ def shapes_of(learner, tasks, count):
 @pytest.mark.parametrize('group', [3, 8])
 def test_groups_that_do_not_come_out_even(group):
   learner, arguments = sinusoid_learner(), shapes_of(sinusoid_learner(), ms.tasks.sinusoid(), 4)
-  with pytest.raises(ValueError, match=saying('4 tasks', 'groups of mapping', f'={group}')):
-    jax.eval_shape(lambda m, e, k: ms.value_and_grad(learner, m, e, k, mapping=group), *arguments)
+  with pytest.raises(ValueError, match=saying('4 tasks', 'groups of tasks_at_once', f'={group}')):
+    jax.eval_shape(lambda m, e, k: ms.value_and_grad(learner, m, e, k, tasks_at_once=group), *arguments)
 
 
 def test_auto_takes_large_networks_one_task_after_the_other():
-  small, large = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (objective.LARGE - 1, objective.LARGE))
+  small, large = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (LARGE - 1, LARGE))
   on_cpu = jax.default_backend() == 'cpu'
-  assert objective.tasks_at_once('auto', small, 8) == 8
-  assert objective.tasks_at_once('auto', {'a': large}, 8) == (1 if on_cpu else 8)
+  assert ms.Placement().group(small, 8) == 8
+  assert ms.Placement().group({'a': large}, 8) == (1 if on_cpu else 8)
 
 
 def test_groups_bound_the_memory():
@@ -90,6 +90,6 @@ def test_groups_bound_the_memory():
   arguments = shapes_of(learner, tasks, 8)
   memory = {}
   for mapping in (8, 2, 1):
-    f = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, mapping=mapping))
+    f = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, tasks_at_once=mapping))
     memory[mapping] = f.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
   assert memory[8] > 2 * memory[2] > 2.5 * memory[1]

@@ -19,24 +19,28 @@ TASKS = ms.tasks.sinusoid()
 ADAM = optax.adam(1e-2)
 
 
+def train(state, mesh, **options):
+  return ms.train(state, TASKS, optimizer=ADAM, placement=ms.Placement(mesh=mesh), **options)
+
+
 @pytest.mark.parametrize(
-  ('kind', 'mapping'),
+  ('kind', 'at_once'),
   [
-    ('sinusoid', 'vmap'),
-    ('sinusoid', 'scan'),
-    *[pytest.param('conv', mapping, marks=pytest.mark.slow) for mapping in ('scan', 'vmap')],
+    ('sinusoid', 'all'),
+    ('sinusoid', 1),
+    *[pytest.param('conv', at_once, marks=pytest.mark.slow) for at_once in (1, 'all')],
   ],
 )
-def test_training_over_devices_equals_one_device(kind, mapping):
-  assert_devices_train_as_one(kind, mapping)
+def test_training_over_devices_equals_one_device(kind, at_once):
+  assert_devices_train_as_one(kind, at_once)
 
 
 @pytest.mark.slow
 def test_optimized_training_over_devices_equals_one_device(optimized):
-  assert_devices_train_as_one('sinusoid', 'vmap')
+  assert_devices_train_as_one('sinusoid', 'all')
 
 
-def assert_devices_train_as_one(kind, mapping):
+def assert_devices_train_as_one(kind, at_once):
   if kind == 'sinusoid':
     learner, tasks = sinusoid_learner(hidden=(8,)), TASKS
   else:
@@ -44,7 +48,8 @@ def assert_devices_train_as_one(kind, mapping):
   state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=ADAM)
   seen = []
   train = lambda mesh: ms.train(
-    state, tasks, learner=learner, optimizer=ADAM, meta_iterations=4, meta_batch=4, mapping=mapping, mesh=mesh, chunk=3,
+    state, tasks, learner=learner, optimizer=ADAM, meta_iterations=4, meta_batch=4, chunk=3,
+    placement=ms.Placement(at_once, mesh),
     callbacks=[lambda p: seen.append(p.info['loss'])],
   )  # fmt: skip
   mesh = ms.sharding.task_mesh(4)
@@ -92,7 +97,9 @@ def test_runs_side_by_side_over_devices():
   learner = sinusoid_learner(hidden=(8,))
   state = ms.init(jax.random.split(jax.random.key(0), 3), TASKS, learner=learner, optimizer=ADAM)
   results = [
-    ms.train(state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=5, meta_batch=4, mesh=mesh)
+    ms.train(
+      state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=5, meta_batch=4, placement=ms.Placement(mesh=mesh)
+    )
     for mesh in (None, ms.sharding.task_mesh(4))
   ]
   assert_trees_close(*(r.meta for r in results), rtol=1e-3, atol=1e-5)
@@ -103,7 +110,9 @@ def test_a_mesh_has_as_many_devices_as_share_the_tasks():
   mesh, learner = ms.sharding.task_mesh(2), sinusoid_learner(hidden=(8,))
   state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=ADAM)
   with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'take a multiple of 2')):
-    ms.train(state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=1, meta_batch=3, mesh=mesh)
+    ms.train(
+      state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=1, meta_batch=3, placement=ms.Placement(mesh=mesh)
+    )
   with pytest.raises(ValueError, match=saying('devices', 'from 1 to 2', 'got 3')):
     ms.sharding.task_mesh(3, devices=3)
   with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'take a multiple of 2')):

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, saying, sinusoid_learner
+from problems import OneLayer, assert_trees_close, random_bank, saying, sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax.outer import training
+from metasgd_jax.outer import loop, training
 
 TASKS = ms.tasks.sinusoid()
 LEARNER = sinusoid_learner(hidden=(8,))
@@ -48,6 +48,31 @@ def test_equals_steps_taken_one_by_one(optimized):
   np.testing.assert_allclose(np.concatenate(infos), losses, rtol=1e-4)
 
 
+def test_the_state_is_donated_but_not_that_of_the_caller_or_of_callbacks():
+  state, kept = start(), []
+  train(state, 25, callbacks=[lambda progress: kept.append(progress.state)])
+  copies = jax.device_get([without_key(s) for s in (state, *kept)])
+  assert [int(copy.step) for copy in copies] == [0, 10, 20, 25]
+  iteration = training._GradientIteration(LEARNER, ADAM, 4, ms.Placement())
+  compiled = loop._run_chunk.lower(state, TASKS, 0, iteration=iteration, chunk=10).compile()
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.meta, state.opt_state)))
+  assert compiled.memory_analysis().alias_size_in_bytes >= size
+
+
+def test_a_stream_is_trained_step_by_step_too():
+  """Outside of jit, where it can send."""
+  bank = random_bank()
+  streamed = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=3, shot=1, query=2))
+  resident = ms.tasks.few_shot(bank, way=3, shot=1, query=2)
+  learner = ms.maml(ms.nn.from_linen(OneLayer(3)), ms.losses.cross_entropy)
+  options = dict(learner=learner, optimizer=optax.sgd(0.1))
+  a, b = (
+    ms.train_step(ms.init(jax.random.key(0), tasks, **options), tasks, meta_batch=2, **options)[0]
+    for tasks in (streamed, resident)
+  )
+  assert_trees_close(a.meta, b.meta, rtol=1e-5)
+
+
 def test_step_i_depends_on_the_seed_and_i_alone():
   """So a run that stops and goes on ends bitwise where one that never stopped does."""
   whole = train(start(), 30)
@@ -79,11 +104,11 @@ def test_seeds_side_by_side_equal_each_alone(optimized):
 
 
 def test_compiles_once():
-  before = training._run_chunk._cache_size()
+  before = loop._run_chunk._cache_size()
   seen = []
   optimizer = optax.sgd(1e-3)
   train(start(optimizer=optimizer), 35, optimizer=optimizer, callbacks=[
-    lambda p: seen.append(training._run_chunk._cache_size() - before)
+    lambda p: seen.append(loop._run_chunk._cache_size() - before)
   ])  # fmt: skip
   assert seen == [1, 1, 1, 1]
 
@@ -202,9 +227,9 @@ def test_a_rate_for_each_leaf_or_layer_or_one_for_all_is_learned(per):
   assert all(float(a) != float(b) for a, b in zip(rates, trained, strict=True))
 
 
-def test_an_unknown_mapping():
-  with pytest.raises(ValueError, match=saying('mapping must be', "'vmap'", "got 'pmap'")):
-    train(start(), 5, mapping='pmap')
+def test_an_unknown_number_of_tasks_at_once():
+  with pytest.raises(ValueError, match=saying('tasks_at_once must be', "'all'", "got 'pmap'")):
+    train(start(), 5, placement=ms.Placement('pmap'))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +276,7 @@ def test_polyaks_step_is_of_the_meta_batchs_loss():
 
 
 def gradient_at(state, learner, meta_batch):
-  keys = training.step_keys(state.key, state.step, meta_batch)
+  keys = loop.step_keys(state.key, state.step, meta_batch)
   batch = jax.vmap(TASKS.episode)(jax.vmap(TASKS.sample)(keys[0]), keys[1])
   return ms.value_and_grad(learner, state.meta, batch, keys[2])
 

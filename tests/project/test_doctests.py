@@ -24,7 +24,7 @@ DEAR = {  # Docstrings, without the package's name.
   'learners.mann.PlainCell', 'learners.mann.mann', 'learners.matching.matching', 'learners.meta_lstm.meta_lstm',
   'nn.block.ConvBlock', 'nn.networks.Conv4', 'nn.transformer.Transformer',
   'outer.evaluation.evaluate', 'outer.memory.plan_memory', 'outer.objective.mean_loss',
-  'outer.objective.value_and_grad', 'outer.training.Progress', 'outer.training.TrainState', 'outer.training.train',
+  'outer.objective.value_and_grad', 'outer.loop.Progress', 'outer.loop.TrainState', 'outer.training.train',
   'outer.training.train_step', 'rl.advantages.advantages',
   'rl.gymnasium_host.collect_on_host', 'rl.gymnasium_host.policy_gradient_on_host', 'rl.learner.Experience',
   'rl.learner.PolicyGradient', 'rl.learner.Rollouts', 'rl.learner.mean_return', 'rl.learner.policy_learner',

@@ -26,7 +26,9 @@ def test_training_on_two_devices_is_training_on_one():
     start = jax.jit(lambda: rl.init(jax.random.key(0), inner))()
     one, several = (
       rl.train(
-        start, inner=inner, meta_iterations=2, meta_batch=4, chunk=1, curvature_tasks=2, damping=0.01, mesh=devices,
+        start, inner=inner, meta_iterations=2, meta_batch=4, chunk=1, curvature_tasks=2,
+        trpo=rl.TrpoConfig(damping=0.01),
+        placement=ms.Placement(mesh=devices),
         callbacks=[lambda progress: seen.append(progress.info)],
       )
       for devices in (None, mesh)
@@ -44,9 +46,9 @@ def test_training_on_two_devices_is_training_on_one():
 def test_two_devices_take_the_step_that_one_takes(curvature_tasks):
   with jax.enable_x64(True):
     meta, key = jax.jit(INNER.init)(jax.random.key(0)), jax.random.key(1)
-    options = dict(inner=INNER, meta_batch=4, curvature_tasks=curvature_tasks, damping=0.01)
+    options = dict(inner=INNER, meta_batch=4, curvature_tasks=curvature_tasks, trpo=rl.TrpoConfig(damping=0.01))
     one, several = (
-      jax.jit(functools.partial(rl.trpo_meta_step, mesh=mesh, **options))(meta, key)
+      jax.jit(functools.partial(rl.trpo_meta_step, placement=ms.Placement(mesh=mesh), **options))(meta, key)
       for mesh in (None, ms.sharding.task_mesh(4))
     )
     assert one[1]['step'] > 0
@@ -62,14 +64,16 @@ def test_two_devices_take_the_step_that_one_takes(curvature_tasks):
 )
 def test_tasks_that_cannot_be_shared(options, message):
   with pytest.raises(ValueError, match=saying(*message)):
-    rl.trpo_meta_step(None, jax.random.key(1), inner=INNER, mesh=ms.sharding.task_mesh(2), **options)
+    rl.trpo_meta_step(
+      None, jax.random.key(1), inner=INNER, placement=ms.Placement(mesh=ms.sharding.task_mesh(2)), **options
+    )
 
 
 def test_a_training_shares_its_tasks():
   """Its numbers do not tell whether it did; that it asks for an even share does."""
   start = jax.jit(lambda: rl.init(jax.random.key(0), INNER))()
   with pytest.raises(ValueError, match=saying('3 tasks', 'evenly', '2 devices')):
-    rl.train(start, inner=INNER, meta_iterations=1, meta_batch=3, mesh=ms.sharding.task_mesh(2))
+    rl.train(start, inner=INNER, meta_iterations=1, meta_batch=3, placement=ms.Placement(mesh=ms.sharding.task_mesh(2)))
 
 
 @pytest.mark.slow

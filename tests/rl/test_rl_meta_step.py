@@ -9,16 +9,18 @@ import pytest
 from aiming import aiming, light
 from problems import assert_close, assert_trees_close, saying
 
+import metasgd_jax as ms
 from metasgd_jax import rl
 from metasgd_jax.rl.meta_step import explore_tasks
 
 INNER = light()
+DAMPED = rl.TrpoConfig(damping=0.01)
 
 
 @functools.cache
 def meta_step(**options):
   """One meta-iteration of three tasks, compiled."""
-  return jax.jit(functools.partial(rl.trpo_meta_step, inner=INNER, meta_batch=3, damping=0.01, **options))
+  return jax.jit(functools.partial(rl.trpo_meta_step, inner=INNER, meta_batch=3, trpo=DAMPED, **options))
 
 
 @jax.jit
@@ -63,7 +65,10 @@ def of_run(tree, i):
 
 @pytest.mark.parametrize(
   ('curved', 'options'),
-  [([True, True, True], dict(tasks_at_once=1)), ([True, True, False], dict(tasks_at_once=2, curvature_tasks=2))],
+  [
+    ([True, True, True], dict(placement=ms.Placement(1))),
+    ([True, True, False], dict(placement=ms.Placement(2), curvature_tasks=2)),
+  ],
 )
 def test_a_trpo_meta_step_by_its_parts(metas, curved, options):
   """Of two tasks at once, and then one, too."""
@@ -80,7 +85,7 @@ def test_curvature_of_a_part_of_the_tasks_is_another(metas):
   with jax.enable_x64(True):
     whole, part = (
       meta_step(**options)(of_run(metas, 0), keys[0])
-      for options in (dict(tasks_at_once=1), dict(tasks_at_once=2, curvature_tasks=2))
+      for options in (dict(placement=ms.Placement(1)), dict(placement=ms.Placement(2), curvature_tasks=2))
     )
     assert_close(part[1]['return_after'], whole[1]['return_after'], rtol=1e-5)  # The same trajectories.
     assert 0 < part[1]['kl'] <= 0.01
@@ -90,9 +95,11 @@ def test_curvature_of_a_part_of_the_tasks_is_another(metas):
 def test_tasks_at_once_and_seeds_side_by_side_change_no_number(metas):
   metas, keys = metas
   with jax.enable_x64(True):
-    together = jax.device_get(jax.jit(jax.vmap(meta_step(tasks_at_once=2)))(metas, keys))  # Two tasks, and then one.
+    together = jax.device_get(
+      jax.jit(jax.vmap(meta_step(placement=ms.Placement(2))))(metas, keys)
+    )  # Two tasks, and then one.
     for i in range(2):
-      alone = meta_step(tasks_at_once=1)(of_run(metas, i), keys[i])
+      alone = meta_step(placement=ms.Placement(1))(of_run(metas, i), keys[i])
       assert_trees_close(of_run(together, i), alone, rtol=1e-5, atol=1e-8)
 
 
@@ -118,17 +125,17 @@ def test_the_options_of_the_update_are_handed_to_it(monkeypatch):
     return meta, rl.TrpoInfo(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
   monkeypatch.setattr('metasgd_jax.rl.meta_step.trpo_update', update)
-  options = dict(max_kl=0.3, cg_steps=3, damping=0.2, backtrack_ratio=0.4, max_backtracks=5)
-  step = functools.partial(rl.trpo_meta_step, inner=INNER, meta_batch=2, **options)
+  config = rl.TrpoConfig(max_kl=0.3, cg_steps=3, damping=0.2, backtrack_ratio=0.4, max_backtracks=5)
+  step = functools.partial(rl.trpo_meta_step, inner=INNER, meta_batch=2, trpo=config)
   jax.eval_shape(step, jax.eval_shape(INNER.init, jax.random.key(0)), jax.random.key(0))
-  assert {name: given[name] for name in options} == options
+  assert given['config'] == config
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('build', [dict(alpha=0.1), dict(alpha_range=(0.1, 0.1))])
 def test_trpo_meta_iterations_raise_the_return_after_an_update(build):
   inner = rl.policy_gradient(aiming(), rl.gaussian(2, 1, hidden=(8,)), trajectories=10, **build)
-  step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=10, max_kl=0.05, damping=0.01)
+  step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=10, trpo=rl.TrpoConfig(max_kl=0.05, damping=0.01))
   meta = jax.jit(inner.init)(jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), 30)
   trained, info = jax.device_get(jax.jit(lambda meta, keys: jax.lax.scan(step, meta, keys))(meta, keys))
@@ -148,7 +155,6 @@ def test_trpo_meta_iterations_raise_the_return_after_an_update(build):
   ('options', 'message'),
   [
     (dict(meta_batch=0), ['meta_batch', 'at least 1', '0']),
-    (dict(tasks_at_once=0), ['tasks_at_once', 'at least 1', '0']),
     (dict(meta_batch=2, curvature_tasks=3), ['curvature_tasks', 'meta_batch=2', '3']),
   ],
 )

@@ -189,7 +189,7 @@ def test_the_whole_step_by_dense_algebra(learned):
     if after > before and divergence <= 0.05:
       break
   # As many steps as there are unknowns give the solution itself.
-  found, info = update(meta, seen, damping=0.1, cg_steps=200, cg_tolerance=1e-26, max_kl=0.05)
+  found, info = update(meta, seen, config=rl.TrpoConfig(damping=0.1, cg_steps=200, cg_tolerance=1e-26, max_kl=0.05))
   assert_trees_close(found, candidate, rtol=1e-6, atol=1e-8)
   np.testing.assert_allclose(info.step, 0.8**i, rtol=1e-12)
   np.testing.assert_allclose(info.improvement, after - before, rtol=1e-6)
@@ -376,4 +376,11 @@ def test_single_precision_keeps_its_dtypes():
 )
 def test_bad_options(options, message):
   with pytest.raises(ValueError, match=saying(*message)):
-    rl.trpo_update(None, distributions=None, surrogate=None, kl=None, **options)
+    rl.TrpoConfig(**options)
+
+
+def test_numbers_of_numpy_make_an_equal_configuration():
+  ours = rl.TrpoConfig(max_kl=0.5, cg_steps=3)
+  theirs = rl.TrpoConfig(max_kl=np.array(0.5), cg_steps=np.int64(3))
+  assert theirs == ours
+  assert hash(theirs) == hash(ours)

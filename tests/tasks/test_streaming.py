@@ -1,5 +1,7 @@
 """Banks that stay on the host: the same episodes, to the bit, a chunk's images at a time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,7 @@ def trained(tasks, meta_iterations=7, keys=None, learner=LEARNER, **options):
 )
 def test_training_on_a_stream_is_training_on_the_bank(runs, mesh):
   keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
-  options = dict(mesh=ms.sharding.task_mesh(2)) if mesh else {}
+  options = dict(placement=ms.Placement(mesh=ms.sharding.task_mesh(2))) if mesh else {}
   resident, streamed = (trained(tasks, keys=keys, **options) for tasks in (RESIDENT, STREAM))
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
@@ -63,11 +65,11 @@ def test_a_stream_goes_on_where_training_stopped():
 
 
 @pytest.mark.parametrize('mesh', [pytest.param(None, marks=pytest.mark.slow), ms.sharding.task_mesh(2)])
-def test_testing_on_a_stream_is_testing_on_the_bank(mesh, monkeypatch):
-  monkeypatch.setattr('metasgd_jax.outer.evaluation.SENT_AT_ONCE', 4)
+def test_testing_on_a_stream_is_testing_on_the_bank(mesh):
   meta = trained(RESIDENT, meta_iterations=1).meta
-  options = dict(metric_fn=ms.losses.cross_entropy, num_tasks=12, repeats=2, mapping=2, mesh=mesh)
-  values = [ms.evaluate(LEARNER, meta, tasks, jax.random.key(5), **options) for tasks in (RESIDENT, STREAM)]
+  in_parts = dataclasses.replace(STREAM, sent_at_once=4)
+  options = dict(metric_fn=ms.losses.cross_entropy, num_tasks=12, repeats=2, placement=ms.Placement(2, mesh))
+  values = [ms.evaluate(LEARNER, meta, tasks, jax.random.key(5), **options) for tasks in (RESIDENT, in_parts)]
   assert values[0].shape == (12, 2, 2)
   np.testing.assert_allclose(values[1], values[0], rtol=1e-6)
 
@@ -78,7 +80,7 @@ def test_joint_training_on_a_stream_is_joint_training_on_the_bank():
   sent = ms.tasks.stream(bank, ms.tasks.class_indices(bank, batch=9)).send(*keys)
   whole = ms.tasks.all_classes(bank, batch=9)
   draw = jax.jit(lambda tasks, keys: tasks.episode(tasks.sample(keys[0, 2]), keys[1, 2]))
-  a, b = (draw(tasks.as_arguments(), keys) for tasks in (sent, whole))
+  a, b = (draw(tasks, keys) for tasks in (sent, whole))
   assert np.array_equal(a.query.x, b.query.x)
   assert np.array_equal(a.query.y, b.query.y)
 
@@ -92,7 +94,7 @@ def test_only_what_a_chunk_shows_is_sent():
   assert largest == 4 * WAY * (SHOT + QUERY) * 16 * 16
   whole = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
   draw = jax.jit(lambda tasks, keys: tasks.episode(tasks.sample(keys[0, 1]), keys[1, 1]))
-  episode, expected = (draw(tasks.as_arguments(), keys) for tasks in (sent, whole))
+  episode, expected = (draw(tasks, keys) for tasks in (sent, whole))
   assert np.array_equal(episode.query.x, expected.query.x)
   assert np.array_equal(episode.support.y, expected.support.y)
 
@@ -101,7 +103,7 @@ def test_an_image_that_was_not_sent_is_nan():
   tasks = stream(random_bank(classes=200))
   sent = tasks.send(*jax.random.split(jax.random.key(0), (2, 1)))
   draw = jax.jit(lambda tasks, *keys: tasks.episode(tasks.sample(keys[0]), keys[1]))
-  other = draw(sent.as_arguments(), jax.random.key(8), jax.random.key(9))
+  other = draw(sent, jax.random.key(8), jax.random.key(9))
   assert np.isnan(other.query.x).any()
 
 
@@ -201,7 +203,7 @@ class TestAugmentation:
     resident = ms.tasks.few_shot(bank, way=WAY, shot=SHOT, query=QUERY)
     whole, streamed = (ms.tasks.augmented(tasks, ms.tasks.augmentation.flip) for tasks in (resident, stream(bank)))
     draw = jax.jit(lambda tasks, keys: jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1]))
-    a, b, plain = (draw(t.as_arguments(), keys) for t in (whole, streamed.send(*keys), resident))
+    a, b, plain = (draw(t, keys) for t in (whole, streamed.send(*keys), resident))
     for x, y, unchanged in zip(*map(jax.tree.leaves, (a, b, plain)), strict=True):
       assert np.array_equal(x, y)
       assert np.array_equal(x, unchanged) == (x.ndim == 2)  # The labels are, and the images are not.

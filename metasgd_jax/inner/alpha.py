@@ -1,0 +1,192 @@
+"""α, the learned rates of the inner loop: how α starts, and how a prefix of θ's structure covers all of θ."""
+
+import math
+from typing import Any, Literal, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from metasgd_jax.tree import named
+from metasgd_jax.types import Adapts, PyTree
+
+Per = Literal['entry', 'leaf', 'layer', 'all']
+"""The part of θ that shares one rate: an entry of an array, a leaf, a child of θ's root, or all of θ."""
+
+
+def init_alpha(
+  key: chex.PRNGKey,
+  theta: PyTree,
+  *,
+  low: float = 0.005,
+  high: float = 0.1,
+  per: Per = 'entry',
+  steps: int | None = None,
+  adapts: Adapts | None = None,
+) -> PyTree:
+  """Returns the initial α. Every entry is the same number, drawn once from U[low, high].
+
+  The default range is the one that the paper uses for regression (Li et al. 2017, section 4.1). If `low == high`, α is
+  that constant.
+
+  Args:
+    key: Random key, consumed.
+    theta: The parameters θ that α is for.
+    low: Lower end of the range.
+    high: Upper end of the range.
+    per: What has its own rate: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ together.
+    steps: Number of inner steps, if every inner step has its own rates. Each leaf of α then has shape `[steps, …]`.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts. A leaf that does not adapt has the rate
+      `None`. By default all leaves adapt.
+
+  Raises:
+    ValueError: if `low > high`, if a bound is not finite, or if `per` is unknown.
+
+  Example:
+    >>> theta = {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}
+    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5)['b']
+    Array([0.5, 0.5, 0.5], dtype=float32)
+    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5, per='leaf', adapts=lambda name: name == 'w')
+    {'b': None, 'w': Array(0.5, dtype=float32)}
+  """
+  check_alpha_range(low, high)
+  if per not in get_args(Per):
+    raise ValueError(f'per must be one of {get_args(Per)}, got {per!r}')
+  value = jax.random.uniform(key, (), jnp.float32, low, high)
+  front = () if steps is None else (steps,)
+  if per == 'all':
+    return jnp.full(front, value)
+  adapting = which_adapt(theta, adapts)
+
+  def for_layer(layer, _):
+    return jnp.full(front, value) if any(jax.tree.leaves(layer)) else None
+
+  def for_leaf(leaf, adapts):
+    shape = front if per == 'leaf' else front + jnp.shape(leaf)
+    return jnp.full(shape, value, jnp.result_type(leaf)) if adapts else None
+
+  if per == 'layer':
+    return jax.tree.map(for_layer, adapting, theta, is_leaf=lambda node: node is not adapting)
+  return jax.tree.map(for_leaf, theta, adapting)
+
+
+def which_adapt(theta: PyTree, adapts: Adapts | None) -> PyTree:
+  """Returns a boolean for each leaf of θ: whether `adapts` is true of the leaf's name, or True without `adapts`."""
+  adapting = [adapts is None or bool(adapts(name)) for name, _ in named(theta)]
+  return jax.tree.unflatten(jax.tree.structure(theta), adapting)
+
+
+def broadcast_alpha(
+  alpha: PyTree,
+  theta: PyTree,
+  *,
+  adapts: Adapts | None = None,
+  steps: int | None = None,
+  masked: type | tuple[type, ...] = (),
+) -> PyTree:
+  """Broadcasts α, a prefix of θ's structure, to the full structure of θ.
+
+  Each leaf of the result is a scalar, an array of the shape of θ's leaf, or `None` for a leaf that does not adapt.
+  Paths are compared, not node types, so that α may be a dict where θ is a `FrozenDict`.
+
+  Args:
+    alpha: The rates.
+    theta: The parameters.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts; the rates of other leaves become `None`.
+    steps: Number of inner steps, if each leaf of α has shape `[steps, …]`.
+    masked: Node types that stand for a hidden part of θ, such as `optax.MaskedNode`. α may have anything there.
+
+  Raises:
+    ValueError: if α does not fit θ, naming the leaf; or as `check_theta`.
+  """
+  check_theta(theta)
+  rates = dict(tree_flatten_with_path(alpha, is_leaf=_is_none)[0])
+  rates = {path: rate for path, rate in rates.items() if path or rate is not None}  # A bare `None` is no rate for θ.
+  for path, rate in rates.items():
+    _check_rate(path, rate, steps)
+  leaves = tree_flatten_with_path(theta)[0]
+  owners = [next((path[:n] for n in range(len(path) + 1) if path[:n] in rates), None) for path, _ in leaves]
+  for path in rates.keys() - set(owners):
+    _check_unused(path, rates[path], theta, masked)
+  found = []
+  for owner, (path, leaf) in zip(owners, leaves, strict=True):
+    if owner is None:
+      raise ValueError(f'alpha has no entry for theta{keystr(path)}; give it one (None keeps a leaf as it is)')
+    _check_fits(owner, rates[owner], path, leaf, steps)
+    found.append(rates[owner])
+  if adapts is not None:
+    adapting = jax.tree.leaves(which_adapt(theta, adapts))
+    found = [rate if moves else None for rate, moves in zip(found, adapting, strict=True)]
+  return jax.tree.unflatten(jax.tree.structure(theta), found)
+
+
+def _is_none(node: Any) -> bool:
+  return node is None
+
+
+def _check_rate(path, rate, steps) -> None:
+  if rate is None:
+    return
+  dtype = dtype_of(rate)
+  if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+    raise ValueError(f'alpha{keystr(path)} must be a number, or an array of real numbers, got {rate!r:.80}')
+  if steps is not None and jnp.shape(rate)[:1] != (steps,):
+    raise ValueError(
+      f'alpha{keystr(path)} has shape {jnp.shape(rate)}, but each of {steps} steps has its own rates; '
+      f'put [{steps}] in front'
+    )
+
+
+def _check_fits(owner, rate, path, leaf, steps) -> None:
+  shape = () if rate is None else jnp.shape(rate)[0 if steps is None else 1 :]
+  if shape and (len(path) > len(owner) or shape != jnp.shape(leaf)):
+    raise ValueError(
+      f'alpha{keystr(owner)} has shape {shape} but theta{keystr(path)} has shape {jnp.shape(leaf)}; '
+      'give alpha the same shape, or a scalar'
+    )
+
+
+def _check_unused(path, rate, theta, masked) -> None:
+  """Raises ValueError for a rate with no leaf of θ, unless θ has a `None` or a masked node there."""
+  nodes = tree_flatten_with_path(theta, is_leaf=lambda node: node is None or isinstance(node, masked))[0]
+  empty = [at for at, node in nodes if node is None]
+  hidden = [at for at, node in nodes if masked and isinstance(node, masked)]
+  if rate is None and any(at[: len(path)] == path for at in empty):
+    return
+  if any(at[: len(path)] == path[: len(at)] for at in hidden):  # One is a prefix of the other.
+    return
+  raise ValueError(
+    f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
+  )
+
+
+def check_alpha_range(low: float, high: float) -> None:
+  """Raises ValueError unless −∞ < low ≤ high < ∞."""
+  if not -math.inf < low <= high < math.inf:
+    raise ValueError(f'alpha must start from a finite range low <= high, got low={low}, high={high}')
+
+
+def check_theta(theta: PyTree) -> None:
+  """Raises ValueError if a leaf of θ is not an array or not floating-point, naming the leaf."""
+  for path, leaf in tree_flatten_with_path(theta)[0]:
+    if (dtype := dtype_of(leaf)) is None:
+      raise ValueError(
+        f'theta{keystr(path)} is no array but {leaf!r:.80}; keep functions and settings out of theta, '
+        'as nn.from_equinox, nn.from_nnx and equinox.partition do'
+      )
+    if not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f'theta{keystr(path)} has dtype {dtype}; adapt differentiates theta, which must be '
+        'floating-point, so keep integers and flags out of it, and complex numbers as two real arrays'
+      )
+
+
+def dtype_of(leaf: Any) -> Any:
+  """Returns the dtype of an array or a number, and `None` for anything else."""
+  if isinstance(leaf, type | str):  # jnp.result_type takes np.float32, and 'float32', for a dtype.
+    return None
+  try:
+    return jnp.result_type(leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf))
+  except (TypeError, ValueError):
+    return None

@@ -1,0 +1,156 @@
+"""The loop of every inner update: θ is split into adapting and frozen leaves, and an update rule is repeated."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax.types import PyTree
+
+LossFn = Callable[[PyTree, Any], chex.Array]
+"""`(θ, batch) → scalar`, the support loss of one task."""
+
+Carry = Any
+
+
+class InnerProblem(NamedTuple):
+  """The support loss of one task as a function of the adapting leaves of θ.
+
+  Attributes:
+    adapting: θ with `None` in place of every frozen leaf.
+    loss: `adapting → scalar`.
+    merge: `adapting → θ`, with the frozen leaves put back.
+  """
+
+  adapting: PyTree
+  loss: Callable[[PyTree], chex.Array]
+  merge: Callable[[PyTree], PyTree]
+
+
+def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) -> InnerProblem:
+  """Splits θ into the leaves that adapt and the leaves that stay.
+
+  Args:
+    theta: The parameters, arrays of floating-point numbers.
+    adapts: For each leaf of θ, whether the leaf adapts.
+    batch: The support of the task.
+    loss_fn: The support loss.
+  """
+  adapting = jax.tree.map(lambda leaf, moves: leaf if moves else None, theta, adapts)
+
+  def merge(adapting):
+    return jax.tree.map(lambda leaf, moves, new: new if moves else leaf, theta, adapts, adapting)
+
+  def loss(adapting):
+    return scalar_loss(loss_fn, merge(adapting), batch)
+
+  return InnerProblem(adapting, loss, merge)
+
+
+def gradient_step(theta: PyTree, alpha: PyTree, grads: PyTree) -> PyTree:
+  """Returns θ − α ∘ g (Li et al. 2017, equation 2)."""
+  return jax.tree.map(lambda t, a, g: t - a * g, theta, alpha, grads)
+
+
+def repeat(
+  update: Callable[[Carry, Any], Carry], carry: Carry, steps: int, *, inputs: PyTree = None, arrays: Any
+) -> Carry:
+  """Returns the carry after `steps` updates.
+
+  A traced loop is a `jax.lax.scan`. Outside of a trace the updates run one after another, because the scan would be
+  compiled anew at every call.
+
+  Args:
+    update: `(carry, input of the step) → carry`.
+    carry: Carry before the first update.
+    steps: Number of updates, 0 or more.
+    inputs: Leaves `[steps, …]`; the input of every step is `None` if they are left out.
+    arrays: Everything that the update uses, to find out whether the loop is traced.
+  """
+  if steps == 1 and inputs is None:
+    return update(carry, None)
+  if not is_traced((carry, inputs, arrays)):
+    for t in range(steps):
+      carry = update(carry, _row(inputs, t))
+    return carry
+
+  def body(carry, x):
+    return update(carry, x), None
+
+  return jax.lax.scan(body, carry, inputs, length=int(steps))[0]
+
+
+def repeat_with_path(
+  update: Callable[[Carry, Any], Carry],
+  carry: Carry,
+  steps: int,
+  *,
+  inputs: PyTree = None,
+  arrays: Any,
+  parameters: Callable[[Carry], PyTree] = lambda carry: carry,
+) -> PyTree:
+  """Returns `parameters(carry)` after 0, 1, …, `steps` updates, stacked: leaves `[steps + 1, …]`; see `repeat`."""
+  first = parameters(carry)
+  if not is_traced((carry, inputs, arrays)):
+    path = [first]
+    for t in range(steps):
+      carry = update(carry, _row(inputs, t))
+      path.append(parameters(carry))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *path)
+
+  def body(carry, x):
+    carry = update(carry, x)
+    return carry, parameters(carry)
+
+  later = jax.lax.scan(body, carry, inputs, length=int(steps))[1]
+  return jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), first, later)
+
+
+def with_frozen(problem: InnerProblem, path: PyTree, steps: int) -> PyTree:
+  """Returns the path of θ for a path of its adapting leaves: frozen leaves are repeated `steps + 1` times."""
+  frozen = problem.merge(jax.tree.map(lambda _: None, problem.adapting))
+
+  def along_path(leaf, new):
+    return new if leaf is None else jnp.broadcast_to(leaf[None], (steps + 1, *leaf.shape))
+
+  return jax.tree.map(along_path, frozen, path, is_leaf=lambda node: node is None)
+
+
+def _row(inputs: PyTree, t: int) -> PyTree:
+  return jax.tree.map(lambda leaf: leaf[t], inputs)
+
+
+def is_traced(tree: PyTree) -> bool:
+  """Returns whether a leaf of the tree is a tracer: whether JAX is tracing a function of it."""
+  return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def scalar_loss(loss_fn: LossFn, theta: PyTree, batch: Any) -> chex.Array:
+  """Returns loss_fn(θ, batch).
+
+  Raises:
+    ValueError: if the loss is not a scalar, or not floating-point.
+  """
+  loss = loss_fn(theta, batch)
+  if not hasattr(loss, 'dtype') and not isinstance(loss, int | float | complex):
+    raise ValueError(
+      f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out, '
+      'and compute them where they are wanted, such as at the adapted theta'
+    )
+  if jnp.ndim(loss):
+    raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
+  if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    raise ValueError(
+      f'loss_fn must return a floating-point scalar, got dtype {jnp.result_type(loss)}, which has no gradient; '
+      'compute it without integers, and take the absolute value of a complex number'
+    )
+  return loss
+
+
+def check_steps(steps: int) -> None:
+  """Raises ValueError unless steps is an integer of at least 0."""
+  if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+    raise ValueError(f'steps must be an integer of at least 0, got {steps!r}')

@@ -1,0 +1,232 @@
+"""The training loop: many meta-iterations in one compiled program, several runs side by side, callbacks between."""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metasgd_jax.outer import fully_sharded, sharding
+from metasgd_jax.outer.placement import Placement
+from metasgd_jax.types import PyTree, TaskDistribution, Tasks, check_count
+
+Info = dict[str, chex.Array]
+
+
+class TrainState(NamedTuple):
+  """The state of meta-training. Meta-iteration i is a function of `(key, i)` and the state, so runs resume exactly.
+
+  Attributes:
+    step: Number of meta-iterations done, int32 `[]`, or `[R]` for R runs side by side. With R runs every other leaf has
+      the leading axis `[R]` too.
+    key: Random key of the run. It is never consumed, only folded with the step.
+    meta: Meta-parameters of the learner.
+    opt_state: State of the outer optimiser.
+
+  Example:
+    >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
+    >>> keys = jax.random.split(jax.random.key(0), 3)  # Three runs side by side.
+    >>> ms.init(keys, ms.tasks.sinusoid(), learner=learner, optimizer=optax.sgd(0.1)).step
+    Array([0, 0, 0], dtype=int32)
+  """
+
+  step: chex.Array
+  key: chex.PRNGKey
+  meta: PyTree
+  opt_state: optax.OptState
+
+
+class Progress(NamedTuple):
+  """The argument of a callback, which is called after each chunk of meta-iterations.
+
+  Attributes:
+    state: The train state.
+    step: Number of meta-iterations done.
+    total: Number of meta-iterations to do.
+    info: Values reported by the chunk: `{name: array [n]}`, or `[n, R]` for R runs.
+    seconds: Wall-clock seconds of this call's meta-iterations so far, without callbacks and compilation.
+    rate: Meta-iterations per second over those seconds.
+
+  Example:
+    >>> tasks, optimizer = ms.tasks.sinusoid(shot=5), optax.adam(1e-3)
+    >>> learner = ms.meta_sgd(ms.nn.from_linen(ms.nn.MLP((8,))), ms.losses.mean_squared_error)
+    >>> state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+    >>> seen = []  # A callback receives the Progress of each chunk.
+    >>> options = dict(meta_iterations=4, meta_batch=2, chunk=2, callbacks=[seen.append])
+    >>> state = ms.train(state, tasks, learner=learner, optimizer=optimizer, **options)
+    >>> [(progress.step, progress.info['loss'].shape) for progress in seen]
+    [(2, (2,)), (4, (2,))]
+  """
+
+  state: TrainState
+  step: int
+  total: int
+  info: dict[str, np.ndarray]
+  seconds: float
+  rate: float
+
+
+class MetaIteration(Protocol):
+  """One meta-iteration of one run. It is hashable, and equal meta-iterations share their compiled program."""
+
+  @property
+  def meta_batch(self) -> int:
+    """Number of tasks in the meta-batch."""
+
+  @property
+  def placement(self) -> Placement:
+    """How the tasks are placed on devices."""
+
+  @property
+  def in_turn(self) -> bool:
+    """Whether several runs are computed one after another, because one of them fills the device."""
+
+  def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
+    """Returns the next state, and scalars to report."""
+
+
+def run_loop(
+  state: TrainState,
+  tasks: Tasks,
+  iteration: MetaIteration,
+  *,
+  meta_iterations: int,
+  chunk: int,
+  callbacks: Sequence[Callable[[Progress], None]],
+) -> TrainState:
+  """Runs meta-iterations from `state` until `meta_iterations` are done, and returns the last state.
+
+  The loop stays on the device for `chunk` meta-iterations. It is compiled once: the length of a chunk is a run-time
+  number, so that the last, shorter chunk is the same program. The state is donated to the program, except for the
+  arrays of the caller and of the callbacks, which are copies.
+
+  Args:
+    state: State of one run or of R runs side by side.
+    tasks: Tasks to train on.
+    iteration: The meta-iteration.
+    meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
+    chunk: Number of meta-iterations between callbacks.
+    callbacks: Functions that are called in order after each chunk.
+
+  Raises:
+    ValueError: if a count is not an integer of at least 1, if the runs are at different steps, if the state is already
+      past `meta_iterations`, or if the devices cannot share the tasks or the state.
+  """
+  for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
+    check_count(name, value)
+  placement, chunk = iteration.placement, int(chunk)
+  placement.check(iteration.meta_batch)
+  done = _steps_done(state, meta_iterations, placement)
+  if done == meta_iterations:
+    return state
+  before, seconds, mesh = done, 0.0, placement.mesh
+  key = sharding.on_one(mesh, sharding.on_all(mesh, state.key))
+  state = jax.tree.map(jnp.copy, _placed(state, placement))
+  tasks = sharding.on_all(mesh, tasks)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    prepare = functools.partial(_prepare, tasks, key, iteration.meta_batch, chunk, mesh)
+    coming = thread.submit(prepare, done)
+    _run_chunk.lower(state, coming.result(), 0, iteration=iteration, chunk=chunk).compile()
+    while done < meta_iterations:
+      n = min(chunk, meta_iterations - done)
+      start = time.perf_counter()
+      ready = coming.result()
+      if done + n < meta_iterations:
+        coming = thread.submit(prepare, done + n)
+      state, info = jax.block_until_ready(_run_chunk(state, ready, n, iteration=iteration, chunk=chunk))
+      seconds += time.perf_counter() - start
+      done += n
+      if callbacks:
+        values = {name: np.asarray(value)[:n] for name, value in info.items()}
+        shown = jax.tree.map(jnp.copy, _returned(state, placement))
+        progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
+        for callback in callbacks:
+          callback(progress)
+  return _returned(state, placement)
+
+
+def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -> int:
+  """Returns the number of meta-iterations done, after the checks of the state."""
+  if placement.shard_meta and state.step.ndim:
+    raise ValueError(f'shard_meta is for one run, got {len(state.step)} side by side; train them one after the other')
+  if np.ptp(state.step):
+    raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
+  done = int(np.max(state.step))
+  if done > meta_iterations:
+    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
+  return done
+
+
+def _placed(state: TrainState, placement: Placement) -> TrainState:
+  if (shared := placement.state_mesh) is not None:
+    return fully_sharded.split(shared, state)
+  return sharding.on_all(placement.mesh, state)
+
+
+def _returned(state: TrainState, placement: Placement) -> TrainState:
+  return state if placement.shard_meta else sharding.on_one(placement.mesh, state)
+
+
+def _prepare(tasks: Tasks, key, meta_batch: int, chunk: int, mesh, step: int) -> TaskDistribution:
+  """Returns the tasks of `chunk` meta-iterations from `step`, with their data on the devices."""
+
+  def keys():
+    return _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
+
+  return sharding.on_all(mesh, tasks.prepare(keys))
+
+
+def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:
+  """Returns the keys of a meta-iteration, `[3, T]`: to sample each task, to draw its episode, and for the learner."""
+  return jax.random.split(jax.random.fold_in(key, step), (3, meta_batch))
+
+
+@functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
+def _chunk_keys(key, step, *, meta_batch, chunk):
+  """Returns the keys of all tasks and episodes of a chunk. Keys of R runs are put together: `[R·chunk·T]` each."""
+  of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
+  keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
+  return tuple(keys[:, :, i].ravel() for i in range(2))
+
+
+@functools.partial(jax.jit, static_argnames=('iteration', 'chunk'), donate_argnums=0)
+def _run_chunk(state, tasks, n, *, iteration: Any, chunk: int):
+  """Returns the state after n ≤ chunk meta-iterations, and their info with `chunk` rows, of which n are filled."""
+  step = _over_runs(lambda state: iteration(state, tasks), state, iteration.in_turn)
+  rows = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s)[1], state))
+
+  def body(i, carry):
+    state, infos = carry
+    state, info = step(state)
+    return state, jax.tree.map(lambda rows, v: jax.lax.dynamic_update_index_in_dim(rows, v, i, 0), infos, info)
+
+  state, info = jax.lax.fori_loop(0, n, body, (state, rows))
+  placement = iteration.placement
+  if placement.mesh is None:
+    return state, info
+  everywhere = NamedSharding(placement.mesh, PartitionSpec())
+  on_all = functools.partial(jax.lax.with_sharding_constraint, shardings=everywhere)
+  shared = placement.state_mesh
+  state = jax.tree.map(on_all, state) if shared is None else fully_sharded.constrained(shared, state)
+  return state, jax.tree.map(on_all, info)
+
+
+def _over_runs(step, state, in_turn: bool):
+  """Returns `step` for a state of one run or of R. A vmap over a single run would be three times slower on a CPU."""
+  if state.step.ndim == 0:
+    return step
+  if state.step.shape[0] > 1:
+    return functools.partial(jax.lax.map, step) if in_turn else jax.vmap(step)
+
+  def single(state):
+    out = step(jax.tree.map(lambda a: a[0], state))
+    return jax.tree.map(lambda a: a[None], out)
+
+  return single
