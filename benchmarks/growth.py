@@ -63,7 +63,7 @@ def measure(point: Point) -> tuple[float, float]:
   episodes = ours.draw(tasks, point.tasks)
   keys = jax.random.split(jax.random.key(0), point.tasks)
   meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], episodes))
-  gradient = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k, tasks_at_once=point.tasks_at_once))
+  gradient = jax.jit(lambda m, e, k: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=point.tasks_at_once))
   compiled = gradient.lower(meta, episodes, keys).compile()
   times: list[float] = []
   begun = time.perf_counter()

@@ -44,7 +44,7 @@ class Run:
     at_once = min(at_once, count) if isinstance(at_once, int) else at_once
     keys = jax.random.split(jax.random.key(2), count)
     f = sharding.share_tasks(
-      lambda meta, tasks: ms.value_and_grad(self.learner, meta, *tasks, tasks_at_once=at_once),
+      lambda meta, tasks: ms.mean_loss_and_grad(self.learner, meta, *tasks, tasks_at_once=at_once),
       self.placement.mesh,
       average=True,
     )

@@ -41,7 +41,7 @@ from experiments.reporting import test_keys
 from experiments.resuming import Keeping
 from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import files, provenance
-from metasgd_jax.outer.evaluation import estimate
+from metasgd_jax.outer.evaluation import confidence_interval
 
 MODEL_FACTS = (
   'dataset', 'split', 'split_seed', 'way', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate',
@@ -233,7 +233,7 @@ def _save_model(path, name: str, meta, results: list[reporting.Result], config: 
   filters, hidden = config.sizes
   accuracies = {}
   for result in results:
-    mean, ci95 = (100 * v for v in estimate(result.values[0, :, -1]))
+    mean, ci95 = (100 * v for v in confidence_interval(result.values[0, :, -1]))
     accuracies[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = f'{mean:.2f}% ± {ci95:.2f}'
   elsewhere = {
     'data_dir': 'DIR',

@@ -118,8 +118,8 @@ def build_model(config: Config) -> ms.Model:
   if config.adapts == 'all':
     return model
   if config.adapts == 'low_rank':
-    return ms.low_rank(ms.partly(model, head), config.rank, matrices)
-  return ms.partly(model, head if config.adapts == 'head' else norms)
+    return ms.low_rank(ms.adapt_only(model, head), config.rank, matrices)
+  return ms.adapt_only(model, head if config.adapts == 'head' else norms)
 
 
 def build_tasks(config: Config) -> tuple[few_shot_data.Tasks, few_shot_data.Tasks]:

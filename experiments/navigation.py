@@ -129,7 +129,7 @@ def build_inner(name: str, environment: rl.Environment, config: Config, steps: i
   return rl.policy_gradient(
     environment, rl.gaussian(environment.observation_size, environment.action_size),
     trajectories=config.trajectories, steps=steps or config.inner_steps, estimator=cast(Any, config.estimator),
-    advantage=dataclasses.replace(rl.MAML, discount=config.discount, decay=config.decay),
+    advantage=dataclasses.replace(rl.MAML_ADVANTAGES, discount=config.discount, decay=config.decay),
     rates=[1.0 if i < config.inner_steps else config.later_rate for i in range(steps or config.inner_steps)], **alpha,
   )  # fmt: skip
 
@@ -232,20 +232,20 @@ def _table(results: list[reporting.Result], config: Config) -> str:
   ]  # fmt: skip
   by_cell = {(r.about['start'], r.about['learner']): r for r in results}
   for (start, name), result in by_cell.items():
-    cells = [ms.estimate(result.values[..., n].mean(0)) for n in counts]
-    paper = ms.Estimate(*PAPER_TABLE[name, start])
+    cells = [ms.confidence_interval(result.values[..., n].mean(0)) for n in counts]
+    paper = ms.Interval(*PAPER_TABLE[name, start])
     lines.append(f'{start:<9}{NAMES[name]:<10}' + ''.join(f'{cell!s:<15}' for cell in cells) + str(paper))
   if config.seeds > 1:
     lines.append('95% interval of the mean over training runs:')
     for (start, name), result in by_cell.items():
-      spans = [f'±{ms.estimate(result.values[..., n].mean(1)).ci95:.2f}' for n in counts]
+      spans = [f'±{ms.confidence_interval(result.values[..., n].mean(1)).ci95:.2f}' for n in counts]
       lines.append(f'{start:<9}{NAMES[name]:<10}' + ''.join(f'{span:<15}' for span in spans))
   for start in STARTS:
     if {(start, name) for name in LEARNERS} <= set(by_cell):
       difference = by_cell[start, 'meta_sgd'].values - by_cell[start, 'maml'].values  # [R, tasks, updates]
       lines.append(f'Meta-SGD − MAML, {start} start, on the same tasks:')
       for n in counts:
-        over_tasks, over_runs = (ms.estimate(difference[..., n].mean(axis)) for axis in (0, 1))
+        over_tasks, over_runs = (ms.confidence_interval(difference[..., n].mean(axis)) for axis in (0, 1))
         more = f', ±{over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
         lines.append(f'         {n} updates {over_tasks} over tasks{more}')
   return '\n'.join(lines)

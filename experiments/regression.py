@@ -23,10 +23,10 @@ from experiments.resuming import Keeping
 from experiments.trainings import Training
 from metasgd_jax.io import files
 from metasgd_jax.outer import sharding
-from metasgd_jax.tasks.sinusoid import MAML, PAPER, sinusoid
+from metasgd_jax.tasks.sinusoid import MAML_SINUSOIDS, META_SGD_SINUSOIDS, sinusoid
 
 LEARNERS = ('meta_sgd', 'maml')
-DATASETS = {'sinusoids': PAPER, 'sinusoids_maml': MAML}
+DATASETS = {'sinusoids': META_SGD_SINUSOIDS, 'sinusoids_maml': MAML_SINUSOIDS}
 TEST_SHOTS = (5, 10, 20)
 
 PAPER_TABLE = {  # (learner, shots in training) → mean and half-width at 5, 10 and 20 shots; Li et al. 2017, Table 1.
@@ -184,7 +184,7 @@ def _table(results: list[reporting.Result], config: Config) -> str:
     for test_shot, paper in zip(TEST_SHOTS, papers.get((name, shot), (None,) * 3), strict=True):
       star = '*' if (shot, test_shot) in SECOND_HAND else ''
       line += f'{by_cell[name, shot, test_shot].estimate!s:<14}'
-      line += f'{f"{ms.Estimate(*paper)}{star}" if paper else "-":<14}'
+      line += f'{f"{ms.Interval(*paper)}{star}" if paper else "-":<14}'
     lines.append(line)
   if papers and any(shot in (10, 20) for _, shot in config.runs):
     lines.append('* second-hand: no quotation that names the paper was at hand')
@@ -199,8 +199,12 @@ def _table(results: list[reporting.Result], config: Config) -> str:
       for test_shot in TEST_SHOTS:
         maml, meta_sgd = (by_cell[n, shot, test_shot].values[..., -1] for n in ('maml', 'meta_sgd'))
         lines.append(
-          f'           {test_shot}-shot test {ms.estimate((maml - meta_sgd).mean(0))} over curves'
-          + (f', ±{ms.estimate((maml - meta_sgd).mean(1)).ci95:.2f} over training runs' if config.seeds > 1 else '')
+          f'           {test_shot}-shot test {ms.confidence_interval((maml - meta_sgd).mean(0))} over curves'
+          + (
+            f', ±{ms.confidence_interval((maml - meta_sgd).mean(1)).ci95:.2f} over training runs'
+            if config.seeds > 1
+            else ''
+          )
         )
   return '\n'.join(lines)
 

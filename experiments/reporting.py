@@ -14,7 +14,7 @@ from absl import logging
 
 from metasgd_jax.io import files, progress, provenance, writers
 from metasgd_jax.outer import bad_numbers
-from metasgd_jax.outer.evaluation import Estimate, estimate
+from metasgd_jax.outer.evaluation import Interval, confidence_interval
 from metasgd_jax.outer.training import Progress
 from metasgd_jax.types import PyTree
 
@@ -193,14 +193,14 @@ class Result:
   values: np.ndarray
 
   @property
-  def over_runs(self) -> Estimate:
+  def over_runs(self) -> Interval:
     """After the last step: the mean over runs of the mean over tasks, and its interval over runs."""
-    return estimate(self.values[..., -1].mean(1))
+    return confidence_interval(self.values[..., -1].mean(1))
 
   @property
-  def estimate(self) -> Estimate:
+  def estimate(self) -> Interval:
     """After the last step: the mean over tasks of the mean over runs, and its interval over tasks."""
-    return estimate(self.values[..., -1].mean(0))
+    return confidence_interval(self.values[..., -1].mean(0))
 
   def row(self, directory: pathlib.Path, about_run: dict[str, Any]) -> dict[str, Any]:
     """Writes the values to a file of their own; returns the row for results.json."""

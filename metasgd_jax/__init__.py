@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from metasgd_jax import losses, rl, tasks
 from metasgd_jax.inner.adaptation import adapt, adapt_path
 from metasgd_jax.inner.alpha import init_alpha
-from metasgd_jax.inner.optimizer import adapt_with, adapt_with_path, scale_by_alpha
-from metasgd_jax.inner.parts import low_rank, partly
+from metasgd_jax.inner.optimizer import adapt_path_with_optimizer, adapt_with_optimizer, scale_by_alpha
+from metasgd_jax.inner.parts import adapt_only, low_rank
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.evaluation import Estimate, estimate, evaluate
+from metasgd_jax.outer.evaluation import Interval, confidence_interval, evaluate
 from metasgd_jax.outer.loop import Progress, TrainState
 from metasgd_jax.outer.memory import MemoryPlan, plan_memory
-from metasgd_jax.outer.objective import mean_loss, value_and_grad
+from metasgd_jax.outer.objective import mean_loss, mean_loss_and_grad
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.outer.training import init, train, train_step
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDistribution, TaskStream
@@ -64,10 +64,10 @@ def __dir__() -> list[str]:
 __all__ = [
   'Batch',
   'Episode',
-  'Estimate',
   'Exported',
   'FewShotClassifier',
   'FewShotModel',
+  'Interval',
   'Learner',
   'MemoryPlan',
   'MetaParams',
@@ -80,12 +80,13 @@ __all__ = [
   'TrainState',
   '__version__',
   'adapt',
+  'adapt_only',
   'adapt_path',
-  'adapt_with',
-  'adapt_with_path',
+  'adapt_path_with_optimizer',
+  'adapt_with_optimizer',
   'checkpoint',
+  'confidence_interval',
   'datasets',
-  'estimate',
   'evaluate',
   'export_learner',
   'export_model',
@@ -99,9 +100,9 @@ __all__ = [
   'low_rank',
   'maml',
   'mean_loss',
+  'mean_loss_and_grad',
   'meta_sgd',
   'nn',
-  'partly',
   'plan_memory',
   'plotting',
   'rl',
@@ -111,5 +112,4 @@ __all__ = [
   'tasks',
   'train',
   'train_step',
-  'value_and_grad',
 ]

@@ -79,7 +79,7 @@ class Model(NamedTuple):
       depends on the other items of x.
     statistics: `(θ, x [B, …]) →` batch norm's means and variances over x, a pytree; `None` for a network without.
     adapts: which leaves of θ an inner loop moves, by their names; all of them where it is `None`. The rest is
-      meta-learned and shared by all tasks; see `partly` and `low_rank`.
+      meta-learned and shared by all tasks; see `adapt_only` and `low_rank`.
 
   Example:
     >>> model = ms.Model(

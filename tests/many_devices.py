@@ -53,7 +53,7 @@ def computed(kind, dtype, mesh):
   learner, tasks, state = problem(kind, dtype)
   keys = jax.random.split(jax.random.key(1), (3, TASKS))
   episodes = jax.jit(lambda: jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1]))()
-  shared = ms.sharding.share_tasks(lambda meta, tasks: ms.value_and_grad(learner, meta, *tasks), mesh, average=True)
+  shared = ms.sharding.share_tasks(lambda meta, tasks: ms.mean_loss_and_grad(learner, meta, *tasks), mesh, average=True)
   gradient = jax.jit(shared)(state.meta, (episodes, keys[2]))
   values = ms.evaluate(
     learner, state.meta, tasks, jax.random.key(2), metric_fn=ms.losses.mean_squared_error, num_tasks=TASKS, repeats=2,

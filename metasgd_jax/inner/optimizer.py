@@ -44,7 +44,8 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     >>> print(updates['w'].round(3))
     [-0.3 -0.4]
 
-  In such a chain `optax.clip_by_global_norm` takes a root of the gradient: see `adapt_with` on a gradient of zero.
+  In such a chain `optax.clip_by_global_norm` takes a root of the gradient: see `adapt_with_optimizer` on gradients of
+  zero.
   """
 
   def init(params):
@@ -61,7 +62,7 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def adapt_with(
+def adapt_with_optimizer(
   theta: PyTree,
   hyper: PyTree,
   batch: Any,
@@ -110,7 +111,7 @@ def adapt_with(
     >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])
     >>> loss = lambda theta, batch: (theta - batch) ** 2
     >>> learned = {'rate': 0.25, 'momentum': 0.5}
-    >>> print(ms.adapt_with(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer=momentum, steps=2))
+    >>> print(ms.adapt_with_optimizer(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer=momentum, steps=2))
     1.0
   """
   inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)
@@ -118,7 +119,7 @@ def adapt_with(
   return inner.problem.merge(adapting)
 
 
-def adapt_with_path(
+def adapt_path_with_optimizer(
   theta: PyTree,
   hyper: PyTree,
   batch: Any,
@@ -131,10 +132,10 @@ def adapt_with_path(
 ) -> PyTree:
   """Returns θ after 0, 1, …, steps updates, stacked on a new leading axis `[steps + 1]`.
 
-  Entry −1 is what `adapt_with` returns, whose errors these are too.
+  Entry −1 is what `adapt_with_optimizer` returns, whose errors these are too.
 
   Args:
-    theta: as in `adapt_with`, and so are the others.
+    theta: as in `adapt_with_optimizer`, and so are the others.
     hyper: what is meta-learned of the inner optimiser.
     batch: the task's support.
     loss_fn: `(θ, batch) → scalar`.
@@ -145,7 +146,7 @@ def adapt_with_path(
 
   Example:
     >>> loss = lambda theta, batch: (theta - batch) ** 2
-    >>> print(ms.adapt_with_path(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer=optax.sgd, steps=2))
+    >>> print(ms.adapt_path_with_optimizer(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer=optax.sgd, steps=2))
     [0.   0.5  0.75]
   """
   inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)

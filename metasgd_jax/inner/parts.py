@@ -9,7 +9,7 @@ from metasgd_jax.tree import named
 from metasgd_jax.types import Adapts, Model, check_count
 
 
-def partly(model: Model, adapts: Adapts) -> Model:
+def adapt_only(model: Model, adapts: Adapts) -> Model:
   """Returns the model with an inner loop that moves the leaves of θ that `adapts` names, of those that it moved before.
 
   The rest is meta-learned as ever, but is the same for all tasks: it has no α, and no inner gradient. That of leaves
@@ -23,7 +23,7 @@ def partly(model: Model, adapts: Adapts) -> Model:
     ValueError: none of the leaves is chosen; it lists their names.
 
   Example:
-    >>> model = ms.partly(ms.nn.from_linen(ms.nn.MLP()), lambda name: name.startswith('Dense_2'))
+    >>> model = ms.adapt_only(ms.nn.from_linen(ms.nn.MLP()), lambda name: name.startswith('Dense_2'))
     >>> theta = model.init(jax.random.key(0), jnp.zeros((5, 1)))
     >>> alpha = ms.init_alpha(jax.random.key(1), theta, adapts=model.adapts)
     >>> alpha['Dense_0'], alpha['Dense_2']['kernel'].shape
@@ -47,7 +47,7 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   W = W₀ + A B with A `[n, r]` and B `[r, m]` (Hu et al. 2021, section 4.1, whose letters stand for the transposes and
   whose factor α / r is left to the rates). A starts as N(0, 1/n), B at zero. All three are meta-learned; of them A and
   B adapt. θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. A kernel of more axes than two is a
-  matrix of its last axis and all others. Leaves that the model says it `adapts`, by `partly`, go on to.
+  matrix of its last axis and all others. Leaves that the model says it `adapts`, by `adapt_only`, go on to.
 
   The inner gradient by A and B goes through that by W, so a step takes as many products as one of W itself; α, and
   what is kept of a step, have r (n + m) entries in place of n m.

@@ -10,7 +10,7 @@ import numpy as np
 
 from metasgd_jax.inner.alpha import which_adapt
 from metasgd_jax.inner.loop import check_steps
-from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_with, adapt_with_path
+from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, of_parameters
 from metasgd_jax.tree import named, strong
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
@@ -44,14 +44,14 @@ def inner_optimizer(
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the learner that adapts by `adapt_with`: Meta-SGD with another inner optimiser than α ∘ ∇L.
+  """Builds the learner that adapts by `adapt_with_optimizer`: Meta-SGD with another inner optimiser than α ∘ ∇L.
 
   `meta` is a `WithHyper(theta, hyper)`.
 
   Args:
     model: the network; where it says what `adapts`, the optimiser sees that part of θ, and `None` for the rest.
     loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
-    optimizer: `hyper → optax.GradientTransformation`; see `adapt_with` about roots and norms of gradients.
+    optimizer: `hyper → optax.GradientTransformation`; see `adapt_with_optimizer` about roots and norms of gradients.
     hyper: where it starts, a pytree of floats; or `(key, θ) → hyper`, for such as
       `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`, θ with `None` for what does not adapt.
       A callable that JAX sees numbers or arrays in, such as an Equinox module's parameters, is a pytree.
@@ -62,7 +62,7 @@ def inner_optimizer(
 
   Raises:
     ValueError: steps that are no count, a metric named 'loss', or inductive with a model that has no statistics. From
-      `init`: a leaf of hyper that is not floating-point. From the others: as `adapt_with`.
+      `init`: a leaf of hyper that is not floating-point. From the others: as `adapt_with_optimizer`.
 
   Example:
     >>> learner = ms.learners.inner_optimizer(
@@ -97,10 +97,10 @@ def inner_optimizer(
     return loss_fn(model.apply(theta, batch.x), batch.y)
 
   def adapt_(meta: WithHyper, support: Batch) -> PyTree:
-    return adapt_with(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
+    return adapt_with_optimizer(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
 
   def path(meta: WithHyper, support: Batch) -> PyTree:
-    return adapt_with_path(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
+    return adapt_path_with_optimizer(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
 
   return of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)
 

@@ -18,7 +18,8 @@ from metasgd_jax.types import Model
 def from_nnx(build: Callable[[Any], Any]) -> Model:
   """Returns an NNX module that has parameters only as a `Model`; θ is a dict of its parameters, nested as it is.
 
-  Names for `partly` are as the attributes': 'layers.0.kernel'. `nnx.merge(nnx.graphdef(module), θ)` is a module again.
+  Names for `adapt_only` are as the attributes': 'layers.0.kernel'. `nnx.merge(nnx.graphdef(module), θ)` is a module
+  again.
 
   Args:
     build: `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. It is called by `init`, and once
@@ -71,7 +72,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   """Returns an Equinox module without state as a `Model`; θ is the module with `None` for what is no parameter.
 
   Parameters are its floating-point JAX arrays. NumPy arrays, and JAX's of integers and flags, are constants, the same
-  for every key. `eqx.combine(θ, module)` is a module again. Names for `partly` are as the attributes':
+  for every key. `eqx.combine(θ, module)` is a module again. Names for `adapt_only` are as the attributes':
   'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` save such a θ; `io.files.write_params`, which takes
   flax's containers, does not.
 

@@ -17,7 +17,7 @@ AT_ONCE = 32
 """Largest number of tasks that are computed at the same time unless a number is asked for; it bounds the memory."""
 
 
-class Estimate(NamedTuple):
+class Interval(NamedTuple):
   """A mean and the half-width of its 95% confidence interval, in the units of the values.
 
   Attributes:
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
     ci95: the half-width; infinite for a single value.
 
   Example:
-    >>> print(ms.Estimate(mean=0.8412, ci95=0.0789))
+    >>> print(ms.Interval(mean=0.8412, ci95=0.0789))
     0.84±0.08
   """
 
@@ -146,7 +146,7 @@ def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, group, mesh):
   return sharding.share_tasks(of_tasks, mesh, average=False)((meta, tasks), keys)
 
 
-def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:
+def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
   """Returns the mean of n values `[n]` and its 95% interval, t_{0.975, n−1} · s / √n with Student's t.
 
   A single value has an infinite interval.
@@ -158,16 +158,16 @@ def estimate(values: np.ndarray | jnp.ndarray) -> Estimate:
     ValueError: values that are not one-dimensional, or none at all.
 
   Example:
-    >>> print(ms.estimate(np.array([1.0, 2.0, 3.0])))
+    >>> print(ms.confidence_interval(np.array([1.0, 2.0, 3.0])))
     2.00±2.48
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or values.size == 0:
-    raise ValueError(f'estimate takes one value a task, [n] with n >= 1, got shape {values.shape}')
+    raise ValueError(f'confidence_interval takes one value a task, [n] with n >= 1, got shape {values.shape}')
   n = values.size
   if n == 1:
-    return Estimate(float(values[0]), float('inf'))
+    return Interval(float(values[0]), float('inf'))
   from scipy.special import stdtrit  # scipy is imported where it is first used.
 
   quantile = stdtrit(n - 1, 0.975)
-  return Estimate(float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(n)))
+  return Interval(float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(n)))

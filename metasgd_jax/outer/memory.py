@@ -82,7 +82,7 @@ class MemoryPlan:
       return f'does NOT fit: {there}; tasks_at_once={self.fits_at_once} would'
     return (
       f'does NOT fit: {there}, and one task at a time would not either; take a smaller network or support, '
-      "adjoint='revolve' for many inner steps, or let a part of θ adapt (`partly`, `low_rank`)"
+      "adjoint='revolve' for many inner steps, or let a part of θ adapt (`adapt_only`, `low_rank`)"
     )
 
 

@@ -36,7 +36,7 @@ def mean_loss(
   return jnp.mean(losses), jax.tree.map(jnp.mean, info)
 
 
-def value_and_grad(
+def mean_loss_and_grad(
   learner: Learner,
   meta: PyTree,
   episodes: Episode,
@@ -62,7 +62,7 @@ def value_and_grad(
     >>> keys = jax.random.split(jax.random.key(0), 4)
     >>> episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)  # Leaves [T, …].
     >>> meta = learner.init(jax.random.key(1), jax.tree.map(lambda a: a[0], episodes))
-    >>> (loss, info), gradient = ms.value_and_grad(learner, meta, episodes, keys)
+    >>> (loss, info), gradient = ms.mean_loss_and_grad(learner, meta, episodes, keys)
     >>> jax.tree.structure(gradient) == jax.tree.structure(meta)
     True
   """

@@ -12,7 +12,7 @@ import optax
 
 from metasgd_jax.outer import fully_sharded, sharding
 from metasgd_jax.outer.loop import Info, Progress, TrainState, run_loop, step_keys
-from metasgd_jax.outer.objective import value_and_grad
+from metasgd_jax.outer.objective import mean_loss_and_grad
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.tree import strong
 from metasgd_jax.types import Episode, Learner, TaskDistribution, Tasks, TaskStream, check_count
@@ -128,7 +128,7 @@ def train_step(
     meta, tasks = shared
     sample_keys, episode_keys, adapt_keys = keys
     episodes = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(sample_keys), episode_keys)
-    return value_and_grad(learner, meta, episodes, adapt_keys, tasks_at_once=placement.tasks_at_once)
+    return mean_loss_and_grad(learner, meta, episodes, adapt_keys, tasks_at_once=placement.tasks_at_once)
 
   shared = placement.state_mesh
   if shared is not None:

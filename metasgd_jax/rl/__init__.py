@@ -1,7 +1,7 @@
 """Reinforcement learning: tasks are Markov decision processes, and adapting is a policy-gradient step."""
 
 from metasgd_jax.rl.advantages import (
-  MAML,
+  MAML_ADVANTAGES,
   AdvantageConfig,
   advantages,
   discounted_returns,
@@ -14,7 +14,7 @@ from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_ho
 from metasgd_jax.rl.learner import (
   Experience,
   PolicyGradient,
-  Rollouts,
+  RolloutRequest,
   mean_return,
   policy_gradient,
   policy_learner,
@@ -32,7 +32,7 @@ from metasgd_jax.rl.trpo import TrpoConfig, TrpoInfo, conjugate_gradient, fisher
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 
 __all__ = [
-  'MAML',
+  'MAML_ADVANTAGES',
   'AdvantageConfig',
   'Environment',
   'Experience',
@@ -42,7 +42,7 @@ __all__ = [
   'PendulumConfig',
   'Policy',
   'PolicyGradient',
-  'Rollouts',
+  'RolloutRequest',
   'Trajectories',
   'TrpoConfig',
   'TrpoInfo',

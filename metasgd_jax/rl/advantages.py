@@ -26,7 +26,7 @@ class AdvantageConfig:
 
   Example:
     >>> import dataclasses
-    >>> dataclasses.replace(ms.rl.MAML, decay=0.9).decay
+    >>> dataclasses.replace(ms.rl.MAML_ADVANTAGES, decay=0.9).decay
     0.9
   """
 
@@ -47,11 +47,11 @@ class AdvantageConfig:
       raise ValueError('bootstrap=True takes its value from the baseline, and baseline is False; set it')
 
 
-MAML = AdvantageConfig()
+MAML_ADVANTAGES = AdvantageConfig()
 """Finn et al. 2017, 2D navigation."""
 
 
-def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML) -> chex.Array:
+def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANTAGES) -> chex.Array:
   """Returns the advantages `[B, H]` of one task's trajectories, leaves `[B, …]`; zero after the end.
 
   The baseline is fitted to these trajectories' own discounted returns; then equation 16 of Schulman et al. 2016, and

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
+from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
 from metasgd_jax.rl.learner import Experience, PolicyGradient, explorer, policy_gradient
 from metasgd_jax.rl.navigation import check_horizon
 from metasgd_jax.rl.rollout import check_num
@@ -129,7 +129,7 @@ def policy_gradient_on_host(
   *,
   horizon: int,
   trajectories: int = 20,
-  advantage: AdvantageConfig = MAML,
+  advantage: AdvantageConfig = MAML_ADVANTAGES,
   act: Act = to_box,
   **options: Any,
 ) -> PolicyGradient:

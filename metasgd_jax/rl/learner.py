@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from metasgd_jax.inner.adaptation import adapt
 from metasgd_jax.inner.alpha import Per, broadcast_alpha, check_alpha_range, init_alpha
 from metasgd_jax.inner.loop import check_steps
-from metasgd_jax.rl.advantages import MAML, AdvantageConfig, advantages
+from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
 from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
@@ -25,13 +25,14 @@ differs from task to task where some end early.
 """
 
 
-class Rollouts(NamedTuple):
+class RolloutRequest(NamedTuple):
   """What `predict` of a policy's learner takes: the task to act in, and the key that it consumes there.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
     >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
-    >>> trajectories = ms.rl.policy_learner(inner).predict(meta.theta, ms.rl.Rollouts(task, key=jax.random.key(2)))
+    >>> request = ms.rl.RolloutRequest(task, key=jax.random.key(2))
+    >>> trajectories = ms.rl.policy_learner(inner).predict(meta.theta, request)
     >>> trajectories.rewards.shape  # [B, H]
     (3, 5)
   """
@@ -104,7 +105,7 @@ def policy_gradient(
   rates: Sequence[float] | None = None,
   first_order: bool = False,
   estimator: Estimator = 'dice',
-  advantage: AdvantageConfig = MAML,
+  advantage: AdvantageConfig = MAML_ADVANTAGES,
   mean_over: MeanOver = 'step',
 ) -> PolicyGradient:
   """Builds the inner loop: θ′ = θ − α ∘ ∇L(θ), L the surrogate's negative on trajectories of θ, `steps` times.
@@ -234,8 +235,8 @@ def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
 def policy_learner(inner: PolicyGradient) -> Learner:
   """Builds the `Learner` whose support is a task and whose query says where to act: for `train` and `evaluate`.
 
-  adapt: `inner.explore`'s last θ. predict: `(θ′, Rollouts) → Trajectories [B, …]`, so that a metric is a function of
-  what was done, such as `mean_return`. loss: the negative of TRPO's surrogate on the query's trajectories of θ′,
+  adapt: `inner.explore`'s last θ. predict: `(θ′, RolloutRequest) → Trajectories [B, …]`, so that a metric is a function
+  of what was done, such as `mean_return`. loss: the negative of TRPO's surrogate on the query's trajectories of θ′,
   whose gradient at the point goes up the return after adapting. It is the expected return's own with means over
   trajectories, neither discounted nor normalised, by DiCE, as the inner trajectories become many; otherwise tasks weigh
   by their advantages' deviation and their number of steps. Its value says nothing (it is zero where
@@ -266,7 +267,7 @@ def policy_learner(inner: PolicyGradient) -> Learner:
   def path(meta, task, key):
     return jax.tree.map(lambda *thetas: jnp.stack(thetas), *inner.explore(meta, task, key)[1])
 
-  def predict(theta, rollouts: Rollouts) -> Trajectories:
+  def predict(theta, rollouts: RolloutRequest) -> Trajectories:
     return inner.experience(theta, *rollouts).trajectories
 
   def loss(meta, episode: Episode, key):
@@ -281,21 +282,21 @@ def policy_learner(inner: PolicyGradient) -> Learner:
 
 
 def task_distribution(environment: Environment) -> TaskDistribution:
-  """Returns the environment's tasks as `train` and `evaluate` take them: support the task, query `Rollouts` in it.
+  """Returns the environment's tasks for `train` and `evaluate`: the support is the task, the query a `RolloutRequest`.
 
-  An episode is `Episode(task, Batch(Rollouts(task, key), task))`, so that a metric's second argument is the task.
+  An episode is `Episode(task, Batch(RolloutRequest(task, key), task))`, so that a metric's second argument is the task.
 
   Example:
     >>> tasks = ms.rl.task_distribution(ms.rl.navigation())
     >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
     >>> type(episode.support).__name__, type(episode.query.x).__name__
-    ('Navigation', 'Rollouts')
+    ('Navigation', 'RolloutRequest')
   """
   return TaskDistribution(environment.sample, _episode)
 
 
 def _episode(task, key) -> Episode:
-  return Episode(task, Batch(Rollouts(task, key), task))
+  return Episode(task, Batch(RolloutRequest(task, key), task))
 
 
 def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
@@ -336,5 +337,5 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
   adapt_key, judge_key = jax.random.split(key)
   path = learner.path(meta, task, adapt_key)
   keys = jax.random.split(judge_key, len(jax.tree.leaves(path)[0]))
-  act = lambda theta, key: learner.predict(theta, Rollouts(task, key))
+  act = lambda theta, key: learner.predict(theta, RolloutRequest(task, key))
   return undiscounted_return(jax.vmap(act)(path, keys))

@@ -40,11 +40,11 @@ class SinusoidConfig:
         raise ValueError(f'{field.name} must be a range low <= high, got ({low}, {high})')
 
 
-PAPER = SinusoidConfig()
+META_SGD_SINUSOIDS = SinusoidConfig()
 """Li et al. 2017, section 4.1. x's range is the paper's; the others are what its table fits (ω = 1 does not)."""
 
-MAML = SinusoidConfig(frequency=(1.0, 1.0))
-"""Finn et al. 2017, section 5.1: ω = 1. Errors are about half of `PAPER`'s."""
+MAML_SINUSOIDS = SinusoidConfig(frequency=(1.0, 1.0))
+"""Finn et al. 2017, section 5.1: ω = 1. Errors are about half of `META_SGD_SINUSOIDS`'s."""
 
 
 class Sinusoid(NamedTuple):
@@ -69,7 +69,7 @@ class Sinusoid(NamedTuple):
     return self.amplitude * jnp.sin(self.frequency * x + self.phase)
 
 
-def sinusoid(config: SinusoidConfig = PAPER, *, shot: int = 5, query: int = 10) -> TaskDistribution:
+def sinusoid(config: SinusoidConfig = META_SGD_SINUSOIDS, *, shot: int = 5, query: int = 10) -> TaskDistribution:
   """Builds the distribution; a task is a `Sinusoid`, its episode has x and y `[shot, 1]` and `[query, 1]`.
 
   Args:

@@ -389,7 +389,7 @@ def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, cap
   assert out.count('0 of 4 tasks are not finite') == 2
   state = plan[0].go(plan[0].start(), 5, ())
   report = bad_numbers.inspect_step(
-    reporting.one_run(state, 1), regression.sinusoid(regression.PAPER, shot=5, query=10),
+    reporting.one_run(state, 1), regression.sinusoid(regression.META_SGD_SINUSOIDS, shot=5, query=10),
     learner=regression.build_learner('maml', config), meta_batch=4,
   )  # fmt: skip
   assert f'task 2: loss {report.losses[2]:.6g}' in out

@@ -46,7 +46,8 @@ def cover(root: pathlib.Path, data: pathlib.Path) -> None:
   environment = os.environ | {'PYTHONPATH': str(HERE.parents[1]), 'COVERAGE_FILE': str(data / 'process')}
   tests = ['-m', 'pytest', '-q', '-p', 'tests.faults.contexts', '-n', '2', '--dist', 'loadfile']
   subprocess.run([sys.executable, '-m', 'coverage', 'run', config, *tests], cwd=root, env=environment, check=True)
-  combine = ['combine', config, '--keep', f'--data-file={data / "combined"}', str(data)]
+  written = [str(path) for path in sorted(data.glob('process.*'))]
+  combine = ['combine', config, '--keep', f'--data-file={data / "combined"}', *written]
   subprocess.run([sys.executable, '-m', 'coverage', *combine], cwd=root, check=True)
 
 

@@ -65,7 +65,7 @@ def test_several_tasks_side_by_side(network):
     found = []
     for adjoint in ('reverse', 'hvp', 'revolve'):
       learner = conv_learner(way=3, network=network, steps=4, adjoint=adjoint)
-      of = lambda meta, two, learner=learner: ms.value_and_grad(learner, meta, two, keys, tasks_at_once='all')
+      of = lambda meta, two, learner=learner: ms.mean_loss_and_grad(learner, meta, two, keys, tasks_at_once='all')
       found.append(jax.jit(of)(meta, two))
       found.append(jax.jit(lambda meta, of=of: of(meta, two))(meta))
   for other in found[1:]:

@@ -169,7 +169,7 @@ def measured(way, how):
     def by_model(common):
       learner = ms.meta_sgd(way.model, CROSS_ENTROPY)
       meta, back = jax.vjp(put, common)
-      (loss, _), grads = ms.value_and_grad(learner, meta, episodes, jax.random.split(jax.random.key(0), 2))
+      (loss, _), grads = ms.mean_loss_and_grad(learner, meta, episodes, jax.random.split(jax.random.key(0), 2))
       return loss, back(grads)[0]
 
     loss_fn = lambda theta, batch: CROSS_ENTROPY(way.bare(theta, batch.x), batch.y)
@@ -211,7 +211,7 @@ class TestFiveLibraries:
     model = WAYS[library]().model
     one = single()
     last = lambda name: name.lower().startswith(('dense', 'linear'))
-    learner = ms.meta_sgd(ms.partly(model, last), CROSS_ENTROPY)
+    learner = ms.meta_sgd(ms.adapt_only(model, last), CROSS_ENTROPY)
     start = jax.jit(jax.vmap(lambda seed: learner.init(jax.random.key(seed), one)))
     starts = jax.device_get(start(np.array([0, 0, 1])))
     first, again, other = (jax.tree.map(lambda a, i=i: a[i], starts) for i in range(3))

@@ -215,7 +215,7 @@ class TestMasks:
       masked = ms.meta_sgd(model, ms.losses.masked(loss), **options)
       meta = to_float64(jax.jit(masked.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], stacked)))
       keys = jax.random.split(jax.random.key(0), 2)
-      (value, _), grads = jax.jit(lambda m: ms.value_and_grad(masked, m, stacked, keys))(meta)
+      (value, _), grads = jax.jit(lambda m: ms.mean_loss_and_grad(masked, m, stacked, keys))(meta)
       plain = ms.meta_sgd(model, loss, **options)
       one_by_one = lambda m: sum(plain.loss(m, task, None)[0] for task in tasks) / 2
       expected, expected_grads = jax.jit(jax.value_and_grad(one_by_one))(meta)

@@ -57,7 +57,7 @@ def test_closed_form_on_quadratic_tasks(steps, mapping):
     meta = ms.MetaParams(jnp.asarray(theta), jnp.asarray(alpha))
     tasks = jax.tree.map(jnp.asarray, ms.Episode(ms.Batch(a, b), ms.Batch(c, d)))
     keys = jax.random.split(jax.random.key(0), len(b))
-    grads = jax.jit(lambda: ms.value_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)[1])()
+    grads = jax.jit(lambda: ms.mean_loss_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)[1])()
     assert grads.theta.dtype == jnp.float64
   expected = [closed_form(theta, alpha, *task, steps) for task in zip(a, b, c, d, strict=True)]
   np.testing.assert_allclose(grads.theta, np.mean([e[0] for e in expected], 0), rtol=1e-9, atol=1e-9)
@@ -133,7 +133,7 @@ def test_independent_numpy(steps):
     meta, tasks = to_float64(meta), to_float64(tasks)
     meta = meta._replace(alpha=jax.tree.map(lambda a: jnp.asarray(rng.uniform(-0.02, 0.05, a.shape)), meta.alpha))
     keys = jax.random.split(jax.random.key(0), 4)
-    grads = jax.jit(lambda: ms.value_and_grad(learner, meta, tasks, keys)[1])()
+    grads = jax.jit(lambda: ms.mean_loss_and_grad(learner, meta, tasks, keys)[1])()
   names = ['Dense_0', 'Dense_1', 'Dense_2']
   layers = lambda tree: [tuple(np.asarray(tree[n][leaf], np.float64) for leaf in ('kernel', 'bias')) for n in names]
   each = []
@@ -185,7 +185,7 @@ def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, opti
 
   @functools.partial(jax.jit, static_argnums=2)
   def grads(meta, tasks, mapping):
-    (loss, _), grads = ms.value_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)
+    (loss, _), grads = ms.mean_loss_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)
     return loss, grads
 
   with jax.default_matmul_precision('highest'):  # An accelerator's own default rounds products to fewer bits.
@@ -206,7 +206,7 @@ def test_sharding_the_tasks_changes_nothing():
   tasks = episodes(ms.tasks.few_shot(random_bank(), way=5, shot=1, query=2), 4)
   meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], jax.device_get(tasks)))
   keys = jax.random.split(jax.random.key(0), 4)
-  grads = jax.jit(lambda m, e, k: ms.value_and_grad(learner, m, e, k))
+  grads = jax.jit(lambda m, e, k: ms.mean_loss_and_grad(learner, m, e, k))
   mesh = jax.make_mesh((2,), ('tasks',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices('cpu')[:2])
   over_tasks = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('tasks'))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

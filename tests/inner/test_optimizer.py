@@ -55,7 +55,9 @@ def outer_gradient(adapt, meta, episode):
 
 
 def by(optimizer, **options):
-  return lambda theta, hyper, batch: ms.adapt_with(theta, hyper, batch, loss_fn=loss_fn, optimizer=optimizer, **options)
+  return lambda theta, hyper, batch: ms.adapt_with_optimizer(
+    theta, hyper, batch, loss_fn=loss_fn, optimizer=optimizer, **options
+  )
 
 
 def clip_without_nan(limit):
@@ -103,7 +105,9 @@ class TestScaleByAlpha:
         return jax.tree.map(lambda t, a, g: t - a * g / jnp.maximum(norm, 1.0), theta, alpha, grads)
 
       assert jax.jit(lambda theta: optax.tree.norm(jax.grad(steep)(theta, episode.support)))(theta) > 2
-      clipped = lambda theta, alpha, batch: ms.adapt_with(theta, alpha, batch, loss_fn=steep, optimizer=optimizer)
+      clipped = lambda theta, alpha, batch: ms.adapt_with_optimizer(
+        theta, alpha, batch, loss_fn=steep, optimizer=optimizer
+      )
       loss, grads = outer_gradient(clipped, (theta, alpha), episode)
       expected, expected_grads = outer_gradient(by_hand, (theta, alpha), episode)
       np.testing.assert_allclose(loss, expected, rtol=1e-12)
@@ -119,7 +123,7 @@ class TestScaleByAlpha:
 
     def slopes(clip):
       inner = lambda alpha: optax.chain(clip(1.0), ms.scale_by_alpha(alpha))
-      adapt = lambda meta: ms.adapt_with(*meta, batch(False), loss_fn=loss, optimizer=inner, steps=2)
+      adapt = lambda meta: ms.adapt_with_optimizer(*meta, batch(False), loss_fn=loss, optimizer=inner, steps=2)
       return jax.jit(jax.grad(lambda meta: loss(adapt(meta), batch(True))))(meta)
 
     assert all(np.isnan(slope).all() for slope in jax.tree.leaves(slopes(optax.clip_by_global_norm)))
@@ -236,7 +240,7 @@ class TestAdaptWith:
     def slope(eps_root):
       optimizer = lambda hyper: optax.adam(hyper['rate'], b2=hyper['b2'], eps_root=eps_root)
       options = dict(loss_fn=loss_fn, optimizer=optimizer, steps=2, first_order=first_order)
-      outer = lambda theta, hyper: loss_fn(ms.adapt_with(theta, hyper, 0.5, **options), 0.7)
+      outer = lambda theta, hyper: loss_fn(ms.adapt_with_optimizer(theta, hyper, 0.5, **options), 0.7)
       return jax.tree.leaves(jax.jit(jax.grad(outer, (0, 1)))(theta, {'rate': 0.1, 'b2': 0.99}))
 
     assert any(np.isnan(leaf).any() for leaf in slope(0.0))
@@ -247,7 +251,7 @@ class TestAdaptWith:
   def test_first_order_with_momentum_has_no_second_derivatives(self):
     """The Jacobian of θ′ by θ is one; that by μ is what the constant gradients say."""
     loss_fn = lambda t, _: jnp.sum(t**4)
-    adapt = lambda t, mu, order: ms.adapt_with(
+    adapt = lambda t, mu, order: ms.adapt_with_optimizer(
       t, mu, None, loss_fn=loss_fn, optimizer=lambda mu: optax.sgd(0.01, mu), steps=2, first_order=order
     )
     t = np.float32([1, 2])
@@ -262,8 +266,8 @@ class TestAdaptWith:
     options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=lambda rate: optax.adam(rate, eps_root=1e-8))
     path, each = jax.jit(
       lambda theta: (
-        ms.adapt_with_path(theta, 0.1, None, steps=3, **options),
-        [ms.adapt_with(theta, 0.1, None, steps=steps, **options) for steps in range(4)],
+        ms.adapt_path_with_optimizer(theta, 0.1, None, steps=3, **options),
+        [ms.adapt_with_optimizer(theta, 0.1, None, steps=steps, **options) for steps in range(4)],
       )
     )(theta)
     for at, adapted in zip(np.asarray(path['w']), each, strict=True):
@@ -274,14 +278,16 @@ class TestAdaptWith:
     """A rate that falls with the step: two tasks side by side each take 0.1 and then 0.05."""
     schedule = lambda rate: optax.sgd(lambda count: rate / (count + 1))
     loss_fn = lambda t, b: jnp.sum(b * t)
-    one = lambda b: ms.adapt_with(jnp.zeros(()), 0.1, b, loss_fn=loss_fn, optimizer=schedule, steps=2)
+    one = lambda b: ms.adapt_with_optimizer(jnp.zeros(()), 0.1, b, loss_fn=loss_fn, optimizer=schedule, steps=2)
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(np.float32([1, 2])), [-0.15, -0.3], rtol=1e-6)
 
   def test_what_asks_for_the_loss_gets_it(self):
     """Polyak's step (f − f*) / ‖g‖² on f = ½‖t − c‖² with f* = 0 halves the distance: by hand, and differentiable."""
     loss_fn = lambda t, c: 0.5 * jnp.sum((t - c) ** 2)
     polyak = lambda scale: optax.chain(optax.scale_by_polyak(max_learning_rate=10.0), optax.scale(-scale))
-    adapt = lambda scale: ms.adapt_with(jnp.ones(3), scale, jnp.zeros(3), loss_fn=loss_fn, optimizer=polyak, steps=2)
+    adapt = lambda scale: ms.adapt_with_optimizer(
+      jnp.ones(3), scale, jnp.zeros(3), loss_fn=loss_fn, optimizer=polyak, steps=2
+    )
     adapted, slope = jax.jit(lambda scale: (adapt(scale), jax.jacobian(adapt)(scale)))(1.0)
     np.testing.assert_allclose(adapted, np.full(3, 0.25), rtol=1e-6)
     np.testing.assert_allclose(slope, np.full(3, -0.5), rtol=1e-5)  # (1 − s/2)²
@@ -289,7 +295,7 @@ class TestAdaptWith:
   def test_a_line_search_adapts(self):
     loss_fn = lambda t, c: jnp.sum((t - c) ** 4)
     zeros, c = np.zeros(3, np.float32), np.arange(3, dtype=np.float32)
-    adapt = lambda t: ms.adapt_with(t, None, c, loss_fn=loss_fn, optimizer=lambda _: optax.lbfgs(), steps=12)
+    adapt = lambda t: ms.adapt_with_optimizer(t, None, c, loss_fn=loss_fn, optimizer=lambda _: optax.lbfgs(), steps=12)
     after, before = jax.jit(lambda t: (loss_fn(adapt(t), c), loss_fn(t, c)))(zeros)
     assert after < 1e-3 < before
 
@@ -298,7 +304,7 @@ class TestAdaptWith:
       theta = {'w': np.ones(2, np.float32)}
       optimizer = lambda b1: optax.adam(0.1, b1, eps_root=1e-8)
       options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=optimizer, steps=2)
-      adapted = jax.eval_shape(lambda *meta: ms.adapt_with(*meta, None, **options), theta, np.float64(0.9))
+      adapted = jax.eval_shape(lambda *meta: ms.adapt_with_optimizer(*meta, None, **options), theta, np.float64(0.9))
       assert adapted['w'].dtype == jnp.float32
 
   def test_a_part_adapts(self):
@@ -313,14 +319,16 @@ class TestAdaptWith:
       np.testing.assert_allclose(loss, expected, rtol=1e-13)
       assert_trees_close(grads, expected_grads, rtol=1e-10, atol=1e-13)
       options = dict(loss_fn=loss_fn, optimizer=optax.sgd, steps=2, adapts=head)
-      path = jax.jit(lambda theta: ms.adapt_with_path(theta, 0.1, episode.support, **options))(theta)
+      path = jax.jit(lambda theta: ms.adapt_path_with_optimizer(theta, 0.1, episode.support, **options))(theta)
       assert {leaf.shape[0] for leaf in jax.tree.leaves(path)} == {3}
       np.testing.assert_array_equal(path['Dense_0']['kernel'][2], theta['Dense_0']['kernel'])
 
 
 class TestMistakes:
   def adapt(self, optimizer, theta=None, loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), **options):
-    return ms.adapt_with(theta or {'w': jnp.ones(2)}, 0.1, None, loss_fn=loss_fn, optimizer=optimizer, **options)
+    return ms.adapt_with_optimizer(
+      theta or {'w': jnp.ones(2)}, 0.1, None, loss_fn=loss_fn, optimizer=optimizer, **options
+    )
 
   def test_an_optimiser_that_is_no_function(self):
     with pytest.raises(ValueError, match=saying('optimizer', 'a function', '→ optax.GradientTransformation', 'got')):
@@ -363,8 +371,8 @@ class TestLearner:
       start, expected_start = (jax.jit(made.init)(jax.random.key(1), one_episode()) for made in (learner, meta_sgd))
       assert_trees_close(ms.MetaParams(*start), expected_start, rtol=0, atol=0)
       meta = to_float64(start)
-      (loss, info), grads = jax.jit(lambda m: ms.value_and_grad(learner, m, some, keys))(meta)
-      of_meta_sgd = jax.jit(lambda m: ms.value_and_grad(meta_sgd, m, some, keys))
+      (loss, info), grads = jax.jit(lambda m: ms.mean_loss_and_grad(learner, m, some, keys))(meta)
+      of_meta_sgd = jax.jit(lambda m: ms.mean_loss_and_grad(meta_sgd, m, some, keys))
       (expected, expected_info), expected_grads = of_meta_sgd(ms.MetaParams(*meta))
       np.testing.assert_allclose(loss, expected, rtol=1e-12)
       assert_trees_close(info, expected_info)
@@ -411,7 +419,7 @@ class TestLearner:
     assert abs(float(state.meta.hyper['momentum']) - 0.5) > 0.01
     assert abs(float(state.meta.hyper['rate']) - 0.01) > 0.01
 
-  @pytest.mark.parametrize('change', [ms.partly, lambda model, where: ms.low_rank(model, 1, where)])
+  @pytest.mark.parametrize('change', [ms.adapt_only, lambda model, where: ms.low_rank(model, 1, where)])
   def test_of_models_of_which_a_part_adapts(self, change):
     model = change(NET, lambda name: name == 'Dense_1.kernel')
     learner = self.meta_sgd(model, MSE, steps=2)

@@ -70,7 +70,7 @@ class TestPartly:
   @pytest.mark.parametrize('adjoint', ['reverse', 'checkpoint', 'hvp', 'revolve'])
   @pytest.mark.parametrize('where', [LAST, lambda name: name.endswith('bias')], ids=['head', 'biases'])
   def test_is_the_whole_with_rates_of_zero_for_the_rest(self, where, adjoint):
-    part = ms.meta_sgd(ms.partly(NET, where), MSE, steps=3, adjoint=adjoint)
+    part = ms.meta_sgd(ms.adapt_only(NET, where), MSE, steps=3, adjoint=adjoint)
     meta = meta_of(part)
     with jax.enable_x64(True):
       one = to_float64(episode())
@@ -87,14 +87,14 @@ class TestPartly:
         assert_slopes_by_differences(lambda m: part.loss(m, one, None)[0], meta._replace(alpha=rates))
 
   def test_alpha_has_no_entry_for_the_rest_and_the_optimiser_no_state(self):
-    learner = ms.meta_sgd(ms.partly(NET, LAST), MSE)
+    learner = ms.meta_sgd(ms.adapt_only(NET, LAST), MSE)
     meta = jax.eval_shape(learner.init, jax.random.key(0), episode())
     assert meta.alpha['Dense_0'] == {'kernel': None, 'bias': None}
     entries = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert entries(meta.alpha) == entries(meta.theta['Dense_2'])
 
   def test_the_rest_is_the_same_after_adaptation_and_along_the_path(self):
-    learner = ms.meta_sgd(ms.partly(NET, LAST), MSE, steps=2)
+    learner = ms.meta_sgd(ms.adapt_only(NET, LAST), MSE, steps=2)
     one = episode()
     meta = meta_of(learner)
     both = jax.jit(lambda *of: (learner.adapt(*of, None), learner.path(*of, None)))
@@ -107,11 +107,11 @@ class TestPartly:
   @pytest.mark.parametrize('per', ['entry', 'leaf', 'layer', 'all'])
   @pytest.mark.parametrize('by_step', [False, True])
   def test_rates_of_any_kind(self, per, by_step):
-    learner = ms.meta_sgd(ms.partly(NET, LAST), MSE, steps=2, alpha_per=per, alpha_by_step=by_step)
+    learner = ms.meta_sgd(ms.adapt_only(NET, LAST), MSE, steps=2, alpha_per=per, alpha_by_step=by_step)
     one = episode()
     meta = jax.device_get(meta_of(learner))
     value = next(iter(jax.tree.leaves(meta.alpha))).ravel()[0]
-    same = ms.maml(ms.partly(NET, LAST), MSE, alpha=value, steps=2)
+    same = ms.maml(ms.adapt_only(NET, LAST), MSE, alpha=value, steps=2)
     both = jax.jit(lambda *of: (learner.adapt(*of, None), same.adapt(of[0]._replace(alpha=None), of[1], None)))
     adapted, expected = both(meta, one.support)
     assert_trees_close(adapted['Dense_1'], meta.theta['Dense_1'], rtol=0, atol=0)
@@ -128,16 +128,16 @@ class TestPartly:
       step = jax.jit(lambda meta: learner.adapt(meta, ms.Batch(x, x), None))
       return step.lower(meta).compile().cost_analysis()['flops']
 
-    head = ms.partly(wide, lambda name: name.startswith('Dense_3'))
+    head = ms.adapt_only(wide, lambda name: name.startswith('Dense_3'))
     assert flops(head) < 0.4 * flops(wide)  # A way forward is a third.
 
   def test_of_a_part_a_part(self):
-    model = ms.partly(ms.partly(NET, LAST), lambda name: name.endswith('bias'))
+    model = ms.adapt_only(ms.adapt_only(NET, LAST), lambda name: name.endswith('bias'))
     meta = jax.eval_shape(ms.meta_sgd(model, MSE).init, jax.random.key(0), episode())
     assert [a.shape for a in jax.tree.leaves(meta.alpha)] == [(1,)]
 
   def test_inductive_batch_norm(self):
-    model = ms.partly(ms.nn.from_linen(SmallConvNet(3)), lambda name: name.startswith('Dense'))
+    model = ms.adapt_only(ms.nn.from_linen(SmallConvNet(3)), lambda name: name.startswith('Dense'))
     learner = ms.meta_sgd(model, ms.losses.cross_entropy, inductive=True)
 
     @jax.jit
@@ -221,7 +221,7 @@ class TestLowRank:
     assert np.std(theta['factors']['Dense_0.kernel']['a']) * math.sqrt(64) == pytest.approx(1, rel=0.2)
 
   def test_keeps_what_adapts_already(self):
-    learner = ms.meta_sgd(ms.low_rank(ms.partly(NET, LAST), 1, lambda name: name == 'Dense_1.kernel'), MSE)
+    learner = ms.meta_sgd(ms.low_rank(ms.adapt_only(NET, LAST), 1, lambda name: name == 'Dense_1.kernel'), MSE)
     meta = jax.device_get(meta_of(learner))
     adapted = jax.device_get(jax.jit(lambda *of: learner.adapt(*of, None))(meta, episode().support))
     moved = jax.tree.map(lambda a, t: bool(np.any(a != t)), adapted, meta.theta)
@@ -245,7 +245,9 @@ class TestLowRank:
 class TestMistakes:
   def test_nothing_chosen(self):
     with pytest.raises(ValueError, match=saying('adapts', 'none of', 'Dense_0.bias', 'Dense_0.kernel')):
-      jax.eval_shape(ms.meta_sgd(ms.partly(NET, lambda name: name == 'head'), MSE).init, jax.random.key(0), episode())
+      jax.eval_shape(
+        ms.meta_sgd(ms.adapt_only(NET, lambda name: name == 'head'), MSE).init, jax.random.key(0), episode()
+      )
     with pytest.raises(ValueError, match=saying('where', 'none of: Dense_0.kernel,')):
       jax.eval_shape(ms.low_rank(NET, 1, lambda name: 'bias' in name).init, jax.random.key(0), np.ones((2, 1)))
 
@@ -259,7 +261,7 @@ class TestMistakes:
       jax.eval_shape(ms.low_rank(NET, 2, KERNELS).init, jax.random.key(0), np.ones((2, 1)))
 
   def test_learners_that_adapt_all(self):
-    part = ms.partly(NET, LAST)
+    part = ms.adapt_only(NET, LAST)
     for build in (lambda: ms.learners.meta_lstm(part, MSE), lambda: ms.learners.fine_tuning(part, classes=4, way=2)):
       with pytest.raises(ValueError, match=saying('adapts all of theta', 'meta_sgd', 'maml')):
         build()

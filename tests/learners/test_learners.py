@@ -332,7 +332,7 @@ def test_maml_is_meta_sgd_with_alpha_held():
     keys = jax.random.split(jax.random.key(0), 3)
     first = jax.tree.map(lambda a: a[0], batch)
     metas = [learner.init(jax.random.key(1), first) for learner in (meta_sgd, maml)]
-    return metas, [ms.value_and_grad(*of, batch, keys) for of in zip((meta_sgd, maml), metas, strict=True)]
+    return metas, [ms.mean_loss_and_grad(*of, batch, keys) for of in zip((meta_sgd, maml), metas, strict=True)]
 
   metas, (((loss, _), grads), ((held_loss, _), held_grads)) = jax.device_get(of_both(three_of(SINUSOIDS)))
   assert_trees_close(metas[0].theta, metas[1].theta)

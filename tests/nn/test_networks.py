@@ -120,7 +120,7 @@ class TestTransformer:
 
   def test_meta_gradient_by_differences(self):
     """Of an inner loop that moves norms and a low-rank change of attention."""
-    model = ms.partly(ms.nn.from_linen(ms.nn.Transformer(**SMALL | dict(depth=1))), lambda name: 'norm' in name)
+    model = ms.adapt_only(ms.nn.from_linen(ms.nn.Transformer(**SMALL | dict(depth=1))), lambda name: 'norm' in name)
     learner = ms.meta_sgd(ms.low_rank(model, 2, lambda name: 'query' in name), OF_SEQUENCES, steps=2)
     with jax.enable_x64(True):
       one = jax.device_get(episodes(markov_chains(CHAINS, shot=2, query=2), 1))

@@ -97,22 +97,22 @@ def test_counts_below_one(option, value):
 class TestEstimate:
   def test_equals_scipys_t_interval(self):
     values = np.random.default_rng(0).gamma(2.0, size=30)
-    mean, ci95 = ms.estimate(values)
+    mean, ci95 = ms.confidence_interval(values)
     low, high = scipy.stats.t.interval(0.95, 29, values.mean(), scipy.stats.sem(values))
     np.testing.assert_allclose([mean - ci95, mean + ci95], [low, high], rtol=1e-12)
 
   def test_covers_the_truth_95_times_in_100(self):
     draws = np.random.default_rng(0).normal(3.0, 2.0, (4000, 5))
-    estimates = [ms.estimate(d) for d in draws]
+    estimates = [ms.confidence_interval(d) for d in draws]
     assert abs(np.mean([abs(e.mean - 3.0) <= e.ci95 for e in estimates]) - 0.95) < 0.01
 
   def test_one_value_has_no_interval(self):
-    assert ms.estimate(np.array([2.0])) == (2.0, float('inf'))
+    assert ms.confidence_interval(np.array([2.0])) == (2.0, float('inf'))
 
   def test_jax_arrays_and_text(self):
-    assert str(ms.estimate(jnp.array([1.0, 2.0, 3.0]))) == '2.00±2.48'
+    assert str(ms.confidence_interval(jnp.array([1.0, 2.0, 3.0]))) == '2.00±2.48'
 
   @pytest.mark.parametrize('shape', [(0,), (3, 2), ()])
   def test_wrong_ranks(self, shape):
     with pytest.raises(ValueError, match=saying('one value a task', '[n]', f'got shape {shape}')):
-      ms.estimate(np.zeros(shape))
+      ms.confidence_interval(np.zeros(shape))

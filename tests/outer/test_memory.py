@@ -31,7 +31,7 @@ def test_parts_by_hand():
 
 
 def test_a_part_that_does_not_adapt_has_no_rates():
-  model = ms.partly(ms.nn.from_linen(ms.nn.MLP((32, 32))), lambda name: name.startswith('Dense_2'))
+  model = ms.adapt_only(ms.nn.from_linen(ms.nn.MLP((32, 32))), lambda name: name.startswith('Dense_2'))
   assert plan(learner=ms.meta_sgd(model, ms.losses.mean_squared_error)).parts['α'] == 4 * 33
 
 

@@ -31,7 +31,7 @@ def test_mappings_are_equal_and_equal_a_loop(kind, mappings, request):
   outs = jax.device_get([one(meta, task(i), keys[i]) for i in range(4)])
   looped = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *outs)
   for mapping in mappings:
-    got = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, tasks_at_once=mapping))(
+    got = jax.jit(lambda m, e, k, mapping=mapping: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=mapping))(
       meta, batch, keys
     )
     assert_trees_close(got, looped, rtol=1e-4, atol=1e-6)
@@ -49,7 +49,7 @@ def test_each_task_gets_its_own_key():
   batch = ms.Episode(np.zeros(4), np.zeros(4))
   draw = jax.jit(jax.random.uniform)
   expected = np.mean([float(draw(k)) for k in keys])
-  mapped = jax.jit(ms.value_and_grad, static_argnums=0, static_argnames='tasks_at_once')
+  mapped = jax.jit(ms.mean_loss_and_grad, static_argnums=0, static_argnames='tasks_at_once')
   for mapping in ('all', 1, 2):
     (value, _), grad = mapped(learner, np.float32(2.0), batch, keys, tasks_at_once=mapping)
     np.testing.assert_allclose([value, grad], [2 * expected, expected], rtol=1e-6)
@@ -58,7 +58,7 @@ def test_each_task_gets_its_own_key():
 @pytest.mark.parametrize('mapping', ['pmap', 0, -2, True, 1.5])
 def test_an_unknown_mapping(mapping):
   with pytest.raises(ValueError, match=saying('tasks_at_once', "'auto', 'all'", 'an integer', f'got {mapping!r}')):
-    ms.value_and_grad(sinusoid_learner(), None, None, None, tasks_at_once=mapping)
+    ms.mean_loss_and_grad(sinusoid_learner(), None, None, None, tasks_at_once=mapping)
 
 
 def shapes_of(learner, tasks, count):
@@ -75,7 +75,7 @@ def shapes_of(learner, tasks, count):
 def test_groups_that_do_not_come_out_even(group):
   learner, arguments = sinusoid_learner(), shapes_of(sinusoid_learner(), ms.tasks.sinusoid(), 4)
   with pytest.raises(ValueError, match=saying('4 tasks', 'groups of tasks_at_once', f'={group}')):
-    jax.eval_shape(lambda m, e, k: ms.value_and_grad(learner, m, e, k, tasks_at_once=group), *arguments)
+    jax.eval_shape(lambda m, e, k: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=group), *arguments)
 
 
 def test_auto_takes_large_networks_one_task_after_the_other():
@@ -90,6 +90,6 @@ def test_groups_bound_the_memory():
   arguments = shapes_of(learner, tasks, 8)
   memory = {}
   for mapping in (8, 2, 1):
-    f = jax.jit(lambda m, e, k, mapping=mapping: ms.value_and_grad(learner, m, e, k, tasks_at_once=mapping))
+    f = jax.jit(lambda m, e, k, mapping=mapping: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=mapping))
     memory[mapping] = f.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
   assert memory[8] > 2 * memory[2] > 2.5 * memory[1]

@@ -80,7 +80,7 @@ def test_each_device_adapts_to_its_own_tasks():
 
 def test_a_users_own_gradient_over_devices():
   learner, mesh = sinusoid_learner(hidden=(8,)), ms.sharding.task_mesh(4)
-  f = lambda meta, tasks: ms.value_and_grad(learner, meta, *tasks)
+  f = lambda meta, tasks: ms.mean_loss_and_grad(learner, meta, *tasks)
 
   @jax.jit
   def both(key):

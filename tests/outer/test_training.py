@@ -173,7 +173,7 @@ def test_strict_dtype_promotion_is_possible_around_optax():
   def first(key):
     episode = TASKS.episode(TASKS.sample(key), key)
     batch = jax.tree.map(lambda a: a[None], episode)
-    return ms.value_and_grad(LEARNER, LEARNER.init(key, episode), batch, key[None])
+    return ms.mean_loss_and_grad(LEARNER, LEARNER.init(key, episode), batch, key[None])
 
   with jax.numpy_dtype_promotion('strict'):
     (loss, _), grads = jax.eval_shape(first, jax.random.key(0))
@@ -278,7 +278,7 @@ def test_polyaks_step_is_of_the_meta_batchs_loss():
 def gradient_at(state, learner, meta_batch):
   keys = loop.step_keys(state.key, state.step, meta_batch)
   batch = jax.vmap(TASKS.episode)(jax.vmap(TASKS.sample)(keys[0]), keys[1])
-  return ms.value_and_grad(learner, state.meta, batch, keys[2])
+  return ms.mean_loss_and_grad(learner, state.meta, batch, keys[2])
 
 
 PAIR = lambda task, key: (ms.Batch(jnp.ones((5, 1)), jnp.ones((5, 1))),) * 2

@@ -35,7 +35,7 @@ def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
 
   def gradient(meta, keys):
     both = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)
-    return ms.value_and_grad(learner, meta, both, keys, tasks_at_once=1)[1]
+    return ms.mean_loss_and_grad(learner, meta, both, keys, tasks_at_once=1)[1]
 
   keys = jax.random.split(jax.random.key(0), 2)
   meta = jax.eval_shape(lambda key: learner.init(key, tasks.episode(tasks.sample(key), key)), keys[0])

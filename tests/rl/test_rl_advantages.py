@@ -157,7 +157,7 @@ def test_normalize_sees_valid_steps_alone():
 
 
 CONFIGS = {
-  "MAML's": rl.MAML,
+  "MAML's": rl.MAML_ADVANTAGES,
   'neither baseline nor normalised': rl.AdvantageConfig(discount=0.8, baseline=False, normalized=False),
   'short-sighted': rl.AdvantageConfig(discount=0.9, decay=0.5, normalized=False),
   'bootstrapped': rl.AdvantageConfig(discount=0.9, decay=0.7, bootstrap=True, normalized=False),

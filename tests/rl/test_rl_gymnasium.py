@@ -14,7 +14,7 @@ from problems import saying
 from metasgd_jax import adapt
 from metasgd_jax.rl.advantages import AdvantageConfig, advantages
 from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_host, to_box
-from metasgd_jax.rl.learner import Rollouts, policy_gradient, policy_learner
+from metasgd_jax.rl.learner import RolloutRequest, policy_gradient, policy_learner
 from metasgd_jax.rl.pendulum import pendulum
 from metasgd_jax.rl.policies import gaussian
 from metasgd_jax.rl.rollout import collect
@@ -156,7 +156,7 @@ def test_inner_loop_and_meta_gradient_are_those_of_the_device():
   on_device = policy_gradient(ENVIRONMENT, POLICY, **options)
   meta = jax.jit(on_device.init)(jax.random.key(4))
   close(jax.jit(on_host.init)(jax.random.key(4)), meta, 0, 0)
-  episode = Episode(task, Batch(Rollouts(task, act_key), task))
+  episode = Episode(task, Batch(RolloutRequest(task, act_key), task))
   of = lambda inner: jax.value_and_grad(policy_learner(inner).loss, has_aux=True)
   (_, found), grads = of(on_host)(meta, episode, key)
   (_, info), expected = jax.jit(of(on_device))(meta, episode, key)

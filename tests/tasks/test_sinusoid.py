@@ -4,14 +4,14 @@ import pytest
 from problems import episodes, saying
 
 from metasgd_jax.tasks import sinusoid
-from metasgd_jax.tasks.sinusoid import MAML, PAPER, SinusoidConfig
+from metasgd_jax.tasks.sinusoid import MAML_SINUSOIDS, META_SGD_SINUSOIDS, SinusoidConfig
 
 
 @pytest.mark.parametrize(
   ('config', 'ranges'),
   [
-    (PAPER, [(0.1, 5.0), (0.8, 1.2), (0.0, np.pi)]),
-    (MAML, [(0.1, 5.0), (1.0, 1.0), (0.0, np.pi)]),
+    (META_SGD_SINUSOIDS, [(0.1, 5.0), (0.8, 1.2), (0.0, np.pi)]),
+    (MAML_SINUSOIDS, [(0.1, 5.0), (1.0, 1.0), (0.0, np.pi)]),
   ],
 )
 def test_curves_are_uniform_in_the_papers_ranges(config, ranges):
