@@ -42,7 +42,7 @@ LINES: tuple[
   tuple[str, tuple[int, ...], dict[str, Any]], ...
 ] = (  # what is varied, its values, and what else is chosen
   ('tasks', (1, 2, 4, 8, 16, 32, 64, 128), {}),
-  ('tasks', (1, 4, 16, 64, 128), {'mapping': 'vmap'}),
+  ('tasks', (1, 4, 16, 64, 128), {'tasks_at_once': 'all'}),
   ('way', (2, 5, 10, 20), {}),
   ('shot', (1, 2, 5, 10), {}),
   ('steps', (1, 2, 4, 8, 16, 32), {}),

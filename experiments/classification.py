@@ -93,7 +93,7 @@ class Config:
   query: int = option(5, 'Query images of a class in training.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
   adjoint: str = option(
-    'reverse', "Of Meta-SGD and MAML: the outer gradient's way back; sparse for inner steps by the hundred.",
+    'reverse', "Of Meta-SGD and MAML: the outer gradient's way back; revolve for inner steps by the hundred.",
     choices=get_args(Adjoint),
   )  # fmt: skip
   alpha: float | None = option(

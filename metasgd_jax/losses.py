@@ -1,4 +1,4 @@
-"""Losses and metrics of outputs against targets, as scalars."""
+"""Losses and metrics: functions of outputs and targets that return a scalar."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ import optax
 
 
 def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
-  """Returns the mean of (outputs − targets)²; both `[B, …]`.
+  """Returns the mean of (outputs − targets)² over all entries. Both arrays have the same shape `[B, …]`.
 
   Raises:
-    ValueError: shapes that differ, which would be broadcast.
+    ValueError: if the shapes differ. Otherwise the arrays would be broadcast silently.
 
   Example:
     >>> print(ms.losses.mean_squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 0.0])))
@@ -21,16 +21,16 @@ def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
   """
   if jnp.shape(outputs) != jnp.shape(targets):
     raise ValueError(
-      f'outputs and targets must have one shape, got {jnp.shape(outputs)} and {jnp.shape(targets)}; reshape one'
+      f'outputs and targets must have one shape, got {jnp.shape(outputs)} and {jnp.shape(targets)}; reshape one of them'
     )
   return jnp.mean(optax.losses.squared_error(outputs, targets))
 
 
 def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-  """Returns the mean cross-entropy in nats; logits `[B, N]`, integer labels `[B]`, 0 to N − 1.
+  """Returns the mean cross-entropy in nats, for logits `[B, N]` and integer labels `[B]` from 0 to N − 1.
 
   Raises:
-    ValueError: other shapes, or labels that are not integers.
+    ValueError: if the shapes do not match, or if the labels are not integers.
 
   Example:
     >>> print(ms.losses.cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).round(3))  # ln 2
@@ -41,27 +41,31 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-  """Returns the share of items whose greatest logit is their label's; logits `[B, N]`, integer labels `[B]`.
+  """Returns the fraction of items whose label has the largest logit, for logits `[B, N]` and integer labels `[B]`.
 
   Raises:
-    ValueError: other shapes, or labels that are not integers.
+    ValueError: if the shapes do not match, or if the labels are not integers.
 
   Example:
     >>> print(ms.losses.accuracy(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([0, 0])))
     0.5
   """
   _check_labels(logits, labels)
-  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 has no 74/75.
+  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 is too coarse for 74/75.
   return jnp.mean((jnp.argmax(logits, -1) == labels).astype(wide))
 
 
 def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
-  """Returns a metric of sequences, that of all their tokens together: outputs `[B, L, N]`, targets `[B, L]`.
+  """Returns a metric of sequences, which applies `metric` to all tokens of a batch of sequences together.
 
-  Of sequences that are padded: `per_token(masked(metric))`, whose targets are `(y [B, L], mask [B, L])`.
+  The outputs have shape `[B, L, N]` and the targets `[B, L]`, for sequences of L tokens. For padded sequences use
+  `per_token(masked(metric))`, whose targets are `(y [B, L], mask [B, L])`.
 
-  Raises (from the metric made):
-    ValueError: targets that are not one for each token.
+  Args:
+    metric: Metric of outputs `[B, N]` and targets `[B]`, such as `cross_entropy`.
+
+  Raises (from the returned metric):
+    ValueError: if there is not one target per token.
 
   Example:
     >>> print(ms.losses.per_token(ms.losses.accuracy)(jnp.zeros((4, 7, 3)), jnp.zeros((4, 7), int)))
@@ -72,7 +76,8 @@ def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callabl
     shapes = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
     if len(shapes[0]) < 2 or shapes[1] != {shapes[0][:-1]}:
       raise ValueError(
-        f'targets must be one a token, {shapes[0][:-1]} for outputs {shapes[0]}, got {", ".join(map(str, shapes[1]))}'
+        f'targets must be one a token, of shape {shapes[0][:-1]} for outputs {shapes[0]}, '
+        f'got {", ".join(map(str, shapes[1]))}'
       )
     return metric(jnp.reshape(outputs, (-1, shapes[0][-1])), jax.tree.map(jnp.ravel, targets))
 
@@ -80,14 +85,18 @@ def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callabl
 
 
 def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
-  """Returns the metric's mean over the items that are there, of a padded batch: outputs `[B, …]`, targets (y, mask).
+  """Returns a metric of padded batches, which is the mean of `metric` over the real items of a batch.
 
-  y is `[B, …]`; mask `[B]` is true where there is an item: `Batch(x, (y, mask))`. The metric must be a mean over items,
-  as those of this file are. What stands in the padding has no influence, but on batch norm's statistics and provided
-  that outputs and y are finite there (zeros will do); with no item at all the mean is 0, and so is its gradient.
+  The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape
+  `[B, …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs and
+  in y (zeros suffice). The padding then has no influence on the result, but it does influence the statistics of batch
+  norm. For a batch without real items the mean is 0, and its gradient is 0 too.
 
-  Raises (from the metric made):
-    ValueError: targets that are no pair, or a mask that is not `[B]` of booleans.
+  Args:
+    metric: Metric that is a mean over items, such as the metrics of this module.
+
+  Raises (from the returned metric):
+    ValueError: if the targets are not a pair, or if the mask is not an array `[B]` of booleans.
 
   Example:
     >>> outputs, y, mask = jnp.array([1.0, 3.0, 0.0]), jnp.zeros(3), jnp.array([True, True, False])
@@ -101,11 +110,11 @@ def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[.
     y, mask = targets
     if jnp.shape(mask) != jnp.shape(outputs)[:1] or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
       raise ValueError(
-        f'mask must be booleans of shape {jnp.shape(outputs)[:1]}, one an item, '
+        f'mask must be booleans of shape {jnp.shape(outputs)[:1]}, one per item, '
         f'got {jnp.result_type(mask)} of shape {jnp.shape(mask)}'
       )
     values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
-    wide = jnp.promote_types(values.dtype, jnp.float32)  # As jnp.mean sums: a sum in float16 is soon infinite.
+    wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
     mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
     return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
@@ -117,4 +126,4 @@ def _check_labels(logits, labels):
   if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
     raise ValueError(f'logits must be [B, N] and labels [B], got {shapes[0]} and {shapes[1]}')
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-    raise ValueError(f'labels must be integers, 0 to N - 1, got {jnp.result_type(labels)}')
+    raise ValueError(f'labels must be integers from 0 to N - 1, got {jnp.result_type(labels)}')

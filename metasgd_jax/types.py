@@ -1,6 +1,6 @@
-"""The data that passes between the parts, and the letters used for its shapes.
+"""The data types that the modules share, and the letters that stand for sizes in shapes.
 
-Shape letters, the same in every docstring:
+Every docstring uses these letters:
   T tasks in a meta-batch    S support items of a task    Q query items of a task
   N ways (classes)           K shots (support items per class; for regression, S = K)
   C classes in a bank        I drawings (images) of a class
@@ -23,7 +23,7 @@ PyTree = Any
 Keys = tuple[chex.PRNGKey, chex.PRNGKey]
 
 Adapts = Callable[[str], bool]
-"""Whether a leaf of θ adapts, by its name, such as 'Dense_0.kernel'."""
+"""Function from the name of a leaf of θ, such as 'Dense_0.kernel', to whether the leaf adapts in the inner loop."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Episode(NamedTuple):
-  """One task's data: `support` to adapt on, `query` to be judged on.
+  """Data of one task: the `support`, to which a learner adapts, and the `query`, on which it is evaluated.
 
   Example:
     >>> episode = ms.Episode(ms.Batch(jnp.zeros(5), jnp.zeros(5)), ms.Batch(jnp.zeros(10), jnp.zeros(10)))
@@ -53,12 +53,12 @@ class Episode(NamedTuple):
 
 
 class MetaParams(NamedTuple):
-  """What Meta-SGD learns: θ, the initialisation, and α, a rate and direction for each of its entries.
+  """Meta-parameters of Meta-SGD: the initialisation θ, and the rates α, which scale and direct the update of θ.
 
   Attributes:
-    theta: any pytree of floating-point arrays.
-    alpha: a pytree of θ's structure or a prefix of it; `None` where α is held still and so not learned, and for a leaf
-      of θ that does not adapt.
+    theta: Initialisation θ, any pytree of floating-point arrays.
+    alpha: Rates, a pytree with θ's structure or a prefix of that structure. The entry of a leaf of θ that does not
+      adapt is `None`. If α is frozen and therefore not learned, `alpha` itself is `None`.
 
   Example:
     >>> meta = ms.MetaParams(theta={'w': jnp.ones(2)}, alpha={'w': jnp.full(2, 0.1)})
@@ -71,15 +71,16 @@ class MetaParams(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A network as two pure functions.
+  """A network as pure functions.
 
   Attributes:
-    init: `(key, x [B, …]) → θ`; consumes key.
-    apply: `(θ, x [B, …]) → outputs [B, …]`; where there are statistics also `(θ, x, statistics)`, with which no output
-      depends on the other items of x.
-    statistics: `(θ, x [B, …]) →` batch norm's means and variances over x, a pytree; `None` for a network without.
-    adapts: which leaves of θ an inner loop moves, by their names; all of them where it is `None`. The rest is
-      meta-learned and shared by all tasks; see `adapt_only` and `low_rank`.
+    init: Function `(key, x [B, …]) → θ`; consumes key.
+    apply: Function `(θ, x [B, …]) → outputs [B, …]`. If the model has `statistics`, it can also be called as `(θ, x,
+      statistics)`, and an output then does not depend on the other items of x.
+    statistics: Function `(θ, x [B, …]) → pytree`, which returns the means and variances of batch norm over x. It is
+      `None` for a network without batch norm.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts in an inner loop. If it is `None`, all
+      leaves adapt. The other leaves are meta-learned and shared by all tasks; see `adapt_only` and `low_rank`.
 
   Example:
     >>> model = ms.Model(
@@ -97,14 +98,16 @@ class Model(NamedTuple):
 
 
 class Learner(NamedTuple):
-  """A few-shot learner as pure functions of one task; callers batch them with `jax.vmap`.
+  """A few-shot learner as pure functions of one task. Callers batch the functions over tasks with `jax.vmap`.
 
   Attributes:
-    init: `(key, episode) → meta`, any pytree; the episode gives shapes only; consumes key.
-    adapt: `(meta, support, key) → adapted`; consumes key where the learner is stochastic.
-    path: `(meta, support, key) → adapted` after 0, 1, …, k steps, stacked on a leading axis `[k + 1]`.
-    predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
-    loss: `(meta, episode, key) → (scalar, info)`; what the outer optimiser lowers, and a dict of scalars.
+    init: Function `(key, episode) → meta`, which returns the initial meta-parameters, any pytree; consumes key. Only
+      the shapes of the episode are used.
+    adapt: Function `(meta, support, key) → adapted`; consumes key if the learner is stochastic.
+    path: Function `(meta, support, key) → adapted` after 0, 1, …, k inner steps, stacked on a leading axis `[k + 1]`.
+    predict: Function `(adapted, x [Q, …]) → outputs [Q, …]`.
+    loss: Function `(meta, episode, key) → (scalar, info)`. The outer optimiser minimises the scalar, and `info` is a
+      dict of scalars to report.
 
   Example:
     >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error)
@@ -122,7 +125,7 @@ class Learner(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['sample', 'episode'], meta_fields=['changes'])
 @dataclasses.dataclass(frozen=True)
 class TaskDistribution:
-  """Tasks as data, drawn on the device.
+  """Tasks that are drawn on the device.
 
   A task distribution is a pytree, so it can be an argument of a jitted function. Both functions are traced once inside
   jit: all randomness must come from the key, because a number drawn by NumPy would be a constant. If a function holds
@@ -130,8 +133,8 @@ class TaskDistribution:
   a closure they would be constants that are copied into the program.
 
   Attributes:
-    sample: `key → task`, a pytree; consumes key.
-    episode: `(task, key) → Episode`, the support and query of one draw from the task; consumes key.
+    sample: Function `key → task`, which returns any pytree; consumes key.
+    episode: Function `(task, key) → Episode`, which draws a support and a query of the task; consumes key.
     changes: The changes that `map_episode` has made.
 
   Example:
@@ -178,8 +181,9 @@ class TaskStream:
   """Tasks whose data stay on the host. The data are sent to the device for a chunk of meta-iterations at a time.
 
   Attributes:
-    send: `(sample keys [B], episode keys [B]) → TaskDistribution` that gives the tasks and episodes of these pairs of
-      keys, and of no others. `train` calls it in a separate thread, while the device works on the previous chunk.
+    send: Function `(sample keys [B], episode keys [B]) → TaskDistribution`. The distribution gives the tasks and
+      episodes of these pairs of keys, and of no other keys. `train` calls `send` in a separate thread, while the device
+      works on the previous chunk.
     sent_at_once: Number of tasks whose data `evaluate` sends at the same time.
     changes: The changes that `map_episode` has made.
 
@@ -209,7 +213,7 @@ class TaskStream:
     """Returns the stream whose distributions have `change(episode)` in place of `episode`.
 
     Args:
-      change: As in `TaskDistribution.map_episode`.
+      change: Function from an episode function to another one; see `TaskDistribution.map_episode`.
     """
 
     def send(*keys):
@@ -222,6 +226,6 @@ Tasks = TaskDistribution | TaskStream
 
 
 def check_count(name: str, value: int) -> None:
-  """Raises ValueError unless a value, called so, is an integer of at least 1."""
+  """Raises ValueError unless `value` is an integer of at least 1. The message calls the value `name`."""
   if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
     raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')

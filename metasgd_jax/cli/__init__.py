@@ -1,6 +1,6 @@
-"""The command `metasgd`: a trained model sorts pictures by a few examples, says what it is, or becomes one file.
+"""The command `metasgd`: it classifies images with a trained model, describes a model, or exports it to one file.
 
-What takes time to import is imported in the command that uses it.
+Modules that are slow to import are imported by the command that uses them.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from metasgd_jax.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns its exit code: 0, or 1 after a mistake, told in a sentence on standard error."""
+  """Runs the command line and returns its exit code: 0, or 1 after an error, which standard error reports."""
   args = parse(sys.argv[1:] if argv is None else argv)
   from metasgd_jax.datasets.messages import DatasetError
   from metasgd_jax.io.files import WriterError
 
-  for stream in (sys.stdout, sys.stderr):  # A file's name may hold what a terminal cannot show.
+  for stream in (sys.stdout, sys.stderr):  # A file name may have characters that a terminal cannot show.
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
   try:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the arguments; exits with code 2, naming what is nearest, where there is a mistake in them."""
+  """Returns the parsed arguments. If they are wrong, exits with code 2 and suggests the nearest known word."""
   parser_class: Any = functools.partial(_Parser, given=argv, allow_abbrev=False)
   parser = parser_class(
     prog='metasgd', description='Few-shot classification of pictures by a trained model, adapted in one step.'
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-  """An argparse parser whose errors name the command or flag that is nearest to one it does not know."""
+  """An argparse parser whose errors suggest the command, flag or choice that is nearest to an unknown one."""
 
   def __init__(self, *args, given: Sequence[str] = (), **kwargs):
     super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
     super().error(with_cut(message, self._given) + self._advice())
 
   def _advice(self) -> str:
-    """What was probably meant by the first word that is not known, or by the first value that is no choice."""
+    """Returns a suggestion for the first unknown word, or for the first value that is not among its flag's choices."""
     flags = self._option_string_actions
     commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
     known = [*flags, *(name for choices in commands for name in choices)]

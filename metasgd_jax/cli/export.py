@@ -10,7 +10,7 @@ PLATFORMS = 'cpu,cuda,tpu'
 
 
 def add(commands: Any) -> None:
-  """Adds the command to a parser's."""
+  """Adds this command to the subparsers `commands`."""
   parser = commands.add_parser(
     'export',
     help='write a model as one file that runs without this package',
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
-  """Reads the model and writes the file, checked; what it returns tells of it."""
+  """Reads the model, and writes and checks the file. Returns a function that prints a report about the file."""
   from metasgd_jax.datasets.messages import at_home
   from metasgd_jax.deploy import export
 

@@ -1,4 +1,4 @@
-"""`metasgd info`: says what a model is, or which ship with the package."""
+"""`metasgd info`: describes a model, or lists the models that ship with the package."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from metasgd_jax.cli.telling import how_many, load_model, say
 
 
 def add(commands: Any) -> None:
-  """Adds the command to a parser's."""
+  """Adds this command to the subparsers `commands`."""
   parser = commands.add_parser(
     'info', help='say what a model is', description='Says what a model is; without --model, which ship with metasgd.'
   )
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
-  """Reads the model; what it returns tells of it."""
+  """Reads the model. Returns a function that prints its description."""
   from metasgd_jax.deploy import model_file
 
   if args.model is not None:
@@ -37,7 +37,7 @@ _LEARNERS = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 
 
 def about(model: Any, size: int) -> list[str]:
-  """Returns the lines that tell of a model whose file has so many bytes."""
+  """Returns the lines that describe a model, whose file has `size` bytes."""
   import jax
 
   config, (theta, alpha) = model

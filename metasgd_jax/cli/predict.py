@@ -1,4 +1,4 @@
-"""`metasgd predict`: sorts a folder of pictures by a few examples."""
+"""`metasgd predict`: classifies a folder of images, given a few examples of each class."""
 
 import argparse
 import csv
@@ -16,7 +16,7 @@ from metasgd_jax.cli.telling import how_many, load_model, say
 
 
 def add(commands: Any) -> None:
-  """Adds the command to a parser's."""
+  """Adds this command to the subparsers `commands`."""
   parser = commands.add_parser(
     'predict',
     help='sort a folder of pictures by a few examples',
@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
-  """Reads and checks everything, and adapts; what it returns answers, draws and writes."""
+  """Reads and checks all inputs, and adapts the model. Returns a function that predicts and writes the results."""
   from metasgd_jax.datasets import image_folder
   from metasgd_jax.datasets.messages import at_home
   from metasgd_jax.deploy.classifier import FewShotClassifier
@@ -53,13 +53,13 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
   out, query_dir = at_home(args.out), at_home(args.query)
   model = load_model(args.model)
   *size, channels = model.config.image_shape
-  fit = 'pad' if model.config.background == 'dark' else 'crop'  # A drawing's strokes go to its edges.
+  fit = 'pad' if model.config.background == 'dark' else 'crop'  # Cropping could cut off strokes.
   how: dict[str, Any] = dict(size=tuple(size), channels=channels, fit=fit, report=say)
   support = image_folder.load(args.support, **how)
   if not 2 <= len(support.names) <= model.config.way:
     raise ValueError(
-      f'--support={args.support} has {len(support.names)} class(es), and the model tells '
-      f'{how_many(model.config)} apart; a class is a sub-folder'
+      f'--support={args.support} has {len(support.names)} class(es), but the model supports '
+      f'{how_many(model.config)}; make a sub-folder for each class'
     )
   query = image_folder.read_images(query_dir, **how)
   _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
@@ -75,7 +75,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen: list[bool], out: pathlib.Path) -> None:
-  """Answers, draws, writes and tells; pictures `seen` among the examples are not judged."""
+  """Predicts, draws, writes and reports. Images that were `seen` among the examples do not count for the accuracy."""
   from metasgd_jax.io import files
 
   say(f'answering {len(names)} pictures')
@@ -93,7 +93,7 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
     for name, data in results.items():
       with files.atomic(out / name, 'give another --out') as file:
         file.write(data)
-    if picture is None:  # One of an earlier run would be taken for this one's.
+    if picture is None:  # A file of an earlier run would look like a result of this run.
       (out / 'predictions.png').unlink(missing_ok=True)
   except OSError as e:
     raise files.WriterError(f'{out} cannot be written ({e.strerror}); give another --out') from e
@@ -116,16 +116,16 @@ def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen:
 
 
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
-  """Raises WriterError where results cannot go, or would be taken for pictures the next time."""
+  """Raises WriterError if the results cannot be written, or if the next run would read them as images."""
   from metasgd_jax.io.files import WriterError
 
   for flag, folder in inputs.items():
-    if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails at loops.
-      raise WriterError(f'--out={out} lies in {flag}, whose pictures the results would join; give another --out')
+    if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
+      raise WriterError(f'--out={out} lies in {flag}, so results would mix with images there; give another --out')
   there = next(path for path in (out, *out.absolute().parents) if path.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     why = 'cannot be written' if there.is_dir() else 'is a file'
-    raise WriterError(f'--out={out} cannot be written, since {there} {why}; give another --out')
+    raise WriterError(f'--out={out} cannot be written, because {there} {why}; give another --out')
 
 
 def _table(classes: Sequence[str], names: Iterable[pathlib.Path], answers, probabilities: np.ndarray) -> bytes:
@@ -138,12 +138,12 @@ def _table(classes: Sequence[str], names: Iterable[pathlib.Path], answers, proba
 
 
 def _draw(classes, examples, query, probabilities, names, truth) -> bytes | None:
-  """The sheet as PNG, or None without matplotlib."""
+  """Returns the sheet of predictions as PNG, or None if matplotlib is not installed."""
   try:
     from metasgd_jax import plotting
   except ImportError:
     return None
-  shown = lambda text: text.encode(errors='replace').decode()  # A name that is no text at all has surrogates.
+  shown = lambda text: text.encode(errors='replace').decode()  # A file name that is not valid text has surrogates.
   figure = plotting.prediction_sheet(
     [shown(name) for name in classes],
     [part / 255 for part in examples],
@@ -154,7 +154,7 @@ def _draw(classes, examples, query, probabilities, names, truth) -> bytes | None
   )
   file = io.BytesIO()
   with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', 'Glyph .* missing')  # Names in scripts that the font lacks show as boxes.
+    warnings.filterwarnings('ignore', 'Glyph .* missing')  # Characters that the font lacks are shown as boxes.
     figure.savefig(file, format='png', dpi=150)
   return file.getvalue()
 

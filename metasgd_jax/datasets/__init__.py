@@ -1,4 +1,4 @@
-"""Real data sets as class banks. The only place that imports tensorflow_datasets."""
+"""Real data sets as class banks. Only this package imports tensorflow_datasets."""
 
 from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot
 from metasgd_jax.datasets.messages import DatasetError

@@ -1,4 +1,7 @@
-"""Zip and tar files unpacked without trust: never outside of their folder, never links, and never without end."""
+"""Unpacks zip and tar files that are not trusted.
+
+No member is written outside of the target folder, no link is created, and the size of the contents is limited.
+"""
 
 import bz2
 import contextlib
@@ -16,9 +19,9 @@ from typing import IO, Any
 from metasgd_jax.datasets.messages import DatasetError, first_line
 
 MOST_BYTES = 2 << 30
-"""An archive that unpacks to more is refused; the largest that is read here, CIFAR-100's, has 186 MB."""
+"""Largest number of bytes that an archive may unpack to. The largest archive in use, CIFAR-100's, unpacks to 186 MB."""
 MOST_MEMBERS = 200_000
-"""The same of the number of its members; Omniglot's have 20,000."""
+"""Largest number of members that an archive may have. The largest of Omniglot has about 20,000 members."""
 _MOST_AT_ONCE = 16 << 20
 
 _BROKEN = (
@@ -29,11 +32,14 @@ _COMPRESSED: dict[bytes, Any] = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xf
 
 
 class _RefusedError(Exception):
-  """What the archive does that no archive of a data set does."""
+  """The archive does something that no archive of a data set does."""
 
 
 def is_archive(path: pathlib.Path) -> bool:
-  """Says whether a file begins, or for zip ends, like a whole archive of the kind that its ending says."""
+  """Returns whether a file looks like a whole archive of the kind that its suffix says.
+
+  The check reads only the end of a zip file, and only the beginning of a tar file.
+  """
   if path.suffix == '.zip':
     return zipfile.is_zipfile(path)
   try:
@@ -44,11 +50,11 @@ def is_archive(path: pathlib.Path) -> bool:
 
 
 def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
-  """Unpacks a zip or tar file, of regular files and folders alone, to a folder that it makes.
+  """Creates a folder and unpacks a zip or tar file to it. The result has only regular files and folders.
 
   Raises:
-    DatasetError: the archive is broken, has a member that leads outside, a link or a device, has too many members or
-      unpacks to too much, or cannot be written.
+    DatasetError: if the archive is broken, if it has a member that leads outside of the folder, a link or a device, if
+      it has too many members or unpacks to too many bytes, or if the folder cannot be written.
   """
   try:
     if zipfile.is_zipfile(path):
@@ -62,16 +68,18 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
   except _BROKEN as e:
     raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
   except OSError as e:
-    if e.errno is None:  # So bz2 says what it cannot decode.
+    if e.errno is None:  # bz2 raises such an error for data that it cannot decode.
       raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
-    raise DatasetError(f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make room, or free the way') from e
+    raise DatasetError(
+      f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make sure that it is writable and has free space'
+    ) from e
 
 
 def _unpack_zip(path: pathlib.Path, to: pathlib.Path) -> None:
   with zipfile.ZipFile(path) as archive:
     members = archive.infolist()
     _check_amount(len(members), sum(member.file_size for member in members))  # No member is read past its file_size.
-    archive.extractall(to)  # Leaves out '..' and roots of names, and writes links as files.
+    archive.extractall(to)  # It removes '..' and the root from names, and it writes links as regular files.
 
 
 def _unpack_tar(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -80,11 +88,11 @@ def _unpack_tar(path: pathlib.Path, to: pathlib.Path) -> None:
     for count, member in enumerate(archive, 1):
       total += member.size
       _check_amount(count, total)
-      if member.issym() or member.islnk():  # Some versions of the filter are led outside by links upon links.
+      if member.issym() or member.islnk():  # In some versions of the filter, a chain of links can lead outside.
         raise _RefusedError(f'has a member that leads outside of it (the link {member.name!r:.200})')
-      archive.extract(member, to, filter='data')  # Refuses names and devices that lead outside.
+      archive.extract(member, to, filter='data')  # The filter refuses names that lead outside, and devices.
     while archive.fileobj and archive.fileobj.read(1 << 20):
-      pass  # The checksum of what was unpacked comes last, and tarfile does not read so far.
+      pass  # The checksum of the contents is at the end of the file, and tarfile does not read to the end.
 
 
 def _check_amount(members: int, size: int) -> None:
@@ -96,7 +104,7 @@ def _check_amount(members: int, size: int) -> None:
 
 @contextlib.contextmanager
 def _opened_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-  """A tar file that is decompressed up to the limit alone: a header may ask for gigabytes, too."""
+  """Opens a tar file, and decompresses it only up to the limit, because even a header can claim gigabytes."""
   with path.open('rb') as file:
     start = file.read(6)
   opener = next((opener for magic, opener in _COMPRESSED.items() if start.startswith(magic)), open)
@@ -105,7 +113,7 @@ def _opened_tar(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
 
 
 class _Limited(io.RawIOBase):
-  """A file that refuses to be read past a limit, or much of it at once, as only headers that lie are."""
+  """A file that refuses reads past a limit and very large reads, which only a false header causes."""
 
   def __init__(self, file: IO[bytes]):
     super().__init__()

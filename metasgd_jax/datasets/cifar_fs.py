@@ -1,6 +1,6 @@
-"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 through tfds' own builder, its 100 classes split 64 / 16 / 20.
+"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 from tfds' builder, with its 100 classes split 64 / 16 / 20.
 
-TensorFlow is not needed, neither to read nor to prepare the data.
+TensorFlow is not needed to prepare the data or to read it.
 """
 
 import os
@@ -24,19 +24,22 @@ def load(
   verify_archives: bool = True,
   report: Report = lambda line: None,
 ) -> Splits:
-  """Returns CIFAR-FS, images `[M, 32, 32, 3]`, from a tfds data directory, preparing it there where it is not yet.
+  """Returns CIFAR-FS, with images `[M, 32, 32, 3]`, from a tfds data directory.
 
-  Each class has 600 images, CIFAR-100's 500 to train on and its 100 to test on alike.
+  If the data set is not in the directory yet, it is first prepared there. Each class has 600 images: the 500 training
+  images and the 100 test images of CIFAR-100.
 
   Args:
-    data_dir: tfds' data directory: what contains `cifar100/3.0.2`. `~` is the home directory, here and in archives.
-    archives: a directory with `cifar-100-binary.tar.gz`; without it that is downloaded.
-    verify_archives: whether the archive must be the registered one, by checksum.
-    report: called with a line before anything that takes seconds, and every few seconds while images are read.
+    data_dir: Data directory of tfds. The data set is in its sub-directory `cifar100/3.0.2`. In `data_dir` and in
+      `archives`, `~` is the home directory.
+    archives: Directory that contains `cifar-100-binary.tar.gz`. By default the archive is downloaded.
+    verify_archives: Whether the archive must have the registered checksum.
+    report: Function that is called with a line of text before anything that takes seconds, and every few seconds while
+      images are read.
 
   Raises:
-    DatasetError: the directory is missing or cannot be written, the archive is missing, broken or another than the
-      registered one, there is no network, or the data found is not CIFAR-100 in array_record files.
+    DatasetError: if a directory is missing or cannot be written, if the archive is missing, broken or not the
+      registered one, if there is no network, or if the data in the directory is not CIFAR-100 in array_record files.
   """
   data_dir, report = at_home(data_dir), printing(report)
   archives = None if archives is None else at_home(archives)
@@ -50,7 +53,7 @@ def load(
 
 
 def _builder(data_dir):
-  import tensorflow_datasets as tfds  # Takes seconds, and is needed by those who load data alone.
+  import tensorflow_datasets as tfds  # The import takes seconds, and only loading data needs it.
 
   return tfds.builder('cifar100', data_dir=os.fspath(data_dir), file_format='array_record')
 
@@ -59,12 +62,15 @@ def _read(builder, report: Report) -> Splits:
   report(f'reading CIFAR-100 from {builder.data_path}')
   images, labels, ids = _read_splits(builder, report)
   if images.shape[1:] != (SIZE, SIZE, 3):
-    raise ValueError(f'images of shape {images.shape[1:]}')
+    raise ValueError(f'the images have shape {images.shape[1:]}')
   names = builder.info.features['label'].names
   lists = published_split('cifar_fs')
   wrong = sorted(set(names) ^ {name for part in lists for name in part})
   if wrong:
-    raise DatasetError(f'{builder.data_path} has other classes than CIFAR-100, such as {wrong[0]}; prepare it again')
+    raise DatasetError(
+      f'{builder.data_path} has other classes than CIFAR-100: {wrong[0]} is missing or unknown; '
+      'prepare it again in another data_dir'
+    )
   sizes = np.bincount(labels, minlength=CLASSES)
   if not np.all(sizes == IMAGES_OF_A_CLASS):
     bad = int(np.flatnonzero(sizes != IMAGES_OF_A_CLASS)[0])
@@ -72,12 +78,12 @@ def _read(builder, report: Report) -> Splits:
       f'{builder.data_path} is not the whole of CIFAR-100: {names[bad]} has {sizes[bad]} images where there should be '
       f'{IMAGES_OF_A_CLASS}; prepare it again in another data_dir'
     )
-  order = np.lexsort((ids, labels))  # tfds shuffles; by label, then by id, they are in the archive's order.
+  order = np.lexsort((ids, labels))  # tfds shuffles. The ids restore the order of the archive within a class.
   return split_bank(ClassBank(images[order], sizes), names, lists)
 
 
 def _read_splits(builder, report: Report) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns images `[M, 32, 32, 3]`, labels `[M]` and ids `[M]` of all that the builder has."""
+  """Returns the images `[M, 32, 32, 3]`, labels `[M]` and ids `[M]` of all splits of the builder."""
   images, labels, ids = [], [], []
   reported = time.monotonic()
   with without_advice():

@@ -1,4 +1,7 @@
-"""Decoded images kept on disk, so that files are decoded once: a .npy file and a .json that says what is in it."""
+"""Keeps decoded images on disk, so that image files are decoded only once.
+
+A cached bank is a .npy file with the images and a .json file that describes them.
+"""
 
 import hashlib
 import json
@@ -14,28 +17,32 @@ from metasgd_jax.datasets.messages import DatasetError, Report, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 DECODING = 1
-"""Counts the ways of decoding that there have been; what another one decoded is decoded again."""
+"""Version number of the decoding. Images that another version has decoded are decoded again."""
 
 
 class Cache(NamedTuple):
-  """Where a bank is kept: `directory/name.npy` and `directory/name.json`."""
+  """The location of a cached bank: the files `directory/name.npy` and `directory/name.json`."""
 
   directory: pathlib.Path
   name: str
 
   @property
   def images(self) -> pathlib.Path:
-    """The images, `[M, H, W, D]` uint8."""
+    """The file with the images, `[M, H, W, D]` uint8."""
     return self.directory / f'{self.name}.npy'
 
   @property
   def description(self) -> pathlib.Path:
-    """The fingerprint of the files they come from, and the sizes of the classes."""
+    """The file with the fingerprint of the image files and the sizes of the classes."""
     return self.directory / f'{self.name}.json'
 
 
 def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, Any]:
-  """Returns what tells one set of files from another: their number, their bytes and a hash of names and sizes."""
+  """Returns a fingerprint of a set of files, which distinguishes the set from other sets.
+
+  The fingerprint has the version of the decoding, the number of files, their size in bytes, and a hash of their names
+  and sizes.
+  """
   digest, total = hashlib.sha256(), 0
   for path in paths:
     try:
@@ -56,18 +63,18 @@ def kept(
   decode: Callable[[], ClassBank],
   report: Report,
 ) -> ClassBank:
-  """Returns the bank as a memory map of what is kept, or else decodes it and keeps it.
+  """Returns the cached bank as a memory map. If there is none, decodes the images and caches them.
 
   Args:
-    cache: where it is kept.
-    source: `fingerprint` of the files.
-    form: (H, W, D) that it must have.
-    classes: C that it must have.
-    decode: called where nothing of these files is kept.
-    report: called with a line.
+    cache: Location of the cached bank.
+    source: Fingerprint of the image files; see `fingerprint`.
+    form: Shape (H, W, D) that the images must have.
+    classes: Number of classes C that the bank must have.
+    decode: Function that decodes the images. It is called if the cache has no bank of these files.
+    report: Function that is called with a line of text.
 
   Raises:
-    DatasetError: nothing is kept and the cache's directory cannot be written.
+    DatasetError: if the bank is not cached and the directory of the cache cannot be written.
   """
   bank = _read(cache, source, form, classes, report)
   if bank is None:
@@ -81,10 +88,10 @@ def _read(cache: Cache, source, form, classes: int, report: Report) -> ClassBank
   if not cache.description.exists() and not cache.images.exists():
     return None
   try:
-    good = cache.description.is_file() and cache.images.is_file()  # To open a pipe would wait for ever.
+    good = cache.description.is_file() and cache.images.is_file()  # Opening a pipe would wait forever.
     description = json.loads(cache.description.read_bytes()) if good else {}
     sizes = np.array(description['sizes'])
-    images = np.lib.format.open_memmap(cache.images, mode='r')  # Which takes neither pickles nor zip files.
+    images = np.lib.format.open_memmap(cache.images, mode='r')  # It accepts neither pickles nor zip files.
     good = (
       description['source'] == source
       and images.dtype == np.uint8
@@ -94,31 +101,31 @@ def _read(cache: Cache, source, form, classes: int, report: Report) -> ClassBank
       and 0 < sizes.min() <= sizes.max() <= len(images)
       and sum(sizes.tolist()) == len(images)  # NumPy's sum may overflow.
     )
-  except Exception:  # NumPy raises a dozen kinds at broken headers, and whatever it is, decoding anew mends it.
+  except Exception:  # NumPy raises many kinds of errors for broken headers. Decoding again repairs all.
     good = False
   if not good:
-    report(f'{cache.images} is not of these files or is broken; they are decoded again')
+    report(f'{cache.images} is not of these files or is broken; the images are decoded again')
     return None
   report(f'taking decoded images from {cache.images}')
   return ClassBank(images, sizes)
 
 
 def _check_writable(cache: Cache) -> None:
-  """Makes the directory, so that one that cannot be written is known before minutes are spent on decoding."""
+  """Creates the directory. If it cannot be written, this is reported before decoding has taken minutes."""
   try:
     cache.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=cache.directory):
       pass
-  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+  except (OSError, ValueError) as e:  # A name with a NUL character raises ValueError.
     reason = getattr(e, 'strerror', None) or e
     raise DatasetError(f'the cache {cache.directory} cannot be written ({reason}); give another directory') from e
 
 
 def _write(cache: Cache, source: dict[str, Any], bank: ClassBank, report: Report) -> None:
-  """Keeps a bank: a reader sees all of it or nothing. A full disk is reported, not raised."""
+  """Writes a bank to the cache. A reader sees the whole bank or none. A full disk is reported, but not raised."""
   description = json.dumps(dict(source=source, sizes=np.asarray(bank.sizes).tolist()))
   try:
-    cache.description.unlink(missing_ok=True)  # What is said of the old images must not stand beside the new ones.
+    cache.description.unlink(missing_ok=True)  # The old description must never be found with new images.
     _replace(cache.images, lambda file: np.save(file, bank.images, allow_pickle=False))
     _replace(cache.description, lambda file: file.write(description.encode()))
   except OSError as e:
@@ -131,7 +138,7 @@ def _replace(path: pathlib.Path, write_to: Callable[[IO[bytes]], object]) -> Non
   temporary = path.with_name(f'.{path.name}-{os.getpid()}')
   try:
     temporary.unlink(missing_ok=True)
-    with temporary.open('xb') as file:  # Which follows no link that someone left there.
+    with temporary.open('xb') as file:  # Mode 'x' does not follow a link that has this name.
       write_to(file)
     temporary.replace(path)
   finally:

@@ -1,7 +1,7 @@
-"""Image files found and decoded to uint8 arrays of one size; what cannot be decoded is left out and named.
+"""Finds image files and decodes them to uint8 arrays of one size.
 
-Files are not trusted: only plain formats are opened, images of too many pixels are refused before they are decoded,
-and a folder that is linked into itself is read once.
+Files that cannot be decoded are skipped and reported. Files are not trusted: only a few common formats are opened,
+images with too many pixels are refused before they are decoded, and a folder that is linked into itself is read once.
 """
 
 import concurrent.futures
@@ -25,20 +25,25 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '
 SECONDS_BETWEEN_REPORTS = 5.0
 REPORTED_ONE_BY_ONE = 10
 SECONDS_OF_A_FILE = 60.0
-"""A file that takes longer to decode is skipped: some are made so that they take hours."""
+"""Time limit for decoding one file. A slower file is skipped, because malicious files can take hours."""
 
 Fit = Literal['crop', 'pad']
-"""What becomes of an image of another shape: cut to its middle, or laid on a ground of its border's median colour."""
+"""How an image is brought to the aspect ratio of the target size.
+
+- `crop`: the image is cropped to its centre.
+- `pad`: the image is padded on two opposite sides with the median colour of its border.
+"""
 
 _LARGE = 1 << 24
 _large_ones = threading.BoundedSemaphore(2)
-"""Of more pixels than _LARGE, so many are decoded at once; the largest allowed takes 1.5 GB."""
+"""Limits how many images with more than `_LARGE` pixels are decoded at once. The largest allowed image takes 1.5 GB."""
 
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
-"""Tags of TIFF files."""
+"""Numbers of the TIFF tags for the size of a tile."""
 _TILE_TO_IMAGE = 4
 _SMALL_TILE = 1 << 20
-"""A tile of a TIFF file has at most _TILE_TO_IMAGE times the image's pixels, or these few."""
+"""Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most `_TILE_TO_IMAGE` times
+the number of pixels of the image."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -47,9 +52,9 @@ class Images(NamedTuple):
   """Images without labels.
 
   Attributes:
-    paths: M files, in the order of the images.
-    images: `[M, H, W, D]` uint8.
-    skipped: files that could not be decoded, each with the reason.
+    paths: Paths of the M image files, in the order of the images.
+    images: Decoded images, `[M, H, W, D]` uint8.
+    skipped: Paths of the files that could not be decoded, each with the reason.
   """
 
   paths: tuple[pathlib.Path, ...]
@@ -60,20 +65,21 @@ class Images(NamedTuple):
 def read_image(
   path: str | os.PathLike[str], size: int | tuple[int, int], channels: int, fit: Fit = 'crop'
 ) -> np.ndarray:
-  """Returns an image file as `[H, W, D]` uint8, brought to the shape H:W and then scaled with Lanczos.
+  """Returns an image file as an array, `[H, W, D]` uint8.
 
-  It is turned as its EXIF orientation says; what is transparent shows white; of an animation the first frame is
-  taken, and of 16 bits the upper eight.
+  The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored by its EXIF
+  orientation, and transparent parts become white. Only the first frame of an animation is used, and only the upper
+  eight bits of 16-bit values.
 
   Args:
-    path: a PNG, JPEG, BMP, GIF, WebP, TIFF, PPM or PGM file.
-    size: H = W, or (H, W).
-    channels: D, 3 for RGB or 1 for grey.
-    fit: how it is brought to the shape; see `Fit`.
+    path: Path of a PNG, JPEG, BMP, GIF, WebP, TIFF, PPM or PGM file.
+    size: Height and width (H, W) of the result, or one number for both.
+    channels: Number of channels D, 3 for RGB or 1 for grey.
+    fit: How the image is brought to the aspect ratio; see `Fit`.
 
   Raises:
-    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
-    DatasetError: the file cannot be decoded; the message says why.
+    ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
+    DatasetError: if the file cannot be decoded; the message says why.
   """
   image = _decode(path, check_form(size, channels, fit), channels, fit)
   if isinstance(image, str):
@@ -87,22 +93,22 @@ def read_all(
   """Decodes many files in threads; see `read_image`.
 
   Args:
-    paths: in the order that the images are wanted in.
-    size: H = W, or (H, W).
-    channels: D.
-    report: called with a line every few seconds, for each of the first files that are skipped, and with the number
-      of the rest.
-    fit: see `Fit`.
+    paths: Paths of the files. The images have the same order.
+    size: Height and width (H, W) of the images, or one number for both.
+    channels: Number of channels D, 3 for RGB or 1 for grey.
+    report: Function that is called with a line of text every few seconds and for each of the first skipped files. If
+      more files are skipped, a last line says how many.
+    fit: How an image is brought to the aspect ratio of `size`; see `Fit`.
 
   Raises:
-    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
+    ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
   form, report = check_form(size, channels, fit), printing(report)
   images = np.empty((len(paths), *form, channels), np.uint8)
   read: list[pathlib.Path] = []
   skipped: list[tuple[pathlib.Path, str]] = []
   reported = time.monotonic()
-  pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))  # Pillow decodes without the GIL.
+  pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))  # Pillow decodes without holding the GIL.
   try:
     decoded = pool.map(functools.partial(_decode, form=form, channels=channels, fit=fit), paths)
     for i, (path, image) in enumerate(zip(paths, decoded, strict=True)):
@@ -124,12 +130,13 @@ def read_all(
 
 
 def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the image files in a directory and its sub-folders, sorted; hidden files and folders are left out.
+  """Returns the paths of the image files in a directory and its sub-folders, sorted.
 
-  Links are followed, but not back to where they are, and no folder is entered twice.
+  Hidden files and folders are left out. Links are followed, except for a link to a folder that contains the link. No
+  folder is read twice.
 
   Raises:
-    DatasetError: the directory is missing or is a file, or it or a folder in it cannot be listed.
+    DatasetError: if the directory is missing or is a file, or if the directory or one of its folders cannot be listed.
   """
   found, seen = [], set()
   waiting = [directory]
@@ -149,47 +156,47 @@ def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def list_directory(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Returns what is in a directory, sorted, without hidden names and archivers' leftovers.
+  """Returns the paths in a directory, sorted, without hidden names and without the folder `__MACOSX` of macOS archives.
 
   Raises:
-    DatasetError: it is missing, is a file, or cannot be listed.
+    DatasetError: if the directory is missing, is a file, or cannot be listed.
   """
   try:
     paths = sorted(directory.iterdir())
   except FileNotFoundError as e:
     raise DatasetError(f'the directory of images {directory} does not exist') from e
   except NotADirectoryError as e:
-    raise DatasetError(f'{directory} is a file where a directory of images should be; give the directory') from e
+    raise DatasetError(f'{directory} is a file and not a directory of images; give a directory') from e
   except (OSError, ValueError) as e:
     raise DatasetError(f'the directory of images {directory} cannot be listed ({first_line(e)})') from e
   return [path for path in paths if not path.name.startswith('.') and path.name != '__MACOSX']
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  """Says whether a path is a directory or a link to one; a link to a directory that the link itself is in is none."""
-  if not os.path.isdir(path):  # noqa: PTH112 (pathlib's raises where a directory above may not be entered.)
+  """Returns whether a path is a directory, or a link to a directory that does not contain the link."""
+  if not os.path.isdir(path):  # noqa: PTH112 (pathlib's is_dir raises if a parent directory may not be entered.)
     return False
   return not (path.is_symlink() and pathlib.Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(path)))
 
 
 def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') -> tuple[int, int]:
-  """Returns (H, W); raises ValueError unless they are 1 or more, channels is 1 or 3, and fit is a `Fit`."""
+  """Returns (H, W). Raises ValueError unless H and W are 1 or more, `channels` is 1 or 3, and `fit` is a `Fit`."""
   if fit not in get_args(Fit):
     raise ValueError(f'fit must be one of {get_args(Fit)}, got {fit!r}')
   sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
   if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-    raise ValueError(f'size must be an integer of 1 or more, or two (height, width), got {size!r}')
+    raise ValueError(f'size must be an integer of 1 or more, or two of them as (height, width), got {size!r}')
   if channels not in (1, 3):
     raise ValueError(f'channels must be 3 (RGB) or 1 (grey), got {channels!r}')
   return sides
 
 
 def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | str:
-  """Returns the image, or why there is none."""
+  """Returns the image, or the reason why it cannot be decoded."""
   height, width = form
   try:
     status = pathlib.Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait for ever.
+    if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait forever.
       return 'it is not a file'
     if status.st_size == 0:
       return 'the file is empty'
@@ -199,9 +206,9 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, 
         return _too_large()
       tile = _tile(opened)
       if tile > max(_TILE_TO_IMAGE * pixels, _SMALL_TILE):
-        return f'it is kept in tiles of {tile:,} pixels, and has {pixels:,}'
+        return f'it is stored in tiles of {tile:,} pixels, but has {pixels:,} pixels in total'
       with _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext():
-        file.restart()  # Waiting for others does not count.
+        file.restart()  # The time limit leaves out the wait for other images.
         opened.load()
         image = _eight_bit(_upright(opened))
         if image.has_transparency_data:
@@ -219,12 +226,12 @@ def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, 
     return 'it is not an image of a known format'
   except OSError as e:
     return e.strerror or first_line(e)
-  except Exception as e:  # Decoders raise anything at broken files.
+  except Exception as e:  # Decoders raise many kinds of errors for broken files.
     return f'it is broken ({first_line(e)})'
 
 
 class _Timed(io.BufferedReader):
-  """A file that can be read for some time only; decoders come back for more all the while."""
+  """A file that can be read only for a limited time, so that a decoder that still reads is stopped."""
 
   def __init__(self, path: str | os.PathLike[str]):
     super().__init__(io.FileIO(path))
@@ -240,12 +247,13 @@ class _Timed(io.BufferedReader):
 
 
 def _tile(image: Image.Image) -> int:
-  """Returns the pixels of a tile of a TIFF file, which is decoded whole; 0 of a file without tiles.
+  """Returns the number of pixels of a tile of a TIFF file, or 0 for a file without tiles.
 
-  Of strips, Pillow and libtiff decode no more rows than the image has, whatever their tag says.
+  The size is checked because a tile is always decoded as a whole. Strips need no check: Pillow and libtiff decode no
+  more rows than the image has, whatever the tag of the strips says.
   """
   tags = getattr(image, 'tag_v2', {})
-  number = lambda tag: max(map(int, np.ravel(tags.get(tag, 0))), default=0)  # It may come as several.
+  number = lambda tag: max(map(int, np.ravel(tags.get(tag, 0))), default=0)  # A tag may have several values.
   return number(_TILE_WIDTH) * max(number(_TILE_HEIGHT), 1)
 
 
@@ -260,12 +268,12 @@ def _too_large() -> str:
 def _upright(image: Image.Image) -> Image.Image:
   try:
     return ImageOps.exif_transpose(image)
-  except Exception:  # What is wrong with the EXIF part need not be wrong with the image.
+  except Exception:  # The image may be intact although its EXIF data is broken.
     return image
 
 
 def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
-  """Returns the largest part about the centre that has the shape height:width, to the nearest pixel."""
+  """Returns the largest centred part of the image that has the aspect ratio height:width, to the nearest pixel."""
   scale = min(image.height / height, image.width / width)
   kept_height, kept_width = max(1, round(height * scale)), max(1, round(width * scale))
   top, left = (image.height - kept_height) // 2, (image.width - kept_width) // 2
@@ -273,11 +281,11 @@ def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
-  """Returns the image in the middle of the smallest ground of the shape height:width that it lies on."""
+  """Returns the image at the centre of the smallest background that contains it and has the ratio height:width."""
   scale = max(image.height / height, image.width / width)
   full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
   if _is_too_large(full[0] * full[1]):
-    raise OSError(f'it is too thin, {image.width}x{image.height}, to be laid on a ground of the shape {height}:{width}')
+    raise OSError(f'it is too thin, {image.width}x{image.height}, to be padded to the aspect ratio {height}:{width}')
   pixels = np.asarray(image).reshape(image.height, image.width, -1)
   border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
   colour = tuple(int(v) for v in np.median(border, 0))
@@ -287,7 +295,7 @@ def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-  """Returns 16-bit grey as 8-bit, and other modes as they are."""
+  """Returns a 16-bit grey image as an 8-bit image, and an image of another mode unchanged."""
   if not image.mode.startswith(('I', 'F')):
     return image
   values = np.asarray(image)

@@ -1,4 +1,4 @@
-"""Any folder of images: one sub-folder per class as a class bank, or all images of a folder without labels."""
+"""Reads a folder of images, either as a class bank with one sub-folder per class, or as images without labels."""
 
 import os
 import pathlib
@@ -23,13 +23,13 @@ from metasgd_jax.tasks.few_shot import ClassBank
 
 
 class ImageFolder(NamedTuple):
-  """A folder of classes.
+  """The classes of a folder of images.
 
   Attributes:
-    names: of the C classes, sorted: the names of their folders.
-    bank: images `[M, H, W, D]` by class, in the order of the names.
-    paths: M files, in the order of the images; within a class they are sorted.
-    skipped: files that could not be decoded, each with the reason.
+    names: Names of the C classes, sorted. The name of a class is the name of its folder.
+    bank: Class bank with images `[M, H, W, D]`. The classes are in the order of `names`.
+    paths: Paths of the M image files, in the order of the images. They are sorted within each class.
+    skipped: Paths of the files that could not be decoded, each with the reason.
   """
 
   names: tuple[str, ...]
@@ -46,38 +46,41 @@ def load(
   fit: Fit = 'crop',
   report: Report = lambda line: None,
 ) -> ImageFolder:
-  """Reads a folder whose sub-folders are the classes, whatever lies deeper in a class being the class's too.
+  """Reads a folder whose sub-folders are the classes. A class has all images in its sub-folder, at any depth.
 
-  Images are brought to the shape asked for and scaled with Lanczos (`read_image` says the rest). A file that cannot be
-  decoded is skipped and reported, and so are images that lie beside the classes' folders; files that are not called
-  images are left alone.
+  Images are brought to the aspect ratio of `size` and scaled with Lanczos; `read_image` describes the decoding. A file
+  that cannot be decoded is skipped and reported. Images outside of the class folders are left out and reported. Files
+  without the suffix of an image are ignored.
 
   Args:
-    directory: what contains the classes' folders; `~` is the home directory.
-    size: H = W, or (H, W).
-    channels: D, 3 for RGB or 1 for grey.
-    fit: what becomes of an image of another shape; see `image_files.Fit`.
-    report: called with a line before, and every few seconds while, images are read.
+    directory: Directory that contains the class folders. `~` is the home directory.
+    size: Height and width (H, W) of the images, or one number for both.
+    channels: Number of channels D, 3 for RGB or 1 for grey.
+    fit: How an image is brought to the aspect ratio of `size`; see `image_files.Fit`.
+    report: Function that is called with a line of text before images are read, and every few seconds while images are
+      read.
 
   Raises:
-    DatasetError: the directory is missing, is a file or has no sub-folder, or a class has no image that can be read.
-    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
+    DatasetError: if the directory is missing, is a file or has no sub-folder, or if a class has no image that can be
+      read.
+    ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
   check_form(size, channels, fit)
   directory, report = at_home(directory), printing(report)
   entries = list_directory(directory)
   folders = [path for path in entries if is_folder(path)]
   if not folders:
-    raise DatasetError(f'{directory} has no sub-folders; put the images of each class in a folder of their own there')
+    raise DatasetError(f'{directory} has no sub-folders; put the images of each class in a separate sub-folder')
   if loose := [path.name for path in entries if path.suffix.lower() in SUFFIXES and path not in folders]:
-    report(f'left out {some(loose, "image", "images")} beside the folders of the classes in {directory}')
+    report(f'left out {some(loose, "image", "images")} outside of the folders of the classes in {directory}')
   class_of = {path: c for c, folder in enumerate(folders) for path in list_images(folder)}
   report(f'reading {len(class_of):,} images from {directory}')
   found = read_all(tuple(class_of), size, channels, report, fit)
   sizes = np.bincount([class_of[path] for path in found.paths], minlength=len(folders)).astype(int)
   if empty := [folder.name for folder, count in zip(folders, sizes, strict=True) if count == 0]:
     raise DatasetError(
-      f'{directory} has {some(empty, "class", "classes")} without an image that can be read; fill or remove them'
+      f'{directory} has {some(empty, "class", "classes")} without an image that can be read; '
+      'add images, or remove the folders of these classes'
     )
   return ImageFolder(tuple(f.name for f in folders), ClassBank(found.images, sizes), found.paths, found.skipped)
 
@@ -90,18 +93,19 @@ def read_images(
   fit: Fit = 'crop',
   report: Report = lambda line: None,
 ) -> Images:
-  """Reads all images of a folder and its sub-folders, sorted, without labels.
+  """Reads all images of a folder and its sub-folders, without labels. The images are sorted by path.
 
   Args:
-    directory: what contains the images; `~` is the home directory.
-    size: H = W, or (H, W).
-    channels: D, 3 for RGB or 1 for grey.
-    fit: what becomes of an image of another shape; see `image_files.Fit`.
-    report: called with a line before, and every few seconds while, images are read.
+    directory: Directory that contains the images. `~` is the home directory.
+    size: Height and width (H, W) of the images, or one number for both.
+    channels: Number of channels D, 3 for RGB or 1 for grey.
+    fit: How an image is brought to the aspect ratio of `size`; see `image_files.Fit`.
+    report: Function that is called with a line of text before images are read, and every few seconds while images are
+      read.
 
   Raises:
-    DatasetError: the directory is missing, is a file, or has no image that can be read.
-    ValueError: a size below 1, channels other than 1 and 3, or an unknown fit.
+    DatasetError: if the directory is missing, is a file, or has no image that can be read.
+    ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
   check_form(size, channels, fit)
   directory, report = at_home(directory), printing(report)

@@ -1,30 +1,31 @@
-"""What data sets say: an error of one sentence, reports of what goes on, and names shown as a terminal can."""
+"""Messages of the data sets: errors, progress reports, and text that can be printed safely in a terminal."""
 
 import os
 import pathlib
 from collections.abc import Callable
 
 Report = Callable[[str], None]
-"""Called with a line of text before something that takes seconds."""
+"""Function that is called with a line of text before anything that takes seconds."""
 
 
 class DatasetError(Exception):
-  """A data set cannot be had as asked; the message says why and what to do."""
+  """A data set cannot be loaded as requested. The message says why, and what to do."""
 
   def __init__(self, message: str):
     super().__init__(printable(message))
 
 
 def first_line(e: BaseException) -> str:
-  """Returns the first line of an error's text, cut where it is very long, or its type's name."""
+  """Returns the first line of an error's text, cut after 500 characters, or the name of the error's type."""
   line = (str(e).strip().splitlines() or [type(e).__name__])[0]
   return line if len(line) <= 500 else f'{line[:500]}…'
 
 
 def printable(text: str) -> str:
-  """Returns a text with escapes for what no terminal should get: control characters and halves of surrogate pairs.
+  """Returns a text in which control characters and halves of surrogate pairs are escaped for a terminal.
 
-  Files' names may hold any bytes, which Python turns into such halves; to print one raises UnicodeEncodeError.
+  The name of a file may contain any bytes. Python represents bytes that are not valid text by halves of surrogate
+  pairs, and printing such a half raises UnicodeEncodeError.
   """
   if text.isprintable():
     return text
@@ -32,17 +33,17 @@ def printable(text: str) -> str:
 
 
 def printing(report: Report) -> Report:
-  """Returns a report that gets printable lines."""
+  """Returns a function that makes each line printable and passes it to `report`."""
   return lambda line: report(printable(line))
 
 
 def at_home(path: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns a path with `~` as the home directory.
+  """Returns a path in which `~` at the beginning is replaced by the home directory.
 
   Raises:
-    DatasetError: there is no home directory of that name.
+    DatasetError: if the path begins with `~` or `~user` and there is no such home directory.
   """
   try:
     return pathlib.Path(path).expanduser()
   except RuntimeError as e:
-    raise DatasetError(f'{path} begins with ~ and there is no such home directory; give the whole path') from e
+    raise DatasetError(f'{path} begins with ~, but there is no such home directory; give the full path') from e

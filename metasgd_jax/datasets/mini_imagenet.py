@@ -1,9 +1,13 @@
 """mini-ImageNet (Vinyals et al. 2016) in Ravi & Larochelle's split, from image files in any of the usual layouts.
 
-Nobody may hand the images out, so they come as many kinds of folder. An image's class is the WordNet id, such as
-n01532829, of the folder that it is in, whatever lies above or below; or else that which its own name begins with; or,
-where train.csv, val.csv and test.csv lie beside the images, the label that they give. Which class is trained on and
-which is tested on is always as published.
+The images may not be redistributed, so they are found in many layouts of folders. The class of an image is a WordNet
+id, such as n01532829, which comes from one of three sources:
+
+- If the directory has the files train.csv, val.csv or test.csv, the id is the label in these files.
+- Otherwise, the id is the name of the folder that contains the image. Other folders may be above or below this folder.
+- If no folder above the image has an id as its name, the id is the beginning of the name of the image file.
+
+The classes to train, validate and test on are always those of the published split, whatever the layout.
 """
 
 import csv
@@ -25,13 +29,13 @@ IMAGES_OF_A_CLASS = 600
 
 _WORDNET_ID = re.compile(r'n\d{8}')
 _NAME_WITH_ID = re.compile(r'(n\d{8})[_-]?\d+')
-_PARTS = {  # a folder's or a CSV's name → the part of the split it claims to be
+_PARTS = {  # Name of a folder or a CSV file → the part of the split that the name stands for.
   'train': 'train', 'base': 'train', 'val': 'validation', 'validation': 'validation', 'test': 'test', 'novel': 'test',
 }  # fmt: skip
 
 
 class _Source(NamedTuple):
-  """An image file, its class, and the part of a split that the layout puts it in, if any."""
+  """An image file, its class, and the part of the split in which the layout puts the image, if any."""
 
   path: pathlib.Path
   wordnet_id: str
@@ -45,25 +49,32 @@ def load(
   cache: str | os.PathLike[str] | None = None,
   report: Report = lambda line: None,
 ) -> Splits:
-  """Returns mini-ImageNet as RGB banks of 64, 16 and 20 classes; a class's images are sorted by file name.
+  """Returns mini-ImageNet as RGB banks of 64, 16 and 20 classes. The images of a class are sorted by file name.
 
-  The directory holds one of: a folder per class, named by its WordNet id; folders train, val and test (or base, val
-  and novel) with such folders in them; images named `n01532829_00000005.jpg` or `n0153282900000005.jpg`, there or in a
-  sub-folder; train.csv, val.csv and test.csv of columns filename and label, with the images beside them or in `images`.
-  Classes that are not mini-ImageNet's are left out; classes of other than 600 images are taken and reported.
+  The directory has one of these layouts:
+
+  - One folder per class, named by the WordNet id of the class.
+  - Folders train, val and test (or base, val and novel) that contain such folders.
+  - Images named `n01532829_00000005.jpg` or `n0153282900000005.jpg`, in the directory or in a sub-folder.
+  - train.csv, val.csv and test.csv with the columns filename and label. The images are in the directory or in its
+    sub-folder `images`.
+
+  Classes that are not in mini-ImageNet are left out. A class with more or fewer than 600 images is used and reported.
 
   Args:
-    directory: as above; `~` is the home directory, here and in cache.
-    size: H = W, or (H, W).
-    cache: a directory in which decoded images are kept, about 1.3 GB at 84×84; they are read from there, as a memory
-      map, while the files in `directory` have the same names and sizes.
-    report: called with a line before, and every few seconds while, images are read.
+    directory: Directory that contains the images in one of the layouts above. In `directory` and in `cache`, `~` is
+      the home directory.
+    size: Height and width (H, W) of the images, or one number for both.
+    cache: Directory in which decoded images are kept, about 1.3 GB at 84×84. The images are read from the cache as a
+      memory map as long as the files in `directory` have the same names and sizes. By default nothing is cached.
+    report: Function that is called with a line of text before images are read, and every few seconds while images are
+      read.
 
   Raises:
-    DatasetError: the directory is missing or has only pickles, a class is missing, has no image that can be read or
-      lies in two folders, a CSV is broken or names a file outside the directory, a file is listed under two labels, or
-      the cache cannot be written.
-    ValueError: a size below 1.
+    DatasetError: if the directory is missing or has only pickles, if a class is missing, has no image that can be read
+      or is in two folders, if a CSV file is broken or names a file outside of the directory, if a file is listed under
+      two labels, or if the cache cannot be written.
+    ValueError: if a size is not an integer of at least 1.
   """
   height, width = check_form(size, 3)
   directory, report = at_home(directory), printing(report)
@@ -82,14 +93,14 @@ def load(
   else:
     place = image_cache.Cache(at_home(cache), f'mini_imagenet_{height}x{width}')
     source = image_cache.fingerprint(directory, paths)
-    source['of_each_class'] = [len(sources[name]) for name in classes]  # Of a list that moves an image between classes.
+    source['of_each_class'] = [len(sources[name]) for name in classes]  # CSV files may move images between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)
   _report_sizes(bank.sizes, report)
   return _deal(bank, lists)
 
 
 def _deal(bank, lists) -> Splits:
-  """Cuts a bank of all classes, in the lists' order, in three without a copy."""
+  """Cuts a bank of all classes into three banks without a copy. The classes must be in the order of the lists."""
   class_ends = np.cumsum([len(part) for part in lists])
   image_ends = [int(bank.sizes[:end].sum()) for end in class_ends]
   starts = zip([0, *class_ends[:-1]], class_ends, [0, *image_ends[:-1]], image_ends, strict=True)
@@ -105,13 +116,13 @@ def _decode(directory, classes, paths, labels, size, report) -> ClassBank:
   if empty := [name for name, count in zip(classes, sizes, strict=True) if count == 0]:
     raise DatasetError(
       f'{directory} has {some(empty, "class", "classes")} of mini-ImageNet without an image that can be read; '
-      'get them again'
+      'get their images again'
     )
   return ClassBank(found.images, sizes)
 
 
 def _sources(directory: pathlib.Path) -> Iterator[_Source]:
-  """Yields the images of all WordNet ids that the directory has."""
+  """Yields all images in the directory whose layout or name tells their class."""
   entries = list_directory(directory)
   lists = [path for path in entries if path.suffix.lower() == '.csv' and path.stem.lower() in _PARTS]
   if lists:
@@ -130,10 +141,10 @@ def _sources(directory: pathlib.Path) -> Iterator[_Source]:
 
 
 def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
-  """Yields the images that a CSV file names."""
+  """Yields the images that a CSV file lists."""
   folder = directory / 'images' if is_folder(directory / 'images') else directory
-  if not path.is_file():  # To open a pipe would wait for ever.
-    raise DatasetError(f'{path} is not a file; take it away, or put the list there')
+  if not path.is_file():  # Opening a pipe would wait forever.
+    raise DatasetError(f'{path} is not a file; remove it, or replace it by a CSV file')
   try:
     with path.open(newline='', encoding='utf-8-sig') as file:
       rows = csv.DictReader(file)
@@ -142,12 +153,12 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
       for row in rows:
         name, label = row['filename'], row['label']
         if not name or not label:
-          raise DatasetError(f'line {rows.line_num} of {path} has no filename or no label; correct it')
+          raise DatasetError(f'line {rows.line_num} of {path} has no filename or no label; correct the line')
         parts = re.split(r'[\\/]', name)
         if '..' in parts or '' in parts or '\0' in name or ':' in parts[0]:
           raise DatasetError(
-            f'line {rows.line_num} of {path} names {name!r:.200}, which may lie outside {folder}; '
-            'give names of files in it'
+            f'line {rows.line_num} of {path} names {name!r:.200}, which may be outside of {folder}; '
+            'list only files in this folder'
           )
         yield _Source(folder.joinpath(*parts), label, _PARTS[path.stem.lower()])
   except (csv.Error, UnicodeDecodeError, OSError) as e:
@@ -161,7 +172,9 @@ def _of_classes(directory, found: list[_Source], classes: list[str], report: Rep
   for source in found:
     label = label_of.setdefault(source.path, source.wordnet_id)
     if label != source.wordnet_id:
-      raise DatasetError(f'{source.path} is listed as {label:.100} and as {source.wordnet_id:.100}; leave one of them')
+      raise DatasetError(
+        f'{source.path} is listed as {label:.100} and as {source.wordnet_id:.100}; leave one label and remove the other'
+      )
     sources.setdefault(source.wordnet_id, {})[source.path] = source
   if missing := [name for name in classes if name not in sources]:
     raise DatasetError(_what_is_missing(directory, missing))
@@ -170,7 +183,9 @@ def _of_classes(directory, found: list[_Source], classes: list[str], report: Rep
   for name in classes:
     folders = sorted({os.fspath(path.parent) for path in sources[name]})
     if len(folders) > 1:
-      raise DatasetError(f'the images of class {name} lie in {folders[0]} and in {folders[1]}; leave one of them')
+      raise DatasetError(
+        f'the images of class {name} are in {folders[0]} and in {folders[1]}; leave one folder and remove the other'
+      )
   return {name: [sources[name][path] for path in sorted(sources[name])] for name in classes}
 
 
@@ -181,22 +196,25 @@ def _what_is_missing(directory, missing) -> str:
   if names:
     return (
       f'{directory} has mini-ImageNet only as pickles ({", ".join(names[:3])}), which are not read because opening a '
-      'pickle runs whatever code is in it; give the image files'
+      'pickle runs any code that is in it; give the image files instead'
     )
   return (
     f'{directory} has no class of mini-ImageNet; it should have folders named by WordNet ids such as n01532829, '
-    'images whose names begin with them, or train.csv, val.csv and test.csv'
+    'images whose names begin with such an id, or train.csv, val.csv and test.csv'
   )
 
 
 def _report_other_parts(sources, lists: ClassNames, report: Report) -> None:
   for part, names in lists._asdict().items():
     if other := [name for name in names if sources[name][0].part not in (None, part)]:
-      report(f'the published {part} has {some(other, "class", "classes")} that lie elsewhere here; it is as published')
+      report(
+        f'the published {part} split has {some(other, "class", "classes")} that the directory puts elsewhere; '
+        'the published split is used'
+      )
 
 
 def _report_sizes(sizes, report: Report) -> None:
   other = int(np.sum(sizes != IMAGES_OF_A_CLASS))
   if other:
     least, most = sizes.min(), sizes.max()
-    report(f'{other} of {len(sizes)} classes have other than {IMAGES_OF_A_CLASS} images: {least} to {most}')
+    report(f'{other} of {len(sizes)} classes have more or fewer than {IMAGES_OF_A_CLASS} images: {least} to {most}')

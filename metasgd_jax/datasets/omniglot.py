@@ -1,6 +1,6 @@
-"""Omniglot (Lake et al. 2015) through tfds' own builder: 1623 characters, 20 drawings each, as class banks.
+"""Omniglot (Lake et al. 2015) from tfds' builder, as class banks: 1623 characters with 20 drawings each.
 
-TensorFlow is not needed, neither to read nor to prepare the data.
+TensorFlow is not needed to prepare the data or to read it.
 """
 
 import os
@@ -16,23 +16,23 @@ from metasgd_jax.tasks.few_shot import class_bank
 
 CHARACTERS, DRAWINGS, ORIGINAL, SIZE = 1623, 20, 105, 28
 TRAIN_CHARACTERS = 1200
-"""Li et al. 2017, section 4.2: a random 1200 characters to train on, the other 423 to test."""
+"""Number of random characters to train on in Li et al. 2017, section 4.2. The other 423 characters are for testing."""
 
 _VINYALS_VALIDATION = ('Armenian', 'Bengali', 'Early_Aramaic', 'Hebrew', 'Mkhedruli_(Georgian)')
 _VINYALS_TEST = (
   'Kannada', 'Keble', 'Malayalam', 'Manipuri', 'Mongolian', 'Old_Church_Slavonic_(Cyrillic)', 'Oriya', 'Sylheti',
   'Syriac_(Serto)', 'Tengwar', 'Tibetan', 'ULOG',
 )  # fmt: skip
-_VINYALS_TEST_GURMUKHI = range(41, 45)  # The split cuts the alphabet Gurmukhi: its characters 42 to 45 are tested on.
+_VINYALS_TEST_GURMUKHI = range(41, 45)  # The split divides Gurmukhi: its 42nd to 45th characters are for testing.
 
 
 class Characters(NamedTuple):
-  """All of Omniglot.
+  """All characters of Omniglot.
 
   Attributes:
-    images: `[1623, 20, H, H, 1]` uint8; ink is 255, paper 0.
-    alphabets: `[1623]`, the alphabet of each character.
-    numbers: `[1623]`, its number in the alphabet, from 0.
+    images: Drawings of the characters, `[1623, 20, H, H, 1]` uint8. Ink is 255 and paper is 0.
+    alphabets: Name of the alphabet of each character, `[1623]`.
+    numbers: Number of each character in its alphabet, `[1623]`, counted from 0.
   """
 
   images: np.ndarray
@@ -48,21 +48,24 @@ def load(
   size: int = SIZE,
   report: Report = lambda line: None,
 ) -> Characters:
-  """Returns Omniglot from a tfds data directory, preparing it there first where it is not yet.
+  """Returns Omniglot from a tfds data directory.
 
-  Drawings are scaled from 105×105 with Lanczos, as MAML's code does.
+  If the data set is not in the directory yet, it is first prepared there. Drawings are scaled from 105×105 with
+  Lanczos, as in MAML's code.
 
   Args:
-    data_dir: tfds' data directory: what contains `omniglot/3.0.0`. `~` is the home directory, here and in archives.
-    archives: a directory with Omniglot's four zip files under their own names; without it they are downloaded.
-    verify_archives: whether the archives must be the registered ones, by checksum.
-    size: height and width of a drawing, 1 to 105; the paper's 28. Koch's network wants 105.
-    report: called with a line before anything that takes seconds.
+    data_dir: Data directory of tfds. The data set is in its sub-directory `omniglot/3.0.0`. In `data_dir` and in
+      `archives`, `~` is the home directory.
+    archives: Directory that contains the four zip files of Omniglot under their own names. By default the files are
+      downloaded.
+    verify_archives: Whether the archives must have the registered checksums.
+    size: Height and width of a drawing in pixels, 1 to 105. The paper uses 28. Koch's network needs 105.
+    report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
-    ValueError: another size.
-    DatasetError: the directory is missing or cannot be written, an archive is missing, broken or another than the
-      registered one, there is no network, or the data found is not Omniglot in array_record files.
+    ValueError: if `size` is not from 1 to 105.
+    DatasetError: if a directory is missing or cannot be written, if an archive is missing, broken or not the
+      registered one, if there is no network, or if the data in the directory is not Omniglot in array_record files.
   """
   if not 1 <= size <= ORIGINAL:
     raise ValueError(f'size must be from 1 to {ORIGINAL} pixels, got {size}')
@@ -77,15 +80,16 @@ def load(
 
 
 def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) -> Splits:
-  """Returns the paper's kind of split: 1200 characters at random to train on, the other 423 to test.
+  """Returns a random split as in the paper: 1200 characters to train on, and the other 423 to test on.
 
   Args:
-    characters: all of them.
-    seed: which of the random splits.
-    validation: how many of the 1200 to keep back for validation; the test characters stay the same.
+    characters: All characters of Omniglot.
+    seed: Seed of the random split.
+    validation: Number of the 1200 characters that are used for validation instead of training. The test characters do
+      not depend on this number.
 
   Raises:
-    ValueError: a validation that is not from 0 to 1199.
+    ValueError: if `validation` is not from 0 to 1199.
   """
   if not 0 <= validation < TRAIN_CHARACTERS:
     raise ValueError(f'validation must be from 0 to {TRAIN_CHARACTERS - 1} characters, got {validation}')
@@ -95,7 +99,7 @@ def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) 
 
 
 def vinyals_split(characters: Characters) -> Splits:
-  """Returns the split by alphabets that later papers use (Vinyals et al. 2016): 1028 / 172 / 423 characters."""
+  """Returns the split by alphabets of Vinyals et al. 2016, which later papers use: 1028 / 172 / 423 characters."""
   alphabets = characters.alphabets
   cut = (alphabets == 'Gurmukhi') & np.isin(characters.numbers, _VINYALS_TEST_GURMUKHI)
   validation = np.isin(alphabets, _VINYALS_VALIDATION)
@@ -108,7 +112,7 @@ def _split(characters, train, validation, test) -> Splits:
 
 
 def _builder(data_dir):
-  import tensorflow_datasets as tfds  # Takes seconds, and is needed by those who load data alone.
+  import tensorflow_datasets as tfds  # The import takes seconds, and only loading data needs it.
 
   return tfds.builder('omniglot', data_dir=os.fspath(data_dir), file_format='array_record')
 
@@ -125,7 +129,7 @@ def _read(builder, size: int, report: Report) -> Characters:
       for example in builder.as_data_source(split=split):
         label = int(example['label'])
         if not 0 <= label < CHARACTERS or example['image'].shape[:2] != (ORIGINAL, ORIGINAL):
-          raise ValueError(f'a drawing of character {label} and of shape {example["image"].shape}')
+          raise ValueError(f'there is a drawing of character {label} with shape {example["image"].shape}')
         if count[label] < DRAWINGS:
           images[label, count[label], :, :, 0] = _shrink(example['image'], size)
         count[label] += 1
@@ -141,6 +145,6 @@ def _read(builder, size: int, report: Report) -> Characters:
 
 
 def _shrink(image: np.ndarray, size: int) -> np.ndarray:
-  # Paper is 1 with one PNG decoder and 255 with another; ink is 0 with all.
+  # The value of paper is 1 with one PNG decoder and 255 with another. The value of ink is 0 with every decoder.
   ink = np.where(image[:, :, 0] > 0, 0, 255).astype(np.uint8)
   return np.asarray(Image.fromarray(ink).resize((size, size), Image.Resampling.LANCZOS))

@@ -1,9 +1,11 @@
-"""Preparing a tfds builder's archives as array_record files, without TensorFlow.
+"""Prepares the archives of a tfds builder as array_record files, without TensorFlow.
 
-tfds reads array_record files without TensorFlow. To prepare them it calls TensorFlow in three places: to unpack
-archives, so they are unpacked here beforehand, to where tfds looks for them; in the builder's module, to list
-directories and open files, so that module is lent a stand-in; and to encode images that come as arrays, so they are
-handed to it as Pillow's.
+tfds reads array_record files without TensorFlow. To prepare them, tfds calls TensorFlow in three places, which this
+module replaces:
+
+- tfds unpacks archives. This module unpacks the archives beforehand, to the folder where tfds looks for the contents.
+- The builder's module lists directories and opens files. This module replaces the builder's `tf` for that time.
+- tfds encodes images that are arrays. This module passes Pillow images to tfds instead.
 """
 
 import contextlib
@@ -25,17 +27,18 @@ from metasgd_jax.io.files import why_not_writable
 
 
 def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
-  """Downloads, or takes from `archives`, the builder's archives and prepares the data set in its data directory.
+  """Prepares a data set in the builder's data directory, from archives that are given or downloaded.
 
   Args:
-    builder: of tfds, with `file_format='array_record'`, not yet prepared.
-    archives: a directory with the zip or tar files under their own names; None downloads them.
-    verify_archives: whether files from `archives` must have the registered checksums.
-    report: told what goes on.
+    builder: Builder of tfds with `file_format='array_record'`. Its data set must not be prepared yet.
+    archives: Directory that contains the zip or tar files under their own names. If it is `None`, the files are
+      downloaded.
+    verify_archives: Whether files from `archives` must have the registered checksums.
+    report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
-    DatasetError: the data directory cannot be written; an archive is missing, broken or another than the registered
-      one; a download fails.
+    DatasetError: if the data directory cannot be written, if an archive is missing, broken or not the registered one,
+      or if a download fails.
   """
   import tensorflow_datasets as tfds
 
@@ -50,7 +53,7 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
     paths = [_find(pathlib.Path(archives), builder.url_infos[url].filename) for url in urls]
     found = {url: _check(builder, url, path, verify_archives) for url, path in zip(urls, paths, strict=True)}
     _make_writable(data_dir)
-  report(f'preparing {builder.name} in {data_dir}, once; it takes about a minute')
+  report(f'preparing {builder.name} in {data_dir}; this is done only once and takes about a minute')
   with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
     for path in paths:
       method = tfds.download.Resource(path=path).extract_method.name
@@ -63,17 +66,19 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
         builder.download_and_prepare(
           download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
         )
-    except Exception as e:  # The builders check little of what they read.
+    except Exception as e:  # Builders raise many kinds of errors for bad archives.
       if isinstance(e, OSError) and not str(e.filename).startswith(extract_dir):
-        raise DatasetError(f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)})') from e
+        raise DatasetError(
+          f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)}); free disk space or give another data_dir'
+        ) from e
       raise DatasetError(
-        f'the archives do not hold the whole of {builder.name}, or not in its layout ({first_line(e)}); get them again'
+        f'the archives do not contain the whole of {builder.name} in its layout ({first_line(e)}); get them again'
       ) from e
 
 
 @contextlib.contextmanager
 def images_as_pillow(builder: Any) -> Iterator[None]:
-  """Lets a builder whose examples have arrays as images hand them on as Pillow's, which tfds encodes itself."""
+  """Makes a builder yield Pillow images instead of arrays. tfds encodes Pillow images without TensorFlow."""
   generate = builder._generate_examples
 
   def examples(*args):
@@ -89,19 +94,21 @@ def images_as_pillow(builder: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(what: str, data_dir: pathlib.Path, name: str) -> Iterator[None]:
-  """Turns what is raised at prepared files that are not what tfds wrote, of many kinds, into one error.
+  """Turns any error that is raised while prepared files are read into a DatasetError.
+
+  tfds raises many kinds of errors for files that it did not write.
 
   Args:
-    what: the data set, as people call it.
-    data_dir: tfds' data directory.
-    name: the data set's folder in it.
+    what: Name of the data set in messages.
+    data_dir: Data directory of tfds.
+    name: Name of the data set's folder in `data_dir`.
 
   Raises:
-    DatasetError: whatever was raised; or there is something in the folder that is no file.
+    DatasetError: if any error is raised, or if the folder contains something that is neither a file nor a folder.
   """
   try:
     for path in (data_dir / name).rglob('*'):
-      if not path.is_file() and not path.is_dir():  # To open a pipe would wait for ever.
+      if not path.is_file() and not path.is_dir():  # Opening a pipe would wait forever.
         raise DatasetError(f'{path} is not a file; prepare {what} again in another data_dir')
     yield
   except DatasetError:
@@ -115,7 +122,7 @@ def reading(what: str, data_dir: pathlib.Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-  """Leaves out what tfds logs of decoders that are not installed, at each start."""
+  """Hides the messages about missing decoders that tfds logs at each start."""
   before = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -127,8 +134,8 @@ def without_advice() -> Iterator[None]:
 def _make_writable(data_dir: pathlib.Path) -> None:
   if reason := why_not_writable(data_dir):
     raise DatasetError(
-      f'data_dir {data_dir} does not have the data set and cannot be written to prepare it there ({reason}); '
-      'give a data_dir that has it or that can be written'
+      f'data_dir {data_dir} does not contain the data set and cannot be written to prepare the data set ({reason}); '
+      'give a data_dir that contains the data set or that can be written'
     )
 
 
@@ -142,7 +149,7 @@ def _find(archives: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
-  """Returns what tfds calls the file's UrlInfo: its size and checksum."""
+  """Returns the size and the checksum of an archive, which tfds calls UrlInfo, after a check of the archive."""
   import tensorflow_datasets as tfds
 
   kind = 'zip' if path.suffix == '.zip' else 'tar'
@@ -152,7 +159,7 @@ def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
   if verify and found != builder.url_infos[url]:
     raise DatasetError(
       f'{path} is not the registered file: its sha256 is {found.checksum}, expected '
-      f'{builder.url_infos[url].checksum}; get it from {url}, or, if you trust it, turn verify_archives off '
+      f'{builder.url_infos[url].checksum}; get it from {url}, or if you trust the file, turn verify_archives off '
       '(--noverify_archives)'
     )
   return found
@@ -168,7 +175,7 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
     download_dir=download_dir, url_infos=dict(builder.url_infos), dataset_name=builder.name
   )
   try:
-    requests.head(urls[0], timeout=20)  # tfds would try for minutes before it says that there is no network.
+    requests.head(urls[0], timeout=20)  # Without a network, tfds would try for minutes before it fails.
     return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
   except (
     requests.RequestException,
@@ -178,13 +185,16 @@ def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Repo
   ) as e:
     raise DatasetError(
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
-      f'check data_dir, or get {", ".join(urls)} elsewhere and give their directory as archives'
+      f'check data_dir, or get {", ".join(urls)} in another way and give their directory as archives'
     ) from e
 
 
 @contextlib.contextmanager
 def _registered(url_infos: dict[str, Any], found: dict[str, Any]) -> Iterator[None]:
-  """Lends the builder the checksums of files that the user vouches for; it is shared by all builders, so put back."""
+  """Gives the builder the checksums of files that the user trusts.
+
+  All builders share one table of checksums, so the original table is restored at the end.
+  """
   original = dict(url_infos)
   url_infos.update(found)
   try:
@@ -195,7 +205,10 @@ def _registered(url_infos: dict[str, Any], found: dict[str, Any]) -> Iterator[No
 
 @contextlib.contextmanager
 def _without_tensorflow(builder) -> Iterator[None]:
-  """Lends the builder's module a `tf` that lists directories and opens files, where TensorFlow is not installed."""
+  """Replaces `tf` in the builder's module for a while, if TensorFlow is not installed.
+
+  The replacement can list directories and open files.
+  """
   module: Any = sys.modules[type(builder).__module__]
   if importlib.util.find_spec('tensorflow') is not None:
     yield

@@ -1,6 +1,7 @@
-"""Which classes are trained on, validated on and tested on: by seed, by lists of names, or as published.
+"""Splits classes into those to train, validate and test on: by seed, by lists of names, or as published.
 
-A split is first one of names, `ClassNames`, which can be looked at and kept; `split_bank` then deals out the images.
+A split begins as names of classes, `ClassNames`, which can be inspected and saved. Then `split_bank` splits the images
+by these names.
 """
 
 import importlib.resources
@@ -17,12 +18,12 @@ from metasgd_jax.tasks.few_shot import ClassBank
 
 
 class Splits(NamedTuple):
-  """Class banks with no class in common; `validation` is empty (C = 0) where a split has none.
+  """Class banks of the three parts of a split. The parts have no class in common.
 
   Attributes:
-    train: classes to train on.
-    validation: classes to choose settings by.
-    test: classes to test on.
+    train: Bank of the classes to train on.
+    validation: Bank of the classes to choose hyperparameters on. It is empty (C = 0) if the split has no such classes.
+    test: Bank of the classes to test on.
 
   Example:
     >>> from metasgd_jax.datasets import Splits
@@ -39,12 +40,12 @@ class Splits(NamedTuple):
 
 
 class ClassNames(NamedTuple):
-  """The names of the classes of each part; a name is in one part at most.
+  """Names of the classes in each part of a split. A name is in at most one part.
 
   Attributes:
-    train: of the classes to train on.
-    validation: of those to choose settings by.
-    test: of those to test on.
+    train: Names of the classes to train on.
+    validation: Names of the classes to choose hyperparameters on.
+    test: Names of the classes to test on.
 
   Example:
     >>> from metasgd_jax.datasets import ClassNames
@@ -60,21 +61,21 @@ class ClassNames(NamedTuple):
 def split_by_seed(
   names: Sequence[str], *, seed: int = 0, train: float = 0.64, validation: float = 0.16, test: float = 0.2
 ) -> ClassNames:
-  """Shares classes out at random; the same names and seed give the same split, whatever the order of the names.
+  """Splits classes at random. The same names and seed give the same split, whatever the order of the names.
 
-  Three integers are numbers of classes, and classes beyond their sum are left out; otherwise the three are fractions,
-  and every class is used.
+  If `train`, `validation` and `test` are all integers, they are numbers of classes, and classes beyond their sum are
+  left out. Otherwise all three are fractions of the classes, and every class is used.
 
   Args:
-    names: of all classes.
-    seed: which of the random splits.
-    train: number or fraction of the classes to train on.
-    validation: the same to choose settings by; 0 for none.
-    test: the same to test on.
+    names: Names of all classes.
+    seed: Seed of the random split.
+    train: Number or fraction of the classes to train on.
+    validation: Number or fraction of the classes to choose hyperparameters on; 0 for none.
+    test: Number or fraction of the classes to test on.
 
   Raises:
-    ValueError: a name twice, numbers below 0 or beyond what there is, fractions that do not sum to 1, or a fraction
-      so small that no class falls to it.
+    ValueError: if a name occurs twice, if a number is negative, if the numbers sum to more than the number of classes,
+      if a fraction is negative, if the fractions do not sum to 1, or if a fraction is so small that it gives no class.
 
   Example:
     >>> from metasgd_jax.datasets import split_by_seed
@@ -92,14 +93,14 @@ def split_by_seed(
 
 
 def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
-  """Returns `lists` if they split the classes `names`; a class in none of the lists is left out.
+  """Returns `lists` after a check that they split the classes in `names`. A class that is in no list is left out.
 
   Args:
-    names: of the classes that there are.
-    lists: names of each part; `read_list` reads one from a file.
+    names: Names of all classes.
+    lists: Names of the classes in each part. `read_list` reads the names of one part from a file.
 
   Raises:
-    ValueError: a class twice in the lists, or in them but not among the names.
+    ValueError: if a class occurs twice in the lists, or if a class in the lists is not in `names`.
 
   Example:
     >>> from metasgd_jax.datasets import ClassNames, split_by_lists
@@ -114,13 +115,13 @@ def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
 
 
 def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
-  """Reads one class name a line; blank lines and lines that begin with # are left out.
+  """Reads class names from a file with one name per line. Blank lines and lines that begin with # are left out.
 
   Args:
-    path: of a text file in UTF-8.
+    path: Path of a text file in UTF-8. `~` is the home directory.
 
   Raises:
-    DatasetError: the file is missing, is not a file or is not UTF-8 text.
+    DatasetError: if the file is missing, is not a regular file, or is not UTF-8 text.
 
   Example:
     >>> import pathlib, tempfile
@@ -133,25 +134,25 @@ def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
   """
   try:
     file = at_home(path)
-    if file.exists() and not file.is_file():  # To read a pipe would wait for ever.
+    if file.exists() and not file.is_file():  # Reading a pipe would wait forever.
       raise DatasetError(f'the list of classes {path} is not a file; give a text file')
     text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as e:
-    raise DatasetError(f'the list of classes {path} is not UTF-8 text; write one class name a line') from e
+    raise DatasetError(f'the list of classes {path} is not UTF-8 text; save it in UTF-8, one class name a line') from e
   except (OSError, ValueError) as e:
     raise DatasetError(f'the list of classes {path} cannot be read ({getattr(e, "strerror", None) or e})') from e
   return _names(text)
 
 
 def published_split(dataset: str) -> ClassNames:
-  """Returns the classes that papers train, validate and test on, 64 / 16 / 20.
+  """Returns the published split of a data set: the 64 / 16 / 20 classes that papers train, validate and test on.
 
   Args:
-    dataset: `mini_imagenet` (Ravi & Larochelle 2017; WordNet ids) or `cifar_fs` (Bertinetto et al. 2019; names of
-      CIFAR-100's classes).
+    dataset: Name of the data set. `mini_imagenet` gives the split of Ravi & Larochelle 2017, with WordNet ids as names.
+      `cifar_fs` gives the split of Bertinetto et al. 2019, with the names of CIFAR-100's classes.
 
   Raises:
-    ValueError: another data set.
+    ValueError: if `dataset` is neither of these.
 
   Example:
     >>> from metasgd_jax.datasets import published_split
@@ -159,21 +160,21 @@ def published_split(dataset: str) -> ClassNames:
     [64, 16, 20]
   """
   if dataset not in ('mini_imagenet', 'cifar_fs'):
-    raise ValueError(f"published splits are of 'mini_imagenet' and 'cifar_fs', got {dataset!r}")
+    raise ValueError(f"dataset must be 'mini_imagenet' or 'cifar_fs', got {dataset!r}")
   folder = importlib.resources.files('metasgd_jax.datasets') / 'class_lists'
   return ClassNames(*(_names((folder / f'{dataset}_{part}.txt').read_text('utf-8')) for part in ClassNames._fields))
 
 
 def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Splits:
-  """Deals a bank's classes out.
+  """Splits a class bank into the banks of the three parts.
 
   Args:
-    bank: images `[M, H, W, D]` of C classes.
-    names: of the C classes, in the bank's order.
-    lists: which class is in which part; a part's classes come in the order of its list.
+    bank: Class bank with images `[M, H, W, D]` of C classes.
+    names: Names of the C classes, in the order of the bank.
+    lists: Names of the classes in each part. The classes of a part are returned in the order of its list.
 
   Raises:
-    ValueError: not C names, a name twice, or a class in the lists that the names do not have.
+    ValueError: if there are not C names, if a name occurs twice, or if a class in the lists is not in `names`.
 
   Example:
     >>> from metasgd_jax.datasets import split_bank, split_by_seed
@@ -183,7 +184,7 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
     [16, 4, 5]
   """
   if len(names) != len(bank.sizes):
-    raise ValueError(f'a bank of {len(bank.sizes)} classes needs as many names, got {len(names)}')
+    raise ValueError(f'a bank of {len(bank.sizes)} classes needs one name for each class, got {len(names)} names')
   _check_unique(names, 'the names of the classes')
   index = {name: c for c, name in enumerate(names)}
   parts = split_by_lists(names, lists)
@@ -191,7 +192,7 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
 
 
 def some(names: Sequence[str], one: str, many: str) -> str:
-  """Returns `names` as words in a sentence: how many, and the first five of them."""
+  """Returns the number of names and the first five names, as words for a sentence."""
   rest = ', …' if len(names) > 5 else ''
   return f'{len(names)} {one if len(names) == 1 else many} ({", ".join(names[:5])}{rest})'
 
@@ -217,7 +218,9 @@ def _counts(shares: dict[str, float], classes: int) -> list[int]:
   counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
   for (name, value), count in zip(shares.items(), counts, strict=True):
     if value > 0 and count == 0:
-      raise ValueError(f'{name}={value} of {classes} classes is none; give numbers of classes instead of fractions')
+      raise ValueError(
+        f'{name}={value} of {classes} classes rounds to none; give numbers of classes instead of fractions'
+      )
   return counts
 
 
@@ -225,7 +228,7 @@ def _check_unique(names: Iterable[str], what: str) -> None:
   seen: set[str] = set()
   twice = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
   if twice:
-    raise ValueError(f'{what} have {some(twice, "class", "classes")} more than once; leave each in one place')
+    raise ValueError(f'{what} have {some(twice, "class", "classes")} more than once; list each class only once')
 
 
 def _names(text: str) -> tuple[str, ...]:

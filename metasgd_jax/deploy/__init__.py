@@ -1,1 +1,1 @@
-"""Trained models: a classifier, the files that models are kept in, and exported programs."""
+"""Trained models: a few-shot classifier, the files that store models, and exported programs."""

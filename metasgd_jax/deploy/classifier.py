@@ -1,4 +1,4 @@
-"""A few-shot classifier in scikit-learn's manner: a trained model, adapted in `fit` to the classes at hand."""
+"""A few-shot classifier with the interface of scikit-learn: `fit` adapts a trained model to new classes."""
 
 import dataclasses
 import functools
@@ -12,40 +12,52 @@ from metasgd_jax.io.files import PathLike
 from metasgd_jax.types import Batch
 
 AT_ONCE = 32
-"""Pictures answered together where no answer depends on another: one compiled program serves any number of them."""
+"""Number of images that an inductive classifier predicts at once.
+
+A call is split into batches of this number, and the last batch is padded. One compiled program then serves calls with
+any number of images.
+"""
 
 
 class NotFittedError(ValueError, AttributeError):
-  """A classifier is asked for answers before `fit`; scikit-learn's error of this name has the same parents."""
+  """A classifier was used before `fit`. The error of this name in scikit-learn has the same base classes."""
 
 
 class FewShotClassifier:
-  """Tells 2 to N new classes of pictures apart, from one picture of each or more, after one step of adaptation.
+  """Classifies images into N new classes, after it has adapted a trained model to one or more examples of each class.
 
-  Pictures are `[n, H, W, D]`, `[n, H, W]` where D = 1, or flat `[n, H·W·D]`, in uint8 0 to 255 or floats 0 to 1, of the
-  model's height, width and channels. It can be cloned, pickled, and used in scikit-learn's pipelines and searches.
+  N is at least 2, and at most the way that the model was trained with. Images are arrays `[n, H, W, D]`, `[n, H, W]` if
+  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are uint8 from 0 to 255 or
+  floats from 0 to 1. The classifier can be cloned, pickled, and used in pipelines and searches of scikit-learn.
 
-  `inductive` chooses by what batch norm normalises the pictures to answer:
+  `inductive` chooses the statistics with which batch norm normalises the query images:
 
-  - True, the default: by the support's statistics, so that an answer depends on its own picture alone.
-  - False, transductive, as accuracies of MAML and its kin are mostly measured: by the statistics of all pictures of the
-    call, so that each answer depends on the others. Only for calls with many pictures and all classes among them.
+  - True, the default: the statistics of the support. Each prediction then depends on its own image alone.
+  - False, which is called transductive: the statistics of all images of the call. Each prediction then depends on the
+    other images. Accuracies of MAML and similar methods are mostly measured in this way. The transductive mode is
+    meant only for calls with many images that contain all classes.
 
-  A model trained transductively has only met batches with as many pictures of each class. The statistics of a call of
-  one picture, or of pictures of one class, are not what it was trained with, and many of its answers are then wrong;
-  the support's are, however the pictures to answer come.
+  A model that was trained transductively has only seen batches with the same number of images of each class. If a call
+  has a single image, or images of a single class, the statistics of that call differ from those of the training, and
+  many predictions are wrong. The statistics of the support are like those of the training, whatever the query
+  images are.
 
-  Classes with fewer examples than others have theirs repeated until all have as many, as the model was trained.
+  If some classes have fewer examples than others, their examples are repeated until all classes have the same number.
+  The model was trained with the same number of examples of each class.
 
-  After `fit`: `classes_`, the labels in order `[N]`; `image_shape_`, (H, W, D); `n_features_in_`, H·W·D; `inverted_`,
-  whether any of its pictures was.
+  `fit` sets these attributes:
+
+  - `classes_`: the labels in sorted order, `[N]`.
+  - `image_shape_`: (H, W, D).
+  - `n_features_in_`: H·W·D.
+  - `inverted_`: whether any image of the support was inverted.
 
   Args:
-    model: the name of a model that ships with the package, the path of a file of `save_model`, or a `FewShotModel`.
-    inductive: see above.
-    steps: inner steps; the model's own where left out.
-    invert: whether to turn light into dark: 'auto' does so where the model was trained on dark backgrounds, for each
-      picture that has a light border.
+    model: Name of a model that ships with the package, path of a file that `save_model` wrote, or a `FewShotModel`.
+    inductive: Whether batch norm uses the statistics of the support; see above.
+    steps: Number of inner steps. By default it is the model's own number.
+    invert: Whether to invert the images, so that light becomes dark. With 'auto' each image that has a light border is
+      inverted, if the model was trained on dark backgrounds.
 
   Example:
     >>> images = np.zeros((4, 28, 28))  # Light strokes on black: two lie, two stand.
@@ -74,20 +86,22 @@ class FewShotClassifier:
     self.invert = invert
 
   def fit(self, images: Any, labels: Any) -> 'FewShotClassifier':
-    """Adapts the model to the classes of a few pictures, and returns self.
+    """Adapts the model to the classes of the support, and returns self.
 
     Args:
-      images: the support; one of each class or more, and not necessarily as many of each.
-      labels: `[n]`, anything that `np.unique` can sort.
+      images: Support images, one or more of each class. The number of images may differ between classes.
+      labels: Labels of the images, `[n]`, of any type that `np.unique` can sort.
 
     Raises:
-      ValueError: a model that cannot be read, arguments that it does not take, pictures or labels that do not fit it
-        or each other, one class alone, or more classes than it tells apart.
+      ValueError: if the model cannot be read, if an argument of the constructor is not valid, if the images or labels
+        do not fit the model or each other, if there is only one class, or if there are more classes than the model
+        supports.
     """
     if not (self.invert == 'auto' or isinstance(self.invert, bool)):
       raise ValueError(f"invert must be 'auto', True or False, got {self.invert!r}")
     model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
-    config = dataclasses.replace(model.config, training={})  # Programs are kept by config, and facts change none.
+    # Compiled programs are cached by config. Facts about the training do not change them.
+    config = dataclasses.replace(model.config, training={})
     if self.steps is not None:
       config = dataclasses.replace(config, inner_steps=self.steps)
     x = _as_images(images, config.image_shape)
@@ -104,46 +118,53 @@ class FewShotClassifier:
     return self
 
   def decision_function(self, images: Any) -> np.ndarray:
-    """Returns the logits `[n, N]`; with two classes, as scikit-learn has it, the second's less the first's `[n]`.
+    """Returns the logits, `[n, N]`.
+
+    With two classes, it returns the second logit minus the first, `[n]`, as scikit-learn does.
 
     Args:
-      images: what to answer, in any of the forms that the class names.
+      images: Query images, in any of the forms that the class documents.
 
     Raises:
-      ValueError: pictures that do not fit the model.
-      NotFittedError: before `fit`.
+      ValueError: if the images do not fit the model.
+      NotFittedError: if `fit` has not been called.
     """
     logits = self._logits(images)
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
   def predict_proba(self, images: Any) -> np.ndarray:
-    """Returns each class's probability `[n, N]`, in the order of `classes_`; raises as `decision_function`.
+    """Returns the probability of each class, `[n, N]`, in the order of `classes_`.
+
+    The errors are those of `decision_function`.
 
     Args:
-      images: what to answer, in any of the forms that the class names.
+      images: Query images, in any of the forms that the class documents.
     """
-    from scipy.special import softmax  # scipy is imported where it is first used.
+    from scipy.special import softmax  # scipy is imported only where it is used.
 
     return softmax(self._logits(images).astype(np.float64), axis=1)
 
   def predict(self, images: Any) -> np.ndarray:
-    """Returns the most probable label of each picture `[n]`; raises as `decision_function`.
+    """Returns the most probable label of each image, `[n]`.
+
+    The errors are those of `decision_function`.
 
     Args:
-      images: what to answer, in any of the forms that the class names.
+      images: Query images, in any of the forms that the class documents.
     """
     answers = np.argmax(self._logits(images), axis=1)
     return self.classes_[answers]
 
   def score(self, images: Any, labels: Any) -> float:
-    """Returns the share of pictures answered right.
+    """Returns the accuracy, which is the share of images whose predicted label is right.
 
     Args:
-      images: what to answer, in any of the forms that the class names.
-      labels: `[n]`, their classes.
+      images: Query images, in any of the forms that the class documents.
+      labels: True labels of the images, `[n]`.
 
     Raises:
-      ValueError: counts of pictures and labels that differ; as `decision_function`.
+      ValueError: if the number of labels is not the number of images. The other errors are those of
+        `decision_function`.
     """
     answers, labels = self.predict(images), np.asarray(labels)
     if answers.shape != labels.shape:
@@ -151,11 +172,11 @@ class FewShotClassifier:
     return float(np.mean(answers == labels))
 
   def get_params(self, deep: bool = True) -> dict[str, Any]:
-    """Returns the constructor's arguments by name; `deep` is scikit-learn's and changes nothing."""
+    """Returns the constructor's arguments by name. `deep` has no effect; scikit-learn passes it."""
     return {name: getattr(self, name) for name in ('model', 'inductive', 'steps', 'invert')}
 
   def set_params(self, **params: Any) -> 'FewShotClassifier':
-    """Sets the constructor's arguments that params names, and returns self; raises ValueError for an unknown name."""
+    """Sets the constructor's arguments that `params` names, and returns self. Raises ValueError for an unknown name."""
     known = self.get_params()
     for name in params:
       if name not in known:
@@ -165,7 +186,7 @@ class FewShotClassifier:
     return self
 
   def __repr__(self) -> str:
-    """Shows the arguments that are not the default."""
+    """Shows the arguments that differ from their defaults."""
     defaults = type(self)().get_params()
     changed = lambda v, default: type(v) is not type(default) or v != default
     shown = {k: v for k, v in self.get_params().items() if changed(v, defaults[k])}
@@ -176,7 +197,7 @@ class FewShotClassifier:
     return hasattr(self, '_fitted')
 
   def __sklearn_tags__(self) -> Any:
-    """Says to scikit-learn, which alone asks, that this is a classifier of arrays of two dimensions and more."""
+    """Tells scikit-learn, its only caller, that this is a classifier of arrays with two or more dimensions."""
     from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
     return Tags(
@@ -188,7 +209,7 @@ class FewShotClassifier:
 
   def _logits(self, images) -> np.ndarray:
     if not hasattr(self, '_fitted'):
-      raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few pictures of each class')
+      raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few images of each class')
     config, inductive, adapted = self._fitted
     x = _as_images(images, config.image_shape)
     x = np.where(_light(x, self.invert, config), 1 - x, x)
@@ -214,11 +235,11 @@ def _predict(adapted, x, *, config: ModelConfig, way: int, inductive: bool):
 
 
 def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
-  """Pictures in any of the forms that are taken as float32 `[n, H, W, D]`, checked."""
+  """Returns the images as float32 `[n, H, W, D]`. Raises ValueError unless they have one of the accepted forms."""
   try:
     x = np.asarray(images)
   except ValueError as e:
-    raise ValueError('images must be one array, all of one shape, got a list of several shapes; resize them') from e
+    raise ValueError('images must all have one shape, got a list of several shapes; resize them') from e
   height, width, channels = shape
   if x.ndim and not len(x):
     raise ValueError(f'there must be at least one image, got an array of shape {x.shape}')
@@ -226,7 +247,7 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
   if x.ndim < 2 or x.shape[1:] not in taken:
     raise ValueError(
       f'the model takes images [n, {height}, {width}, {channels}], or flat [n, {height * width * channels}], '
-      f'got shape {x.shape}; resize them, and give one image as images[None]'
+      f'got shape {x.shape}; resize them, and pass a single image as images[None]'
     )
   x = x.reshape(-1, *shape)
   if x.dtype == np.uint8:
@@ -237,38 +258,43 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
     raise ValueError('images must be finite numbers, got NaN or infinity; leave those pictures out')
   if x.min() < 0 or x.max() > 1:
     raise ValueError(
-      f'images in floats must lie in 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or give uint8'
+      f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
     )
   return x.astype(np.float32)
 
 
 def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """The classes in order, and each label's place among them, checked."""
+  """Returns the sorted classes, and the index of each label among them. Raises ValueError if labels are not valid."""
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise ValueError(f'there must be a label for each of the {count} images, got labels of shape {labels.shape}')
   if np.any(labels != labels):
-    raise ValueError('labels must not be NaN; leave those pictures out, or give them a class of their own')
+    raise ValueError('labels must not be NaN; leave those pictures out, or give them a separate class')
   try:
     classes, y = np.unique(labels, return_inverse=True)
   except TypeError as e:
-    raise ValueError(f'labels must be of one kind, such as all strings, to be sorted ({e}); convert them') from e
+    raise ValueError(f'labels must be of one kind, such as strings, to be sortable ({e}); convert them') from e
   if len(classes) < 2:
-    raise ValueError(f'there must be at least two classes to tell apart, got {classes.tolist()[0]!r} alone')
+    raise ValueError(
+      f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add images of another class'
+    )
   if len(classes) > most:
-    raise ValueError(f'the model tells at most {most} classes apart, got {len(classes)}; give it fewer')
+    raise ValueError(f'the model supports at most {most} classes, got {len(classes)}; give it fewer')
   return classes, y.astype(np.int32)
 
 
 def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
-  """The support with smaller classes' pictures repeated, so that each class has as many: so the model was trained."""
+  """Returns the support with the images of smaller classes repeated, so that all classes have the same number.
+
+  The model was trained with the same number of examples of each class.
+  """
   members = [np.flatnonzero(y == c) for c in range(y.max() + 1)]
   rows = np.concatenate([np.resize(m, max(map(len, members))) for m in members])
   return x[rows], y[rows]
 
 
 def _light(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
-  """Which pictures are to be turned dark, `[n, 1, 1, 1]`; 'auto' goes by each one's own outermost pixels."""
+  """Returns which images are to be inverted, `[n, 1, 1, 1]`. 'auto' decides by the outermost pixels of each image."""
   if invert != 'auto':
     return np.full((len(x), 1, 1, 1), invert)
   borders = [part.reshape(len(x), -1) for part in (x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1])]

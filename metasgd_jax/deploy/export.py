@@ -1,8 +1,8 @@
-"""A trained learner as one file that runs where this package is not: two programs, the parameters, what they are.
+"""Exports a trained learner to one file that runs without this package: two programs, parameters, and a description.
 
-The file is a zip without compression. `adapt.bin` and `predict.bin` are programs of `jax.export` (StableHLO),
-`parameters/NAME.npy` are the leaves of meta, and `about.json` says what goes in and what comes out. docs/export.md has
-the lines that read it with jax and numpy alone.
+The file is a zip archive without compression. `adapt.bin` and `predict.bin` are programs of `jax.export` (StableHLO),
+`parameters/NAME.npy` are the leaves of meta, and `about.json` describes the inputs and outputs. docs/export.md has the
+code that reads the file with jax and numpy alone.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from metasgd_jax.version import __version__
 __all__ = ['FORMAT_VERSION', 'PLATFORMS', 'Exported', 'export_learner', 'export_model', 'load_exported']
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_CLOSE = 1e-4  # Of the largest output: float32's rounding through an inner step, compiled in two ways.
+_CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner step round differently in float32.
 
 
 def export_model(
@@ -42,24 +42,29 @@ def export_model(
   platforms: Sequence[str] = PLATFORMS,
   report: Callable[[str], None] | None = None,
 ) -> Exported:
-  """Writes a trained classifier as `export_learner` does, and returns it as it was read back.
+  """Writes a trained classifier as `export_learner` does, and returns the content of the file, which it reads back.
 
-  It takes pictures float32 `[S, H, W, D]` of 0 to 1 with labels int32 `[S]` of 0 to N − 1, and answers with logits
-  `[Q, N]`. Whoever calls it does what `FewShotClassifier` does before: turn light into dark where the model wants dark
-  backgrounds, and give each class as many pictures.
+  The file takes support images, float32 `[S, H, W, D]` with values from 0 to 1, and their labels, int32 `[S]` from 0 to
+  N − 1. It returns logits `[Q, N]` for Q query images. The user of the file must do the preprocessing that
+  `FewShotClassifier` does: invert images with a light background if the model was trained on dark backgrounds, and give
+  each class the same number of support images.
 
   Args:
-    path: of the file to write.
-    model: what `load_model` returns.
-    way: N, 2 to the model's, which it is where left out; no other number of classes can be told apart by the file.
-    shot: K, where the file shall take N·K pictures to adapt to, and no other number.
-    inductive: normalise by the support's statistics, so that no answer depends on the other pictures.
-    platforms: some of cpu, cuda, rocm and tpu.
-    report: gets a line when all that was given is found to be right, before what takes long.
+    path: Path of the file to write.
+    model: Trained model, such as `load_model` returns.
+    way: Number of classes N, from 2 to the way of the model, which is the default. The file serves no other number of
+      classes.
+    shot: Number of support images per class, K. The file then takes exactly N·K support images. By default it takes any
+      number.
+    inductive: Whether batch norm uses the statistics of the support, so that no prediction depends on the other query
+      images.
+    platforms: Platforms that the file runs on, some of cpu, cuda, rocm and tpu.
+    report: Function that receives a line of text when all arguments have been checked, before the slow part begins.
 
   Raises:
-    ValueError: way that the model does not have, shot below 1, and as `export_learner`.
-    WriterError: as `export_learner`.
+    ValueError: if the model does not support `way` classes, if `shot` is not an integer from 1 to 10,000, or if
+      `export_learner` raises it.
+    WriterError: if `export_learner` raises it.
 
   Example:
     >>> import tempfile
@@ -103,28 +108,30 @@ def export_learner(
   says: Mapping[str, Any] | None = None,
   report: Callable[[str], None] | None = None,
 ) -> Exported:
-  """Writes a learner's `adapt` and `predict` with its parameters, and returns what it reads back.
+  """Writes `adapt` and `predict` of a learner with its parameters, and returns the content of the file, read back.
 
-  The file takes any number of query items. It is compared with the learner on `episode` before it takes its name,
-  where this machine has one of the platforms; `about['checked_on']` says which. Its products of matrices are of the
-  highest precision (`jax.default_matmul_precision`), so that its numbers are the same on each.
+  The file takes any number of query items. Before the file gets its name, its programs are compared with the learner on
+  `episode`, if this machine has one of the platforms; `about['checked_on']` names that platform. The programs compute
+  matrix products in the highest precision (`jax.default_matmul_precision`), so that all platforms give the same
+  numbers.
 
   Args:
-    path: of the file to write.
-    learner: any; one that is stochastic adapts with `jax.random.key(0)`, always.
-    meta: its parameters, arrays of numbers, or numbers; they get the dtypes that JAX gives them.
-    episode: gives shapes and dtypes, and the values to compare on; support and query are a `Batch` each, with S and
-      with Q in front of its leaves.
-    any_support: whether the file takes any number of support items, or S alone.
-    platforms: some of cpu, cuda, rocm and tpu.
-    says: facts for people to read, kept in about.json.
-    report: gets a line when all that was given is found to be right, before what takes long.
+    path: Path of the file to write.
+    learner: Learner to export. A stochastic learner always adapts with `jax.random.key(0)`.
+    meta: Parameters of the learner, a pytree of numbers or arrays of numbers. They are converted to the dtypes that JAX
+      gives them.
+    episode: Episode that gives the shapes and dtypes, and the values for the comparison. Its support and its query are
+      each a `Batch`. Leaves of the support have the leading axis S, leaves of the query the leading axis Q.
+    any_support: Whether the file takes any number of support items. Otherwise it takes exactly S.
+    platforms: Platforms that the file runs on, some of cpu, cuda, rocm and tpu.
+    says: Facts for people who read the file, stored in about.json.
+    report: Function that receives a line of text when all arguments have been checked, before the slow part begins.
 
   Raises:
-    ValueError: an unknown platform, one that an operation of the learner has no form for, an operation that calls
-      back into Python, a number of items that cannot be left open, leaves of the episode without items in front,
-      parameters or facts that the file cannot hold.
-    WriterError: the file cannot be written, or what was read back gives other numbers.
+    ValueError: if a platform is unknown, if a platform does not support an operation of the learner, if an operation
+      calls back into Python, if the learner needs a fixed number of items and the file is to take any number, if leaves
+      of the episode have no leading axis of items, or if the file cannot hold the parameters or the facts.
+    WriterError: if the file cannot be written, or if the programs that were read back give other numbers.
 
   Example:
     >>> import tempfile
@@ -141,7 +148,7 @@ def export_learner(
   path, platforms = export_checks.place(path), export_checks.known_platforms(platforms)
   meta, (support, query) = export_checks.as_arrays(meta), episode
   if not isinstance(support, Batch) or not isinstance(query, Batch):
-    raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__}, {type(query).__name__}')
+    raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__} and {type(query).__name__}')
   export_checks.check_items(support, 'support')
   export_checks.check_items(Batch(query.x, None), 'query')
   facts = export_checks.as_json(says or {})
@@ -156,12 +163,15 @@ def export_learner(
   of_key = lambda meta, support: learner.adapt(meta, support, jax.random.key(0))
   like = jax.eval_shape(of_key, _shapes(meta), _shapes(support))
   if any(map(is_key, jax.tree.leaves(like))):
-    raise ValueError('what adapt returns has a key of jax.random in it, which no file can hold; return its data')
-  jax.eval_shape(learner.predict, like, _shapes(query.x))  # So that what fails after this is for an open number.
+    raise ValueError(
+      'what adapt returns contains a key of jax.random, which no file can hold; return jax.random.key_data(key) instead'
+    )
+  # If this line passes, later errors are due to the open numbers of items.
+  jax.eval_shape(learner.predict, like, _shapes(query.x))
   whole_adapted = _by_name(like)[1]
   if report:
     report('exporting, and comparing what was written with the learner, which may take half a minute')
-  scope = jax.export.SymbolicScope()  # Of S and Q, which JAX takes for at least 1.
+  scope = jax.export.SymbolicScope()  # The scope of S and Q, which JAX assumes to be at least 1.
   open_ = lambda tree, name: _shapes(tree, jax.export.symbolic_shape(name, scope=scope)[0])
   x, y = open_(support, 'S') if any_support else _shapes(support)
   programs = {'adapt': _program(adapt, platforms, any_support, _shapes(parameters), x, y)}
@@ -196,32 +206,32 @@ def export_learner(
 
 
 def _by_name(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], PyTree]]:
-  """A tree's leaves by name, and what puts such leaves together again."""
+  """Returns the leaves of a tree by name, and a function that rebuilds the tree from such leaves."""
   pairs, structure = named(tree), jax.tree.structure(tree)
   leaves = dict(pairs)
   if len(leaves) < len(pairs):
-    raise ValueError(f'two leaves have one name among {", ".join(name for name, _ in pairs)[:200]}; rename one')
+    raise ValueError(f'two leaves have the same name, among {", ".join(name for name, _ in pairs)[:200]}; rename one')
   return leaves, lambda found: jax.tree.unflatten(structure, [found[name] for name in leaves])
 
 
 def _shapes(tree: PyTree, items: Any = None) -> PyTree:
-  """The shapes and dtypes of a tree, with `items` as the first dimension where it is given."""
+  """Returns the shapes and dtypes of a tree. If `items` is given, it replaces the first dimension of each leaf."""
   front = lambda shape: shape if items is None else (items, *shape[1:])
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(front(jnp.shape(a)), jnp.result_type(a)), tree)
 
 
 def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Exported:
-  """A program of a function that is known to work with fixed numbers of items."""
+  """Returns the exported program of a function that is known to work with fixed numbers of items."""
   try:
     with _without_folders(), jax.default_matmul_precision('highest'):
       return jax.export.export(jax.jit(function), platforms=platforms)(*inputs)
   except (NotImplementedError, TypeError, ValueError, IndexError, InconclusiveDimensionOperation) as e:
     why = export_checks.first(e)
     if 'callback' in why:
-      raise ValueError(f'the file cannot hold what calls back into Python ({why}); do without') from e
+      raise ValueError(f'the file cannot hold an operation that calls back into Python ({why}); remove it') from e
     if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
-      raise ValueError(f'it cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out') from e
-    advice = 'any_support=False fixes that of the support; ' if any_support else ''
+      raise ValueError(f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out') from e
+    advice = 'any_support=False fixes the number of support items; ' if any_support else ''
     raise ValueError(
       f'the number of items cannot be left open ({why}); {advice}predict must take any number of query items'
     ) from e
@@ -230,14 +240,18 @@ def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Expo
 def _serialized(program: jax.export.Exported) -> bytes:
   try:
     return bytes(program.serialize())
-  except Exception as e:  # ValueError for a kind of node, RuntimeError for an effect, others of flatbuffers.
+  except Exception as e:  # ValueError for a kind of pytree node, RuntimeError for an effect, and errors of flatbuffers.
     raise ValueError(
-      f'the file cannot hold this ({export_checks.first(e)}); inputs are arrays in dicts and lists'
+      f'the file cannot hold this program ({export_checks.first(e)}); its inputs must be arrays in dicts and lists'
     ) from e
 
 
 def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | None]:
-  """The platform to compare on, and its device: JAX's own, or else a CPU; None where this machine has none of them."""
+  """Returns the platform to compare on, and its device.
+
+  The platform is JAX's default platform if it is one of `platforms`, or else the CPU if that is one of `platforms`.
+  Otherwise both results are None.
+  """
   here, host = jax.export.default_export_platform(), sharding.host_device()
   if here in platforms:
     return here, jax.local_devices()[0]
@@ -246,9 +260,9 @@ def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | 
 
 @contextlib.contextmanager
 def _without_folders() -> Iterator[None]:
-  """Has programs keep the names of source files, but not where they lie, which is nobody's business.
+  """Makes programs store the names of source files without their folders, because the folders are private.
 
-  JAX has no scoped form of this setting: it holds for all threads for as long as a program is traced and lowered.
+  JAX has no scoped form of this setting. It applies to all threads while a program is traced and lowered.
   """
   setting = 'jax_hlo_source_file_canonicalization_regex'
   before = getattr(jax.config, setting)
@@ -260,18 +274,18 @@ def _without_folders() -> Iterator[None]:
 
 
 def _check_numbers(found: Exported, learner: Learner, meta: PyTree, support: Batch, x: Any) -> None:
-  """Raises WriterError unless the file's programs give the learner's numbers, to float32's rounding."""
+  """Raises WriterError unless the programs of the file give the numbers of the learner, to float32 rounding."""
 
   @jax.jit
   def ours(meta, support, x):
     return learner.predict(learner.adapt(meta, support, jax.random.key(0)), x)
 
-  meta, support, x = jax.device_get((meta, support, x))  # From whatever device they are on.
+  meta, support, x = jax.device_get((meta, support, x))  # They may be on different devices.
   theirs = found.predict(found.adapt(found.parameters, *support), x)
   for a, b in zip(jax.tree.leaves(ours(meta, support, x)), jax.tree.leaves(theirs), strict=True):
     a, b = np.asarray(a), np.asarray(b)
-    finite = np.isfinite(a) & np.isfinite(b)  # Logits of classes that are not there may be -inf.
+    finite = np.isfinite(a) & np.isfinite(b)  # Logits of absent classes may be -inf.
     size = np.max(np.abs(a[finite]), initial=1e-30)
     if not np.allclose(a, b, rtol=0, atol=_CLOSE * size, equal_nan=True):
       off = np.max(np.abs(a[finite] - b[finite]), initial=0)
-      raise WriterError(f'the exported programs differ from the learner, by {off:.3g} where both are finite; report it')
+      raise WriterError(f'the exported programs differ from the learner by {off:.3g} where both are finite; report it')

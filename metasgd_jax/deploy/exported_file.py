@@ -1,6 +1,6 @@
-"""The file of an exported learner: how its members are called and described, and how it is read.
+"""The format of an exported learner's file: the names and descriptions of its members, and the code that reads it.
 
-export.py writes it; docs/export.md has the lines that read it with jax and numpy alone.
+export.py writes the file. docs/export.md has the code that reads it with jax and numpy alone.
 """
 
 import io
@@ -19,21 +19,21 @@ from metasgd_jax.io.files import PathLike
 
 FORMAT_VERSION = 1
 PROGRAMS = ('adapt', 'predict')
-_MOST_BYTES = 2**32  # Of a file, and so of what is read of it: nothing in it is compressed.
+_MOST_BYTES = 2**32  # Largest size of a file. It also limits the data that is read, since no member is compressed.
 _MOST_ABOUT = 2**20
 
 
 class Exported(NamedTuple):
-  """What an exported file holds.
+  """The content of an exported file.
 
   Attributes:
-    about: what about.json says.
-    parameters: the leaves of meta by name, such as 'theta.Dense_0.kernel'.
-    adapt: `(parameters, support_x [S, …], support_y [S, …]) → adapted`, a dict of arrays by name.
-    predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
+    about: Content of about.json.
+    parameters: Leaves of meta by name, such as 'theta.Dense_0.kernel'.
+    adapt: Function `(parameters, support_x [S, …], support_y [S, …]) → adapted`, which is a dict of arrays by name.
+    predict: Function `(adapted, x [Q, …]) → outputs [Q, …]`.
 
-  Both may be jitted, and mapped over tasks by `jax.lax.map`; of exported programs JAX has neither `vmap` nor
-  derivatives.
+  Both functions may be jitted, and mapped over tasks with `jax.lax.map`. JAX supports neither `vmap` nor derivatives of
+  exported programs.
 
   Example:
     >>> import tempfile
@@ -54,14 +54,15 @@ class Exported(NamedTuple):
 
 
 def load_exported(path: PathLike) -> Exported:
-  """Returns what the exported file at `path` holds; its functions are compiled when they are first called.
+  """Returns the content of the exported file at `path`. Its functions are compiled when they are first called.
 
-  A program of such a file is code that XLA compiles and runs: load files of people whom you trust. The file's form, its
-  sizes and the members' checksums are looked at here; what is wrong inside a program may show only when it is called.
+  A program in such a file is code that XLA compiles and runs, so load only files from people whom you trust. The
+  format, the sizes and the checksums of the members are checked here. An error inside a program may show only when the
+  program is called.
 
   Raises:
-    ValueError: there is no such file, it is not of this kind, is damaged, is from a newer version, or has numbers of
-      64 bits where JAX has 32.
+    ValueError: if there is no such file, if it is not an exported learner, if it is damaged, if it is from a newer
+      version, or if it has 64-bit numbers while JAX is limited to 32 bits.
 
   Example:
     >>> import tempfile
@@ -85,33 +86,33 @@ def load_exported(path: PathLike) -> Exported:
       raise ValueError(f'it has more than {_MOST_BYTES:,} bytes')
     with zipfile.ZipFile(path) as archive:
       exported = _read(archive, size)
-  except Exception as e:  # zipfile, json and jax.export have a dozen errors of their own for a file that is broken.
+  except Exception as e:  # zipfile, json and jax.export raise errors of many types for a broken file.
     reason = ''.join(c if c.isprintable() else ' ' for c in (str(e) or type(e).__name__)[:300])
-    raise ValueError(f'{path} is not an exported learner, or not the whole of it: {reason}; export it again') from e
+    raise ValueError(f'{path} is not an exported learner, or only a part of one: {reason}; export it again') from e
   dtypes = {text.partition('[')[0] for text in jax.tree.leaves([exported.about[name] for name in PROGRAMS])}
   if wide := {name for name in dtypes if jax.dtypes.canonicalize_dtype(name) != name}:
     raise ValueError(
-      f"{path} takes or gives {min(wide)}, which JAX has not here; call jax.config.update('jax_enable_x64', True) first"
+      f"{path} uses {min(wide)}, but JAX is limited to 32 bits; call jax.config.update('jax_enable_x64', True) first"
     )
   return exported
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
-  """Returns what a program takes and gives, as JSON: trees of texts such as 'float32[S,28,28,1]'."""
+  """Returns the inputs and outputs of a program as JSON: trees of strings such as 'float32[S,28,28,1]'."""
   takes, by_keyword = jax.tree.unflatten(program.in_tree, [_text(a.shape, a.dtype) for a in program.in_avals])
   if by_keyword:
-    raise ValueError('its programs take arguments by keyword')
+    raise ValueError('its programs take keyword arguments')
   gives = jax.tree.unflatten(program.out_tree, [_text(a.shape, a.dtype) for a in program.out_avals])
-  return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # Tuples are lists there.
+  return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # JSON turns tuples into lists.
 
 
 def member(name: str) -> str:
-  """Returns what a parameter's member of the zip is called."""
+  """Returns the name of the zip archive's member that holds a parameter."""
   return f'parameters/{name}.npy'
 
 
 def as_npy(array: Any) -> bytes:
-  """Returns an array as `numpy.save` writes it."""
+  """Returns the bytes that `numpy.save` writes for an array."""
   file = io.BytesIO()
   np.save(file, np.asarray(jax.device_get(array)), allow_pickle=False)
   return file.getvalue()
@@ -120,10 +121,10 @@ def as_npy(array: Any) -> bytes:
 def _read(archive: zipfile.ZipFile, size: int) -> Exported:
   sizes = {info.filename: info.file_size for info in archive.infolist()}
   if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-    raise ValueError('it is compressed')
+    raise ValueError('its members are compressed')
   if 'about.json' not in sizes or len(sizes) < len(archive.infolist()):
-    raise ValueError('it has no about.json, or a member twice')
-  if sizes['about.json'] > _MOST_ABOUT or sum(sizes.values()) > size:  # More than the file: they lie over each other.
+    raise ValueError('it has no about.json, or two members of the same name')
+  if sizes['about.json'] > _MOST_ABOUT or sum(sizes.values()) > size:  # A larger sum means that members overlap.
     raise ValueError('its members are too large')
   about = json.loads(archive.read('about.json'))
   if not isinstance(about, dict) or type(about.get('format_version')) is not int or about['format_version'] < 1:
@@ -140,7 +141,7 @@ def _read(archive: zipfile.ZipFile, size: int) -> Exported:
   for name in PROGRAMS:
     programs[name] = jax.export.deserialize(bytearray(archive.read(f'{name}.bin')))
     if about.get(name) != described(programs[name]) or about.get('platforms') != list(programs[name].platforms):
-      raise ValueError(f'about.json tells of another program than {name}.bin')
+      raise ValueError(f'about.json describes another program than {name}.bin')
   takes = about['adapt']['takes'][0]
   if not isinstance(takes, dict) or set(takes) != set(names):
     raise ValueError('the parameters are not those that adapt.bin takes')
@@ -149,10 +150,10 @@ def _read(archive: zipfile.ZipFile, size: int) -> Exported:
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, wanted: str) -> np.ndarray:
-  """A parameter, after a look at its header: NumPy makes room for what that says before it reads."""
+  """Returns a parameter. Checks its header first, because NumPy allocates the array that the header describes."""
   with archive.open(member(name)) as file:
     if np.lib.format.read_magic(file) != (1, 0):
-      raise ValueError('a parameter is not as numpy.save writes it')
+      raise ValueError('a parameter is not in the format of numpy.save')
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if _text(shape, dtype) != wanted or dtype.kind not in 'biufc' or not dtype.isnative:
       raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {wanted}')

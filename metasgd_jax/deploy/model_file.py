@@ -1,4 +1,4 @@
-"""A trained few-shot classifier as one file: tensors in safetensors, what they belong to as JSON in its metadata."""
+"""The file of a trained few-shot classifier: a safetensors file with the configuration as JSON in its metadata."""
 
 import contextlib
 import dataclasses
@@ -24,29 +24,30 @@ FORMAT_VERSION = 1
 
 LearnerName = Literal['meta_sgd', 'maml']
 Background = Literal['dark', 'any']
-"""Of the pictures trained on: `dark` is light ink on black, as Omniglot here."""
+"""Background of the training images. `dark` means light ink on black, like Omniglot in this package."""
 
 _MOST = {'way': 10_000, 'filters': 10_000, 'hidden': 100_000, 'inner_steps': 1000}
-_MOST_LEVELS = 10  # Of facts within facts.
+_MOST_LEVELS = 10  # Depth to which facts may be nested.
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """What the parameters of a file belong to: a learner on Conv4.
+  """The configuration of a trained model: its learner, its Conv4 network and its images.
 
   Attributes:
-    learner: 'meta_sgd' or 'maml'.
-    way: N, the classes that it was trained to tell apart; it serves any number from 2 to N.
-    image_shape: (H, W, D) of its images, which have values 0 to 1.
-    filters: of Conv4's blocks.
-    hidden: units of Conv4's fully connected layer; 0 for none.
-    inner_steps: k.
-    alpha: MAML's rate; None for Meta-SGD, whose α is a tensor.
-    background: of the pictures trained on, 'dark' or 'any'.
-    training: facts about its training, by name, for people to read; whatever JSON can hold.
+    learner: Name of the learner, 'meta_sgd' or 'maml'.
+    way: Number of classes N that the model was trained with. The model serves any number of classes from 2 to N.
+    image_shape: Shape (H, W, D) of an image. Its values are from 0 to 1.
+    filters: Number of filters in each block of Conv4.
+    hidden: Number of units in the fully connected layer of Conv4. With 0 there is no such layer.
+    inner_steps: Number of inner steps k.
+    alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is a tensor among the parameters.
+    background: Background of the training images, 'dark' or 'any'.
+    training: Facts about the training by name, for people who read the file. Their values are anything that JSON can
+      store.
 
   Raises:
-    ValueError: a field of another type or out of its range, naming it.
+    ValueError: if a field has another type or is out of its range. The message names the field.
 
   Example:
     >>> ms.ModelConfig('meta_sgd', way=5, image_shape=(28, 28, 1)).filters
@@ -74,7 +75,7 @@ class ModelConfig:
     if not isinstance(shape, tuple) or len(shape) != 3 or not all(_is_int(v) and 1 <= v <= 4096 for v in shape):
       raise ValueError(f'image_shape must be a tuple (height, width, channels) of integers 1 to 4096, got {shape!r}')
     if min(shape[:2]) < 16:
-      raise ValueError(f'image_shape must be at least 16x16, which Conv4 halves four times, got {shape!r}')
+      raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves it four times, got {shape!r}')
     if self.learner == 'maml' and not _is_finite(self.alpha):
       raise ValueError(f"alpha must be MAML's rate, a finite number, got {self.alpha!r}")
     if self.learner == 'meta_sgd' and self.alpha is not None:
@@ -86,15 +87,15 @@ class ModelConfig:
     try:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError) as e:
-      raise ValueError(f'training must hold what JSON can: {e}; turn it into numbers and strings') from e
+      raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
 
 
 class FewShotModel(NamedTuple):
-  """A trained classifier.
+  """A trained few-shot classifier.
 
   Attributes:
-    config: what the parameters belong to.
-    meta: θ and α, float32; α is None for MAML.
+    config: Configuration that the parameters belong to.
+    meta: Meta-parameters θ and α, float32. α is None for MAML.
 
   Example:
     >>> model = ms.load_model('omniglot')
@@ -112,20 +113,20 @@ class FewShotModel(NamedTuple):
 def build_learner(config: ModelConfig, way: int | None = None, inductive: bool = False) -> Learner:
   """Returns the learner that a model's parameters belong to.
 
-  With fewer classes than the model has, only the first `way` logits are used, in the inner loss and in the answers,
-  so that a 20-way model serves 2 to 20 classes.
+  If `way` is smaller than the way of the model, only the first `way` logits are used, both in the inner loss and in the
+  predictions. A 20-way model therefore serves 2 to 20 classes.
 
   Args:
-    config: of the model.
-    way: N of the tasks to come, 2 to config.way, which it is where left out.
-    inductive: normalise each query item by the support's statistics; see `meta_sgd`.
+    config: Configuration of the model.
+    way: Number of classes N in the new tasks, from 2 to `config.way`, which is the default.
+    inductive: Whether each query item is normalised by the statistics of the support; see `meta_sgd`.
 
   Raises:
-    ValueError: way below 2 or above the model's.
+    ValueError: if `way` is not an integer from 2 to `config.way`.
   """
   n = config.way if way is None else way
   if not _is_int(n) or not 2 <= n <= config.way:
-    raise ValueError(f'the model tells 2 to {config.way} classes apart, got {n!r}; give it that many')
+    raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; choose a way in this range')
   network = nn.from_linen(nn.Conv4(config.way, filters=config.filters, hidden=config.hidden))
   model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
   common: dict[str, Any] = dict(
@@ -137,15 +138,15 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
 
 
 def save_model(path: PathLike, model: FewShotModel) -> None:
-  """Writes a model as a safetensors file, whole or not at all.
+  """Writes a model to a safetensors file, which is never half-written.
 
   Args:
-    path: where to; a file there is replaced.
-    model: its configuration and parameters.
+    path: Path of the file. An existing file is replaced.
+    model: Configuration and parameters of the model.
 
   Raises:
-    ValueError: parameters that are not the configuration's, or not finite.
-    WriterError: the file cannot be written.
+    ValueError: if the parameters do not fit the configuration, or are not finite.
+    WriterError: if the file cannot be written.
 
   Example:
     >>> import tempfile
@@ -163,18 +164,18 @@ def save_model(path: PathLike, model: FewShotModel) -> None:
   try:
     with atomic(pathlib.Path(path).expanduser(), 'give another path') as file:
       file.write(data)
-  except (ValueError, RuntimeError) as e:  # Of a name with a NUL, or ~ of nobody.
+  except (ValueError, RuntimeError) as e:  # A NUL in the name, or a ~ of an unknown user.
     raise WriterError(f'the model file {path} cannot be written ({e}); give another path') from e
 
 
 def load_model(path_or_name: PathLike) -> FewShotModel:
-  """Returns the model in a file, or a model that ships with the package by its name, such as 'omniglot'.
+  """Returns a model from a file, or a model that ships with the package.
 
   Args:
-    path_or_name: of a file of `save_model`, or a name.
+    path_or_name: Path of a file that `save_model` wrote, or the name of a shipped model, such as 'omniglot'.
 
   Raises:
-    ValueError: no such file or name; a file that is not a model, is damaged, or is from a newer version.
+    ValueError: if there is no such file or name, or if the file is not a model, is damaged, or is from a newer version.
 
   Example:
     >>> ms.load_model('omniglot').config.way
@@ -203,16 +204,16 @@ def shipped_models() -> list[str]:
 
 
 def model_size(path_or_name: PathLike) -> int:
-  """Returns the bytes of a model's file.
+  """Returns the size of a model's file in bytes.
 
   Raises:
-    ValueError: no such file or name.
+    ValueError: if there is no such file or name.
   """
   with _opened(path_or_name) as path:
     return path.stat().st_size
 
 
-_DTYPES = {'F32': 'float32'}  # As safetensors names them, and NumPy.
+_DTYPES = {'F32': 'float32'}  # From names of safetensors to names of NumPy.
 
 
 def _shipped() -> dict[str, Any]:
@@ -224,7 +225,10 @@ def _shipped() -> dict[str, Any]:
 
 
 def _opened(path_or_name: PathLike) -> contextlib.AbstractContextManager[pathlib.Path]:
-  """A model's file on disk: in an installed package it may have to be unpacked for the while."""
+  """Returns a context manager for the path of a model's file.
+
+  A model that ships inside a packed installation is unpacked while the context is open.
+  """
   shipped = _shipped()
   if isinstance(path_or_name, str) and path_or_name in shipped:
     return importlib.resources.as_file(shipped[path_or_name])
@@ -236,36 +240,36 @@ def _opened(path_or_name: PathLike) -> contextlib.AbstractContextManager[pathlib
     raise ValueError(f'a model is given by its path or name, got {path_or_name!r} ({e})') from e
   names = ', '.join(shipped) or 'none'
   raise ValueError(
-    f'there is no model file {path}, and no model of that name ships with metasgd_jax (there is: {names}); '
+    f'there is no model file {path}, and no model of that name ships with metasgd_jax (shipped models: {names}); '
     'check the path or the name'
   )
 
 
 def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig:
   if not {'format_version', 'config'} <= set(metadata):
-    raise ValueError(f'{path} has no metadata of a metasgd_jax model; write one with metasgd_jax.save_model')
+    raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
   version = metadata['format_version']
   if not version.isascii() or not version.isdigit() or len(version) > 9 or int(version) < 1:
     shown = f"'{_shown(version)}'"
     raise ValueError(f'{path} has format version {shown}, which is no positive integer; get it again')
   if int(version) > FORMAT_VERSION:
     raise ValueError(
-      f'{path} is of format version {version}, and this metasgd_jax reads up to {FORMAT_VERSION}; upgrade metasgd_jax'
+      f'{path} has format version {version}, but this metasgd_jax reads up to {FORMAT_VERSION}; upgrade metasgd_jax'
     )
   try:
     fields = json.loads(metadata['config'])
     if not isinstance(fields, dict):
-      raise ValueError(f'a config is a JSON object, got {type(fields).__name__}')
+      raise ValueError(f'the config must be a JSON object, got {type(fields).__name__}')
     if isinstance(fields.get('image_shape'), list):
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
     reason = _shown(str(e).replace('ModelConfig.__init__()', 'the config'))
-    raise ValueError(f'{path} does not describe a model ({reason}); get it again, or write it anew') from e
+    raise ValueError(f'{path} does not describe a model ({reason}); get it again, or save it again') from e
 
 
 def _structure(config: ModelConfig) -> MetaParams:
-  """The shapes and dtypes of a model's parameters."""
+  """Returns the shapes and dtypes of a model's parameters."""
   learner = build_learner(config)
   x = jax.ShapeDtypeStruct((config.way, *config.image_shape), jnp.float32)
   y = jax.ShapeDtypeStruct((config.way,), jnp.int32)
@@ -274,7 +278,7 @@ def _structure(config: ModelConfig) -> MetaParams:
 
 
 def _by_name(meta: MetaParams) -> dict[str, Any]:
-  """A pytree's leaves by names such as 'theta/Dense_0/bias'."""
+  """Returns the leaves of a pytree by names such as 'theta/Dense_0/bias'."""
   return {jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in jax.tree_util.tree_leaves_with_path(meta)}
 
 
@@ -289,14 +293,14 @@ def _check_tensors(whose: str, found: Mapping[str, tuple[tuple, str]], wanted: M
     if (shape, dtype) != want:
       raise ValueError(
         f'{whose} has {dtype} {shape} for the tensor {_shown(name)}, where its config asks for {want[1]} {want[0]}; '
-        'was it made with another?'
+        'was it made with another config?'
       )
 
 
 def _check_finite(whose: str, tensors: Mapping[str, Any]) -> None:
   for name, tensor in tensors.items():
     if not np.all(np.isfinite(tensor)):
-      raise ValueError(f'{whose} has values in the tensor {_shown(name)} that are not finite; did training diverge?')
+      raise ValueError(f'{whose} has values that are not finite in the tensor {_shown(name)}; did training diverge?')
 
 
 def _check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -311,7 +315,7 @@ def _is_int(value: Any) -> bool:
 def _is_finite(value: Any) -> bool:
   try:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-  except OverflowError:  # Of an integer beyond all floats.
+  except OverflowError:  # The integer is larger than any float.
     return False
 
 
@@ -322,6 +326,6 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 
 def _shown(text: str) -> str:
-  """What a file says, as part of a sentence: without line ends and without end."""
+  """Returns text from a file in a form that fits into a sentence: on one line and not too long."""
   text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:300])
   return text if len(text) < 300 else f'{text[:300]}…'

@@ -33,8 +33,8 @@ v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v. This is the chain rule for
 - `hvp`: the Hessian-vector product H_t (α ∘ v) is computed by forward mode over the gradient. Only θ_t is kept for each
   step. The result has no forward-mode derivative.
 - `revolve`: like `hvp`, but only a few of the θ_t are kept (9 for 200 steps). The others are computed again, at most
-  twice each. It is meant for hundreds of steps. If each step has its own rates, there are as many rates as θ_t, and
-  `revolve` is the same as `hvp`.
+  twice each. This method is meant for hundreds of steps. If each step has its own rates (`alpha_by_step`), the memory
+  for the rates grows with the steps anyway. All θ_t are then kept, and `revolve` is the same as `hvp`.
 """
 
 
@@ -63,7 +63,7 @@ def adapt(
       of θ whose rate is `None` does not adapt: no inner gradient is computed for it, but the result is still
       differentiable in it.
     batch: Support of the task, passed to `loss_fn` unchanged.
-    loss_fn: `(θ, batch) → scalar`.
+    loss_fn: Support loss, `(θ, batch) → scalar`.
     steps: Number of inner steps, 0 or more. The paper uses 1 everywhere.
     first_order: Whether second derivatives are dropped.
     adjoint: How derivatives of the result go back through the steps; see `Adjoint`.
@@ -77,7 +77,7 @@ def adapt(
 
   Raises:
     ValueError: if α does not fit θ (the message names the leaf), if a leaf of θ is not floating-point, if `steps` is
-      not a count, if `adjoint` is unknown, or if the loss is not a floating-point scalar.
+      not an integer of at least 0, if `adjoint` is unknown, or if the loss is not a floating-point scalar.
 
   Example:
     >>> theta = {'w': jnp.array([1.0, 2.0])}
@@ -118,14 +118,14 @@ def adapt_path(
   The last entry is the result of `adapt`, and the errors are those of `adapt`.
 
   Args:
-    theta: As in `adapt`, like the other arguments.
-    alpha: As in `adapt`.
-    batch: As in `adapt`.
-    loss_fn: As in `adapt`.
-    steps: As in `adapt`.
-    first_order: As in `adapt`.
-    alpha_by_step: As in `adapt`.
-    adapts: As in `adapt`.
+    theta: Parameters; see `adapt` for this and all other arguments.
+    alpha: Rates.
+    batch: Support of the task.
+    loss_fn: Support loss, `(θ, batch) → scalar`.
+    steps: Number of inner steps, 0 or more.
+    first_order: Whether second derivatives are dropped.
+    alpha_by_step: Whether each step has its own rates.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts.
 
   Example:
     >>> loss = lambda theta, target: (theta - target) ** 2

@@ -1,4 +1,4 @@
-"""Gradient steps whose derivatives keep no intermediates of the inner gradient."""
+"""Gradient steps with a custom reverse mode, which stores no intermediates of the inner gradient."""
 
 import functools
 import math
@@ -14,29 +14,32 @@ from metasgd_jax.inner.loop import gradient_step
 from metasgd_jax.types import PyTree
 
 AGAIN = 2
-"""How often a step is taken again at most where few of the θ_t are kept, of 200 steps 9."""
+"""Largest number of times that `revolve` computes a step again. For 200 steps it stores 9 of the θ_t."""
 
 
 def descend(
   grad: Callable[[PyTree], PyTree], steps: int, theta: PyTree, alpha: PyTree, *, sparse: bool = False
 ) -> PyTree:
-  """Returns θ after `steps` of θ − α ∘ grad(θ), with a reverse mode of its own.
+  """Returns θ after `steps` steps θ ← θ − α ∘ grad(θ), with a custom reverse mode.
 
-  Back from v = dL/dθ_{t+1}, with g_t = grad(θ_t) and H_t its derivative, which is symmetric:
+  Let v = dL/dθ_{t+1}, g_t = grad(θ_t), and let H_t be the derivative of grad at θ_t, which is symmetric. One step back
+  is then
 
       dL/dα −= g_t ∘ v        dL/dθ_t = v − H_t (α ∘ v)
 
-  g_t and H_t (α ∘ v) come from one `jax.jvp` of grad, which keeps nothing; of the way forward the θ_t are kept. What
-  grad closes over, such as the support, gets its derivative too. Compare MixFlow-MG (Kemaev et al. 2025).
+  Both g_t and H_t (α ∘ v) come from one `jax.jvp` of `grad`, which stores no intermediates. The forward pass stores
+  only the θ_t. Arrays that `grad` closes over, such as the support, receive their derivatives too. MixFlow-MG (Kemaev
+  et al. 2025) is a similar method.
 
-  With `sparse`, some of the θ_t are kept and the others computed again on the way back, by `schedule`.
+  With `sparse`, the forward pass stores only some of the θ_t. The backward pass computes the others again, in the order
+  of `schedule`.
 
   Args:
-    grad: the gradient of a scalar function of θ.
-    steps: 0 or more.
-    theta: a pytree of arrays.
-    alpha: a pytree of θ's structure; leaves of θ's shapes, or scalars.
-    sparse: keep few of the θ_t.
+    grad: Gradient of a scalar function of θ, `θ → pytree with θ's structure`.
+    steps: Number of steps, 0 or more.
+    theta: Parameters, a pytree of arrays.
+    alpha: Rates, a pytree with θ's structure whose leaves have the shape of θ's leaves or are scalars.
+    sparse: Whether only a few of the θ_t are stored.
   """
   alpha = jax.tree.map(lambda a, t: jnp.broadcast_to(a, t.shape), alpha, theta)
   closed, constants = _closed(grad, theta)
@@ -44,9 +47,10 @@ def descend(
 
 
 def _closed(grad, theta):
-  """The gradient as a function of θ and of all that it closes over: arrays with derivatives, and others like labels.
+  """Returns the gradient as a function of θ and of the arrays that `grad` closes over, and these arrays.
 
-  `jax.closure_convert` leaves the others in the closure, where a vmap's tracers would outlive it.
+  The arrays are returned in two lists: those that have derivatives, and the others, such as integer labels.
+  `jax.closure_convert` would leave the others in the closure, and tracers of a surrounding `vmap` would leak.
   """
   traced, shape = jax.make_jaxpr(grad, return_shape=True)(theta)
   inexact = [jnp.issubdtype(jnp.result_type(c), jnp.inexact) for c in traced.consts]
@@ -123,11 +127,13 @@ _descend_sparsely.defvjp(_forward_sparsely, _backward_sparsely)
 
 
 class Schedule(NamedTuple):
-  """The order of steps forward and back.
+  """The order of the steps forward and of the steps back.
 
   Attributes:
-    rooms: for θ_t that are kept at the same time; room 0 has θ_0, and the last is where steps are taken.
-    moves: `[n, 2]`, the room of a θ_t, and that which its θ_{t+1} goes to; −1 for a step back.
+    rooms: Number of buffers, each of which stores one θ_t. Buffer 0 stores θ_0. The last buffer is a working buffer,
+      which consecutive steps overwrite.
+    moves: Array `[n, 2]` with one row per step: the index of the buffer that stores θ_t, and the index of the buffer
+      for θ_{t+1}. A second index of −1 marks a step back, which computes dL/dθ_t from dL/dθ_{t+1}.
   """
 
   rooms: int
@@ -136,10 +142,14 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def schedule(steps: int) -> Schedule:
-  """Returns the order in which `steps` are taken back with the least rooms for which none is taken again too often.
+  """Returns the order of all steps that needs the fewest buffers if no step is computed again more than `AGAIN` times.
 
-  Griewank and Walther 2000 (revolve): with s of the θ_t kept, and every step taken r times at most before it is taken
-  back, the most steps are (s + r)! / (s! r!). r is `AGAIN` + 1: the first time is that of the way forward.
+  This is the algorithm revolve (Griewank and Walther 2000). If s of the θ_t are stored, and if every step is computed
+  at most r times before it is taken back, then at most (s + r)! / (s! r!) steps are possible. Here r is `AGAIN` + 1,
+  because the forward pass computes every step once.
+
+  Args:
+    steps: Number of steps, 1 or more.
   """
   most = lambda kept, times: math.comb(kept + times, kept)
   kept = next(s for s in range(1, steps + 1) if most(s, AGAIN + 1) >= steps)
@@ -150,7 +160,7 @@ def schedule(steps: int) -> Schedule:
       moves.append((source if i == 0 else kept, target if i == count - 1 else kept))
 
   def back(first: int, count: int) -> None:
-    """Takes back `count` steps, whose first θ is in room `first`; the rooms after it are free."""
+    """Adds the moves that take back `count` steps from the θ in buffer `first`. All later buffers are free."""
     free = kept - first
     if count == 1:
       moves.append((first, -1))
@@ -174,13 +184,13 @@ def _step(grad, theta, alpha, constants):
 
 
 def _start_back(v, alpha, constants):
-  """v, and the derivatives by α and by the constants, which are sums over steps."""
+  """Returns v, and zeros for the derivatives with respect to α and the constants, which are sums over the steps."""
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
   return v, zeros(alpha), zeros(constants[0])
 
 
 def _ended(carry):
-  """The derivatives by θ, α and the constants, of which the others have none."""
+  """Returns the derivatives with respect to θ, α and the constants; constants such as labels have no derivative."""
   v, d_alpha, d_constants = carry
   return v, d_alpha, (d_constants, None)
 
@@ -206,7 +216,7 @@ def _put(rooms, i, theta):
 
 
 def _scan(body, carry, xs, steps, *, reverse=False):
-  """`jax.lax.scan`; a single step without a loop."""
+  """Does the same as `jax.lax.scan`, but computes a single step without a loop."""
   if steps != 1:
     return jax.lax.scan(body, carry, xs, steps, reverse=reverse)
   carry, out = body(carry, jax.tree.map(lambda a: a[0], xs))

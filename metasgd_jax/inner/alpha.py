@@ -32,10 +32,10 @@ def init_alpha(
 
   Args:
     key: Random key, consumed.
-    theta: The parameters θ that α is for.
+    theta: Parameters θ that the rates are for.
     low: Lower end of the range.
     high: Upper end of the range.
-    per: What has its own rate: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ together.
+    per: Part of θ that has its own rate: each 'entry' (as in the paper), each 'leaf', each 'layer', or 'all' of θ.
     steps: Number of inner steps, if every inner step has its own rates. Each leaf of α then has shape `[steps, …]`.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts. A leaf that does not adapt has the rate
       `None`. By default all leaves adapt.
@@ -91,18 +91,20 @@ def broadcast_alpha(
   Paths are compared, not node types, so that α may be a dict where θ is a `FrozenDict`.
 
   Args:
-    alpha: The rates.
-    theta: The parameters.
+    alpha: Rates.
+    theta: Parameters.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts; the rates of other leaves become `None`.
     steps: Number of inner steps, if each leaf of α has shape `[steps, …]`.
-    masked: Node types that stand for a hidden part of θ, such as `optax.MaskedNode`. α may have anything there.
+    masked: Node types that stand for a hidden part of θ, such as `optax.MaskedNode`. α may have any entries in place of
+      such a node.
 
   Raises:
-    ValueError: if α does not fit θ, naming the leaf; or as `check_theta`.
+    ValueError: if α does not fit θ (the message names the leaf), or if `check_theta` raises it.
   """
   check_theta(theta)
   rates = dict(tree_flatten_with_path(alpha, is_leaf=_is_none)[0])
-  rates = {path: rate for path, rate in rates.items() if path or rate is not None}  # A bare `None` is no rate for θ.
+  # A bare `None` cannot stand for all of θ.
+  rates = {path: rate for path, rate in rates.items() if path or rate is not None}
   for path, rate in rates.items():
     _check_rate(path, rate, steps)
   leaves = tree_flatten_with_path(theta)[0]
@@ -112,7 +114,7 @@ def broadcast_alpha(
   found = []
   for owner, (path, leaf) in zip(owners, leaves, strict=True):
     if owner is None:
-      raise ValueError(f'alpha has no entry for theta{keystr(path)}; give it one (None keeps a leaf as it is)')
+      raise ValueError(f'alpha has no entry for theta{keystr(path)}; add one, or None if the leaf does not adapt')
     _check_fits(owner, rates[owner], path, leaf, steps)
     found.append(rates[owner])
   if adapts is not None:
@@ -130,11 +132,11 @@ def _check_rate(path, rate, steps) -> None:
     return
   dtype = dtype_of(rate)
   if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-    raise ValueError(f'alpha{keystr(path)} must be a number, or an array of real numbers, got {rate!r:.80}')
+    raise ValueError(f'alpha{keystr(path)} must be a number or an array of real numbers, got {rate!r:.80}')
   if steps is not None and jnp.shape(rate)[:1] != (steps,):
     raise ValueError(
       f'alpha{keystr(path)} has shape {jnp.shape(rate)}, but each of {steps} steps has its own rates; '
-      f'put [{steps}] in front'
+      f'put [{steps}] in front of the shape'
     )
 
 
@@ -168,23 +170,23 @@ def check_alpha_range(low: float, high: float) -> None:
 
 
 def check_theta(theta: PyTree) -> None:
-  """Raises ValueError if a leaf of θ is not an array or not floating-point, naming the leaf."""
+  """Raises ValueError if a leaf of θ is not an array or not floating-point. The message names the leaf."""
   for path, leaf in tree_flatten_with_path(theta)[0]:
     if (dtype := dtype_of(leaf)) is None:
       raise ValueError(
-        f'theta{keystr(path)} is no array but {leaf!r:.80}; keep functions and settings out of theta, '
+        f'theta{keystr(path)} is no array, got {leaf!r:.80}; keep functions and settings out of theta, '
         'as nn.from_equinox, nn.from_nnx and equinox.partition do'
       )
     if not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
-        f'theta{keystr(path)} has dtype {dtype}; adapt differentiates theta, which must be '
-        'floating-point, so keep integers and flags out of it, and complex numbers as two real arrays'
+        f'theta{keystr(path)} must be floating-point, because adapt differentiates theta, got dtype {dtype}; '
+        'keep integers and flags out of theta, and store complex numbers as two real arrays'
       )
 
 
 def dtype_of(leaf: Any) -> Any:
   """Returns the dtype of an array or a number, and `None` for anything else."""
-  if isinstance(leaf, type | str):  # jnp.result_type takes np.float32, and 'float32', for a dtype.
+  if isinstance(leaf, type | str):  # jnp.result_type interprets np.float32 and 'float32' as dtypes.
     return None
   try:
     return jnp.result_type(leaf if hasattr(leaf, 'dtype') else jnp.asarray(leaf))

@@ -11,7 +11,7 @@ import numpy as np
 from metasgd_jax.types import PyTree
 
 LossFn = Callable[[PyTree, Any], chex.Array]
-"""`(θ, batch) → scalar`, the support loss of one task."""
+"""Support loss of one task, `(θ, batch) → scalar`."""
 
 Carry = Any
 
@@ -20,9 +20,9 @@ class InnerProblem(NamedTuple):
   """The support loss of one task as a function of the adapting leaves of θ.
 
   Attributes:
-    adapting: θ with `None` in place of every frozen leaf.
-    loss: `adapting → scalar`.
-    merge: `adapting → θ`, with the frozen leaves put back.
+    adapting: Adapting leaves: θ with `None` in place of every frozen leaf.
+    loss: Support loss, `adapting → scalar`.
+    merge: Function `adapting → θ` that puts the frozen leaves back.
   """
 
   adapting: PyTree
@@ -31,13 +31,13 @@ class InnerProblem(NamedTuple):
 
 
 def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) -> InnerProblem:
-  """Splits θ into the leaves that adapt and the leaves that stay.
+  """Splits θ into the leaves that adapt and the leaves that are frozen.
 
   Args:
-    theta: The parameters, arrays of floating-point numbers.
-    adapts: For each leaf of θ, whether the leaf adapts.
-    batch: The support of the task.
-    loss_fn: The support loss.
+    theta: Parameters, a pytree of floating-point arrays.
+    adapts: Pytree of booleans with θ's structure: whether each leaf adapts.
+    batch: Support of the task.
+    loss_fn: Support loss, `(θ, batch) → scalar`.
   """
   adapting = jax.tree.map(lambda leaf, moves: leaf if moves else None, theta, adapts)
 
@@ -64,11 +64,11 @@ def repeat(
   compiled anew at every call.
 
   Args:
-    update: `(carry, input of the step) → carry`.
+    update: Function `(carry, input of the step) → carry`.
     carry: Carry before the first update.
     steps: Number of updates, 0 or more.
-    inputs: Leaves `[steps, …]`; the input of every step is `None` if they are left out.
-    arrays: Everything that the update uses, to find out whether the loop is traced.
+    inputs: Inputs of the steps, a pytree with leaves `[steps, …]`. By default the input of every step is `None`.
+    arrays: All arrays that `update` uses. They show whether the loop is traced.
   """
   if steps == 1 and inputs is None:
     return update(carry, None)
@@ -92,7 +92,7 @@ def repeat_with_path(
   arrays: Any,
   parameters: Callable[[Carry], PyTree] = lambda carry: carry,
 ) -> PyTree:
-  """Returns `parameters(carry)` after 0, 1, …, `steps` updates, stacked: leaves `[steps + 1, …]`; see `repeat`."""
+  """Returns `parameters(carry)` after 0, 1, …, `steps` updates of `repeat`, stacked: leaves `[steps + 1, …]`."""
   first = parameters(carry)
   if not is_traced((carry, inputs, arrays)):
     path = [first]
@@ -124,7 +124,7 @@ def _row(inputs: PyTree, t: int) -> PyTree:
 
 
 def is_traced(tree: PyTree) -> bool:
-  """Returns whether a leaf of the tree is a tracer: whether JAX is tracing a function of it."""
+  """Returns whether a leaf of the tree is a tracer, which means that JAX is tracing a function of the tree."""
   return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -137,15 +137,15 @@ def scalar_loss(loss_fn: LossFn, theta: PyTree, batch: Any) -> chex.Array:
   loss = loss_fn(theta, batch)
   if not hasattr(loss, 'dtype') and not isinstance(loss, int | float | complex):
     raise ValueError(
-      f'loss_fn must return a scalar, got {type(loss).__name__}; leave auxiliary outputs out, '
-      'and compute them where they are wanted, such as at the adapted theta'
+      f'loss_fn must return a scalar, got {type(loss).__name__}; return no auxiliary outputs, '
+      'and compute them separately, for example from the adapted theta'
     )
   if jnp.ndim(loss):
     raise ValueError(f'loss_fn must return a scalar, got shape {jnp.shape(loss)}; take its mean or sum')
   if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
     raise ValueError(
       f'loss_fn must return a floating-point scalar, got dtype {jnp.result_type(loss)}, which has no gradient; '
-      'compute it without integers, and take the absolute value of a complex number'
+      'compute the loss without integers, and take the absolute value if the loss is complex'
     )
   return loss
 

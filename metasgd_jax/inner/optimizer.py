@@ -1,4 +1,4 @@
-"""Optax inside: Meta-SGD's update as a transformation, and an inner loop by any transformation."""
+"""Optax in the inner loop: Meta-SGD's update as a gradient transformation, and adaptation by any optax optimiser."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,22 +21,23 @@ from metasgd_jax.inner.loop import (
 from metasgd_jax.types import Adapts, PyTree
 
 InnerOptimizer = Callable[[PyTree], optax.GradientTransformation]
-"""`hyper → optax.GradientTransformation`, such as `lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])`."""
+"""Function from `hyper` to an optimiser, such as `lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])`."""
 
 
 def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
   """Returns the transformation g ↦ −α ∘ g: Meta-SGD's update (Li et al. 2017, equation 2), sign included.
 
-  `optax.apply_updates` adds what comes out, so that θ + (−α ∘ g) is the step of `adapt`. It stands last in an
-  `optax.chain`, as `optax.scale_by_learning_rate` does, with no `optax.scale(-1)` after it. Stateless; differentiable
-  in α to any order.
+  `optax.apply_updates` adds the result to θ, so that θ + (−α ∘ g) is the step of `adapt`. In an `optax.chain` this
+  transformation comes last, like `optax.scale_by_learning_rate`, and no `optax.scale(-1)` follows it. It has no state,
+  and it is differentiable in α to any order.
 
   Args:
-    alpha: as `adapt` takes it: of θ's structure or a prefix of it, scalars, entries of any sign. Where it has `None`
-      the update is zero.
+    alpha: Rates, as in `adapt`: a pytree with θ's structure, or a prefix of that structure whose leaves are scalars.
+      Rates may be negative. The update of a leaf whose rate is `None` is zero.
 
   Raises (from its `init` and `update`):
-    ValueError: α does not fit θ, naming the leaf. What `optax.masked` or `optax.partition` keeps from it may have an α.
+    ValueError: if α does not fit θ (the message names the leaf). α may have entries for the leaves of θ that
+      `optax.masked` or `optax.partition` hides.
 
   Example:
     >>> inner = optax.chain(optax.clip_by_global_norm(1.0), ms.scale_by_alpha({'w': 0.5}))
@@ -44,8 +45,8 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     >>> print(updates['w'].round(3))
     [-0.3 -0.4]
 
-  In such a chain `optax.clip_by_global_norm` takes a root of the gradient: see `adapt_with_optimizer` on gradients of
-  zero.
+  In this chain `optax.clip_by_global_norm` computes a square root of the gradient. The docstring of
+  `adapt_with_optimizer` says what happens if the gradient is zero.
   """
 
   def init(params):
@@ -73,39 +74,49 @@ def adapt_with_optimizer(
   first_order: bool = False,
   adapts: Adapts | None = None,
 ) -> PyTree:
-  """Returns θ adapted to one task by `steps` updates of an optax transformation, whose state starts anew.
+  """Returns θ adapted to one task by `steps` updates of an optax optimiser, whose state is initialised for each task.
 
   s_0 = init(θ_0);  u_t, s_{t+1} = update(∇loss_fn(θ_t, batch), s_t, θ_t);  θ_{t+1} = θ_t + u_t
 
-  With `optimizer=ms.scale_by_alpha` and hyper = α it is `adapt`. Differentiable in θ and in hyper, through the state
-  too, by reverse mode: all steps' intermediates are kept.
+  With `optimizer=ms.scale_by_alpha` and hyper = α, the result is that of `adapt`. The result is differentiable in θ and
+  in hyper by reverse mode, also through the state of the optimiser. The intermediates of all steps are kept.
 
-  A root, or a norm, of a gradient that is exactly zero has no finite derivative there, and the meta-gradient is NaN;
-  by what is learned inside of it, such as Adam's `b2`, also with `first_order`. It happens to an entry behind a ReLU
-  that is off (Adam and its kin, LAMB, Adafactor, RMSProp with `eps_in_sqrt=False`), and to the whole gradient in a task
-  with no shot or a loss at its minimum (also clipping by a norm, LARS, NovoGrad, Polyak's step). What helps stands
-  under the root: `eps_root` (such as 1e-8) for Adam's kin; `eps` stands beside it. Where there is none, write the root
-  so that it never sees zero: docs/composition.md has such a clipping. `optax.clip`, by entries, is safe.
+  The meta-gradient is NaN if the optimiser computes a square root or a norm of a gradient that is exactly zero, because
+  the derivative of the root is not finite there. With `first_order`, only the meta-gradient of a value that is learned
+  inside of the root, such as Adam's `b2`, is NaN. There are two common cases:
 
-  Transformations that ask for them get the loss as `value`, its gradient as `grad` and `value_fn`. A line search runs
-  a loop of unknown length, through which JAX has no reverse mode: with one there is an adapted θ, but no meta-gradient.
+  - A single entry of the gradient is zero, for example because a ReLU is off. This affects Adam and its variants, LAMB,
+    Adafactor, and RMSProp with `eps_in_sqrt=False`.
+  - The whole gradient is zero, because a task has no shot or its loss is at the minimum. This affects the same
+    optimisers, and also clipping by a norm, LARS, NovoGrad and Polyak's step size.
+
+  The remedy is a small number inside of the root: `eps_root` (such as 1e-8) for Adam and its variants. `eps` does not
+  help, because it is added outside of the root. If an optimiser has no such number, write the root so that its argument
+  is never zero; docs/composition.md shows this for clipping. `optax.clip` is safe, because it clips each entry.
+
+  A transformation that takes extra arguments receives the loss as `value`, the gradient of the loss as `grad`, and the
+  loss function as `value_fn`. A line search runs a loop of unknown length, and JAX has no reverse mode for such a loop.
+  With a line search θ can be adapted, but there is no meta-gradient.
 
   Args:
-    theta: any pytree of floating-point arrays.
-    hyper: any pytree, handed to `optimizer`: what is meta-learned of the inner optimiser.
-    batch: the task's support, handed to `loss_fn` as it is.
-    loss_fn: `(θ, batch) → scalar`.
-    optimizer: `hyper → optax.GradientTransformation`. Bounds are its own affair: `jax.nn.sigmoid(hyper['b1'])`.
-    steps: 0 or more.
-    first_order: gradients, and the loss where `value` is asked for, are constants; what is made of `value_fn` is not.
-    adapts: says by name which of θ's leaves move; the transformation sees `None` for the others. All where left out.
+    theta: Parameters, any pytree of floating-point arrays.
+    hyper: Meta-learned values of the inner optimiser, any pytree, passed to `optimizer`.
+    batch: Support of the task, passed to `loss_fn` unchanged.
+    loss_fn: Support loss, `(θ, batch) → scalar`.
+    optimizer: Function `hyper → optax.GradientTransformation`. If a value needs bounds, this function must apply them,
+      for example with `jax.nn.sigmoid(hyper['b1'])`.
+    steps: Number of inner steps, 0 or more.
+    first_order: Whether second derivatives are dropped: the inner gradient and the loss in `value` are then constants.
+      Values that a transformation computes with `value_fn` are still differentiated.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts. The transformation receives `None` in
+      place of the other leaves. By default all leaves adapt.
 
   Returns:
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
-    ValueError: an `optimizer` that is no function or does not return a transformation, θ has a leaf that is not
-      floating-point, steps that are no count, or a loss that is not a floating-point scalar.
+    ValueError: if `optimizer` is not a function or does not return a transformation, if a leaf of θ is not
+      floating-point, if `steps` is not an integer of at least 0, or if the loss is not a floating-point scalar.
 
   Example:
     >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])
@@ -130,19 +141,19 @@ def adapt_path_with_optimizer(
   first_order: bool = False,
   adapts: Adapts | None = None,
 ) -> PyTree:
-  """Returns θ after 0, 1, …, steps updates, stacked on a new leading axis `[steps + 1]`.
+  """Returns θ after 0, 1, …, `steps` inner steps, stacked: leaves `[steps + 1, …]`.
 
-  Entry −1 is what `adapt_with_optimizer` returns, whose errors these are too.
+  The last entry is the result of `adapt_with_optimizer`, and the errors are those of `adapt_with_optimizer`.
 
   Args:
-    theta: as in `adapt_with_optimizer`, and so are the others.
-    hyper: what is meta-learned of the inner optimiser.
-    batch: the task's support.
-    loss_fn: `(θ, batch) → scalar`.
-    optimizer: `hyper → optax.GradientTransformation`.
-    steps: 0 or more.
-    first_order: gradients are constants.
-    adapts: which of θ's leaves move, by name.
+    theta: Parameters; see `adapt_with_optimizer` for this and all other arguments.
+    hyper: Meta-learned values of the inner optimiser.
+    batch: Support of the task.
+    loss_fn: Support loss, `(θ, batch) → scalar`.
+    optimizer: Function `hyper → optax.GradientTransformation`.
+    steps: Number of inner steps, 0 or more.
+    first_order: Whether second derivatives are dropped.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts.
 
   Example:
     >>> loss = lambda theta, batch: (theta - batch) ** 2
@@ -155,7 +166,7 @@ def adapt_path_with_optimizer(
 
 
 class _Inner(NamedTuple):
-  """The updates of one task: the problem, the carry (adapting leaves, optimiser state), one update, arrays in use."""
+  """The updates of one task: problem, initial carry (adapting leaves, optimiser state), one update, all arrays used."""
 
   problem: InnerProblem
   carry: tuple[PyTree, PyTree]
@@ -183,7 +194,10 @@ def _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts) 
 
 
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
-  """The state after a step in the dtypes of that before, which a learned number of another dtype would widen."""
+  """Returns a leaf of the new optimiser state in the dtype of the old leaf.
+
+  A learned number of a wider dtype would otherwise widen the leaf, and a scan needs the same dtypes in every step.
+  """
   dtype = jnp.result_type(old)
   return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 
@@ -192,12 +206,12 @@ def _transformation(optimizer, hyper) -> optax.GradientTransformationExtraArgs:
   if not callable(optimizer):
     raise ValueError(
       f'optimizer must be a function, hyper → optax.GradientTransformation, got {type(optimizer).__name__}; '
-      'for one with nothing to learn write lambda hyper: …'
+      'if no value of the optimizer is learned, write lambda hyper: …'
     )
   transformation = optimizer(hyper)
   if not isinstance(transformation, optax.GradientTransformation):
     raise ValueError(
       f'optimizer must return an optax.GradientTransformation, got {type(transformation).__name__}; '
-      'it is a function of hyper, such as lambda rate: optax.adam(rate, eps_root=1e-8)'
+      'give a function of hyper, such as lambda rate: optax.adam(rate, eps_root=1e-8)'
     )
   return optax.with_extra_args_support(transformation)

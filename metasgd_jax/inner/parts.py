@@ -1,4 +1,4 @@
-"""Models of which a chosen part adapts: some leaves of θ, or low-rank changes of some matrices."""
+"""Models that adapt only in part: in some leaves of θ, or in low-rank changes of some matrices."""
 
 import math
 
@@ -10,17 +10,19 @@ from metasgd_jax.types import Adapts, Model, check_count
 
 
 def adapt_only(model: Model, adapts: Adapts) -> Model:
-  """Returns the model with an inner loop that moves the leaves of θ that `adapts` names, of those that it moved before.
+  """Returns the model with an inner loop that adapts only the leaves of θ that `adapts` selects.
 
-  The rest is meta-learned as ever, but is the same for all tasks: it has no α, and no inner gradient. That of leaves
-  behind it, such as of an earlier layer, may be needed on the way.
+  A leaf that did not adapt in the given model still does not adapt. The leaves that do not adapt are meta-learned as
+  before, but they are the same for all tasks: they have no α, and no inner gradient is computed for them. The inner
+  gradient of an adapting earlier layer still passes through a later layer that does not adapt.
 
   Args:
-    model: the network.
-    adapts: `name → bool`, of names such as 'Dense_0.kernel': `lambda name: name.startswith('Dense')`.
+    model: Model, such as `nn.from_linen(nn.MLP())`.
+    adapts: Function from the name of a leaf of θ, such as 'Dense_0.kernel', to whether the leaf adapts. An example is
+      `lambda name: name.startswith('Dense')`.
 
   Raises (from `init`):
-    ValueError: none of the leaves is chosen; it lists their names.
+    ValueError: if no leaf is selected (the message lists the names of all leaves).
 
   Example:
     >>> model = ms.adapt_only(ms.nn.from_linen(ms.nn.MLP()), lambda name: name.startswith('Dense_2'))
@@ -42,24 +44,28 @@ def adapt_only(model: Model, adapts: Adapts) -> Model:
 
 
 def low_rank(model: Model, rank: int, where: Adapts) -> Model:
-  """Returns the model with an inner loop that moves low-rank changes of the matrices that `where` names.
+  """Returns the model with an inner loop that adapts low-rank changes of the matrices that `where` selects.
 
-  W = W₀ + A B with A `[n, r]` and B `[r, m]` (Hu et al. 2021, section 4.1, whose letters stand for the transposes and
-  whose factor α / r is left to the rates). A starts as N(0, 1/n), B at zero. All three are meta-learned; of them A and
-  B adapt. θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. A kernel of more axes than two is a
-  matrix of its last axis and all others. Leaves that the model says it `adapts`, by `adapt_only`, go on to.
+  Each selected matrix is W = W₀ + A B with A `[n, r]` and B `[r, m]` (Hu et al. 2021, section 4.1). In that paper the
+  letters stand for the transposed matrices. The paper's factor α / r is omitted, because it can be part of the rates.
+  The entries of A are drawn from N(0, 1/n), and B is initialised to zero. W₀, A and B are meta-learned, but only A and
+  B adapt. θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. A kernel with more than two axes is
+  treated as a matrix: m is the length of its last axis, and n is the product of the lengths of the other axes. If the
+  model was restricted by `adapt_only`, the leaves that adapted in it still adapt.
 
-  The inner gradient by A and B goes through that by W, so a step takes as many products as one of W itself; α, and
-  what is kept of a step, have r (n + m) entries in place of n m.
+  The inner gradient with respect to A and B is computed from the gradient with respect to W. An inner step therefore
+  needs as many matrix products as a step on W itself. However, α and the values that are stored for a step have
+  r (n + m) entries instead of n m.
 
   Args:
-    model: the network.
-    rank: r, at least 1.
-    where: `name → bool`, of names such as 'Dense_0.kernel'; it is asked of leaves with two axes or more.
+    model: Model, such as `nn.from_linen(nn.MLP())`.
+    rank: Rank r of the change, at least 1.
+    where: Function from the name of a leaf, such as 'Dense_0.kernel', to whether the leaf gets a low-rank change. It is
+      called for the leaves that have two or more axes.
 
   Raises:
-    ValueError: a rank that is no integer of at least 1. From `init`: none of the matrices is chosen, or one is smaller
-      than the rank.
+    ValueError: if `rank` is not an integer of at least 1. `init` raises it if no matrix is selected, or if a selected
+      matrix has fewer rows or columns than `rank`.
 
   Example:
     >>> model = ms.low_rank(ms.nn.from_linen(ms.nn.MLP()), 4, lambda name: name == 'Dense_1.kernel')
@@ -79,7 +85,7 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     for name, factor_key in zip(chosen, jax.random.split(factors_key, len(chosen)), strict=True):
       (n, m), dtype = _matrix(matrices[name].shape), matrices[name].dtype
       if rank > min(n, m):
-        raise ValueError(f'rank must be at most {min(n, m)} for {name}, a matrix of {n}x{m}, got {rank}')
+        raise ValueError(f'rank must be at most {min(n, m)} for {name}, a {n}x{m} matrix, got {rank}; lower it')
       factors[name] = {
         'a': jax.random.normal(factor_key, (n, rank), dtype) / math.sqrt(n),
         'b': jnp.zeros((rank, m), dtype),
@@ -107,11 +113,11 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
 
 
 def _matrix(shape):
-  """The rows and columns of a kernel as one matrix."""
+  """Returns the numbers of rows and columns of a kernel that is treated as a matrix."""
   return math.prod(shape[:-1]), shape[-1]
 
 
 def _check_some(chosen, tree, argument):
   if not chosen:
     names = ', '.join(name for name, _ in named(tree))
-    raise ValueError(f'{argument} must be true of some leaf of theta, but is of none of: {names}')
+    raise ValueError(f'{argument} must select at least one leaf of theta, but it selects none of: {names}')

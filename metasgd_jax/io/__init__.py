@@ -1,1 +1,1 @@
-"""What is read and written: files, checkpoints, metrics, and which code and versions made a result."""
+"""Input and output: files, checkpoints, metrics, progress, and the versions that produced a result."""

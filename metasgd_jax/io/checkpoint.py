@@ -1,6 +1,7 @@
-"""Checkpoints of a training by orbax: the latest and the best, written in the background, each whole or not there.
+"""Checkpoints of a training run by orbax: the latest and the best, written in the background, never half-written.
 
-Of several processes one reads and writes them, and by itself: the arrays are whole in each.
+With several processes, one of them reads and writes the checkpoints, and does not wait for the others. This is possible
+because each process has the whole arrays.
 """
 
 import json
@@ -19,19 +20,19 @@ from metasgd_jax.outer.training import TrainState
 from metasgd_jax.tree import is_key, named, named_arrays
 
 LATEST = 2
-"""So many are kept, so that there is one before the newest should that be damaged."""
+"""Number of latest checkpoints that are kept. If the newest is damaged, the one before it can be read."""
 
-_REMOVED = 'removed'  # Checkpoints are renamed into it before they are deleted, so that half of one is never seen.
+_REMOVED = 'removed'  # A checkpoint is moved into this folder before it is deleted, so that no half of it is ever seen.
 
 
 class Checkpoint(NamedTuple):
-  """One checkpoint, read.
+  """A checkpoint that has been read.
 
   Attributes:
-    step: meta-iterations done.
-    state: the train state.
-    metric: what `Checkpoints.save` was given; `None` without.
-    versions: of the packages that wrote it.
+    step: Number of meta-iterations done.
+    state: The train state.
+    metric: Metric that was passed to `Checkpoints.save`, or `None` if there was none.
+    versions: Versions of the packages that wrote the checkpoint.
   """
 
   step: int
@@ -41,13 +42,14 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-  """A directory of one training's checkpoints: STEP/state, the arrays by name, and STEP/about, what they are.
+  """The checkpoints of one training run in a directory: STEP/state has the arrays by name, STEP/about describes them.
 
-  To be closed, or used as a context: closing waits for what is still being written.
+  The object must be closed, or used as a context manager. Closing waits until all checkpoints are written.
 
   Attributes:
-    latest: the newest that can be read when the directory is opened; `None` where there is none.
-    best: those of the greatest metric among them and older ones, the best first; of equals the later.
+    latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none.
+    best: The `keep_best` checkpoints with the greatest metrics among `latest` and the older ones, the best first. If
+      two metrics are equal, the later checkpoint comes first.
   """
 
   def __init__(
@@ -59,18 +61,18 @@ class Checkpoints:
     keep_best: int = 0,
     report: Callable[[str], None] = print,
   ):
-    """Opens the directory, made if need be; what is damaged or newer than `latest` is removed.
+    """Opens the directory, and creates it if necessary. Removes checkpoints that are damaged or newer than `latest`.
 
     Args:
-      directory: of this training alone.
-      like: a state of the structure, shapes and dtypes that checkpoints must have.
-      config: stands in each checkpoint; those of another are refused.
-      keep_best: how many with the greatest metric are kept beside the latest.
-      report: told in a sentence of each that cannot be read.
+      directory: Directory of this training run alone.
+      like: A state with the structure, shapes and dtypes that the checkpoints must have.
+      config: Configuration, which is stored in each checkpoint. Checkpoints of another configuration are refused.
+      keep_best: Number of checkpoints with the greatest metrics that are kept in addition to the latest.
+      report: Function that receives a sentence about each checkpoint that cannot be read.
 
     Raises:
-      CheckpointError: those there are of another configuration or of other arrays, none can be read, or the directory
-        cannot be written.
+      CheckpointError: if the checkpoints have another configuration or other arrays, if none of them can be read, or if
+        the directory cannot be written.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._config, self._keep_best, self._report = config, keep_best, report
@@ -93,25 +95,27 @@ class Checkpoints:
 
   @property
   def last(self) -> int:
-    """Returns the step of the newest, whether read or saved; -1 for none."""
+    """Step of the newest checkpoint, whether it was read or saved, or -1 if there is none."""
     return self._last
 
   def save(self, state: TrainState, metric: float | None = None) -> None:
-    """Begins to write a checkpoint, and returns when its arrays have been copied; does nothing if it is there.
+    """Begins to write a checkpoint, and returns when its arrays have been copied.
+
+    Does nothing if the newest checkpoint already has the step of `state`.
 
     Args:
-      state: of one run, or of R at the same step.
-      metric: such as the accuracy on tasks to validate on; the greatest are kept.
+      state: State of one run, or of R runs at the same step.
+      metric: Metric of the state, such as the validation accuracy. Checkpoints with the greatest metrics are kept.
 
     Raises:
-      CheckpointError: this or the one before cannot be written.
+      CheckpointError: if this checkpoint, or the one before it, cannot be written.
     """
     import orbax.checkpoint as ocp
 
     step = int(np.max(state.step))
     if step == self._last:
       return
-    arrays = {name: array for name, array in named_arrays(state).items() if array.size}  # orbax takes no other.
+    arrays = {name: array for name, array in named_arrays(state).items() if array.size}  # orbax refuses empty arrays.
     about = describe(state, step=step, metric=metric, config=self._config)
     items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
     self.wait()
@@ -123,10 +127,10 @@ class Checkpoints:
     self._last = step
 
   def wait(self) -> None:
-    """Returns when all is written.
+    """Waits until all checkpoints are written.
 
     Raises:
-      CheckpointError: it cannot be.
+      CheckpointError: if a checkpoint cannot be written.
     """
     try:
       self._manager.wait_until_finished()
@@ -134,19 +138,19 @@ class Checkpoints:
       raise self._unwritable(e) from e
 
   def close(self) -> None:
-    """Waits, and frees what is held."""
+    """Waits until all checkpoints are written, and releases the resources of orbax."""
     self.wait()
     self._manager.close()
     shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 
   def _refuse_links(self) -> None:
-    """Raises CheckpointError where a step is a link, which `steps` leaves out and orbax takes for a checkpoint."""
+    """Raises CheckpointError if a step is a link. `steps` ignores links, but orbax would read one as a checkpoint."""
     for path in self._directory.glob('[0-9]*') if self._directory.is_dir() else ():
       if path.name.isdecimal() and path.is_symlink():
         raise CheckpointError(f'{path} is a link, not a checkpoint; remove the link, or give another --workdir')
 
   def _read_best(self, like) -> list[Checkpoint]:
-    """Reads the best, and removes what is damaged or newer than the latest."""
+    """Returns the best checkpoints, and removes checkpoints that are damaged or newer than the latest."""
     found = []
     for step in steps(self._directory):
       path = self._directory / str(step)
@@ -165,13 +169,17 @@ class Checkpoints:
     return found[: self._keep_best]
 
   def _tidy(self) -> None:
-    """Removes what orbax would have, had the program not been killed between writing one and removing another."""
+    """Removes damaged checkpoints, and old ones that are left over.
+
+    Old checkpoints are left over if the program was killed after orbax wrote a new checkpoint, and before it removed an
+    old one.
+    """
     for step in steps(self._directory):
       path = self._directory / str(step)
       try:
         _check_files(path)
-      except Exception as e:  # Orbax, which opens them all, would raise it anew.
-        self._report(f'checkpoint {path} is damaged ({_first_line(e)}), and removed')
+      except Exception as e:  # Orbax opens all checkpoints, and would raise the error again.
+        self._report(f'checkpoint {path} is damaged ({_first_line(e)}) and is removed')
         _remove(path)
     there = steps(self._directory)
     for step in {*there[:-LATEST]} - {checkpoint.step for checkpoint in self.best}:
@@ -184,14 +192,14 @@ class Checkpoints:
     _clear(self._directory / _REMOVED)
     metric = lambda metrics: metrics.get('metric', -np.inf)
     kept: list[Any] = [policies.LatestN(LATEST)]
-    if self._keep_best:  # With the best alone, the newest would go, and a training with it.
+    if self._keep_best:  # With BestN alone, orbax would remove the newest, and the run could not resume.
       kept.append(policies.BestN(get_metric_fn=metric, n=self._keep_best, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(kept),
       best_fn=metric if self._keep_best else None,
       cleanup_tmp_directories=True,
       todelete_subdir=_REMOVED,
-      create=False,  # It is there; orbax makes none for a process by itself.
+      create=False,  # It exists already, and orbax does not create it for one process of several.
       multiprocessing_options=_by_itself(),
     )
     return ocp.CheckpointManager(self._directory, options=options)
@@ -203,7 +211,10 @@ class Checkpoints:
 
 
 def steps(directory: files.PathLike) -> list[int]:
-  """Returns the steps of a directory's checkpoints, damaged ones too, in order; none where there is no directory."""
+  """Returns the steps of the checkpoints in a directory, in order, including damaged checkpoints.
+
+  If there is no such directory, the list is empty.
+  """
   path = pathlib.Path(directory)
   if not path.is_dir():
     return []
@@ -222,17 +233,17 @@ def newest(
   until: int | None = None,
   report: Callable[[str], None] = print,
 ) -> Checkpoint | None:
-  """Returns a directory's newest checkpoint that can be read, or `None` where there is none; changes nothing.
+  """Returns the newest checkpoint in a directory that can be read, or `None` if there is none. It changes no files.
 
   Args:
-    directory: of one training.
-    like: a state of the structure, shapes and dtypes that it must have.
-    config: that it must have been written with.
-    until: the last step to look at.
-    report: told in a sentence of each that cannot be read.
+    directory: Directory of one training run.
+    like: A state with the structure, shapes and dtypes that the checkpoint must have.
+    config: Configuration that the checkpoint must have been written with.
+    until: Last step to consider. By default all steps are considered.
+    report: Function that receives a sentence about each checkpoint that cannot be read.
 
   Raises:
-    CheckpointError: it is of another configuration or of other arrays, or none can be read.
+    CheckpointError: if the checkpoint has another configuration or other arrays, or if no checkpoint can be read.
   """
   path = pathlib.Path(directory).absolute()
   there = [step for step in steps(path) if until is None or step <= until]
@@ -243,27 +254,27 @@ def newest(
       return _read(path / str(step), like)
     except CheckpointError:
       raise
-    except Exception as e:  # What orbax and tensorstore raise for a damaged file is of many kinds.
+    except Exception as e:  # For a damaged file, orbax and tensorstore raise errors of many types.
       before = [s for s in there if s < step]
       then = f'; the one before, {before[-1]}, is taken' if before else ''
       report(f'checkpoint {path / str(step)} cannot be read ({_first_line(e)}){then}')
   if there:
-    raise CheckpointError(f'none of the checkpoints in {path} can be read; give --restart to begin anew')
+    raise CheckpointError(f'none of the checkpoints in {path} can be read; give --restart to start again')
   return None
 
 
 def read_config(directory: files.PathLike) -> dict[str, Any] | None:
-  """Returns the configuration of the newest checkpoint whose description can be read; `None` without one."""
+  """Returns the configuration of the newest checkpoint whose description can be read, or `None` if there is none."""
   for step in reversed(steps(directory)):
     try:
       return _read_about(pathlib.Path(directory).absolute() / str(step))['config']
-    except Exception:  # Damaged; whoever reads the arrays tells of it.
+    except Exception:  # The damage is reported when the arrays are read.
       continue
   return None
 
 
 def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
-  """Returns a checkpoint in the structure of `like`; raises CheckpointError if it is of other arrays."""
+  """Returns a checkpoint in the structure of `like`. Raises CheckpointError if its arrays do not fit `like`."""
   import orbax.checkpoint as ocp
 
   about = _read_about(path)
@@ -272,8 +283,8 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
   arrays: dict[str, np.ndarray] = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     for name in (name for name, leaf in about['leaves'].items() if 0 not in leaf['shape']):
-      # One at a time: where one of several is damaged, orbax leaves the others to a loop that is closed, and Python
-      # prints a traceback for each.
+      # Arrays are read one at a time. If one of several arrays is damaged, orbax leaves the others to a closed event
+      # loop, and Python prints a traceback for each of them.
       which = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
       args = ocp.args.PyTreeRestore(item={name: 0}, restore_args=which, partial_restore=True)
       arrays |= reader.restore(path / 'state', args=args)
@@ -282,7 +293,7 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
     described = about['leaves'][name]
     array = np.asarray(arrays[name] if name in arrays else np.zeros(described['shape'], described['dtype']))
     if crc32(array) != described['crc32']:
-      raise ValueError(f'{name} is not what was written')
+      raise ValueError(f'{name} has changed since it was written')
     value = jax.numpy.asarray(array, described['dtype'])
     values.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value)
   state = jax.tree.unflatten(jax.tree.structure(like), values)
@@ -292,7 +303,7 @@ def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
 
 
 def _read_about(path: pathlib.Path) -> dict[str, Any]:
-  """Returns a checkpoint's description; raises ValueError if it is not what was written."""
+  """Returns the description of a checkpoint. Raises ValueError if it has changed since it was written."""
   import orbax.checkpoint as ocp
 
   _check_files(path)
@@ -303,9 +314,10 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_arrays(path: pathlib.Path, described: Mapping[str, Any]) -> None:
-  """Raises ValueError unless arrays are of the shapes described, before room is made for any.
+  """Raises ValueError unless the arrays have the described shapes, before memory is allocated for any of them.
 
-  By tensorstore, which orbax reads them with, since orbax itself looks at all at once; see `_read`.
+  The check uses tensorstore, with which orbax reads the arrays, because orbax itself would inspect all arrays at once;
+  see `_read`.
   """
   import tensorstore
 
@@ -318,10 +330,10 @@ def _check_arrays(path: pathlib.Path, described: Mapping[str, Any]) -> None:
     array = tensorstore.open(spec, open=True, read=True).result()
     if list(array.shape) != leaf['shape'] or array.dtype.name != leaf['dtype']:
       raise ValueError(f'{name} is {array.dtype.name}{list(array.shape)}, not {leaf["dtype"]}{leaf["shape"]}')
-    chunk = array.chunk_layout.read_chunk.shape or ()  # Of a scalar there is none.
-    # A chunk is decoded whole, however little of it is asked for.
+    chunk = array.chunk_layout.read_chunk.shape or ()  # A scalar has no chunk shape.
+    # The whole chunk is decoded, even if the array needs only a small part of it.
     if math.prod(side or 1 for side in chunk) > math.prod(array.shape):
-      raise ValueError(f'{name} is {leaf["dtype"]}{leaf["shape"]} in chunks of {list(chunk)}')
+      raise ValueError(f'{name} is {leaf["dtype"]}{leaf["shape"]} in larger chunks of {list(chunk)}')
 
 
 def _by_itself():
@@ -335,23 +347,26 @@ def _by_itself():
 
 
 def _check_files(path: pathlib.Path) -> None:
-  """Raises ValueError where orbax would wait for ever, at what is no file, or fail, at broken metrics or dates."""
+  """Raises ValueError if orbax would wait forever or fail.
+
+  It would wait for a pipe or another special file, and it would fail on broken metrics or dates.
+  """
   for part in path.rglob('*'):
     if part.is_symlink() or not (part.is_file() or part.is_dir()):
       raise ValueError(f'{part.relative_to(path)} is no file')
   metrics = path / 'metrics' / 'metrics'
   if metrics.exists():
     found = json.loads(metrics.read_bytes())
-    # Orbax sorts checkpoints by this number, and lets a training fail at any other kind of value.
+    # Orbax sorts checkpoints by this number. Any other kind of value would make a training run fail.
     if not isinstance(found, dict) or not isinstance(found.get('metric', 0.0), int | float):
-      raise ValueError('its metrics are not those of a checkpoint')
+      raise ValueError('its metrics are not a JSON object whose metric is a number')
   import orbax.checkpoint as ocp
 
   _ = ocp.path.step.standard_name_format().find_step(path.parent, int(path.name)).commit_timestamp
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Deletes a checkpoint so that half of it is never seen."""
+  """Deletes a checkpoint in such a way that no half of it is ever seen."""
   aside = path.parent / _REMOVED
   _clear(aside)
   aside.mkdir(exist_ok=True)
@@ -360,7 +375,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _clear(aside: pathlib.Path) -> None:
-  """Deletes the directory of what is removed; of a link, which may lead anywhere, the link alone."""
+  """Deletes the directory of removed checkpoints. If it is a link, which may lead anywhere, deletes only the link."""
   if aside.is_symlink() or aside.is_file():
     aside.unlink()
   shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint beside its arrays, and whether it is what is asked for."""
+"""The description that a checkpoint stores beside its arrays, and the checks of this description."""
 
 import json
 import zlib
@@ -13,15 +13,18 @@ from metasgd_jax.tree import is_key, named, named_arrays
 from metasgd_jax.types import PyTree
 
 FORMAT = 1
-"""Raised when an older checkpoint can no longer be read."""
+"""Version of the format. It increases when older checkpoints can no longer be read."""
 
 
 class CheckpointError(Exception):
-  """A checkpoint cannot be used or written; the message says why and what to do."""
+  """A checkpoint cannot be used or written. The message says why, and what to do."""
 
 
 def describe(state: PyTree, *, step: int, metric: float | None, config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns as JSON step, metric, configuration, versions, and the shape, dtype and checksum of each leaf."""
+  """Returns the description of a checkpoint, as values that JSON can store.
+
+  It has the step, the metric, the configuration, the versions, and the shape, dtype and checksum of each leaf.
+  """
   about = {
     'format': FORMAT, 'step': step, 'metric': metric, 'config': _as_json(config),
     'versions': provenance.collect()['versions'], 'leaves': _leaves(state),
@@ -30,14 +33,14 @@ def describe(state: PyTree, *, step: int, metric: float | None, config: Mapping[
 
 
 def check_about(about: Any, step: int) -> None:
-  """Raises ValueError unless a description is what was written, with its fields' types, at a step."""
+  """Raises ValueError unless a description is unchanged, has fields of the right types, and is of the given step."""
   if not isinstance(about, dict):
     raise ValueError('it has no description')
   if about.get('format') != FORMAT:
-    raise ValueError(f'it is of format {about.get("format")}, not {FORMAT}')
+    raise ValueError(f'it has format {about.get("format")}, not {FORMAT}')
   if about.get('checksum') != _checksum({k: v for k, v in about.items() if k != 'checksum'}):
-    raise ValueError('its description is not what was written')
-  for name, right in _FIELDS.items():  # Who can write it can write the checksum too.
+    raise ValueError('its description has changed since it was written')
+  for name, right in _FIELDS.items():  # Whoever changes a description can also change its checksum.
     if not right(about.get(name)):
       raise ValueError(f'its description has {name}={about.get(name)!r:.80}')
   if about['step'] != step:
@@ -45,7 +48,7 @@ def check_about(about: Any, step: int) -> None:
 
 
 def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: files.PathLike) -> None:
-  """Raises CheckpointError, naming the fields that differ, unless both configurations are the same."""
+  """Raises CheckpointError unless both configurations are the same. The message names the fields that differ."""
   ours = _as_json(asked)
   names = [name for name in {**found, **ours} if found.get(name, ours) != ours.get(name, found)]
   if names:
@@ -53,12 +56,15 @@ def check_config(found: Mapping[str, Any], asked: Mapping[str, Any], where: file
     fields = '; '.join(f'{_named(name)}: {shown(found, name)} there, {shown(ours, name)} asked for' for name in names)
     raise CheckpointError(
       f'{where} holds an unfinished run of another configuration ({fields}); give another --workdir, the same '
-      'configuration to go on with it, or --restart to begin anew'
+      'configuration to continue that run, or --restart to start again'
     )
 
 
 def check_leaves(found: Mapping[str, Any], like: PyTree, where: files.PathLike) -> None:
-  """Raises CheckpointError, naming the first leaf, unless shapes, dtypes and kinds of keys are those of a state."""
+  """Raises CheckpointError unless the described shapes, dtypes and kinds of keys are those of the state `like`.
+
+  The message names the first leaf that differs.
+  """
   ours = _leaves(like)
   for name in {**found, **ours}:
     there, here = (
@@ -67,12 +73,12 @@ def check_leaves(found: Mapping[str, Any], like: PyTree, where: files.PathLike) 
     if there != here:
       raise CheckpointError(
         f'{where} does not fit what is trained: {_named(name)} is {_shown(there)} there and {_shown(here)} here; give '
-        'another --workdir, or --restart to begin anew'
+        'another --workdir, or --restart to start again'
       )
 
 
 def crc32(array: np.ndarray) -> int:
-  """Returns the checksum of an array's bytes."""
+  """Returns the CRC-32 checksum of an array's bytes."""
   return zlib.crc32(np.ascontiguousarray(array).tobytes())
 
 
@@ -113,5 +119,5 @@ def _shown(leaf: Mapping[str, Any]) -> str:
 
 
 def _named(name: str) -> str:
-  """Returns a name, of a file that may say anything, as it can stand in a sentence."""
+  """Returns a name in a form that fits into a sentence. The name comes from a file, which may contain any text."""
   return name if name.isprintable() and len(name) <= 200 else f'{name[:200]!a}'

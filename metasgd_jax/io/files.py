@@ -1,4 +1,4 @@
-"""Files that are never half-written: JSON, arrays and parameters; a directory that can be written."""
+"""Files that are never half-written: JSON, arrays and parameters. Also the check that a directory can be written."""
 
 import contextlib
 import json
@@ -32,17 +32,17 @@ _ADVICE = 'make room, or give another --workdir'
 
 
 class WriterError(Exception):
-  """Something cannot be written; the message says why and what to do."""
+  """A file or directory cannot be written. The message says why, and what to do."""
 
 
 def open_workdir(path: PathLike) -> pathlib.Path:
-  """Returns the directory, made if need be, after writing to it once to see that it can be.
+  """Returns the path of a directory, after it has created the directory if necessary and has written to it once.
 
   Args:
-    path: of the directory; may begin with ~.
+    path: Path of the directory. It may begin with ~.
 
   Raises:
-    WriterError: path is empty, or the directory cannot be made or written.
+    WriterError: if `path` is empty, or if the directory cannot be created or written.
 
   Example:
     >>> import tempfile
@@ -50,37 +50,39 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     ...   ms.files.open_workdir(f'{directory}/runs/a').is_dir()
     True
   """
-  if not os.fspath(path):  # As of a shell's variable that is not set; it would be where the program was started.
+  if not os.fspath(path):  # An unset shell variable gives an empty path, which would be the current directory.
     raise WriterError('workdir is empty; give a directory, such as --workdir=.')
   try:
     workdir = pathlib.Path(path).expanduser()
   except RuntimeError as e:
-    raise WriterError(f'workdir {path} begins with ~ of nobody who has a home; give another --workdir') from e
+    raise WriterError(f'workdir {path} begins with ~ of a user without a home directory; give another --workdir') from e
   if reason := why_not_writable(workdir):
     raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir')
   return workdir
 
 
 def why_not_writable(directory: pathlib.Path) -> str | None:
-  """Makes a directory and writes to it once; returns why it cannot be made or written, `None` if it can."""
+  """Creates a directory and writes to it once. Returns the reason if this fails, and `None` if it succeeds."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
       return None
-  except (OSError, ValueError) as e:  # ValueError for a name with a NUL.
+  except (OSError, ValueError) as e:  # ValueError: a NUL in the name.
     return str(getattr(e, 'strerror', None) or e)
 
 
 @contextlib.contextmanager
 def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
-  """Opens a file that takes its name only when it is whole; after an error the old one, or none, is there.
+  """Opens a file that gets its name only when it is complete.
+
+  After an error, a previous file of that name is unchanged. If there was none, there is still none.
 
   Args:
-    path: of the file.
-    advice: what to do where it cannot be written.
+    path: Path of the file.
+    advice: Advice that ends the error message if the file cannot be written.
 
   Raises:
-    WriterError: it cannot be written.
+    WriterError: if the file cannot be written.
 
   Example:
     >>> import pathlib, tempfile
@@ -92,7 +94,7 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
   """
   path = pathlib.Path(path)
   aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
-  with told(path, advice), aside.open('xb') as file:  # Not tempfile's, which are their owner's alone to read.
+  with told(path, advice), aside.open('xb') as file:  # Files of tempfile are readable by their owner alone.
     try:
       yield file
       file.flush()
@@ -105,7 +107,7 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
-  """Makes a WriterError of what the system says."""
+  """Turns an error of the operating system into a WriterError, whose message ends with `advice`."""
   try:
     yield
   except OSError as e:
@@ -113,14 +115,14 @@ def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-  """Writes a value as indented JSON; infinities and NaN become null, since JSON has neither.
+  """Writes a value as indented JSON. Infinities and NaN become null, because JSON has neither.
 
   Args:
-    path: of the file, which is never half-written.
-    value: of dicts, lists, numbers, texts, paths and arrays.
+    path: Path of the file, which is never half-written.
+    value: Value made of dicts, lists, numbers, strings, paths and arrays.
 
   Raises:
-    WriterError: it cannot be written.
+    WriterError: if the file cannot be written.
 
   Example:
     >>> import pathlib, tempfile
@@ -138,14 +140,15 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def write_array(path: PathLike, array: np.ndarray) -> None:
-  """Writes an array as .npy.
+  """Writes an array as a .npy file.
 
   Args:
-    path: of the file, which is never half-written.
-    array: of numbers; objects would be pickled, which no file of ours is.
+    path: Path of the file, which is never half-written.
+    array: Array of numbers. An array of objects is refused, because it would be pickled, and this package writes no
+      pickles.
 
   Raises:
-    WriterError: it cannot be written.
+    WriterError: if the file cannot be written.
 
   Example:
     >>> import tempfile
@@ -159,14 +162,15 @@ def write_array(path: PathLike, array: np.ndarray) -> None:
 
 
 def write_params(path: PathLike, params: PyTree) -> None:
-  """Writes a pytree's arrays as flax's msgpack; `read_params` reads them.
+  """Writes the arrays of a pytree as msgpack of flax. `read_params` reads them.
 
   Args:
-    path: of the file, which is never half-written.
-    params: dicts, lists, NamedTuples and arrays; `Checkpoints` takes what flax does not, and train states.
+    path: Path of the file, which is never half-written.
+    params: Pytree of dicts, lists, NamedTuples and arrays. Train states, and pytrees that flax does not support, can be
+      written with `Checkpoints`.
 
   Raises:
-    WriterError: it cannot be written.
+    WriterError: if the file cannot be written.
 
   Example:
     >>> import tempfile
@@ -181,15 +185,15 @@ def write_params(path: PathLike, params: PyTree) -> None:
 
 
 def read_params(path: PathLike, like: PyTree) -> PyTree:
-  """Returns what `write_params` wrote, in the structure of `like`.
+  """Returns the pytree that `write_params` wrote, in the structure of `like`.
 
   Args:
-    path: of the file.
-    like: a pytree of the same structure, shapes and dtypes, such as `init` gives.
+    path: Path of the file.
+    like: A pytree of the same structure, shapes and dtypes, such as the result of `init`.
 
   Raises:
-    ValueError: there is no such file, it is not of this kind, or its structure, a shape or a dtype is not that of
-      `like`.
+    ValueError: if there is no such file, if it is not a file of `write_params`, or if its structure, a shape or a dtype
+      is not that of `like`.
 
   Example:
     >>> import tempfile
@@ -199,12 +203,12 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
     {'w': array([1., 1.])}
   """
   try:
-    if not pathlib.Path(path).is_file():  # To read a pipe would wait for ever.
+    if not pathlib.Path(path).is_file():  # Reading a pipe would wait forever.
       raise ValueError('there is no such file')
     params = flax.serialization.from_bytes(like, pathlib.Path(path).read_bytes())
     if str(jax.tree.structure(params)) != str(jax.tree.structure(like)):
-      raise ValueError('they are of another structure')
-  except Exception as e:  # msgpack has a dozen errors of its own for a file that is broken.
+      raise ValueError('they have another structure')
+  except Exception as e:  # msgpack raises errors of many types for a broken file.
     reason = repr(str(e) or type(e).__name__)[1:-1][:300]
     raise ValueError(f'{path} does not hold the parameters asked for: {reason}') from e
   for (name, want), got in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
@@ -222,7 +226,7 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
 
 
 def plain(value: Any) -> Any:
-  """Returns value with NumPy's types made Python's, and floats that JSON lacks made None."""
+  """Returns `value` with NumPy's types converted to Python's, and with None in place of floats that JSON lacks."""
   if isinstance(value, dict):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):

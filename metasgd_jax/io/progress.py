@@ -1,4 +1,4 @@
-"""A line that tells how far a run is and when it ends."""
+"""A line that shows the progress of a run and the time that is left."""
 
 import sys
 import time
@@ -9,9 +9,10 @@ __all__ = ['ProgressLine', 'duration']
 
 
 class ProgressLine:
-  """Tells how far a run is, its figures, its rate and the time left: in place on a terminal, else line by line.
+  """Shows the progress of a run, its values, its rate and the time that is left.
 
-  Off a terminal a line comes with each tenth of the run, and in between where that takes longer than `every`.
+  On a terminal, the line is updated in place. Otherwise a new line is printed after each tenth of the run. If a tenth
+  takes longer than `every` seconds, lines are also printed in between.
 
   Example:
     >>> from metasgd_jax.io.progress import ProgressLine
@@ -29,14 +30,15 @@ class ProgressLine:
     say: Callable[[str], object] | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Starts the line.
+    """Creates the line, and starts to measure time.
 
     Args:
-      label: begins it.
-      every: seconds between lines where the output is not a terminal.
-      out: where to; standard error where left out.
-      say: gets the lines where the output is not a terminal, such as a logger's `info`; printed where left out.
-      clock: gives the time in seconds.
+      label: Text at the beginning of the line.
+      every: Seconds between lines if the output is not a terminal.
+      out: Stream to write to. The default is standard error.
+      say: Function that receives the lines if the output is not a terminal, such as the `info` of a logger. By default
+        the lines are printed to `out`.
+      clock: Function that returns the time in seconds.
     """
     self._label, self._clock = label, clock
     self._out = out or sys.stderr
@@ -46,14 +48,14 @@ class ProgressLine:
     self._last, self._tenth = clock(), 0
 
   def show(self, step: int, total: int, seconds: float, rate: float, **values: float) -> None:
-    """Prints, unless it did so a moment ago; always when step is total.
+    """Prints the line, unless it was printed a moment ago. If `step` is `total`, the line is always printed.
 
     Args:
-      step: meta-iterations done.
-      total: meta-iterations to do.
-      seconds: what was spent on them in this call.
-      rate: meta-iterations a second.
-      values: shown by name.
+      step: Number of meta-iterations done.
+      total: Number of meta-iterations to do.
+      seconds: Seconds that this call has spent on meta-iterations.
+      rate: Meta-iterations per second.
+      values: Values to show, by name.
     """
     now, tenth = self._clock(), 10 * step // max(total, 1)
     waited = now - self._last
@@ -66,7 +68,7 @@ class ProgressLine:
     text += f'  {rate:,.0f} it/s' if rate >= 10 else f'  {rate:.2f} it/s'
     if step >= total:
       text += f'  took {duration(seconds)}'
-    elif rate > 0:  # Before the first step there is none.
+    elif rate > 0:  # Before the first step the rate is 0.
       text += f'  {duration((total - step) / rate)} left'
     if self._in_place:
       print(f'\r\x1b[K{text}', end='' if step < total else '\n', file=self._out, flush=True)
@@ -75,10 +77,10 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-  """Returns a time as people say it.
+  """Returns a duration as readable text.
 
   Args:
-    seconds: of it.
+    seconds: Duration in seconds.
 
   Example:
     >>> from metasgd_jax.io.progress import duration

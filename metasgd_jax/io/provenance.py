@@ -1,4 +1,4 @@
-"""What a figure was made with: versions, the device, JAX's settings."""
+"""The provenance of a result: versions, the device, and settings of JAX."""
 
 import contextlib
 import importlib.metadata
@@ -29,11 +29,11 @@ _JAX_SETTINGS = (
   'jax_default_prng_impl',
   'jax_threefry_partitionable',
 )
-"""Those that change numbers."""
+"""Settings of JAX that change the numbers of a result."""
 
 
 def collect() -> dict[str, Any]:
-  """Returns the versions, the device and JAX's settings that a figure was made with, as JSON takes them.
+  """Returns the versions, the device and JAX's settings that a result was made with, as values that JSON can store.
 
   Example:
     >>> from metasgd_jax.io import provenance

@@ -1,4 +1,4 @@
-"""A run's metrics as they come: lines of JSON, TensorBoard's event files."""
+"""Writers of a run's metrics, as JSON lines or as event files of TensorBoard, while the run goes on."""
 
 import json
 import os
@@ -16,7 +16,7 @@ __all__ = ['MetricsWriter', 'TensorBoardWriter', 'Writer']
 
 
 class Writer(Protocol):
-  """Takes a run's metrics as they come.
+  """Receives the metrics of a run while the run goes on.
 
   Example:
     >>> class Printer:
@@ -27,20 +27,20 @@ class Writer(Protocol):
   """
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Takes the values of one moment.
+    """Receives the values after one step.
 
     Args:
-      label: the run's name.
-      step: meta-iterations done.
-      values: numbers, or arrays `[R]` with one of each of R runs.
+      label: Name of the run.
+      step: Number of meta-iterations done.
+      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
     """
 
 
 class MetricsWriter:
-  """A `Writer` that appends lines of JSON to a file, such as metrics.jsonl; clock times go to another beside it.
+  """A `Writer` that appends JSON lines to a file, such as metrics.jsonl, and wall-clock times to a second file.
 
-  So that the same run leaves the same metrics, byte for byte. That of metrics.jsonl is timings.jsonl, that of
-  valid.jsonl valid_timings.jsonl.
+  The times have a separate file so that the same run writes the same metrics, byte for byte. The times for
+  metrics.jsonl go to timings.jsonl, and the times for valid.jsonl go to valid_timings.jsonl.
 
   Example:
     >>> import pathlib, tempfile
@@ -56,14 +56,14 @@ class MetricsWriter:
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
-    """Starts both files anew, or with `go_on` leaves what is in them.
+    """Starts with empty files, or with `go_on` keeps the lines of existing files.
 
     Args:
-      path: of the file of metrics.
-      go_on: after a run that was stopped.
+      path: Path of the metrics file.
+      go_on: Whether to keep existing lines, in order to continue a run that was stopped.
 
     Raises:
-      WriterError: they cannot be written, or where they should be is no file.
+      WriterError: if the files cannot be written, or if one of the paths is not a regular file.
     """
     self._path = pathlib.Path(path)
     self._timings = self._path.with_name(f'{self._path.stem}_timings.jsonl')
@@ -76,40 +76,40 @@ class MetricsWriter:
         self._path.write_text('')
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line; `seconds` stands in one of its own, of timings.
+    """Appends one line of metrics. The value `seconds` is written to the file of times instead.
 
     Args:
-      label: the run's name.
-      step: meta-iterations done.
-      values: numbers, or arrays `[R]` with one of each of R runs.
+      label: Name of the run.
+      step: Number of meta-iterations done.
+      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
 
     Raises:
-      ValueError: a value is called label or step.
-      WriterError: it cannot be written.
+      ValueError: if a value is called label or step.
+      WriterError: if a line cannot be written.
     """
     values = dict(values)
     if taken := {'label', 'step'} & values.keys():
-      raise ValueError(f'a value cannot be called {min(taken)!r}, which each line has of its own; give it another name')
+      raise ValueError(f'a value cannot be called {min(taken)!r}, which is a field of each line; give it another name')
     if 'seconds' in values:
       _append(self._timings, {'label': label, 'step': step, 'seconds': values.pop('seconds')})
     if values:
       _append(self._path, {'label': label, 'step': step, **values})
 
   def cut(self, label: str, step: int) -> list[dict[str, Any]]:
-    """Takes away a run's lines past a step, and any that is not whole; returns its lines of metrics that stay.
+    """Removes the lines of a run after a step, and all incomplete lines. Returns the remaining metrics of the run.
 
     Args:
-      label: the run's name.
-      step: the last to stay.
+      label: Name of the run.
+      step: Last step whose lines are kept.
 
     Raises:
-      WriterError: they cannot be read, or where they should be is no file.
+      WriterError: if the files cannot be read, or if one of the paths is not a regular file.
     """
     _cut(self._timings, label, step)
     return [line for line in _cut(self._path, label, step) if line['label'] == label]
 
   def sync(self) -> None:
-    """Returns when what was written is on the disk. Raises WriterError where it cannot be."""
+    """Waits until the written metrics are on the disk. Raises WriterError if they cannot be written."""
     _check_place(self._path)
     with told(self._path), self._path.open('ab') as file:
       os.fsync(file.fileno())
@@ -123,7 +123,10 @@ def _append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
 
 
 def _check_place(path: pathlib.Path) -> None:
-  """Raises WriterError where something is that is no file: to open a pipe would wait for ever, a link leads away."""
+  """Raises WriterError if the path exists and is not a regular file.
+
+  Opening a pipe would wait forever, and a link leads to another place.
+  """
   if path.is_symlink():
     raise WriterError(f'{path} is not a file but a link; remove the link, or give another --workdir')
   if path.exists() and not path.is_file():
@@ -131,7 +134,7 @@ def _check_place(path: pathlib.Path) -> None:
 
 
 def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
-  """Returns the lines that stay; the file is replaced as a whole, and only if one goes."""
+  """Returns the lines that are kept. The file is replaced as a whole, and only if a line is removed."""
   _check_place(path)
   try:
     old, kept, lines = path.read_bytes() if path.exists() else b'', [], []
@@ -142,7 +145,7 @@ def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
       line = json.loads(text)
       gone = not text.endswith(b'\n') or (line['label'] == label and not line['step'] <= step)
     except (ValueError, KeyError, TypeError, RecursionError):
-      continue  # What a run that was killed half-way through it left.
+      continue  # The run was killed while it wrote this line.
     if not gone:
       kept.append(text)
       lines.append(line)
@@ -154,7 +157,7 @@ def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-  """A `Writer` of TensorBoard's event files, by tensorboardX, which does not need TensorFlow.
+  """A `Writer` of event files for TensorBoard. It uses tensorboardX, which does not need TensorFlow.
 
   Example:
     >>> import os, tempfile
@@ -169,38 +172,38 @@ class TensorBoardWriter:
   """
 
   def __init__(self, directory: PathLike):
-    """Opens a file.
+    """Opens an event file.
 
     Args:
-      directory: where TensorBoard is to look.
+      directory: Directory of the event file, which TensorBoard reads.
 
     Raises:
-      WriterError: tensorboardX is missing.
+      WriterError: if tensorboardX is not installed.
     """
     try:
       import tensorboardX
     except ImportError as e:
-      raise WriterError("no tensorboardX for --tensorboard; pip install 'metasgd_jax[tensorboard]'") from e
+      raise WriterError("--tensorboard needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
     self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Adds a scalar for each value, the mean over runs, as LABEL/NAME.
+    """Adds a scalar LABEL/NAME for each value, which is the mean over the runs.
 
     Args:
-      label: the run's name.
-      step: meta-iterations done.
-      values: numbers, or arrays `[R]` with one of each of R runs.
+      label: Name of the run.
+      step: Number of meta-iterations done.
+      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
     """
     for name, value in values.items():
       self._writer.add_scalar(f'{label}/{name}', float(np.mean(value)), step)
 
   def histograms(self, label: str, step: int, tree: PyTree) -> None:
-    """Adds a histogram of each leaf's finite entries, as LABEL/LEAF, such as 'MAML/alpha.Dense_0.kernel'.
+    """Adds a histogram LABEL/LEAF of the finite entries of each leaf, such as 'MAML/alpha.Dense_0.kernel'.
 
     Args:
-      label: the run's name.
-      step: meta-iterations done.
-      tree: of arrays, such as `state.meta`.
+      label: Name of the run.
+      step: Number of meta-iterations done.
+      tree: Pytree of arrays, such as `state.meta`.
     """
     for name, leaf in named(tree):
       entries = np.ravel(np.asarray(leaf, np.float64))
@@ -208,9 +211,9 @@ class TensorBoardWriter:
         self._writer.add_histogram(f'{label}/{name}', entries[finite], step)
 
   def figure(self, name: str, figure: Any) -> None:
-    """Adds a picture, a figure of matplotlib, by its name."""
+    """Adds an image of a matplotlib `figure` under `name`."""
     self._writer.add_figure(name, figure, close=False)
 
   def close(self) -> None:
-    """Returns when all is in the file; till then it is there within some seconds."""
+    """Writes all values to the file. While the writer is open, values reach the file after some seconds."""
     self._writer.close()

@@ -1,4 +1,4 @@
-"""Few-shot learners, each a builder of a `Learner`."""
+"""Few-shot learners: each function of this package builds a `Learner`."""
 
 from metasgd_jax.learners.ensemble import ensemble
 from metasgd_jax.learners.fine_tuning import fine_tuning

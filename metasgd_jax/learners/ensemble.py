@@ -1,4 +1,4 @@
-"""Several meta-parameters of one learner, asked together."""
+"""Ensembles: one learner with several sets of meta-parameters, whose predictions are averaged."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,16 @@ from metasgd_jax.types import Learner
 
 
 def ensemble(learner: Learner) -> Learner:
-  """Builds the learner of E members: log of the mean of their probabilities, each member having adapted by itself.
+  """Builds an ensemble of E members. Each member adapts separately, and the class probabilities are averaged.
 
-  `meta` is the learner's with E in front of each leaf, such as checkpoints of one training, as in MAML++ (Antoniou et
-  al. 2019, section 5.2). `init` gives E different starts only if it is mapped over keys. It is to be tested, not
-  trained: `loss` is the mean of the members' own.
+  The outputs are the logarithms of the mean probabilities. `meta` has the structure of the given learner's `meta`, with
+  a leading axis `[E]` on each leaf. The members can be checkpoints of one training run, as in MAML++ (Antoniou et al.
+  2019, section 5.2). `init` returns the meta-parameters of one member, so map `init` over E keys to get E different
+  members, as in the example. The ensemble is meant for evaluation, not for training: its `loss` is the mean of the
+  losses of the separate members.
 
   Args:
-    learner: whose outputs are logits `[Q, N]`.
+    learner: Learner of each member. Its outputs must be logits `[Q, N]`.
 
   Example:
     >>> one = ms.learners.prototypical(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)

@@ -1,4 +1,4 @@
-"""What learners have in common: they adapt to the support, answer the query, and are judged on it."""
+"""Common parts of the learners, which adapt to the support, predict the query, and are evaluated on the query."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,30 +10,30 @@ import jax.numpy as jnp
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 Metric = Callable[[Any, Any], chex.Array]
-"""`(outputs, targets) → scalar`."""
+"""A loss or a metric, `(outputs, targets) → scalar`."""
 
 
 def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
-  """Returns the metrics as a dict; raises ValueError where one has the name of the loss."""
+  """Returns the metrics as a dict. Raises ValueError if a metric is named 'loss'."""
   metrics = dict(metrics or {})
   if 'loss' in metrics:
-    raise ValueError("a metric cannot be named 'loss', which is loss_fn's own name in info; give it another")
+    raise ValueError("metrics contain the name 'loss', which info reserves for the value of loss_fn; rename the metric")
   return metrics
 
 
 def measure(metrics: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, chex.Array]:
-  """Returns each metric's value by its name: what `loss` gives as info."""
+  """Returns the value of each metric by its name. A learner's `loss` returns these values as info."""
   return {name: metric(outputs, targets) for name, metric in metrics.items()}
 
 
 def check_way(way: int) -> None:
-  """Raises ValueError unless way is an integer of at least 2."""
+  """Raises ValueError unless `way` is an integer of at least 2."""
   if isinstance(way, bool) or not isinstance(way, int) or way < 2:
     raise ValueError(f'way must be an integer of at least 2, got {way!r}')
 
 
 class WithStatistics(NamedTuple):
-  """Adapted parameters, and batch norm's statistics of the support, by which the query is normalised."""
+  """Adapted parameters, and the batch-norm statistics of the support, which normalise the query."""
 
   theta: PyTree
   statistics: PyTree
@@ -49,19 +49,19 @@ def of_parameters(
   inductive: bool,
   metrics: Mapping[str, Metric] | None,
 ) -> Learner:
-  """Builds a learner whose adapted state is θ′, the model's parameters; with `inductive` a `WithStatistics`.
+  """Builds a learner whose adapted state is θ′, the parameters of the model, or with `inductive` a `WithStatistics`.
 
   Args:
-    model: the network.
-    loss_fn: `(outputs, targets) → scalar`, of the query.
-    init: `(key, episode) → meta`; consumes key.
-    adapt: `(meta, support) → θ′`.
-    path: `(meta, support) → θ` after 0, 1, …, k steps, `[k + 1]` in front.
-    inductive: normalise each query item by the support's statistics; see `nn.BatchNorm`.
-    metrics: as in `meta_sgd`.
+    model: Network.
+    loss_fn: Loss of the query, `(outputs, targets) → scalar`.
+    init: Function that returns the initial meta-parameters, `(key, episode) → meta`; consumes key.
+    adapt: Function that returns the adapted parameters, `(meta, support) → θ′`.
+    path: Function `(meta, support) → θ` that returns θ after 0, 1, …, k inner steps, stacked: leaves `[k + 1, …]`.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: a metric named 'loss', or inductive with a model that has no statistics.
+    ValueError: if a metric is named 'loss', or if `inductive` is set and the model has no statistics.
   """
   check_inductive(model, inductive)
 
@@ -90,24 +90,24 @@ def episodic(
   loss_fn: Metric,
   metrics: Mapping[str, Metric] | None,
 ) -> Learner:
-  """Builds a learner that adapts at once, with nothing random, and is trained as it is judged: by loss_fn on the query.
+  """Builds a learner with deterministic adaptation, whose training loss is `loss_fn` on the query.
 
-  Its `path` has the one state there is: `[1]` in front.
+  The learner's `path` contains a single state, the result of `adapt`: leaves `[1, …]`.
 
   Args:
-    init: `(key, episode) → meta`; consumes key.
-    adapt: `(meta, support) → adapted`.
-    predict: `(adapted, x [Q, …]) → outputs [Q, …]`.
-    loss_fn: `(outputs, targets) → scalar`.
-    metrics: as in `meta_sgd`.
+    init: Function that returns the initial meta-parameters, `(key, episode) → meta`; consumes key.
+    adapt: Function that returns the adapted state, `(meta, support) → adapted`.
+    predict: Function that predicts the query, `(adapted, x [Q, …]) → outputs [Q, …]`.
+    loss_fn: Loss of the query, `(outputs, targets) → scalar`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: a metric named 'loss'.
+    ValueError: if a metric is named 'loss'.
   """
   metrics = check_metrics(metrics)
 
   def adapt_(meta, support, key=None):
-    del key  # Nothing here is random.
+    del key  # Adaptation is deterministic.
     return adapt(meta, support)
 
   def path(meta, support, key=None):
@@ -121,24 +121,27 @@ def episodic(
 
 
 def support_statistics(model: Model, theta: PyTree, x: Any, inductive: bool) -> PyTree:
-  """Returns batch norm's statistics of the support where the query is to be normalised by them, `None` otherwise."""
+  """Returns the batch-norm statistics of the support x if `inductive` is set, and `None` otherwise."""
   return model.statistics(theta, x) if inductive and model.statistics else None
 
 
 def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
-  """Returns the model's outputs, normalised by the statistics given, or where they are `None` by x's own."""
+  """Returns the outputs of the model. Batch norm uses `statistics`, or the statistics of x if they are `None`."""
   return model.apply(theta, x) if statistics is None else model.apply(theta, x, statistics)
 
 
 def check_adapts_all(model: Model) -> None:
-  """Raises ValueError where a model says that a part of θ adapts, for a learner that adapts all of it."""
+  """Raises ValueError if the model has `adapts`, because the learner cannot adapt only a part of θ."""
   if model.adapts is not None:
-    raise ValueError('this learner adapts all of theta; meta_sgd and maml take a model of which a part adapts')
+    raise ValueError(
+      'this learner adapts all of theta, got a model with `adapts`; use meta_sgd or maml to adapt a part of theta'
+    )
 
 
 def check_inductive(model: Model, inductive: bool) -> None:
-  """Raises ValueError where a model has no statistics to give."""
+  """Raises ValueError if `inductive` is set and the model has no statistics."""
   if inductive and model.statistics is None:
     raise ValueError(
-      'inductive=True needs a Model with `statistics`, such as from_linen makes; without batch norm leave it False'
+      'inductive=True needs a Model with `statistics`, got statistics=None; build the model with nn.from_linen, '
+      'or leave inductive=False if the network has no batch norm'
     )

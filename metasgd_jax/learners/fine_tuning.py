@@ -1,4 +1,4 @@
-"""The floor: plain gradient descent on the support, from a start that was trained on all classes jointly."""
+"""A baseline without meta-learning: joint training on all classes, then gradient descent on the support."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class JointParams(NamedTuple):
-  """What is trained.
+  """Parameters of the `fine_tuning` learner. In an adapted state the classifier has N ways instead of C classes.
 
   Attributes:
-    theta: of the embedding.
-    weights: `[D, C]`, of the classifier over all C training classes.
-    bias: `[C]`.
+    theta: Parameters of the embedding.
+    weights: Weights `[D, C]` of the classifier over all C training classes.
+    bias: Bias `[C]` of the classifier.
   """
 
   theta: PyTree
@@ -38,24 +38,26 @@ def fine_tuning(
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the learner that has no meta-learning in it.
+  """Builds the fine-tuning learner, a baseline without meta-learning.
 
-  loss: the cross-entropy over all C classes of the query, whose labels are 0 to C − 1, as `tasks.all_classes` gives it;
-  the support is not looked at. adapt: the classifier is replaced by one of N ways that starts at zero, and everything
-  takes `steps` of θ ← θ − alpha ∇L_support(θ).
+  `loss` is the cross-entropy of the query over all C training classes. The labels of the query must be 0 to C − 1, as
+  in the episodes of `tasks.all_classes`. The support is not used in training. `adapt` replaces the classifier by a
+  classifier with N ways that starts at zero. It then takes `steps` gradient steps θ ← θ − alpha ∇L_support(θ), where θ
+  includes the embedding and the new classifier.
 
   Args:
-    embedding: `[B, …]` → `[B, D]`.
-    classes: C, to train on.
-    way: N, of the tasks to adapt to.
-    alpha: the rate; which the floor of a comparison should be given the best of.
-    steps: inner steps.
-    inductive: as in `meta_sgd`.
-    metrics: as in `meta_sgd`; in training over the C classes.
+    embedding: Network that computes features, `[B, …]` → `[B, D]`.
+    classes: Number C of training classes.
+    way: Number N of ways (classes of a task to adapt to).
+    alpha: Rate of the inner steps. For a fair comparison, tune this rate, so that the baseline is at its best.
+    steps: Number of inner steps.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
+    metrics: Metrics of the query in training, over the C classes; see `meta_sgd`.
 
   Raises:
-    ValueError: a way or classes below 2, steps that are no count, a metric named 'loss', an embedding of which
-      a part adapts, or inductive with one that has no statistics.
+    ValueError: if `way` is not an integer of at least 2, if `classes` is below 2, if `steps` is not a count, if a
+      metric is named 'loss', if only a part of the embedding adapts, or if `inductive` is set and the embedding has no
+      statistics.
 
   Example:
     >>> learner = ms.learners.fine_tuning(ms.nn.from_linen(ms.nn.MLP(outputs=8)), classes=20, way=3)

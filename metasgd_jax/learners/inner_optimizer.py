@@ -1,4 +1,4 @@
-"""Any optax optimiser in the inner loop, its numbers meta-learned."""
+"""Adaptation by any optax optimiser, whose hyper-parameters are meta-learned."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,11 +17,12 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class WithHyper(NamedTuple):
-  """What `inner_optimizer` learns: θ, and what is learned of the inner optimiser.
+  """Meta-parameters of the `inner_optimizer` learner.
 
   Attributes:
-    theta: the initialisation, any pytree of floating-point arrays.
-    hyper: a pytree of floating-point arrays, in the optimiser's own units; it is no α.
+    theta: Initial parameters θ, any pytree of floating-point arrays.
+    hyper: Learned hyper-parameters of the inner optimiser, a pytree of floating-point arrays in the units that the
+      optimiser expects. These numbers are not the rates α of `MetaParams`.
 
   Example:
     >>> meta = ms.learners.WithHyper(theta={'w': jnp.ones(2)}, hyper={'rate': jnp.float32(0.1)})
@@ -44,25 +45,29 @@ def inner_optimizer(
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the learner that adapts by `adapt_with_optimizer`: Meta-SGD with another inner optimiser than α ∘ ∇L.
+  """Builds a learner that adapts by `adapt_with_optimizer`, with an optax optimiser in place of Meta-SGD's α ∘ ∇L.
 
   `meta` is a `WithHyper(theta, hyper)`.
 
   Args:
-    model: the network; where it says what `adapts`, the optimiser sees that part of θ, and `None` for the rest.
-    loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
-    optimizer: `hyper → optax.GradientTransformation`; see `adapt_with_optimizer` about roots and norms of gradients.
-    hyper: where it starts, a pytree of floats; or `(key, θ) → hyper`, for such as
-      `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`, θ with `None` for what does not adapt.
-      A callable that JAX sees numbers or arrays in, such as an Equinox module's parameters, is a pytree.
-    steps: inner steps; the optimiser's state starts anew for each task.
-    first_order: drop the second derivatives.
-    inductive: as in `meta_sgd`.
-    metrics: as in `meta_sgd`.
+    model: Network. If the model has `adapts`, the optimiser receives the adapting leaves of θ, and `None` in place of
+      the others.
+    loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
+    optimizer: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
+      roots or norms of gradients, because their meta-gradient can be NaN.
+    hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
+      returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
+      receives θ with `None` in place of every leaf that does not adapt. A callable object whose pytree leaves include
+      numbers or arrays, such as the parameters of an Equinox module, is interpreted as a pytree, not as a function.
+    steps: Number of inner steps. The state of the optimiser is initialised again for each task.
+    first_order: Whether second derivatives are dropped.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, a metric named 'loss', or inductive with a model that has no statistics. From
-      `init`: a leaf of hyper that is not floating-point. From the others: as `adapt_with_optimizer`.
+    ValueError: if `steps` is not a count, if a metric is named 'loss', or if `inductive` is set and the model has no
+      statistics. The learner's `init` raises ValueError if a leaf of `hyper` is not floating-point. The learner's
+      other functions raise the errors of `adapt_with_optimizer`.
 
   Example:
     >>> learner = ms.learners.inner_optimizer(
@@ -89,7 +94,7 @@ def inner_optimizer(
       if not _is_floating(leaf):
         raise ValueError(
           f'hyper{name and "." + name} must be floating-point, got {leaf!r}; '
-          'what is not learned belongs into `optimizer` itself'
+          'put values that are not learned into the function `optimizer`'
         )
     return WithHyper(theta, strong(start))
 
@@ -109,7 +114,7 @@ _ARRAYS = jax.Array, np.ndarray, np.generic
 
 
 def _is_function(hyper) -> bool:
-  """Whether hyper is called for its start, rather than being it: JAX sees no number and no array in it."""
+  """Returns whether hyper is a function to call: it is callable, and no pytree leaf of it is a number or an array."""
   return callable(hyper) and not any(isinstance(leaf, (*_ARRAYS, int, float)) for leaf in jax.tree.leaves(hyper))
 
 

@@ -1,4 +1,4 @@
-"""MAML (Finn et al. 2017): Meta-SGD with α held still."""
+"""MAML (Finn et al. 2017), which is Meta-SGD with fixed rates α."""
 
 from collections.abc import Mapping
 
@@ -22,23 +22,25 @@ def maml(
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the MAML learner: θ′ = θ − α ∇L_support(θ), with θ alone learned (Finn et al. 2017, Algorithm 1).
+  """Builds the MAML learner: θ′ = θ − α ∇L_support(θ), where only θ is learned (Finn et al. 2017, Algorithm 1).
 
   Args:
-    model: the network.
-    loss_fn: `(outputs, targets) → scalar`.
-    alpha: the inner rate: a number, or a pytree as `adapt` takes it. 0.01 is MAML's for sinusoids, which Table 1 of
-      Li et al. uses; for 5-way Omniglot MAML has 0.4. It is no part of `meta`, whose alpha is `None`, so that no
-      optimiser and no weight decay can move it. A part of θ whose α is `None`, as in {'body': None, 'head': 0.1},
-      does not adapt.
-    steps: inner steps.
-    first_order: drop the second derivatives (FOMAML).
-    adjoint: as in `meta_sgd`.
-    inductive: as in `meta_sgd`.
-    metrics: as in `meta_sgd`.
+    model: Network.
+    loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
+    alpha: Inner rate, a number or a pytree of rates; see `adapt`. The default 0.01 is MAML's rate for sinusoids, which
+      Table 1 of Li et al. (2017) uses. MAML's rate for 5-way Omniglot is 0.4. The rate is not a part of `meta`, whose
+      `alpha` is `None`, so that no outer optimiser and no weight decay can change the rate. A part of θ whose rate is
+      `None`, as in {'body': None, 'head': 0.1}, does not adapt.
+    steps: Number of inner steps.
+    first_order: Whether second derivatives are dropped (FOMAML).
+    adjoint: How the outer gradient goes back through the inner steps; see `Adjoint`.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: alpha is `None`; as `meta_sgd`. From `init`: alpha does not fit θ, naming the leaf.
+    ValueError: if `alpha` is `None`, if `steps` is not a count, if `adjoint` is unknown, if a metric is named 'loss',
+      or if `inductive` is set and the model has no statistics. The learner's `init` raises ValueError if α does not fit
+      θ (the message names the leaf).
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -48,7 +50,7 @@ def maml(
     True
   """
   if alpha is None:
-    raise ValueError('alpha must be a number or a pytree of numbers, got None; meta_sgd learns it')
+    raise ValueError('alpha must be a number or a pytree of numbers, got None; use meta_sgd to learn the rates')
 
   def init(key, episode: Episode) -> MetaParams:
     theta = model.init(jax.random.split(key)[0], episode.support.x)

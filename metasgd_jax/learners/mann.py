@@ -1,4 +1,4 @@
-"""Memory-augmented networks (Santoro et al. 2016): the task is a sequence, and learning it is remembering."""
+"""Memory-augmented networks (Santoro et al. 2016), which learn a task by reading its items as a sequence."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -14,13 +14,13 @@ from metasgd_jax.types import Batch, Episode, Learner, PyTree
 
 
 class Memory(NamedTuple):
-  """The external memory between two steps.
+  """State of the external memory between two steps.
 
   Attributes:
-    rows: M `[slots, width]`.
-    usage: w_u `[slots]`.
-    weights: w_r `[heads, slots]`, of the last read.
-    read: r `[heads * width]`, what was read.
+    rows: Memory matrix M `[slots, width]`.
+    usage: Usage weights w_u `[slots]`.
+    weights: Read weights w_r `[heads, slots]` of the last read.
+    read: Vector r `[heads * width]` that the last read returned.
   """
 
   rows: chex.Array
@@ -30,21 +30,21 @@ class Memory(NamedTuple):
 
 
 def access(memory: Memory, keys: chex.Array, gates: chex.Array, decay: float = 0.99) -> Memory:
-  """Writes the keys where memory was last read or is least used, then reads it (Santoro et al., equations 2 to 8).
+  """Writes the keys to the slots last read or least used, then reads (Santoro et al. 2016, equations 2 to 8).
 
-  With n heads and w_lu = 1 at the n least used slots, 0 elsewhere:
+  For n heads, w_lu is 1 at the n least used slots and 0 elsewhere. One step computes:
 
       w_w ← σ(gate) w_r(t−1) + (1 − σ(gate)) w_lu(t−1);  the least used row is zeroed;  M ← M + Σ_heads w_w ⊗ key
       w_r ← softmax_i(cos(key, M_i));  r ← Σ_i w_r(i) M_i;  w_u ← decay · w_u + Σ_heads (w_r + w_w)
 
   Args:
-    memory: after the step before.
-    keys: `[heads, width]`.
-    gates: `[heads]`.
-    decay: of the usage.
+    memory: Memory after the previous step.
+    keys: Keys `[heads, width]`, which are both written and compared with the rows.
+    gates: Write gates `[heads]`, before the sigmoid.
+    decay: Decay of the usage weights per step.
   """
   heads, slots = memory.weights.shape
-  _, least = jax.lax.top_k(-memory.usage, heads)  # The least used first.
+  _, least = jax.lax.top_k(-memory.usage, heads)  # Sorted: least[0] is the least used slot.
   least_used = jnp.sum(jax.nn.one_hot(least, slots), 0)  # [slots]
   gates = jax.nn.sigmoid(gates)[:, None]
   write = gates * memory.weights + (1 - gates) * least_used[None]  # [heads, slots]
@@ -56,21 +56,21 @@ def access(memory: Memory, keys: chex.Array, gates: chex.Array, decay: float = 0
 
 
 class SequenceCell(Protocol):
-  """A network that sees one item at a time: a Linen module."""
+  """Interface of a network that reads one item at a time. The network is a Linen module."""
 
   def start(self) -> PyTree:
     """Returns the state before the first item."""
 
   def __call__(self, state: PyTree, inputs: chex.Array) -> tuple[PyTree, chex.Array]:
-    """Takes inputs `[D]` and returns the next state and logits `[N]`."""
+    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
 
 
 class PlainCell(nn.Module):
-  """An LSTM and a dense layer: what the memory is compared with (Santoro et al., section 4.1).
+  """An LSTM and a dense layer, the baseline without an external memory (Santoro et al., section 4.1).
 
   Attributes:
-    way: N.
-    units: of the LSTM.
+    way: Number N of ways (classes of a task).
+    units: Number of units of the LSTM.
 
   Example:
     >>> learner = ms.learners.mann(way=3, cell=ms.learners.PlainCell(way=3, units=8), size=None)
@@ -84,12 +84,12 @@ class PlainCell(nn.Module):
   units: int = 200
 
   def start(self):
-    """Returns the LSTM's cell and output, zero."""
+    """Returns the initial state of the LSTM: its cell state and its output, both zero."""
     return jnp.zeros(self.units), jnp.zeros(self.units)
 
   @nn.compact
   def __call__(self, state, inputs):
-    """One step."""
+    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
     state, out = nn.OptimizedLSTMCell(self.units)(state, inputs)
     return state, nn.Dense(self.way)(out)
 
@@ -97,16 +97,17 @@ class PlainCell(nn.Module):
 class MemoryCell(nn.Module):
   """An LSTM controller with an external memory (Santoro et al. 2016, section 3).
 
-  The controller's inputs are the item and what was read before; from its output come a key in [−1, 1] and a gate for
-  each head. The classifier sees the output and what is read now.
+  The controller receives the current item and the vector that the previous step read from the memory. Dense layers
+  compute a key with entries in [−1, 1] and a gate for each head from the controller's output. The classifier receives
+  the controller's output and the vector that the current step reads.
 
   Attributes:
-    way: N.
-    units: of the controller.
-    slots: rows of the memory.
-    width: of a row.
-    heads: reads a step; the n least used slots are written.
-    decay: γ, of the usage.
+    way: Number N of ways (classes of a task).
+    units: Number of units of the controller.
+    slots: Number of rows of the memory.
+    width: Number of entries of each row.
+    heads: Number n of read heads. A step can also write to the n least used slots.
+    decay: Decay γ of the usage weights per step.
 
   Example:
     >>> cell = ms.learners.MemoryCell(way=3, units=8, slots=6, width=5, heads=2)
@@ -125,7 +126,7 @@ class MemoryCell(nn.Module):
   decay: float = 0.99
 
   def start(self):
-    """Returns the controller's state, zero, and a memory of 1e-6 of which nothing is used."""
+    """Returns the zero state of the controller, and a memory whose entries are 1e-6 and whose usage is zero."""
     heads, slots = self.heads, self.slots
     memory = Memory(
       jnp.full((slots, self.width), 1e-6),
@@ -137,7 +138,7 @@ class MemoryCell(nn.Module):
 
   @nn.compact
   def __call__(self, state, inputs):
-    """One step."""
+    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
     controller, memory = state
     controller, out = nn.OptimizedLSTMCell(self.units)(controller, jnp.concatenate([inputs, memory.read]))
     keys = jnp.tanh(nn.Dense(self.heads * self.width, name='keys')(out)).reshape(self.heads, self.width)
@@ -146,7 +147,7 @@ class MemoryCell(nn.Module):
 
 
 class Remembered(NamedTuple):
-  """The state after the support: the parameters, the cell's state, and the last item's label, one-hot `[N]`."""
+  """State after the support: the parameters, the state of the cell, and the one-hot label `[N]` of the last item."""
 
   params: PyTree
   state: PyTree
@@ -154,24 +155,27 @@ class Remembered(NamedTuple):
 
 
 def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[str, Metric] | None = None) -> Learner:
-  """Builds the learner of sequences: at each step it sees an item and the label of the one before.
+  """Builds a learner that reads an episode as a sequence. Each step receives an item and the previous item's label.
 
-  loss: the episode's items, support and query together, in random order; the mean cross-entropy of the answers at all
-  of them, which are asked before the label is shown. With 5 ways, 1 shot and 9 query items these are the paper's
-  sequences of 50. info has the accuracy at the n-th item of its class, `instance_1` onwards; at the first it can
-  only be a guess, among the labels not seen yet: 46% right at best with 5 ways.
+  `loss` arranges all items of the episode, support and query together, in random order. It returns the mean
+  cross-entropy of the predictions at all items, where each item is predicted before its label is shown. With 5 ways,
+  1 shot and 9 query items per class, the sequences have 50 items, as in the paper. The info contains the accuracy at
+  the n-th item of a class as `instance_n`, starting with `instance_1`. The label of a class's first item can only be
+  guessed among the labels that were not seen before, so with 5 ways the expected `instance_1` is at most 46%.
 
-  adapt: reads the support in its order; predict: each query item is the one that follows. `meta` is the cell's
-  parameters.
+  `adapt` reads the support in the given order. `predict` predicts each query item separately, as the item that follows
+  the support. `meta` contains the parameters of the cell.
 
   Args:
-    way: N.
-    cell: a Linen module after `SequenceCell`; `MemoryCell(way)` where left out.
-    size: images are scaled to size×size, the paper's 20; `None` leaves inputs as they are.
-    metrics: as in `meta_sgd`; over all items of the sequence.
+    way: Number N of ways (classes of a task).
+    cell: Linen module with the interface of `SequenceCell`. The default is `MemoryCell(way)`.
+    size: Height and width in pixels to which images are scaled; the paper uses 20. With `None` the inputs are not
+      scaled.
+    metrics: Metrics of all items of the sequence; see `meta_sgd`.
 
   Raises:
-    ValueError: a way below 2 or a metric named 'loss'. From `loss`: a key that is `None`.
+    ValueError: if `way` is not an integer of at least 2, or if a metric is named 'loss'. The learner's `loss` raises
+      ValueError if the key is `None`.
 
   Example:
     >>> learner = ms.learners.mann(way=3, size=None)
@@ -198,7 +202,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     return cell.apply({'params': params}, state, inputs)
 
   def run(params, x, labels):
-    """The final state, and the logits at each item `[L, N]`."""
+    """Returns the state after the last item, and the logits at each item, `[L, N]`."""
     labels = jax.nn.one_hot(labels, way)
     before = jnp.concatenate([jnp.zeros((1, way)), labels[:-1]])
     inputs = jnp.concatenate([flat(x), before], 1)
@@ -206,7 +210,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     return Remembered(params, state, labels[-1]), logits
 
   def adapt(meta, support: Batch, key=None) -> Remembered:
-    del key  # Nothing here is random.
+    del key  # Adaptation is deterministic.
     return run(meta, support.x, support.y)[0]
 
   def path(meta, support: Batch, key=None):
@@ -219,7 +223,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
 
   def loss(meta, episode: Episode, key):
     if key is None:
-      raise ValueError('the order of the sequence is random: loss needs a key, got None')
+      raise ValueError('loss needs a key for the random order of the sequence, got None; pass jax.random.key(seed)')
     x, y = (jnp.concatenate(parts) for parts in zip(*episode, strict=True))
     order = jax.random.permutation(key, y.shape[0])
     x, y = x[order], y[order]
@@ -233,12 +237,12 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
 
 
 def accuracy_by_instance(logits: chex.Array, labels: chex.Array, way: int) -> chex.Array:
-  """Returns the accuracy at the first item of each class, at the second, and so on, `[L / N]`.
+  """Returns the accuracies `[L / N]`: at the first item of each class, at the second item of each class, and so on.
 
   Args:
-    logits: `[L, N]`, in the order that items were seen.
-    labels: `[L]`, as many of each class.
-    way: N.
+    logits: Logits `[L, N]`, in the order in which the items were seen.
+    labels: Labels `[L]`, in which all classes have the same number of items.
+    way: Number N of ways (classes of a task).
   """
   seen = jnp.cumsum(jax.nn.one_hot(labels, way, dtype=jnp.int32), 0)
   nth = jnp.take_along_axis(seen, labels[:, None], 1)[:, 0] - 1  # [L]

@@ -1,4 +1,4 @@
-"""Matching Networks (Vinyals et al. 2016): a query's label is a vote of the support's, weighted by similarity."""
+"""Matching Networks (Vinyals et al. 2016): support labels vote for a query label, weighted by similarity."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class MatchingParams(NamedTuple):
-  """What Matching Networks learn.
+  """Meta-parameters of Matching Networks.
 
   Attributes:
-    theta: of the embedding, f′ = g′.
-    log_scale: `[]`, the logarithm of what cosines are multiplied by: the softmax's inverse temperature.
-    support_context: of g's LSTMs; `None` without full context embeddings.
-    query_context: of f's LSTM; `None` likewise.
+    theta: Parameters of the embedding f′ = g′.
+    log_scale: Logarithm `[]` of the scale that multiplies the cosines, which is the inverse temperature of the softmax.
+    support_context: Parameters of the two LSTMs of g, or `None` without full context embeddings.
+    query_context: Parameters of the LSTM of f, or `None` without full context embeddings.
   """
 
   theta: PyTree
@@ -30,7 +30,7 @@ class MatchingParams(NamedTuple):
 
 
 class Support(NamedTuple):
-  """An embedded support: the parameters, batch norm's statistics or `None`, features `[S, D]` and labels `[S]`."""
+  """Embedded support: the parameters, the batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
 
   params: MatchingParams
   statistics: PyTree
@@ -43,7 +43,7 @@ class SupportContext(nn.Module):
 
   @nn.compact
   def __call__(self, features):
-    """`[S, D]` → `[S, D]`."""
+    """Returns the features `[S, D]` in the context of the whole support, `[S, D]`."""
     units = features.shape[-1]
     forward = nn.RNN(nn.OptimizedLSTMCell(units))
     backward = nn.RNN(nn.OptimizedLSTMCell(units), reverse=True, keep_order=True)
@@ -53,22 +53,22 @@ class SupportContext(nn.Module):
 class QueryContext(nn.Module):
   """f(x, S): an LSTM that reads the support with attention for K steps (Vinyals et al., appendix A.1).
 
-  From h_0 = 0, c_0 = 0:
+  The states start at h_0 = 0 and c_0 = 0. Step k = 1, …, K computes:
 
       r_{k−1} = Σ_i softmax_i(h_{k−1} · g_i) g_i
       ĥ_k, c_k = LSTM(f′(x), [h_{k−1}, r_{k−1}], c_{k−1});  h_k = ĥ_k + f′(x)
 
-  A hidden state [h, r] is the same as the hidden state h with r among the inputs.
+  The paper's hidden state [h, r] is implemented as the hidden state h with r among the inputs, which is equivalent.
 
   Attributes:
-    steps: K.
+    steps: Number K of attention steps.
   """
 
   steps: int
 
   @nn.compact
   def __call__(self, features, support):
-    """`[Q, D]` and `[S, D]` → `[Q, D]`."""
+    """Returns the features `[Q, D]` of the query in the context of the support's features `[S, D]`, `[Q, D]`."""
     cell = nn.OptimizedLSTMCell(features.shape[-1])
     h = c = jnp.zeros_like(features)
     for _ in range(self.steps):
@@ -90,21 +90,23 @@ def matching(
 ) -> Learner:
   """Builds the learner: p(y | x, S) = Σ_i a(x, x_i) y_i, a = softmax_i(s · cos(f(x), g(x_i))) (Vinyals et al., eq. 1).
 
-  The outputs are log p: logsumexp over a class's terms, less that over all. A softmax over bare cosines, which span 2
-  at the most, is nearly flat: hence the learned s, which is not in the paper.
+  The outputs are log p. For each class, log p is the logsumexp of s · cos over the support items of the class, minus
+  the logsumexp over all support items. Cosines differ by at most 2, so their softmax without a scale is nearly flat.
+  The learned scale s corrects this, and is not in the paper.
 
   Args:
-    embedding: f′ = g′, `[B, …]` → `[B, D]`.
-    way: N.
-    full_context: let f and g depend on the whole support.
-    read_steps: K, of f's LSTM; the paper's experiments do not state it, 5 is what reimplementations take.
-    scale: s at the start.
-    inductive: normalise each query item by the support's statistics; see `nn.BatchNorm`.
-    metrics: as in `meta_sgd`.
+    embedding: Network f′ = g′ that computes features, `[B, …]` → `[B, D]`.
+    way: Number N of ways (classes of a task).
+    full_context: Whether f and g depend on the whole support (full context embeddings).
+    read_steps: Number K of attention steps of f's LSTM. The paper does not state the K of its experiments;
+      reimplementations use 5.
+    scale: Initial value of s.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: a way below 2, read_steps below 1, a scale not above 0, a metric named 'loss', or inductive with a model
-      that has no statistics.
+    ValueError: if `way` is not an integer of at least 2, if `read_steps` is below 1, if `scale` is not above 0, if a
+      metric is named 'loss', or if `inductive` is set and the model has no statistics.
 
   Example:
     >>> learner = ms.learners.matching(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)
@@ -153,12 +155,12 @@ def matching(
 
 
 def cosine(a: chex.Array, b: chex.Array, epsilon: float = 1e-12) -> chex.Array:
-  """Returns the cosines between the rows of `[Q, D]` and of `[S, D]`, `[Q, S]`; 0 for a row of zeros."""
+  """Returns the cosines `[Q, S]` between the rows of a `[Q, D]` and the rows of b `[S, D]`; 0 if a row is zero."""
   unit = lambda v: v * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(v), -1, keepdims=True), epsilon))
   return unit(a) @ unit(b).T
 
 
 def by_class(values: chex.Array, labels: chex.Array, way: int, reduce) -> chex.Array:
-  """Returns `reduce` of the columns of each class: `[Q, S]` and labels `[S]` → `[Q, N]`; −∞ for a class of none."""
+  """Applies `reduce` to each class's columns: values `[Q, S]`, labels `[S]` → `[Q, N]`; −∞ for a class without any."""
   mine = labels[None] == jnp.arange(way)[:, None]  # [N, S]
   return reduce(jnp.where(mine[None], values[:, None], -jnp.inf), -1)

@@ -1,4 +1,4 @@
-"""The LSTM meta-learner (Ravi and Larochelle 2017): the inner update is a gated step that an LSTM emits."""
+"""The LSTM meta-learner (Ravi and Larochelle 2017), whose inner update has gates that an LSTM computes."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class MetaLstmParams(NamedTuple):
-  """What is learned.
+  """Meta-parameters of the LSTM meta-learner.
 
   Attributes:
-    theta: θ_0, the cell state's start.
-    optimizer: of the two LSTMs.
+    theta: Initial parameters θ_0, which are the initial cell state of the second LSTM.
+    optimizer: Parameters of the two LSTMs.
   """
 
   theta: PyTree
@@ -27,9 +27,9 @@ class MetaLstmParams(NamedTuple):
 
 
 def preprocess(x: chex.Array, p: float = 10.0) -> chex.Array:
-  """Returns two numbers for each, of a size that a network can use: `[…]` → `[…, 2]` (Ravi and Larochelle, 3.2).
+  """Maps each entry to two numbers of moderate size: `[…]` → `[…, 2]` (Ravi and Larochelle, section 3.2).
 
-  `(log|x| / p, sgn x)` where `|x| ≥ e^−p`, otherwise (−1, e^p x).
+  The two numbers are `(log|x| / p, sgn x)` if `|x| ≥ e^−p`, and `(−1, e^p x)` otherwise.
   """
   large = jnp.abs(x) >= jnp.exp(-p)
   log = jnp.log(jnp.where(large, jnp.abs(x), 1.0)) / p
@@ -37,26 +37,27 @@ def preprocess(x: chex.Array, p: float = 10.0) -> chex.Array:
 
 
 class Gates(nn.Module):
-  """The forget and input gates of every entry of θ; the weights are shared over entries (section 3.2).
+  """The forget and input gates of every entry of θ. All entries share the same weights (section 3.2).
 
-  An LSTM of `units` sees the preprocessed loss and gradient; then f = σ(W_F [h, θ, f_prev] + b_F) and
-  i = σ(W_I [h, θ, i_prev] + b_I). At the start f is nearly 1 and i small: a gradient step. b_F ~ U(4, 6),
-  b_I ~ U(−5, −4), the other weights of the gates ~ U(−0.01, 0.01).
+  A first LSTM receives the preprocessed loss and gradient, and its output is h. The gates are then
+  f = σ(W_F [h, θ, f_prev] + b_F) and i = σ(W_I [h, θ, i_prev] + b_I). The gates form the second LSTM, whose cell state
+  is θ. Initially f is nearly 1 and i is small, so that the update is close to a gradient step. The initial values are
+  b_F ~ U(4, 6) and b_I ~ U(−5, −4), and the other weights of the gates are drawn from U(−0.01, 0.01).
 
   Attributes:
-    units: of the LSTM.
+    units: Number of units of the first LSTM.
   """
 
   units: int = 20
 
   def start(self, entries: int):
-    """Returns the LSTM's state, f and i, all zero."""
+    """Returns the initial state for a θ with `entries` entries: the LSTM's state, f and i, all zero."""
     zeros = jnp.zeros((entries, self.units))
     return (zeros, zeros), jnp.zeros(entries), jnp.zeros(entries)
 
   @nn.compact
   def __call__(self, state, theta, loss, gradient):
-    """θ and its gradient `[P]` → the next state; its f and i are `[P]`."""
+    """Returns the next state, whose f and i are `[P]`, given the state, θ `[P]`, the loss and the gradient `[P]`."""
     lstm, f, i = state
     inputs = jnp.concatenate([preprocess(gradient), jnp.broadcast_to(preprocess(loss), (theta.size, 2))], -1)
     lstm, h = nn.OptimizedLSTMCell(self.units)(lstm, inputs)
@@ -82,23 +83,24 @@ def meta_lstm(
   inductive: bool = False,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the learner: θ ← f ∘ θ − i ∘ ∇L_support(θ), `steps` times, the gates by an LSTM (section 3.1).
+  """Builds the learner: θ ← f ∘ θ − i ∘ ∇L_support(θ), repeated `steps` times, with gates from an LSTM (section 3.1).
 
-  The losses and gradients that the LSTM sees are constants to the outer gradient, as in the paper; so no second
-  derivatives are taken. A step's intermediates are computed again in the backward pass; the LSTM's state of every entry
-  of θ is kept. `meta` is a `MetaLstmParams`. The paper trains with Adam at 1e-3 and clips the gradient to norm 0.25.
+  The outer gradient treats the losses and gradients that the LSTM receives as constants, as in the paper, so no second
+  derivatives are taken. For the backward pass, each step keeps θ and the LSTM's state for every entry of θ, and the
+  other intermediates of the step are computed again. `meta` is a `MetaLstmParams`. The paper trains with Adam at a
+  learning rate of 1e-3 and clips the outer gradient to norm 0.25.
 
   Args:
-    model: the network.
-    loss_fn: `(outputs, targets) → scalar`.
-    steps: inner steps, each on the whole support: the paper's 12 for 1 shot (5 for 5).
-    units: of the first LSTM.
-    inductive: as in `meta_sgd`.
-    metrics: as in `meta_sgd`.
+    model: Network.
+    loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
+    steps: Number of inner steps, each on the whole support. The paper uses 12 for 1 shot and 5 for 5 shots.
+    units: Number of units of the first LSTM; see `Gates`.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, a metric named 'loss', a model of which a part adapts, or inductive with one
-      that has no statistics.
+    ValueError: if `steps` is not a count, if a metric is named 'loss', if only a part of the model adapts, or if
+      `inductive` is set and the model has no statistics.
 
   Example:
     >>> learner = ms.learners.meta_lstm(ms.nn.from_linen(ms.nn.MLP(outputs=3)), ms.losses.cross_entropy, steps=2)
@@ -119,7 +121,7 @@ def meta_lstm(
     return MetaLstmParams(theta, gates.init(gates_key, gates.start(2), some, jnp.zeros(()), some)['params'])
 
   def states(meta: MetaLstmParams, support: Batch):
-    """θ after 0, 1, …, k steps, flat `[k + 1, P]`, and the function that gives it its structure."""
+    """Returns the flattened θ after 0, 1, …, k steps, `[k + 1, P]`, and the function that undoes the flattening."""
     flat, unravel = ravel_pytree(meta.theta)
 
     @jax.checkpoint

@@ -1,4 +1,4 @@
-"""Meta-SGD: θ and α, both learned (Li et al. 2017)."""
+"""Meta-SGD (Li et al. 2017), which learns both the initialisation θ and the rates α."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -29,32 +29,38 @@ def meta_sgd(
   step_weights: Sequence[float] | None = None,
   metrics: Mapping[str, Metric] | None = None,
 ) -> Learner:
-  """Builds the Meta-SGD learner.
+  """Builds the Meta-SGD learner (Li et al. 2017, Algorithm 1).
 
-  adapt: θ′ = θ − α ∘ ∇L_support(θ), `steps` times; loss: L_query(θ′) (Li et al. 2017, Algorithm 1). `meta` is a
+  `adapt` applies θ ← θ − α ∘ ∇L_support(θ) `steps` times, which gives θ′, and `loss` is L_query(θ′). `meta` is a
   `MetaParams(theta, alpha)`.
 
-  Nothing bounds α. With several steps and a large α training can diverge; `optax.clip_by_global_norm` before the outer
-  optimiser, or a smaller alpha_range, are the usual remedies.
+  The values of α are not bounded. With several steps and a large α, training can diverge. The usual remedies are
+  `optax.clip_by_global_norm` before the outer optimiser, or a smaller `alpha_range`.
 
   Args:
-    model: the network; where it says what `adapts`, α has rates for that part of θ alone.
-    loss_fn: `(outputs [B, …], targets [B, …]) → scalar`, the same for support and query.
-    steps: inner steps; the paper's 1.
-    first_order: drop the second derivatives.
-    adjoint: how the outer gradient goes through the inner steps; see `Adjoint`. 'revolve' is for hundreds of steps.
-    inductive: normalise each query item by the support's statistics, so that no answer depends on the other items, as
-      the paper's does; see `nn.BatchNorm`.
-    alpha_range: α starts as one number drawn from U[low, high] (the paper's range, for regression).
-    alpha_per: what has a rate of its own: each 'entry' of θ, as in the paper; each 'leaf'; each 'layer'; or 'all' of θ.
-    alpha_by_step: every inner step has rates of its own (MAML++, Antoniou et al. 2019).
-    step_weights: w_1 … w_k; the loss is then Σ_t w_t L_query(θ_t) in place of L_query(θ_k): MAML++'s multi-step loss,
-      but for its weights' annealing. Intermediates are kept as with adjoint='reverse'.
-    metrics: `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
+    model: Network. If the model has `adapts`, α has rates only for the leaves of θ that adapt.
+    loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
+    steps: Number of inner steps. The paper uses 1.
+    first_order: Whether second derivatives are dropped.
+    adjoint: How the outer gradient goes back through the inner steps; see `Adjoint`. 'revolve' is for hundreds of
+      steps.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support (inductive), so that no
+      output depends on the other query items. By default the query items are normalised together (transductive), as
+      in the paper. See `nn.BatchNorm`.
+    alpha_range: Range `(low, high)` of the initial rates. Every rate starts at the same number, drawn once from
+      U[low, high]. The default is the paper's range for regression.
+    alpha_per: Part of θ that has its own rate: each 'entry' of an array (the paper's choice), each 'leaf', each
+      'layer', or 'all' of θ together.
+    alpha_by_step: Whether each inner step has its own rates (MAML++, Antoniou et al. 2019).
+    step_weights: Weights w_1, …, w_k of the inner steps. If they are given, the loss is Σ_t w_t L_query(θ_t) instead of
+      L_query(θ_k). This is the multi-step loss of MAML++ without the annealing of its weights. The intermediates of
+      all steps are then kept, as with adjoint='reverse'.
+    metrics: Metrics `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: an empty alpha_range, an unknown alpha_per, steps that are no count, an unknown adjoint, weights that
-      are not one a step, a metric named 'loss', or inductive with a model that has no statistics.
+    ValueError: if `alpha_range` is empty or not finite, if `alpha_per` is unknown, if `steps` is not a count, if
+      `adjoint` is unknown, if `step_weights` is not one finite number per step, if a metric is named 'loss', or if
+      `inductive` is set and the model has no statistics.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -107,30 +113,31 @@ def gradient_learner(
   step_weights: Sequence[float] | None = None,
   metrics: Mapping[str, Metric] | None,
 ) -> Learner:
-  """Builds a learner that adapts by `adapt`; `meta_sgd` and `maml` differ in where α comes from.
+  """Builds a learner that adapts by `adapt`. Both `meta_sgd` and `maml` use it, with α from different sources.
 
   Args:
-    model: the network.
-    loss_fn: as in `meta_sgd`.
-    init: `(key, episode) → MetaParams`; consumes key.
-    alpha_of: `meta → α`.
-    steps: inner steps.
-    first_order: drop the second derivatives.
-    adjoint: as in `meta_sgd`.
-    inductive: as in `meta_sgd`.
-    alpha_by_step: as in `meta_sgd`.
-    step_weights: as in `meta_sgd`.
-    metrics: as in `meta_sgd`.
+    model: Network.
+    loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
+    init: Function that returns the initial meta-parameters, `(key, episode) → MetaParams`; consumes key.
+    alpha_of: Function that returns the rates, `meta → α`.
+    steps: Number of inner steps.
+    first_order: Whether second derivatives are dropped.
+    adjoint: How the outer gradient goes back through the inner steps; see `Adjoint`.
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
+    alpha_by_step: Whether each inner step has its own rates.
+    step_weights: Weights of the query losses after each inner step; see `meta_sgd`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: steps that are no count, an unknown adjoint, weights that are not one a step, and as `of_parameters`.
+    ValueError: if `steps` is not a count, if `adjoint` is unknown, or if `step_weights` is not one finite number per
+      step. The errors of `of_parameters` are raised too.
   """
   check_steps(steps)
   check_adjoint(adjoint)
   if step_weights is not None and not (
     np.shape(step_weights) == (steps,) and steps and np.all(np.isfinite(step_weights))
   ):
-    raise ValueError(f'step_weights must be {steps} finite numbers, one a step, got {step_weights!r}')
+    raise ValueError(f'step_weights must be {steps} finite numbers, one per inner step, got {step_weights!r}')
   inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step, adapts=model.adapts)
 
   def support_loss(theta, batch: Batch):

@@ -1,4 +1,4 @@
-"""Prototypical Networks (Snell et al. 2017): a query belongs to the class whose mean embedding is nearest."""
+"""Prototypical Networks (Snell et al. 2017), which assign a query item to the class with the nearest mean embedding."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class Prototypes(NamedTuple):
-  """What a query is compared with.
+  """Adapted state, which contains the class means that a query item is compared with.
 
   Attributes:
-    theta: of the embedding.
-    statistics: of the support, or `None`.
-    means: `[N, D]`, of each class's embedded support.
+    theta: Parameters of the embedding.
+    statistics: Batch-norm statistics of the support, or `None`.
+    means: Mean `[N, D]` of the embedded support items of each class.
   """
 
   theta: PyTree
@@ -29,18 +29,20 @@ class Prototypes(NamedTuple):
 def prototypical(
   embedding: Model, *, way: int, inductive: bool = False, metrics: Mapping[str, Metric] | None = None
 ) -> Learner:
-  """Builds the learner: logits_n = −‖f(x) − c_n‖², c_n the mean of f over class n's support (Snell et al., eqs. 1, 2).
+  """Builds the learner: logits_n = −‖f(x) − c_n‖² (Snell et al. 2017, equations 1 and 2).
 
-  Trained on the query's cross-entropy. `meta` is the embedding's θ.
+  The prototype c_n is the mean of the embedding f over the support items of class n. The loss is the cross-entropy of
+  the query. `meta` is θ, the parameters of the embedding.
 
   Args:
-    embedding: `[B, …]` → `[B, D]`.
-    way: N.
-    inductive: normalise each query item by the support's statistics; see `nn.BatchNorm`.
-    metrics: as in `meta_sgd`.
+    embedding: Network f that computes features, `[B, …]` → `[B, D]`.
+    way: Number N of ways (classes of a task).
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: a way below 2, a metric named 'loss', or inductive with a model that has no statistics.
+    ValueError: if `way` is not an integer of at least 2, if a metric is named 'loss', or if `inductive` is set and the
+      model has no statistics.
 
   Example:
     >>> learner = ms.learners.prototypical(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)

@@ -1,4 +1,4 @@
-"""Siamese networks (Koch et al. 2015): is this pair of one class? The most similar support item gives the label."""
+"""Siamese networks (Koch et al. 2015), which give a query item the label of the most similar support item."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,7 +24,13 @@ from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 
 class SiameseParams(NamedTuple):
-  """What a Siamese network learns: the twins' θ, and the weights `[D]` and bias `[]` of the unit that compares them."""
+  """Meta-parameters of a Siamese network.
+
+  Attributes:
+    theta: Parameters of the embedding, which both twins share.
+    weights: Weights `[D]` of the unit that compares the two embeddings of a pair.
+    bias: Bias `[]` of this unit.
+  """
 
   theta: PyTree
   weights: chex.Array
@@ -32,7 +38,7 @@ class SiameseParams(NamedTuple):
 
 
 class Twins(NamedTuple):
-  """An embedded support: the parameters, batch norm's statistics or `None`, features `[S, D]` and labels `[S]`."""
+  """Embedded support: the parameters, the batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
 
   params: SiameseParams
   statistics: PyTree
@@ -45,18 +51,21 @@ def siamese(
 ) -> Learner:
   """Builds the learner: `p(same | x, x′) = σ(Σ_j w_j |f(x)_j − f(x′)_j| + b)` (Koch et al. 2015, section 3.1).
 
-  Trained on pairs: the binary cross-entropy of every query item with every support item of the episode, those of one
-  class and those of two weighing the same together. That is the mean of Koch's batches, which are half and half.
-  A query item's logit for a class is that of the class's most similar support item. `meta` is a `SiameseParams`.
+  The loss is the binary cross-entropy over all pairs of a query item and a support item of the episode. The pairs of
+  one class together have the same weight as the pairs of two classes together. This is the expected loss of the batches
+  of Koch et al., in which half of the pairs are of one class. The logit of a query item for a class is the pair logit
+  of the most similar support item of this class. `meta` is a `SiameseParams`.
 
   Args:
-    embedding: the twins, `[B, …]` → `[B, D]`: Conv4's features, as in the comparison's table, or `nn.KochNet`.
-    way: N.
-    inductive: normalise each query item by the support's statistics; see `nn.BatchNorm`.
-    metrics: as in `meta_sgd`.
+    embedding: Network f of both twins, `[B, …]` → `[B, D]`, such as the features of `nn.Conv4`, which the comparison of
+      learners in docs/results.md uses, or `nn.KochNet`.
+    way: Number N of ways (classes of a task).
+    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
+    metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: a way below 2, a metric named 'loss', or inductive with a model that has no statistics.
+    ValueError: if `way` is not an integer of at least 2, if a metric is named 'loss', or if `inductive` is set and the
+      model has no statistics.
 
   Example:
     >>> learner = ms.learners.siamese(ms.nn.from_linen(ms.nn.MLP(outputs=8)), way=3)
@@ -73,7 +82,7 @@ def siamese(
   def init(key, episode: Episode) -> SiameseParams:
     theta = embedding.init(key, episode.support.x)
     units = jax.eval_shape(embedding.apply, theta, episode.support.x).shape[-1]
-    # The further apart, the less alike; that this is where it starts is ours.
+    # Negative weights, so that distant pairs are dissimilar from the start; this initialisation is not the paper's.
     return SiameseParams(theta, jnp.full(units, -(units**-0.5)), jnp.zeros(()))
 
   def adapt(meta: SiameseParams, support: Batch) -> Twins:
@@ -103,11 +112,11 @@ def siamese(
 
 
 def pair_loss(logits: chex.Array, same: chex.Array) -> chex.Array:
-  """Returns ½ (the mean over pairs of one class + the mean over pairs of two) of the binary cross-entropy, in nats.
+  """Returns ½ (mean over pairs of one class + mean over pairs of two classes) of the binary cross-entropy, in nats.
 
   Args:
-    logits: `[Q, S]`, of being the same.
-    same: `[Q, S]` bool.
+    logits: Logits `[Q, S]` of the probability that a pair is of one class.
+    same: Whether a pair is of one class, bool `[Q, S]`.
   """
   losses = optax.losses.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))
   mean = lambda chosen: jnp.sum(jnp.where(chosen, losses, 0)) / jnp.maximum(jnp.sum(chosen), 1)

@@ -1,4 +1,4 @@
-"""Networks, and layers that are fast under second derivatives."""
+"""Networks, and layers whose second derivatives are fast to compute."""
 
 from metasgd_jax.nn.adapters import from_equinox, from_nnx
 from metasgd_jax.nn.block import BatchNorm, ConvBlock, conv_block

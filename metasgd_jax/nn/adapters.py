@@ -1,7 +1,7 @@
-"""Modules of flax NNX and of Equinox as a `Model`.
+"""Functions that return a `Model` of a flax NNX module or of an Equinox module.
 
-Haiku needs no function: `ms.Model(*hk.without_apply_rng(hk.transform(f)))`. Modules with state besides their parameters
-are shown in docs/composition.md.
+Haiku needs no such function: `ms.Model(*hk.without_apply_rng(hk.transform(f)))` is a `Model`. The page
+docs/composition.md shows how to use modules that have state besides their parameters.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,20 @@ from metasgd_jax.types import Model
 
 
 def from_nnx(build: Callable[[Any], Any]) -> Model:
-  """Returns an NNX module that has parameters only as a `Model`; θ is a dict of its parameters, nested as it is.
+  """Returns a `Model` of an NNX module whose only variables are parameters.
 
-  Names for `adapt_only` are as the attributes': 'layers.0.kernel'. `nnx.merge(nnx.graphdef(module), θ)` is a module
-  again.
+  θ is a dict of the module's parameters, nested like the module. `nnx.merge(nnx.graphdef(module), θ)` is a module
+  again. The names that `adapt_only` receives are paths of attributes, such as 'layers.0.kernel'.
 
   Args:
-    build: `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. It is called by `init`, and once
-      here for its structure, with no array made; the module is called with a batch `[B, …]`.
+    build: Function `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. `init` calls `build`.
+      `from_nnx` also traces `build` once to find the module's structure, and creates no array. The module is called
+      with a batch `[B, …]`.
 
   Raises:
-    ValueError: `build` is no function or does not return an `nnx.Module`, or the module has other variables, such as
-      running averages or keys of dropout, an array that is no variable, or parameters that are not floating-point.
+    ValueError: if `build` is not a function, if it does not return an `nnx.Module`, or if the module has variables
+      that are not parameters (such as running averages or keys of dropout), an array that is not a variable, or
+      parameters that are not floating-point.
 
   Example:
     >>> from flax import nnx
@@ -41,12 +43,15 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   _check_function(build, 'nnx.Rngs → nnx.Module', 'rngs', isinstance(build, nnx.Module))
 
   def checked(module):
-    """Raises inside of the trace: eval_shape would take an array that is no variable for a static attribute."""
+    """Returns the module, and raises ValueError if an array in it is not a variable.
+
+    The check runs inside the trace, because `nnx.eval_shape` would treat such an array as a static attribute.
+    """
     _check_returned(module, nnx.Module, 'nnx.Module')
     for path, node in nnx.iter_graph(module):
       if any(map(_is_array, jax.tree.leaves(node, is_leaf=lambda n: isinstance(n, nnx.Variable | nnx.Pytree)))):
         raise ValueError(
-          f'{type(module).__name__}.{".".join(map(str, path))} is an array that is no nnx.Variable; '
+          f'{type(module).__name__}.{".".join(map(str, path))} is an array, but not an nnx.Variable; '
           'wrap it in nnx.Variable, or close over it'
         )
     return module
@@ -56,35 +61,36 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   others = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)})
   if others:
     raise ValueError(
-      f'{type(abstract).__name__} has variables of the types {others} besides nnx.Param; a Model is a pure function of '
-      'its parameters (docs/composition.md has batch norm and dropout)'
+      f'{type(abstract).__name__} has variables of the types {others} besides nnx.Param, but a Model is a pure '
+      'function of its parameters; docs/composition.md shows how to use batch norm and dropout'
     )
   _check_floating(type(abstract).__name__, jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
   def init(key: chex.PRNGKey, x: Any):
-    del x  # An NNX module knows its shapes.
+    del x  # The parameter shapes of an NNX module do not depend on the input.
     return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
   return Model(init, lambda theta, x: nnx.merge(graphdef, theta)(x))
 
 
 def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
-  """Returns an Equinox module without state as a `Model`; θ is the module with `None` for what is no parameter.
+  """Returns a `Model` of an Equinox module without state.
 
-  Parameters are its floating-point JAX arrays. NumPy arrays, and JAX's of integers and flags, are constants, the same
-  for every key. `eqx.combine(θ, module)` is a module again. Names for `adapt_only` are as the attributes':
-  'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` save such a θ; `io.files.write_params`, which takes
-  flax's containers, does not.
+  θ is the module with `None` in place of everything that is not a parameter. `eqx.combine(θ, module)` is a module
+  again. The parameters are the floating-point JAX arrays of the module. NumPy arrays, and JAX arrays of integers or
+  Booleans, are constants, which must be the same for every key. The names that `adapt_only` receives are paths of
+  attributes, such as 'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` can save such a θ, but
+  `io.files.write_params` cannot, because it takes only the containers of flax.
 
   Args:
-    build: `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. It is called by `init`,
-      and once here for its structure, with no array made. The module is called with one item, as is Equinox's habit,
-      under a `jax.vmap` over the batch.
+    build: Function `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. `init` calls
+      `build`. `from_equinox` also traces `build` to find the module's structure and constants, and creates no
+      parameter. The module is called with a single item, as is usual in Equinox, inside a `jax.vmap` over the batch.
 
   Raises:
-    ImportError: Equinox is not installed.
-    ValueError: `build` is no function or does not return an `eqx.Module`, or the module has no parameters, complex
-      ones, state, such as running averages, or constants that depend on the key.
+    ImportError: if Equinox is not installed.
+    ValueError: if `build` is not a function, if it does not return an `eqx.Module`, or if the module has no parameters,
+      complex parameters, state (such as running averages), or constants that depend on the key.
 
   Example:
     >>> import equinox as eqx
@@ -104,13 +110,16 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   statics: list[Any] = []
 
   def arrays(key):
-    """The module's JAX arrays: shapes under eval_shape; what else it holds goes to `statics` as it is."""
+    """Returns the JAX arrays of the module, and appends the rest of the module to `statics`.
+
+    Inside `eval_shape` the arrays are abstract, while the rest of the module is concrete.
+    """
     module = build(key)
     _check_returned(module, eqx.Module, 'eqx.Module')
     if any(is_state(leaf) for leaf in jax.tree.leaves(module, is_leaf=is_state)):
       raise ValueError(
-        f'{type(module).__name__} has state (eqx.nn.StateIndex); a Model is a pure function of its parameters '
-        '(docs/composition.md has the way without from_equinox)'
+        f'{type(module).__name__} has state (eqx.nn.StateIndex), but a Model is a pure function of its parameters; '
+        'docs/composition.md shows how to use such a module without from_equinox'
       )
     of_jax, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.Array))
     statics.append(static)
@@ -123,18 +132,20 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   _check_floating(name, jax.tree.leaves(parameters))
   if not jax.tree.leaves(parameters):
     raise ValueError(
-      f'{name} has no parameters, which are floating-point JAX arrays; put jnp.asarray around NumPy arrays'
+      f'{name} has no parameters, that is, no floating-point JAX arrays; convert NumPy arrays with jnp.asarray'
     )
   if jax.tree.leaves(constants):
-    # Compiled, so that no parameter is made.
+    # The function is compiled, because the compiler removes the parameters and so creates none.
     constants_of = jax.jit(lambda key: eqx.filter(arrays(key), is_constant))
     constants, others = (constants_of(jax.random.key(seed)) for seed in (0, 1))
     if not all(map(np.array_equal, jax.tree.leaves(constants), jax.tree.leaves(others))):
-      raise ValueError(f'{name} has arrays of integers or flags that depend on the key; make them outside `build`')
+      raise ValueError(
+        f'{name} has arrays of integers or Booleans that depend on the key; create them outside of `build`'
+      )
   static = eqx.combine(constants, statics[0])
 
   def init(key: chex.PRNGKey, x: Any):
-    del x  # An Equinox module knows its shapes.
+    del x  # The parameter shapes of an Equinox module do not depend on the input.
     return eqx.filter(build(key), lambda leaf: isinstance(leaf, jax.Array) and not is_constant(leaf))
 
   return Model(init, lambda theta, x: jax.vmap(eqx.combine(theta, static))(x))
@@ -146,7 +157,7 @@ def _is_array(leaf) -> bool:
 
 def _check_function(build, kind: str, argument: str, is_module: bool) -> None:
   if not callable(build) or is_module:
-    raise ValueError(f'build must be a function, {kind}, got {type(build).__name__}; write lambda {argument}: …')
+    raise ValueError(f'build must be a function {kind}, got {type(build).__name__}; write lambda {argument}: …')
 
 
 def _check_returned(module, kind: type, name: str) -> None:
@@ -159,5 +170,5 @@ def _check_floating(name: str, leaves) -> None:
   if wrong:
     raise ValueError(
       f'{name} has parameters of dtype {", ".join(wrong)}, which cannot be learned; make them floating-point, and '
-      'complex ones two real arrays'
+      'split each complex parameter into two real arrays'
     )

@@ -1,19 +1,21 @@
-"""A convolution and its kernel's gradient as two bilinear primitives, closed under differentiation.
+"""A convolution and the gradient of its kernel, as two bilinear primitives that are closed under differentiation.
 
-y = conv(x, κ) is bilinear, and so is κ̄ = kernel_gradient(x, ȳ); the input's gradient is a conv of ȳ with κ turned
-around. Every derivative of either, of any order, forward or reverse, is one of the two again:
+The convolution y = conv(x, κ) is bilinear, and so is the gradient of its kernel, κ̄ = kernel_gradient(x, ȳ). The
+gradient of its input is a convolution of ȳ with the kernel rotated by 180 degrees. Every derivative of the two
+primitives, of any order, forward or reverse, is again one of the two primitives:
 
-    conv(x, κ)              d/dx: conv(ȳ, turned κ)        d/dκ: kernel_gradient(x, ȳ)
-    kernel_gradient(x, ȳ)   d/dx: conv(ȳ, turned κ̄)        d/dȳ: conv(x, κ̄)
+    conv(x, κ)              d/dx: conv(ȳ, rotated κ)       d/dκ: kernel_gradient(x, ȳ)
+    kernel_gradient(x, ȳ)   d/dx: conv(ȳ, rotated κ̄)       d/dȳ: conv(x, κ̄)
 
-So how either is computed is chosen here and nowhere else, when a program is lowered for a platform. The CPU's choices
-were measured (WORKSPACE_NOTES.md has the figures), those for other platforms were not.
+The algorithm of each primitive is therefore chosen in this module only, when a program is lowered for a platform. The
+choices for the CPU were measured (WORKSPACE_NOTES.md has the figures); the choices for other platforms were not.
 
-- CPU: each task's convolution in the layout NHWC, HWIO → NHWC, operands transposed by hand. XLA brings convolutions
-  into that layout at the entry of a program only; in the body of a loop any other is tens of times slower. The
-  kernel's gradient contracts 16 images at a time, so that the operand that is read again and again stays in cache.
-  Of large 3×3 convolutions both are Winograd's.
-- elsewhere: one task as above; several, each with its own kernel, as one batched matrix product over patches.
+- CPU: The convolution of each task has the layout NHWC, HWIO → NHWC, and its operands are transposed explicitly. XLA
+  converts convolutions to this layout only at the entry of a program; in the body of a loop any other layout is tens of
+  times slower. The gradient of the kernel contracts 16 images at a time, so that the operand that is read repeatedly
+  stays in the cache. Large 3×3 convolutions and the gradients of their kernels use Winograd's algorithm.
+- Other platforms: A single task is a convolution in the same layout. Several tasks, each with its own kernel, are one
+  batched matrix product over patches.
 """
 
 import functools
@@ -30,13 +32,20 @@ from jax.interpreters import ad, batching, mlir
 from metasgd_jax.nn import winograd
 
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
-IMAGES_AT_ONCE = 16  # Of a kernel's gradient on a CPU; 16 float32 fill a vector register of 512 bits.
-MANY_IMAGES = 16  # More than these, and Winograd's form pays; a support of few only takes longer to compile.
-FEW_TAPS = 9  # h·w·D up to which a kernel's gradient is one product with patches; a first layer's, of grey images.
+
+# Number of images that a kernel gradient on a CPU contracts at a time; 16 float32 fill a vector register of 512 bits.
+IMAGES_AT_ONCE = 16
+
+# Number of images above which Winograd's algorithm is used. With few images, as in a small support, the program would
+# only take longer to compile.
+MANY_IMAGES = 16
+
+# Greatest h·w·D for which a kernel gradient is one product with patches, as in a first layer on grey images.
+FEW_TAPS = 9
 
 
 class Window(NamedTuple):
-  """How a kernel moves over an image, as in `lax.conv_general_dilated`; each along H and W."""
+  """How a kernel moves over an image along H and W; the fields are those of `lax.conv_general_dilated`."""
 
   strides: tuple[int, ...] = (1, 1)
   padding: tuple[tuple[int, int], ...] = ((0, 0), (0, 0))
@@ -44,7 +53,7 @@ class Window(NamedTuple):
   kernel_dilation: tuple[int, ...] = (1, 1)
 
   def outputs(self, image, kernel) -> tuple[int, ...]:
-    """Returns the output's height and width, for those of the image and the kernel."""
+    """Returns the height and width of the output, given those of the image and of the kernel."""
     return tuple(
       (_dilated(n, xd) + low + high - _dilated(k, kd)) // s + 1
       for n, k, s, (low, high), xd, kd in zip(image, kernel, *self, strict=True)
@@ -53,21 +62,21 @@ class Window(NamedTuple):
 
 def conv(x, kernel, window: Window, precision=None):
   """Returns the cross-correlation of images `[B, H, W, D]` with a kernel `[h, w, D, F]`: `[B, H', W', F]`."""
-  if precision is None:  # A setting that holds while a program is traced, not when it is lowered.
+  if precision is None:  # The setting may have another value when the program is lowered.
     precision = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
   x, kernel = _vary_alike(x[None], kernel[None])
   return conv_p.bind(x, kernel, window=window, precision=precision)[0]
 
 
 def _vary_alike(*operands):
-  """Inside of shard_map: operands that vary over the same mesh axes, as a primitive's must."""
+  """Makes the operands vary over the same mesh axes, which a primitive inside of `shard_map` requires."""
   over = [_varies_over(jax.typeof(a)) for a in operands]
   missing = [tuple(sorted(frozenset.union(*over) - mine)) for mine in over]
   return [lax.pcast(a, axes, to='varying') if axes else a for a, axes in zip(operands, missing, strict=True)]
 
 
 def _varies_over(aval) -> frozenset:
-  kind = getattr(aval, 'manual_axis_type', None)  # As jax 0.10 has it; other versions have the axes themselves.
+  kind = getattr(aval, 'manual_axis_type', None)  # jax 0.10 has it; other versions have `vma`.
   return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
 
 
@@ -75,8 +84,8 @@ def _dilated(n, dilation):
   return (n - 1) * dilation + 1 if n else 0
 
 
-# What follows has a task axis in front, T, so that vmap over tasks stays inside: x [T, B, H, W, D], kernel
-# [T, h, w, D, F], y [T, B, H', W', F].
+# The arrays below have a leading task axis T, so that a vmap over tasks remains one call of a primitive:
+# x [T, B, H, W, D], kernel [T, h, w, D, F], y [T, B, H', W', F].
 
 
 def _conv_shape(x, kernel, *, window, precision):
@@ -90,7 +99,7 @@ def _kernel_gradient_shape(x, y, *, window, size, precision):
 
 
 def _input_gradient(y, kernel, x, window, precision):
-  """The conv of ȳ with the kernel turned by half a circle, which gives an array of x's height and width."""
+  """Returns the convolution of ȳ with the kernel rotated by 180 degrees, which has the height and width of x."""
   padding = []
   sizes = zip(x.aval.shape[2:4], kernel.shape[1:3], y.shape[2:4], *window, strict=True)
   for n, k, out, s, (low, _), xd, kd in sizes:
@@ -121,7 +130,7 @@ def _kernel_gradient_to_y(kernel, x, y, *, window, size, precision):
 
 
 def _batch(primitive, operands, axes, **options):
-  """A vmapped axis joins the images where the kernel is shared, and the tasks otherwise."""
+  """Batching rule: merges the vmapped axis with the image axis if the kernel is shared, else with the task axis."""
   size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
   if primitive is conv_p and axes[1] is None:
     x = jnp.moveaxis(operands[0], axes[0], 1)
@@ -136,7 +145,8 @@ def _batch(primitive, operands, axes, **options):
   return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-# The forms. Those of one task give their sums in float32 at the least; they are rounded once, when all is summed.
+# The algorithms. An algorithm for one task returns sums in float32 or a wider type. The sums are rounded only once, at
+# the end.
 
 
 def _sums(x):
@@ -144,7 +154,7 @@ def _sums(x):
 
 
 def _lax_conv(x, kernel, window, precision):
-  """One task's, in float32 at the least."""
+  """Returns the convolution of one task, in float32 or a wider type."""
   return lax.conv_general_dilated(
     x, kernel, window.strides, window.padding, window.x_dilation, window.kernel_dilation, LAYOUT,
     precision=precision, preferred_element_type=_sums(x),
@@ -152,7 +162,11 @@ def _lax_conv(x, kernel, window, precision):
 
 
 def _lax_kernel_gradient(x, y, window, size, precision):
-  """One task's: a conv of images whose channels are the batch, with ȳ as the kernel, in steps of the dilation."""
+  """Returns the kernel gradient of one task, computed as a convolution.
+
+  In this convolution the batch axis takes the place of the channels, ȳ is the kernel, and the strides and the dilation
+  of the kernel are exchanged.
+  """
   padding = []
   for n, k, out, s, (low, _), xd, kd in zip(x.shape[1:3], size, y.shape[1:3], *window, strict=True):
     padding.append((low, _dilated(k, kd) - 1 + _dilated(out, s) - _dilated(n, xd) - low))
@@ -162,7 +176,10 @@ def _lax_kernel_gradient(x, y, window, size, precision):
 
 
 def _kernel_gradient_by_one_product(x, y, window, size, precision):
-  """One task's, of so few channels that their patches are small beside ȳ, which is read as it lies."""
+  """Returns the kernel gradient of one task, computed as one matrix product of patches with ȳ.
+
+  This is meant for few channels: the patches are then small compared with ȳ, and ȳ is read without a transposition.
+  """
   patches = jnp.moveaxis(_patches(x[None], window, size)[0], -1, 0)
   out = jnp.matmul(patches, y.reshape(-1, y.shape[-1]), precision=precision, preferred_element_type=_sums(x))
   return out.reshape(*size, x.shape[-1], -1)
@@ -173,14 +190,17 @@ def _kernel_gradient_in_parts(x, y, window, size, precision):
   images = x.shape[0]
   if not _more_than(images, IMAGES_AT_ONCE):
     return gradient(x, y)
-  rest = -images % IMAGES_AT_ONCE  # Images of zeros, which add nothing.
+  rest = -images % IMAGES_AT_ONCE  # Number of images of zeros to append; they do not change the sum.
   parts = [jnp.pad(a, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(-1, IMAGES_AT_ONCE, *a.shape[1:]) for a in (x, y)]
   total = jnp.zeros((*size, x.shape[-1], y.shape[-1]), _sums(x))
   return lax.scan(lambda total, part: (total + gradient(*part), None), total, tuple(parts))[0]
 
 
 def _over_tasks(form, *operands):
-  """One task after the other, rounded to the operands' dtype; one alone without a loop."""
+  """Applies the algorithm `form` to one task after another, and rounds the results to the dtype of the operands.
+
+  A single task is computed without a loop.
+  """
   rounded = lambda task: form(*task).astype(operands[0].dtype)
   if operands[0].shape[0] == 1:
     return rounded([a[0] for a in operands])[None]
@@ -197,14 +217,17 @@ def _conv_on_cpu(x, kernel, *, window, precision):
 
 
 def _suits_winograd(x, kernel, window):
-  """Where it was measured to be the faster one: enough images, tiles and channels to make up for the sums around it."""
+  """Returns whether Winograd's algorithm was measured to be faster.
+
+  It needs enough images, tiles and channels to make up for the cost of its transforms.
+  """
   plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
   many = _more_than(x.shape[0], MANY_IMAGES) and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
   return plain and many and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _more_than(images, few: int) -> bool:
-  """Whether there are known to be more: an exported program may leave their number open (`jax.export`)."""
+  """Returns whether there are more than `few` images; False if an exported program leaves their number open."""
   return not jax.export.is_symbolic_dim(images) and images > few
 
 
@@ -221,7 +244,7 @@ def _kernel_gradient_on_cpu(x, y, *, window, size, precision):
 
 
 def _patches(x, window, size):
-  """`[T, B·H'·W', h·w·D]`."""
+  """Returns the patches of x under the kernel, `[T, B·H'·W', h·w·D]`."""
   edges = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.x_dilation, strict=True)]
   x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 0, 0), *edges, (0, 0, 0)))
   out_h, out_w = Window(window.strides, kernel_dilation=window.kernel_dilation).outputs(x.shape[2:4], size)

@@ -1,4 +1,4 @@
-"""Batch norm by the batch at hand, and the block that few-shot convolution nets are made of."""
+"""Batch norm by the statistics of the current batch, and the convolution block of few-shot networks."""
 
 import chex
 import flax.linen as nn
@@ -9,8 +9,9 @@ from jax import lax
 
 from metasgd_jax.nn.conv import conv_general_dilated, max_pool
 
-PART_BYTES = 4 * 2**20  # Of a convolution's output, on a CPU: 1 to 4 MiB were equally fast, 15 MiB a fifth slower.
-CHEAP = 32  # Products for each output (h·w·D) up to which a convolution is computed again rather than kept.
+# Size of a part of a convolution's output on a CPU. Sizes from 1 to 4 MiB were equally fast; 15 MiB was a fifth slower.
+PART_BYTES = 4 * 2**20
+CHEAP = 32  # Number of products per output (h·w·D) up to which a convolution is computed again instead of stored.
 
 
 def conv_block(
@@ -25,29 +26,30 @@ def conv_block(
 ) -> chex.Array:
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
 
-  Batch norm is increasing in a channel whose scale is not negative and decreasing in another, so the winner of a
-  window is found before it: m = pool(sign(scale) ∘ y) ∘ sign(scale), and only the winners are normalised,
-  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute likewise. Where a scale is exactly 0 all of a
-  window are equal, and the derivative by it is that of the largest y; the layers apart would take the first.
+  With y = conv(x, kernel), batch norm increases with y if the scale of the channel is not negative, and decreases
+  otherwise. The winner of a window can therefore be found before batch norm: m = pool(sign(scale) ∘ y) ∘ sign(scale).
+  Only the winners are normalised: scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU
+  never decreases. If a scale is exactly 0, all values of a window are equal after batch norm. The derivative with
+  respect to this scale is then that of the largest y, while separate layers would use the first y of the window.
 
-  So y itself is needed for its mean and variance only. Where a convolution is cheap and its output large, as that of a
-  first layer is, images are taken in parts, y is computed again for the derivatives, and never kept. The parts' means
-  and variances make the whole's exactly: var = mean(var_p) + mean((mean_p − mean)²).
+  The array y itself is needed only for its mean and variance. If the convolution is cheap and its output is large, as
+  in a first layer, the images are processed in parts: y is computed again for the derivatives, and is never stored. The
+  means and variances of the parts give those of the whole exactly: var = mean(var_p) + mean((mean_p − mean)²).
 
   Args:
-    x: `[B, H, W, D]`.
-    kernel: `[h, w, D, F]`.
-    scale: `[F]`, of batch norm.
-    bias: `[F]`, of batch norm.
-    epsilon: ε.
-    parts: how many, a divisor of B; chosen by platform and size where left out (1 but on a CPU).
-    statistics: mean and variance to normalise by, `[F]` and `[F]`; those of conv(x, kernel) where left out.
+    x: Images, `[B, H, W, D]`.
+    kernel: Kernel of the convolution, `[h, w, D, F]`.
+    scale: Scale of batch norm, `[F]`.
+    bias: Bias of batch norm, `[F]`.
+    epsilon: Constant ε that is added to the variance.
+    parts: Number of parts, a divisor of B. By default it is chosen by platform and size, and is 1 except on a CPU.
+    statistics: Mean and variance to normalise by, `[F]` and `[F]`. By default they are those of conv(x, kernel).
 
   Returns:
-    `[B, H // 2, W // 2, F]`, of x's dtype; statistics are summed in float32 at the least.
+    `[B, H // 2, W // 2, F]`, of x's dtype. Statistics are summed in float32 or a wider type.
 
   Raises:
-    ValueError: parts that do not divide B; images smaller than 2×2.
+    ValueError: if `parts` does not divide B, or if the images are smaller than 2×2.
 
   Example:
     >>> x, kernel = jnp.zeros((2, 28, 28, 1)), jnp.zeros((3, 3, 1, 8))
@@ -60,10 +62,10 @@ def conv_block(
 def conv_block_and_statistics(
   x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None
 ) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-  """Returns `conv_block`'s output, and the mean and variance that it was normalised by."""
+  """Returns the output of `conv_block`, and the mean and variance by which batch norm normalised."""
   parts = default_parts(x.shape, kernel.shape) if parts is None else parts
   if parts < 1 or x.shape[0] % parts:
-    raise ValueError(f'parts must be a divisor of the number of images, {x.shape[0]}, got {parts}')
+    raise ValueError(f'parts must be a divisor of the number of images ({x.shape[0]}), got {parts}')
   sums = jnp.promote_types(x.dtype, jnp.float32)
   sign = jnp.where(scale >= 0, 1, -1).astype(x.dtype).reshape(1, 1, 1, -1)
 
@@ -84,12 +86,13 @@ def conv_block_and_statistics(
 
 
 def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-  """Returns 1, or on a CPU, for a cheap convolution, a divisor of B that makes parts of about `PART_BYTES`.
+  """Returns the default number of parts for images `[B, H, W, D]` and a kernel `[h, w, D, F]` of these shapes.
 
-  1 as well where B has no divisor near it, is 0, or is not known yet.
+  On a CPU, for a cheap convolution, the number is a divisor of B that makes parts of about `PART_BYTES`. In all other
+  cases it is 1. It is also 1 if B has no suitable divisor, is 0, or is not known yet.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
-  if jax.export.is_symbolic_dim(batch):  # An exported program may leave their number open.
+  if jax.export.is_symbolic_dim(batch):  # An exported program may leave the number of images open.
     return 1
   if jax.default_backend() != 'cpu' or h * w * depth > CHEAP or batch == 0:
     return 1
@@ -98,14 +101,14 @@ def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
 
 
 def moments(y: chex.Array) -> tuple[chex.Array, chex.Array]:
-  """Returns the mean and variance of each channel, `[D]` and `[D]`, over all axes of `[B, …, D]` but the last."""
+  """Returns the mean and variance of each channel, `[D]` and `[D]`, over all axes of `[B, …, D]` except the last."""
   axes = tuple(range(y.ndim - 1))
   mean = jnp.mean(y, axes)
   return mean, jnp.mean(jnp.square(y - mean.reshape((1,) * len(axes) + (-1,))), axes)
 
 
 def normalise(x, mean, variance, scale, bias, epsilon: float) -> chex.Array:
-  """Returns scale ∘ (x − mean) / √(variance + ε) + bias, `[B, …, D]`, of x's dtype; the others are `[D]`."""
+  """Returns scale ∘ (x − mean) / √(variance + ε) + bias in x's dtype. x is `[B, …, D]`, the other arrays are `[D]`."""
   channels = (1,) * (x.ndim - 1) + (-1,)
   factor = lax.rsqrt(variance + epsilon) * scale
   out = (x - mean.reshape(channels)) * factor.reshape(channels) + bias.reshape(channels)
@@ -113,17 +116,19 @@ def normalise(x, mean, variance, scale, bias, epsilon: float) -> chex.Array:
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel by the statistics of the batch at hand, or by those that it is given.
+  """Normalises each channel by the statistics of the current batch, or by given statistics.
 
-  scale ∘ (x − mean) / √(var + ε) + bias, over all axes but the last; no running averages. As MAML's code does, by the
-  batch at hand in training and at test: the query items of a task are then normalised together (transductive), so that
-  each one's answer depends on the others. Given the support's statistics, each is answered by itself (inductive): they
-  are the collection 'statistics', which `Model.statistics` makes and `Model.apply` takes.
+  The layer computes scale ∘ (x − mean) / √(var + ε) + bias, with the mean and variance over all axes except the last.
+  There are no running averages. By default the layer uses the current batch in training and at test time, as MAML's
+  code does. The query items of a task are then normalised together, so that each prediction depends on the other query
+  items (transductive). If the layer receives the statistics of the support, the prediction for each query item does not
+  depend on the others (inductive). Such statistics are the collection 'statistics', which `Model.statistics` returns
+  and `Model.apply` takes.
 
-  ε = 1e-3 is the default of the layer that MAML's code uses. Statistics are summed in float32 at the least.
+  ε = 1e-3 is the default of the layer that MAML's code uses. Statistics are summed in float32 or a wider type.
 
   Attributes:
-    epsilon: ε, added to the variance.
+    epsilon: Constant ε that is added to the variance.
 
   Example:
     >>> x = jnp.array([[1.0], [3.0]])
@@ -136,7 +141,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, …, D]` → the same shape and dtype."""
+    """Maps `[B, …, D]` to the same shape and dtype."""
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     given = given_statistics(self)
@@ -146,14 +151,14 @@ class BatchNorm(nn.Module):
 
 
 class ConvBlock(nn.Module):
-  """A 3×3 convolution without bias, batch norm, 2×2 max-pool and ReLU: `conv_block` with its parameters.
+  """A layer of 3×3 convolution without bias, batch norm, 2×2 max-pool and ReLU, computed by `conv_block`.
 
-  The parameters are kernel `[3, 3, D, features]`, scale and bias `[features]`.
+  The parameters are the kernel `[3, 3, D, features]`, and the scale and the bias of batch norm, each `[features]`.
 
   Attributes:
-    features: F.
-    epsilon: of batch norm.
-    dtype: of the activations; where left out, what the input's and the kernel's promote to.
+    features: Number of filters, F.
+    epsilon: Constant ε that batch norm adds to the variance.
+    dtype: Data type of the activations. By default it is the type to which the types of input and kernel promote.
 
   Example:
     >>> block = ms.nn.ConvBlock(8)
@@ -168,7 +173,7 @@ class ConvBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, H // 2, W // 2, features]`."""
+    """Maps `[B, H, W, D]` to `[B, H // 2, W // 2, features]`."""
     kernel = self.param('kernel', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.features))
     scale = self.param('scale', nn.initializers.ones, (self.features,))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
@@ -181,14 +186,14 @@ class ConvBlock(nn.Module):
 
 
 def given_statistics(module: nn.Module) -> tuple[chex.Array, chex.Array] | None:
-  """Returns the mean and variance that a layer shall normalise by, or `None` where its batch's own are meant."""
+  """Returns the mean and variance that the layer received, or `None` if it must use those of its batch."""
   if module.is_mutable_collection('statistics') or not module.has_variable('statistics', 'mean'):
     return None
   return module.get_variable('statistics', 'mean'), module.get_variable('statistics', 'variance')
 
 
 def keep_statistics(module: nn.Module, statistics: tuple[chex.Array, chex.Array]) -> None:
-  """Keeps a layer's mean and variance where the caller asked for the collection 'statistics'."""
+  """Stores the mean and variance of a layer if the caller asked for the collection 'statistics'."""
   if module.is_mutable_collection('statistics') and not module.is_initializing():
     for name, value in zip(('mean', 'variance'), statistics, strict=True):
       module.put_variable('statistics', name, value)

@@ -1,4 +1,7 @@
-"""Convolution that stays fast under vmap over kernels and under second derivatives; a drop-in for lax and flax."""
+"""Convolution and max-pooling with fast second derivatives, as drop-in replacements for those of lax and flax.
+
+The convolution is also fast when it is vmapped over kernels.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,36 +28,36 @@ def conv_general_dilated(
   precision: Any = None,
   preferred_element_type: Any = None,
 ) -> chex.Array:
-  """Returns what `jax.lax.conv_general_dilated` does, with the same arguments.
+  """Returns the result of `jax.lax.conv_general_dilated`, and takes the same arguments.
 
-  In one or two spatial dimensions, in any layout, with any strides, padding and dilation, it and its derivatives of
-  every order, forward and reverse, take the forms that are fast (see `nn.bilinear`). With groups, in three dimensions,
-  of integers or floats under 16 bits, of nothing, sharded over an explicit mesh axis, or with another
-  preferred_element_type it is lax's own, whose second derivatives are slow on a CPU.
+  In one or two spatial dimensions the convolution is fast, and so are its derivatives of every order, forward and
+  reverse (see `nn.bilinear`). This includes every layout and all strides, paddings and dilations. In the following
+  cases the function calls lax, whose second derivatives are slow on a CPU: groups, three dimensions, integers or floats
+  of fewer than 16 bits, empty arrays, arrays sharded over an explicit mesh axis, or a `preferred_element_type`.
 
-  On a CPU, large 3×3 convolutions in float32 and float64 are Winograd's, whose rounding error goes with the largest
-  input of a 4×4 tile, not with that under each kernel; near inputs that are not finite, or close to overflow, more
-  outputs are NaN or infinite than lax's.
+  On a CPU, large 3×3 convolutions in float32 and float64 use Winograd's algorithm. Its rounding error is proportional
+  to the largest input of a 4×4 tile, while the error of lax is proportional to the largest input under each kernel.
+  Near inputs that are not finite, or close to overflow, more outputs are NaN or infinite than with lax.
 
   Args:
-    lhs: images, `[B, D, H, W]` unless dimension_numbers says otherwise, as 'NHWC' does.
-    rhs: kernel, `[F, D, h, w]` unless it says otherwise.
-    window_strides: along each spatial dimension.
-    padding: 'SAME', 'SAME_LOWER', 'VALID', or (before, after) for each spatial dimension.
-    lhs_dilation: of the images; transposed convolution.
-    rhs_dilation: of the kernel; atrous convolution.
-    dimension_numbers: as lax takes them.
-    feature_group_count: as in lax.
-    batch_group_count: as in lax.
-    precision: as in lax.
-    preferred_element_type: as in lax.
+    lhs: Images, `[B, D, H, W]` unless `dimension_numbers` gives another layout, such as 'NHWC'.
+    rhs: Kernel, `[F, D, h, w]` unless `dimension_numbers` gives another layout.
+    window_strides: Strides along the spatial dimensions.
+    padding: Padding of the images: 'SAME', 'SAME_LOWER', 'VALID', or a pair (before, after) for each spatial dimension.
+    lhs_dilation: Dilation of the images, for a transposed convolution.
+    rhs_dilation: Dilation of the kernel, for an atrous convolution.
+    dimension_numbers: Layouts of the images, the kernel and the output, as in lax.
+    feature_group_count: Number of groups of the features, as in lax.
+    batch_group_count: Number of groups of the batch, as in lax.
+    precision: Precision of the products, as in lax.
+    preferred_element_type: Data type of the sums and of the result, as in lax.
 
   Returns:
-    `[B, F, H', W']`, or as dimension_numbers says.
+    `[B, F, H', W']`, or the layout that `dimension_numbers` gives.
 
   Raises:
-    ValueError: a kernel larger than the padded images; a stride or dilation below 1.
-    ValueError, TypeError: shapes that do not fit, as lax says it.
+    ValueError: if the kernel is larger than the padded images, or if a stride or dilation is below 1.
+    ValueError, TypeError: if the shapes do not fit; these errors come from lax.
 
   Example:
     >>> x, kernel = jnp.zeros((2, 28, 28, 1)), jnp.zeros((3, 3, 1, 8))
@@ -75,7 +78,7 @@ def conv_general_dilated(
   ):
     if steps is not None and any(step < 1 for step in steps):
       raise ValueError(f'{name} must be at least 1 along each dimension, got {tuple(steps)}')
-  out = jax.eval_shape(by_lax, lhs, rhs)  # Lax's checks.
+  out = jax.eval_shape(by_lax, lhs, rhs)  # This also runs the checks of lax.
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not all(out.shape[i] for i in numbers.out_spec[2:]):
     raise ValueError(
@@ -102,7 +105,7 @@ def conv_general_dilated(
   y = bilinear.conv(x, k, bilinear.Window(strides, edges, x_dilation, kernel_dilation), precision)
   if spatial == 1:
     y = y[:, 0]
-  place = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])  # Of B, space and F in the output.
+  place = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])  # Axes of B, H, W and F.
   return jnp.transpose(y, tuple(place.index(i) for i in range(y.ndim)))
 
 
@@ -111,12 +114,12 @@ def _explicitly_sharded(a) -> bool:
 
 
 class Conv(nn.Conv):
-  """`flax.linen.Conv` through `conv_general_dilated`: the same arguments, parameters and results.
+  """`flax.linen.Conv` computed by `conv_general_dilated`, with the same arguments, parameters and results.
 
-  Also with its padding 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes. Groups and three dimensions are as slow as
-  flax's own. What `flax.linen.Conv` says of its fields holds: features, kernel_size, strides, padding,
-  input_dilation, kernel_dilation, feature_group_count, use_bias, mask, dtype, param_dtype, precision, kernel_init,
-  bias_init, promote_dtype, preferred_element_type, conv_general_dilated_cls.
+  The paddings 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes work as in flax. With groups or three dimensions
+  the layer is as slow as the layer of flax. All fields are documented at `flax.linen.Conv`: features, kernel_size,
+  strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, mask, dtype, param_dtype, precision,
+  kernel_init, bias_init, promote_dtype, preferred_element_type, conv_general_dilated_cls.
 
   Example:
     >>> outputs, variables = ms.nn.Conv(8, (3, 3)).init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
@@ -133,25 +136,26 @@ def max_pool(
   strides: Sequence[int] | None = None,
   padding: str | Sequence[tuple[int, int]] = 'VALID',
 ) -> chex.Array:
-  """Returns what `flax.linen.max_pool` does, with the same arguments.
+  """Returns the result of `flax.linen.max_pool`, and takes the same arguments.
 
-  Images under windows that do not overlap (strides equal to the window, padding 'VALID') are pooled by comparing
-  slices; the winner of each window is remembered, and derivatives of every order pick by it. All else is flax's own,
-  whose derivatives are slow. Of equal values the first one wins, in row-major order; a NaN wins. A winner is
-  not found by comparing values with their maximum: XLA may compute the two in different fusions that round apart, and
-  the gradient is lost.
+  The fast case is images with windows that do not overlap: the strides equal the window, and the padding is 'VALID'.
+  Slices are compared, the index of the winner of each window is stored, and derivatives of every order select the
+  winner by its index. If values are equal, the first one in row-major order wins; a NaN always wins. The winner is not
+  found by comparing the values with their maximum: XLA may compute values and maximum in different fusions, which
+  round differently, and the gradient would be lost. All other cases use the function of flax, whose derivatives are
+  slow.
 
   Args:
-    inputs: `[B, H, W, D]`, or as flax takes them.
-    window_shape: (h, w).
-    strides: flax's default is (1, 1).
-    padding: as in flax.
+    inputs: Images `[B, H, W, D]`, or any other shape that flax takes.
+    window_shape: Height and width of the window, (h, w).
+    strides: Strides of the window. The default is that of flax, (1, 1).
+    padding: Padding, as in flax.
 
   Returns:
-    `[B, H // h, W // w, D]` in the fast case: a remainder at the edge is left out.
+    `[B, H // h, W // w, D]` in the fast case. A remainder at the edge is left out.
 
   Raises:
-    ValueError: images smaller than the window.
+    ValueError: if the images are smaller than the window.
 
   Example:
     >>> ms.nn.max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), (2, 2), (2, 2)).reshape(2, 2)
@@ -163,14 +167,17 @@ def max_pool(
     return nn.max_pool(inputs, window, strides, padding)
   (batch, height, width, depth), (h, w) = inputs.shape, window
   if height < h or width < w:
-    raise ValueError(f'max_pool takes images [B, H, W, D] of at least {h}x{w}, got {inputs.shape}')
+    raise ValueError(
+      f'max_pool with this window takes images [B, H, W, D] of at least {h}x{w}, got {inputs.shape}; '
+      'use larger images or a smaller window'
+    )
   rows, columns = height // h, width // w
   return _pool(inputs[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, depth))
 
 
 @jax.custom_jvp
 def _pool(x):
-  """`[B, H, h, W, w, D]` → `[B, H, W, D]`."""
+  """Maps `[B, H, h, W, w, D]` to `[B, H, W, D]`."""
   return _winner(x)[0]
 
 

@@ -1,4 +1,4 @@
-"""The paper's networks, and any flax Linen module, as a `Model`."""
+"""The networks of Li et al. 2017 and Koch et al. 2015, and `from_linen`, which returns a `Model` of a Linen module."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,14 @@ from metasgd_jax.types import Model
 class MLP(nn.Module):
   """Dense layers with ReLU between them.
 
-  The regression net is 1-40-40-1 (Li et al. 2017, section 4.1). Weights N(0, 0.01²) cut at two deviations and zero
-  biases are what reimplementations chose; the paper's text for them was not at hand.
+  The defaults give the network of the regression tasks, 1-40-40-1 (Li et al. 2017, section 4.1). The initial weights
+  are drawn from N(0, 0.01²), truncated at two standard deviations, and the initial biases are zero. These two choices
+  are those of reimplementations, because the paper's text about them was not available.
 
   Attributes:
-    hidden: units of each hidden layer.
-    outputs: units of the last.
-    stddev: of the weights at the start.
+    hidden: Number of units of each hidden layer.
+    outputs: Number of units of the last layer.
+    stddev: Standard deviation of the initial weights, before the truncation.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP(hidden=(8,), outputs=2))
@@ -36,9 +37,9 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, D]` → `[B, outputs]`; raises ValueError for other ranks."""
+    """Maps `[B, D]` to `[B, outputs]`, and raises ValueError for inputs of another rank."""
     if x.ndim != 2:
-      raise ValueError(f'MLP takes inputs [B, D], got {x.shape}; reshape them')
+      raise ValueError(f'MLP takes inputs of shape [B, D], got {x.shape}; reshape the inputs')
     initial = nn.initializers.truncated_normal(self.stddev)
     for units in self.hidden:
       x = nn.relu(nn.Dense(units, kernel_init=initial)(x))
@@ -48,16 +49,18 @@ class MLP(nn.Module):
 class Conv4(nn.Module):
   """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 max-pool, then dense layers to N logits.
 
-  The paper's classifier (section 4.2): 64 filters and a fully connected layer of 32 on Omniglot, 32 filters and none
-  on mini-ImageNet. The convolutions have no bias, since batch norm would cancel it. The ReLU after the layer of 32 is
-  our reading: the paper does not state it; so are Glorot's weights for the convolutions, which are MAML's.
+  This is the classifier of Li et al. 2017 (section 4.2). For Omniglot it has 64 filters and a fully connected layer of
+  32 units. For mini-ImageNet it has 32 filters and no fully connected layer. The convolutions have no bias, because
+  batch norm would cancel it. Two choices are ours, because the paper does not state them: a ReLU follows the layer of
+  32 units, and the convolutions have Glorot's initial weights, as in MAML.
 
   Attributes:
-    way: N; `None` leaves out the last layer, so that the outputs are features `[B, D]`: an embedding.
-    filters: of each block.
-    hidden: units of the fully connected layer; 0 leaves it out.
-    dtype: of the activations; θ's where left out. With bfloat16, θ, its gradient, sums of products, batch norm's
-      statistics and the last layer stay float32.
+    way: Number of classes, N. With `None` the last layer is left out, and the outputs are features `[B, D]`, which
+      serve as an embedding.
+    filters: Number of filters of each block.
+    hidden: Number of units of the fully connected layer. With 0 the layer is left out.
+    dtype: Data type of the activations, by default that of θ. With bfloat16, these parts stay in float32: θ, its
+      gradient, sums of products, the statistics of batch norm, and the last layer.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.Conv4(way=5, filters=8))
@@ -73,9 +76,16 @@ class Conv4(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, way]`, or features; raises ValueError for other ranks and for images under 16×16."""
+    """Maps images `[B, H, W, D]` to logits `[B, way]`, or to features.
+
+    Raises:
+      ValueError: if the images have another rank, or are smaller than 16×16.
+    """
     if x.ndim != 4 or min(x.shape[1:3]) < 16:
-      raise ValueError(f'Conv4 halves images four times, so takes [B, H, W, D] of at least 16x16, got {x.shape}')
+      raise ValueError(
+        'Conv4 takes images [B, H, W, D] of at least 16x16, because it halves them four times, '
+        f'got {x.shape}; reshape or resize the images'
+      )
     for _ in range(4):
       x = ConvBlock(self.filters, dtype=self.dtype)(x)
     x = x.reshape(x.shape[0], -1)
@@ -86,11 +96,12 @@ class Conv4(nn.Module):
 
 
 class KochNet(nn.Module):
-  """The twins of Koch et al. 2015 (figure 4): for 105×105 drawings, 39 million parameters.
+  """The twin network of Koch et al. 2015 (figure 4) for 105×105 drawings, with 39 million parameters.
 
-  Convolutions 64@10×10, 128@7×7, 128@4×4 and 256@4×4 without padding, with ReLU, and 2×2 max-pools after the first
-  three; then a layer of 4096 with a sigmoid. Weights as there: N(0, 0.01²) of convolutions, N(0, 0.2²) of the dense
-  layer, biases N(0.5, 0.01²).
+  The network has four convolutions with ReLU and without padding: 64@10×10, 128@7×7, 128@4×4 and 256@4×4
+  (filters@size). A 2×2 max-pool follows each of the first three. The last layer is a dense layer of 4096 units with a
+  sigmoid. The initial values are those of the paper: N(0, 0.01²) for the weights of the convolutions, N(0, 0.2²) for
+  the weights of the dense layer, and N(0.5, 0.01²) for all biases.
 
   Example:
     >>> twins = ms.nn.KochNet()
@@ -101,9 +112,16 @@ class KochNet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → features `[B, 4096]`; raises ValueError for images under 65×65, of which nothing is left."""
+    """Maps images `[B, H, W, D]` to features `[B, 4096]`.
+
+    Raises:
+      ValueError: if the images have another rank, or are smaller than 65×65 and so leave no output.
+    """
     if x.ndim != 4 or min(x.shape[1:3]) < 65:
-      raise ValueError(f'KochNet takes images [B, H, W, D] of at least 65x65 (the paper: 105x105), got {x.shape}')
+      raise ValueError(
+        'KochNet takes images [B, H, W, D] of at least 65x65 (the paper uses 105x105), '
+        f'got {x.shape}; reshape or resize the images'
+      )
     bias = lambda key, shape, dtype=jnp.float32: 0.5 + 0.01 * jax.random.normal(key, shape, dtype)
     for i, (filters, size) in enumerate(((64, 10), (128, 7), (128, 4), (256, 4))):
       kernel = nn.initializers.normal(0.01)
@@ -114,12 +132,13 @@ class KochNet(nn.Module):
 
 
 def from_linen(module: nn.Module) -> Model:
-  """Returns a Linen module that has parameters only as a `Model`; θ is its 'params' collection.
+  """Returns a `Model` of a Linen module whose only variables are parameters.
 
-  Its `statistics` are the collection of that name, which `nn.BatchNorm` and `nn.ConvBlock` fill and obey.
+  θ is the 'params' collection of the module. `Model.statistics` returns the collection 'statistics', which the layers
+  `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives that collection, these layers normalise by it.
 
   Raises (from `init`):
-    ValueError: the module has other collections, such as running averages.
+    ValueError: if the module has other collections, such as running averages.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP())
@@ -132,8 +151,8 @@ def from_linen(module: nn.Module) -> Model:
     others = sorted(set(variables) - {'params'})
     if others:
       raise ValueError(
-        f"{type(module).__name__} has the collections {others} besides 'params'; "
-        'a Model is a pure function of its parameters (use nn.BatchNorm of this package for batch statistics)'
+        f"{type(module).__name__} has the collections {others} besides 'params', "
+        'but a Model is a pure function of its parameters; use metasgd_jax.nn.BatchNorm for batch norm'
       )
     return variables['params']
 

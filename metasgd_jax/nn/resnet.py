@@ -1,4 +1,4 @@
-"""ResNet-12, the residual network of the few-shot literature."""
+"""ResNet-12, the residual network that is common in few-shot learning."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from metasgd_jax.nn.block import BatchNorm
 from metasgd_jax.nn.conv import Conv, max_pool
 
 SLOPE = 0.1
-"""Of leaky ReLU below zero (Lee et al. 2019, section 4.1)."""
+"""Slope of leaky ReLU for negative inputs (Lee et al. 2019, section 4.1)."""
 
-_KERNEL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # As Lee et al.'s code has it.
+_KERNEL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # The code of Lee et al. uses it.
 
 
 class ResidualBlock(nn.Module):
-  """Three 3×3 convolutions, each with batch norm, beside a 1×1 convolution with batch norm; then a 2×2 max-pool.
+  """Three 3×3 convolutions, a 1×1 convolution as the shortcut, each with batch norm, and a 2×2 max-pool of their sum.
 
-  Leaky ReLU follows the first two and the sum. The convolutions have no bias.
+  Leaky ReLU follows the first two 3×3 convolutions, and the sum with the shortcut. The convolutions have no bias.
 
   Attributes:
-    features: F.
-    dtype: of the activations; where left out, what the input's and the kernel's promote to.
+    features: Number of output channels, F.
+    dtype: Data type of the activations. By default it is the type to which the types of input and kernel promote.
 
   Example:
     >>> block = ms.nn.ResidualBlock(8)
@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, H // 2, W // 2, features]`."""
+    """Maps `[B, H, W, D]` to `[B, H // 2, W // 2, features]`."""
 
     def conv(x, size):
       x = Conv(self.features, (size, size), use_bias=False, kernel_init=_KERNEL, dtype=self.dtype)(x)
@@ -49,16 +49,19 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet12(nn.Module):
-  """Four residual blocks, a mean over places, and a dense layer to N logits.
+  """Four residual blocks, a mean over all positions, and a dense layer to N logits.
 
-  As in TADAM (Oreshkin et al. 2018) and, with these widths, MetaOptNet (Lee et al. 2019, section 4.1): 12.4 million
-  parameters and the dense layer's. DropBlock, which their training of a classifier of all classes has, is left out.
-  Batch norm is by the batch at hand, or by the support's statistics; see `BatchNorm`.
+  This is the network of TADAM (Oreshkin et al. 2018) and, with the default widths, of MetaOptNet (Lee et al. 2019,
+  section 4.1). It has 12.4 million parameters, without those of the dense layer. DropBlock, with which these papers
+  train a classifier of all classes, is left out. Batch norm uses the statistics of the current batch, or those of the
+  support; see `BatchNorm`.
 
   Attributes:
-    way: N; `None` leaves out the dense layer, so that the outputs are features `[B, D]`: an embedding.
-    widths: features of each block.
-    dtype: of the activations; θ's where left out. The mean over places and the dense layer stay float32.
+    way: Number of classes, N. With `None` the dense layer is left out, and the outputs are features `[B, D]`, which
+      serve as an embedding.
+    widths: Number of features of each block.
+    dtype: Data type of the activations, by default that of θ. The mean over all positions and the dense layer stay in
+      float32.
 
   Example:
     >>> module = ms.nn.ResNet12(way=5, widths=(4, 4, 4, 4))
@@ -72,12 +75,16 @@ class ResNet12(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, way]`, or features; raises ValueError for other ranks and for images that are too small."""
+    """Maps images `[B, H, W, D]` to logits `[B, way]`, or to features.
+
+    Raises:
+      ValueError: if the images have another rank, or are too small to be halved by each block.
+    """
     least = 2 ** len(self.widths)
     if x.ndim != 4 or min(x.shape[1:3]) < least:
       raise ValueError(
-        f'ResNet12 halves images {len(self.widths)} times, so takes [B, H, W, D] of at least {least}x{least}, '
-        f'got {x.shape}'
+        f'ResNet12 takes images [B, H, W, D] of at least {least}x{least}, because it halves them {len(self.widths)} '
+        f'times, got {x.shape}; reshape or resize the images'
       )
     for width in self.widths:
       x = ResidualBlock(width, dtype=self.dtype)(x)

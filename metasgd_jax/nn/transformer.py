@@ -1,19 +1,19 @@
-"""A small transformer on sequences of tokens."""
+"""A small transformer for sequences of tokens."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 
 class TransformerBlock(nn.Module):
-  """Attention and two dense layers, each added to its input, which is normalised before it (pre-norm).
+  """A pre-norm transformer block: attention and two dense layers, with residual connections.
 
-  x ← x + attention(norm(x)), x ← x + dense(gelu(dense(norm(x)))): Vaswani et al. 2017, section 3.1, with the norm
-  moved to the front as in GPT-2 (Radford et al. 2019).
+  The block computes x ← x + attention(norm(x)), then x ← x + dense(gelu(dense(norm(x)))). This is the block of Vaswani
+  et al. 2017, section 3.1, with the norm moved to the front as in GPT-2 (Radford et al. 2019).
 
   Attributes:
-    heads: of attention; a divisor of the width.
-    hidden: units between the two dense layers.
-    causal: whether a place sees none after it.
+    heads: Number of attention heads, a divisor of the width.
+    hidden: Number of units between the two dense layers.
+    causal: Whether each position attends only to itself and to earlier positions.
 
   Example:
     >>> block = ms.nn.TransformerBlock(heads=2, hidden=16, causal=True)
@@ -27,7 +27,7 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, L, width]` → the same shape."""
+    """Maps `[B, L, width]` to the same shape."""
     batch, length, width = x.shape
     normed = nn.LayerNorm(name='norm_attention')(x)
     parts = [nn.Dense(width, use_bias=False, name=n)(normed) for n in ('query', 'key', 'value')]
@@ -40,18 +40,19 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Tokens and learned places, blocks, a norm, and a dense layer to each token's logits.
+  """A transformer with embeddings of tokens and positions, pre-norm blocks, a final norm, and logits at each position.
 
-  Weights of embeddings N(0, 0.02²), as GPT-2's; the others flax's. Nothing is dropped out.
+  The position embeddings are learned. The initial embeddings are drawn from N(0, 0.02²), as in GPT-2. The other
+  initial weights are the defaults of flax. There is no dropout.
 
   Attributes:
-    tokens: V, of the vocabulary.
-    length: the most places.
-    width: of the residual stream.
-    depth: blocks.
-    heads: of attention; a divisor of width.
-    hidden: units between a block's two dense layers; 4 width where left out.
-    causal: whether a place sees none after it, as for predicting the next token.
+    tokens: Number of tokens in the vocabulary, V.
+    length: Maximum length of a sequence, in tokens.
+    width: Width of the residual stream.
+    depth: Number of blocks.
+    heads: Number of attention heads, a divisor of `width`.
+    hidden: Number of units between the two dense layers of a block, by default 4 · width.
+    causal: Whether each position attends only to itself and to earlier positions, as for predicting the next token.
 
   Example:
     >>> module = ms.nn.Transformer(tokens=7, length=10, width=8, depth=1, heads=2)
@@ -71,17 +72,21 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """Tokens `[B, L]`, integers 0 to V − 1 → logits `[B, L, V]`.
+    """Maps tokens `[B, L]`, integers from 0 to V − 1, to logits `[B, L, V]`.
 
     Raises:
-      ValueError: other ranks or dtypes, sequences that are too long, or a width that is no multiple of the heads.
+      ValueError: if the tokens have another rank or dtype, if a sequence is longer than `length`, or if `width` is not
+        a multiple of `heads`.
     """
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
-      raise ValueError(f'Transformer takes integer tokens [B, L], got {x.dtype} {x.shape}')
+      raise ValueError(f'Transformer takes integer tokens [B, L], got {x.dtype} {x.shape}; convert or reshape them')
     if x.shape[1] > self.length:
-      raise ValueError(f'sequences may have {self.length} places, got {x.shape[1]}; build it with a greater length')
+      raise ValueError(
+        f'a sequence may have at most {self.length} places, got {x.shape[1]}; '
+        'use shorter sequences, or build the Transformer with a greater length'
+      )
     if self.width % self.heads:
-      raise ValueError(f'width must be a multiple of heads, got width={self.width} and heads={self.heads}')
+      raise ValueError(f'width must be a multiple of heads, got width={self.width} and heads={self.heads}; change one')
     initial = nn.initializers.normal(0.02)
     places = self.param('places', initial, (self.length, self.width))
     x = nn.Embed(self.tokens, self.width, embedding_init=initial, name='tokens_in')(x)

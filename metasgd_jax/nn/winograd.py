@@ -1,24 +1,28 @@
-"""Winograd's 3×3 convolution, and its kernel's gradient, with 2.25 times fewer products.
+"""Winograd's 3×3 convolution, and the gradient of its kernel, with 2.25 times fewer products.
 
-Each tile of 2×2 outputs is Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A with d the 4×4 inputs under it (Lavin and Gray 2016, section 4.1):
-F(2×2, 3×3). The elementwise product over all tiles and channels is 16 matrix products. Its transpose in κ, with ȳ a
-tile of the output's gradient, is Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, summed over tiles before Gᵀ…G.
+The algorithm is F(2×2, 3×3) of Lavin and Gray 2016, section 4.1. Each tile of 2×2 outputs is
+Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A, where κ is the kernel and d is the 4×4 tile of inputs under the outputs. The elementwise
+product over all tiles and channels becomes 16 matrix products. The transpose with respect to κ is
+Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, where ȳ is a tile of the gradient of the output. The products are summed over all tiles before
+the multiplication by Gᵀ and G.
 
-Exact in real numbers. In float32 the error goes with the largest input of a tile: about that of the direct sum where
-inputs are of one size, larger where they are not. Not for bfloat16, whose 8 bits the sums Bᵀ d B would spend. An input
-that is not finite, or near overflow, may make all of a tile's outputs NaN or infinite.
+The algorithm is exact in real numbers. In float32 the error is proportional to the largest input of a tile. It is about
+the error of the direct sum if all inputs have similar magnitudes, and larger otherwise. The algorithm is not meant for
+bfloat16, because the sums Bᵀ d B would use up its 8 bits of precision. An input that is not finite, or is close to
+overflow, may make all outputs of a tile NaN or infinite.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-PART_BYTES = 2**20  # Of a part's tiles, which then stay in a core's own cache.
+PART_BYTES = 2**20  # Size of the tiles of one part, which then stay in the private cache of a core.
 
 
 def conv(x, kernel, padding, precision=None):
   """Returns the cross-correlation of `[B, H, W, D]` with `[3, 3, D, F]` and stride 1: `[B, H', W', F]`.
 
-  Images are taken in parts, one after the other. Padding is (before, after) for H and W, and may be negative.
+  The images are processed in parts, one part after another. The padding is (before, after) for H and for W, and may be
+  negative.
   """
   images, features = x.shape[0], kernel.shape[-1]
   out_h, out_w = (n + sum(p) - 2 for n, p in zip(x.shape[1:3], padding, strict=True))
@@ -37,7 +41,10 @@ def conv(x, kernel, padding, precision=None):
 
 
 def kernel_gradient(x, y, padding, precision=None):
-  """Returns κ̄ `[3, 3, D, F]`, the gradient by κ of the sum of ȳ ⊙ `conv(x, κ, padding)`, for ȳ `[B, H', W', F]`."""
+  """Returns the gradient of the kernel, κ̄ `[3, 3, D, F]`, for the gradient of the output, ȳ `[B, H', W', F]`.
+
+  κ̄ is the derivative of the sum of ȳ ⊙ `conv(x, κ, padding)` with respect to κ. The argument `y` is ȳ.
+  """
   out_h, out_w, features = y.shape[1:]
   rows, columns = _tiles(out_h, out_w)
 
@@ -60,7 +67,7 @@ def _num_parts(x, tiles):
 
 
 def _in_parts(x, parts):
-  """`[B, …]` → `[parts, ⌈B / parts⌉, …]`, with images of zeros where B is no multiple."""
+  """Reshapes `[B, …]` to `[parts, ⌈B / parts⌉, …]`, padded with images of zeros if B is not a multiple of `parts`."""
   rest = -x.shape[0] % parts
   return jnp.pad(x, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(parts, -1, *x.shape[1:])
 
@@ -70,7 +77,7 @@ def _tiles(height, width):
 
 
 def _inputs(x, rows, columns, padding):
-  """Bᵀ d B of every tile: `[16, B · rows · columns, D]`."""
+  """Returns Bᵀ d B of every tile, `[16, B · rows · columns, D]`."""
   sizes = zip((rows, columns), x.shape[1:3], padding, strict=True)
   edges = [(low, 2 * n + 2 - size - low, 0) for n, size, (low, _) in sizes]
   x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
@@ -79,38 +86,38 @@ def _inputs(x, rows, columns, padding):
 
 
 def _of_inputs(d):
-  """Bᵀ d."""
+  """Returns Bᵀ d."""
   return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
 def _of_kernel(k):
-  """G k."""
+  """Returns G k."""
   outer = (k[0] + k[2]) / 2
   return [k[0], outer + k[1] / 2, outer - k[1] / 2, k[2]]
 
 
 def _to_kernel(m):
-  """Gᵀ m."""
+  """Returns Gᵀ m."""
   middle = (m[1] + m[2]) / 2
   return [m[0] + middle, (m[1] - m[2]) / 2, middle + m[3]]
 
 
 def _of_outputs(y):
-  """A y."""
+  """Returns A y."""
   return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
 def _to_outputs(m):
-  """Aᵀ m."""
+  """Returns Aᵀ m."""
   return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
 def _twice(transform, grid):
-  """The transform along both axes of a grid of arrays."""
+  """Applies the transform along both axes of a grid of arrays."""
   columns = [transform([row[j] for row in grid]) for j in range(len(grid[0]))]
   return [transform([column[a] for column in columns]) for a in range(len(columns[0]))]
 
 
 def _stack(grid):
-  """A grid of arrays, n by n, as one: `[n², …]`."""
+  """Stacks an n × n grid of arrays into one array, `[n², …]`."""
   return jnp.stack([array for row in grid for array in row])

@@ -1,4 +1,4 @@
-"""Numbers that are not finite in meta-training: where they came from, and a meta-iteration looked at task by task."""
+"""Diagnosis of numbers that are not finite in meta-training: finds the step, the run, the tasks and the leaves."""
 
 import functools
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from metasgd_jax.tree import named
 from metasgd_jax.types import Learner, Tasks
 
 MOST_SKIPPED = 10
-"""Bad steps in a row that `skip_bad_steps` skips; more are a training that has diverged."""
+"""Largest number of consecutive bad steps that `skip_bad_steps` skips. More of them mean that training has diverged."""
 
 
 class StepReport(NamedTuple):
-  """One meta-iteration of one run, by task.
+  """One meta-iteration of one run, task by task.
 
   Attributes:
-    step: which, from 0.
-    keys: `[3, T]`, of `training.step_keys`: to sample each task, to draw its episode, and for the learner.
-    losses: `[T]`, on the query after adaptation.
-    norms: `{leaf: [T]}`, of the gradient of each task's loss.
-    finite: `{leaf: [T]}`, whether every entry of that gradient is.
+    step: Index of the meta-iteration, from 0.
+    keys: Random keys `[3, T]` from `training.step_keys`: to sample each task, to draw its episode, and for the learner.
+    losses: Loss of each task on its query after adaptation, `[T]`.
+    norms: Norm of the gradient of each task's loss, for each leaf of the meta-parameters: `{leaf: [T]}`.
+    finite: Whether every entry of the gradient of each task's loss is finite: `{leaf: [T]}`.
   """
 
   step: int
@@ -37,7 +37,7 @@ class StepReport(NamedTuple):
 
   @property
   def bad_tasks(self) -> list[int]:
-    """Returns the tasks, from 0, of a loss or a gradient that is not finite."""
+    """Returns the indices, from 0, of the tasks whose loss or gradient is not finite."""
     return np.flatnonzero(~np.isfinite(self.losses) | ~np.all(list(self.finite.values()), axis=0)).tolist()
 
 
@@ -45,11 +45,12 @@ class BadStep(NamedTuple):
   """The first meta-iteration of a chunk that is not finite.
 
   Attributes:
-    step: which, from 0.
-    run: of R runs side by side, from 0.
-    loss: its loss, the mean over tasks.
-    before: the state of that run before it, finite.
-    leaves: of meta and the optimiser's state, that it made not finite.
+    step: Index of the meta-iteration, from 0.
+    run: Index of the run among R runs side by side, from 0.
+    loss: Loss of the meta-iteration, the mean over its tasks.
+    before: State of the run before the meta-iteration; its numbers are finite.
+    leaves: Names of the leaves of the meta-parameters and of the optimiser's state that the meta-iteration made
+      non-finite.
   """
 
   step: int
@@ -60,35 +61,40 @@ class BadStep(NamedTuple):
 
 
 def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Returns the optimiser with optax's guard: a step whose gradient is not finite changes nothing, and is counted.
+  """Returns the optimiser in `optax.apply_if_finite`: a step whose gradient is not finite is skipped and counted.
 
-  After `MOST_SKIPPED` in a row the next is taken, so that a training that has diverged is seen to have.
+  After `MOST_SKIPPED` skipped steps in a row, the next bad step is taken, so that a diverged training becomes visible.
+
+  Args:
+    optimizer: Outer optimiser.
   """
   return optax.apply_if_finite(optimizer, MOST_SKIPPED)
 
 
 def skipped(state: TrainState) -> np.ndarray | None:
-  """Returns how many steps the guard of `skip_bad_steps` has skipped so far, `[]` or `[R]`; `None` without one."""
+  """Returns the number of steps that `skip_bad_steps` has skipped, `[]` or `[R]`; `None` if it is not in use."""
   counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, 'total_notfinite')
   return np.sum([np.asarray(count) for _, count in counts], axis=0) if counts else None
 
 
 def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], TrainState]) -> BadStep | None:
-  """Returns where a chunk stopped being finite, or `None` if it did not.
+  """Returns the first meta-iteration of a chunk that is not finite, or `None` if all are finite.
 
-  What is looked at costs nothing on the device: the losses, which are there, and the state after the chunk, which a
-  gradient that is not finite leaves its mark on. Steps are taken again only if something is found.
+  The check costs nothing on the device. It reads the losses of the chunk, which are available already, and the state
+  after the chunk, because a gradient that is not finite leaves non-finite entries in the state. Only if a number is not
+  finite are meta-iterations computed again, in a binary search for the first bad one. Steps that `skip_bad_steps` has
+  skipped are not reported.
 
   Args:
-    good: the state before the chunk.
-    progress: of the chunk.
-    go: `(state, step) → state` trains on until `step`, as the chunk was trained.
+    good: State before the chunk; its numbers are finite.
+    progress: Progress after the chunk.
+    go: Function `(state, step) → state` that trains until `step` in the same way as the chunk was trained.
   """
   losses = np.atleast_2d(progress.info['loss'].T).T  # [n, R]
   first = int(np.max(good.step))
 
   def damage(state, done):
-    """Runs with marks after `done` steps, and the leaves that are marked: `{run: leaves}`."""
+    """Returns the runs that are bad after `done` steps, and their leaves that became non-finite: `{run: leaves}`."""
     found = _newly_bad(good, state)
     more = np.sum(~np.isfinite(losses[:done]), axis=0)
     before, now = skipped(good), skipped(state)
@@ -114,13 +120,13 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
 
 
 def inspect_step(state: TrainState, tasks: Tasks, *, learner: Learner, meta_batch: int) -> StepReport:
-  """Returns the meta-iteration that follows `state`, task by task; nothing is trained.
+  """Returns a report of the meta-iteration that follows `state`, task by task. Nothing is trained.
 
   Args:
-    state: of one run.
-    tasks: as in training.
-    learner: as in training.
-    meta_batch: as in training.
+    state: State of one run.
+    tasks: Tasks that the run is trained on.
+    learner: Learner that the run trains.
+    meta_batch: Number of tasks in a meta-iteration of the run.
   """
   keys = step_keys(state.key, state.step, meta_batch)
   tasks = tasks.prepare(lambda: (keys[0], keys[1]))
@@ -141,7 +147,12 @@ def _by_task(meta, tasks, keys, *, learner):
 
 
 def describe(bad: BadStep, report: StepReport | None = None) -> str:
-  """Returns in words what is not finite: the step, and with a report the tasks, their keys and the leaves."""
+  """Returns a sentence on what is not finite: the step and, if a report is given, the tasks, their keys and the leaves.
+
+  Args:
+    bad: Bad step.
+    report: Report of the bad step from `inspect_step`.
+  """
   where = f'of run {bad.run} (from 0) is not finite at meta-iteration {bad.step} (from 0)'
   loss_is_bad = not np.isfinite(bad.loss)
   if report is None or not report.bad_tasks:
@@ -161,7 +172,7 @@ def describe(bad: BadStep, report: StepReport | None = None) -> str:
 
 
 def key_texts(report: StepReport, task: int) -> list[str]:
-  """Returns a task's keys as Python that makes them: to sample it, to draw its episode, and for the learner."""
+  """Returns the keys of a task as Python expressions: to sample the task, to draw its episode, and for the learner."""
   data = np.asarray(jax.random.key_data(report.keys[:, task])).tolist()
   impl = jax.random.key_impl(report.keys)
   end = '' if str(impl) == str(jax.random.key_impl(jax.random.key(0))) else f', impl={str(impl)!r}'
@@ -169,7 +180,7 @@ def key_texts(report: StepReport, task: int) -> list[str]:
 
 
 def lines(report: StepReport) -> list[str]:
-  """Returns a report as lines of text: each task's loss and keys, and each leaf's gradient norm, by task."""
+  """Returns a report as lines of text: the loss and keys of each task, and the gradient norm of each leaf and task."""
   bad = report.bad_tasks
   found = [f'meta-iteration {report.step} (from 0): {len(bad)} of {len(report.losses)} tasks are not finite']
   for task, loss in enumerate(report.losses):
@@ -186,7 +197,7 @@ def lines(report: StepReport) -> list[str]:
 
 
 def _newly_bad(before: TrainState, after: TrainState) -> dict[int, list[str]]:
-  """Returns, for each run that has any, the leaves with an entry that was finite and is not: `{run: leaves}`."""
+  """Returns `{run: leaves}`: the leaves with an entry that was finite and is not any more. Other runs are left out."""
   found: dict[int, list[str]] = {}
   runs = before.step.ndim
   parts = [(state.meta, state.opt_state) for state in (before, after)]

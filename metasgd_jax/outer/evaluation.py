@@ -1,4 +1,4 @@
-"""How well a learner does on unseen tasks: a value for every task, and intervals made of them at the edge."""
+"""Evaluation of a learner on unseen tasks: one value of the metric per task, and confidence intervals of the values."""
 
 import functools
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from metasgd_jax.outer.placement import Placement
 from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
 AT_ONCE = 32
-"""Largest number of tasks that are computed at the same time unless a number is asked for; it bounds the memory."""
+"""Largest number of tasks computed at the same time if the placement gives no number. The limit bounds the memory."""
 
 
 class Interval(NamedTuple):
   """A mean and the half-width of its 95% confidence interval, in the units of the values.
 
   Attributes:
-    mean: over tasks, or over runs.
-    ci95: the half-width; infinite for a single value.
+    mean: Mean over tasks, or over runs.
+    ci95: Half-width of the interval; infinite for a single value.
 
   Example:
     >>> print(ms.Interval(mean=0.8412, ci95=0.0789))
@@ -49,20 +49,21 @@ def evaluate(
 ) -> np.ndarray:
   """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
 
-  The tasks depend on `key` alone, so two learners with the same key are judged on the same tasks and episodes, and
-  their values can be compared in pairs. A learner with more steps than it was trained with may be given.
+  The tasks depend only on `key`. Two learners that are evaluated with the same key receive the same tasks and episodes,
+  so their values can be compared in pairs. The learner may take more inner steps than in training.
 
   Args:
-    learner: how to adapt and predict; its `path` gives the steps.
-    meta: its meta-parameters, of one run.
-    tasks: where unseen tasks come from; Q is its episodes'.
-    key: consumed; split into one for each task.
-    metric_fn: `(outputs [Q, …], targets [Q, …]) → scalar`, on the query.
-    num_tasks: T.
-    repeats: episodes drawn of each task.
-    placement: How the tasks are placed on devices. `tasks_at_once='all'`, and a number that does not divide the tasks
-      of a device, mean the greatest divisor up to 32, or up to that number. Of several processes all must call this
-      function, and each receives all values.
+    learner: Learner, which adapts and predicts. Its `path` determines the number of inner steps.
+    meta: Meta-parameters of one run of the learner.
+    tasks: Unseen tasks. Q is the number of query items of their episodes.
+    key: Random key, consumed. It is split into one key per task.
+    metric_fn: Metric on the query, `(outputs [Q, …], targets [Q, …]) → scalar`.
+    num_tasks: Number of tasks T.
+    repeats: Number of episodes drawn from each task.
+    placement: How the tasks are placed on devices. The number of tasks that a device computes at the same time is a
+      divisor of the number of tasks on the device. With `tasks_at_once='all'` it is the greatest divisor up to 32, and
+      with a number it is the greatest divisor up to that number. If the devices belong to several processes, every
+      process must call this function, and every process receives all values.
 
   Raises:
     ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, or if the devices cannot share the tasks
@@ -103,14 +104,14 @@ def _group(placement: Placement, meta: PyTree, num_tasks: int) -> int:
 
 
 def _part(num_tasks: int, group: int, sent_at_once: int) -> int:
-  """Returns the number of tasks whose data are sent together: groups that divide all tasks evenly."""
+  """Returns the number of tasks whose data are sent together: a multiple of `group` that divides `num_tasks`."""
   groups = max(n for n in range(1, max(1, sent_at_once // group) + 1) if num_tasks // group % n == 0)
   return group * groups
 
 
 @functools.partial(jax.jit, static_argnames='repeats')
 def _episode_keys(keys, *, repeats):
-  """The keys of each task and of each of its episodes, as `_evaluate` draws them: `[tasks · repeats]` each."""
+  """Returns the sample keys and the episode keys that `_evaluate` will use, each `[tasks · repeats]`."""
 
   def of_task(key):
     sample_key, repeat_key = jax.random.split(key)
@@ -147,15 +148,16 @@ def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, group, mesh):
 
 
 def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
-  """Returns the mean of n values `[n]` and its 95% interval, t_{0.975, n−1} · s / √n with Student's t.
+  """Returns the mean of n values and the half-width of its 95% confidence interval.
 
-  A single value has an infinite interval.
+  The half-width is t_{0.975, n−1} · s / √n, with the standard deviation s of the values and Student's t. A single value
+  has an infinite half-width.
 
   Args:
-    values: `[n]`, one a task, or one a run.
+    values: Values `[n]`, one per task or one per run.
 
   Raises:
-    ValueError: values that are not one-dimensional, or none at all.
+    ValueError: if `values` is not one-dimensional, or if it is empty.
 
   Example:
     >>> print(ms.confidence_interval(np.array([1.0, 2.0, 3.0])))
@@ -163,11 +165,11 @@ def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or values.size == 0:
-    raise ValueError(f'confidence_interval takes one value a task, [n] with n >= 1, got shape {values.shape}')
+    raise ValueError(f'values must be one value a task, of shape [n] with n >= 1, got shape {values.shape}')
   n = values.size
   if n == 1:
     return Interval(float(values[0]), float('inf'))
-  from scipy.special import stdtrit  # scipy is imported where it is first used.
+  from scipy.special import stdtrit  # Imported when it is first used.
 
   quantile = stdtrit(n - 1, 0.975)
   return Interval(float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(n)))

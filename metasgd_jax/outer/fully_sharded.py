@@ -1,7 +1,7 @@
-"""θ, α and the optimiser's state in parts, one a device: what is kept between meta-iterations takes 1/n of the memory.
+"""Sharding of θ, α and the optimiser's state: between meta-iterations each of n devices stores 1/n of these arrays.
 
-While a meta-iteration runs, every device has the whole θ and α, since a task adapts all of θ. What falls is what stays:
-with Adam three times θ and α.
+While a meta-iteration runs, every device has the whole θ and α, because a task adapts all of θ. Only the memory of the
+train state between meta-iterations decreases; with Adam this state is three times the size of θ and α.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,17 @@ from metasgd_jax.tree import is_key
 from metasgd_jax.types import PyTree
 
 SMALL = 2**14
-"""Entries of an array below which each device has the whole of it; 64 KiB of float32."""
+"""Number of entries below which each device stores the whole array: 64 KiB in float32."""
 
 
 def split_dimension(leaf: Any, devices: int) -> int | None:
-  """Returns the dimension that is split: the largest that the devices share evenly, of equals the first.
+  """Returns the dimension that is split: the largest one that the devices can share evenly, the first in case of a tie.
 
-  `None` for an array of fewer than `SMALL` entries, for keys, and where there is no such dimension.
+  Returns `None` if the array has fewer than `SMALL` entries, if it is a random key, or if no dimension can be shared.
+
+  Args:
+    leaf: Array, or its `jax.ShapeDtypeStruct`.
+    devices: Number of devices.
   """
   if is_key(leaf) or leaf.size < SMALL:
     return None
@@ -30,17 +34,17 @@ def split_dimension(leaf: Any, devices: int) -> int | None:
 
 
 def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Returns a `NamedSharding` for each array of a train state, or of any tree: in parts, or whole if it is small."""
+  """Returns a `NamedSharding` for each array of the tree. Large arrays are split, and small arrays are replicated."""
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf, mesh)), tree)
 
 
 def split(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Returns the tree with each array laid over the mesh by `shardings`."""
+  """Returns the tree with each array placed on the mesh according to `shardings`."""
   return jax.tree.map(sharding.placed, tree, shardings(mesh, tree))
 
 
 def constrained(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Returns the tree, inside jit, with each array held to its sharding."""
+  """Returns the tree with each array constrained to its sharding. For use inside `jax.jit`."""
   return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(mesh, tree))
 
 
@@ -49,12 +53,13 @@ def share_gradients(
 ) -> Callable[[Any, Any], tuple[PyTree, PyTree]]:
   """Returns `function(shared, tasks) → (info, grads of meta)` with tasks `[T, …]` split over the devices.
 
-  As `sharding.share_tasks` does, but each device is left with its part of the mean gradients alone (a reduce-scatter).
+  This function does the same as `sharding.share_tasks`, but each device receives only its own part of the mean
+  gradients (a reduce-scatter).
 
   Args:
-    function: pure; its results are means over its tasks.
-    mesh: of one axis.
-    meta: of the gradients' shapes.
+    function: Pure function whose results are means over its tasks.
+    mesh: Mesh with one axis.
+    meta: Meta-parameters, which have the shapes of the gradients.
   """
   axis = mesh.axis_names[0]
 

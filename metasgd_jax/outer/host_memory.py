@@ -1,26 +1,27 @@
-"""The host's memory."""
+"""Memory of the host: how much is available, and how to release freed memory."""
 
 import ctypes
 import pathlib
 
 
 def release_freed() -> bool:
-  """Returns freed memory to the system with glibc's malloc_trim, and returns whether this C library has it.
+  """Releases freed memory to the operating system with glibc's malloc_trim. Returns whether the C library has it.
 
   XLA's compiler frees hundreds of MiB that malloc would otherwise keep for the lifetime of the process.
   """
   try:
     trim = ctypes.CDLL(None).malloc_trim
-  except (AttributeError, OSError, TypeError):  # Not glibc; on Windows the process itself is no library.
+  except (AttributeError, OSError, TypeError):  # The C library is not glibc, or the system is Windows.
     return False
   trim(0)
   return True
 
 
 def available() -> int | None:
-  """Returns the bytes that this process may still take, of Linux; `None` where the system does not say.
+  """Returns the number of bytes that this process can still allocate on Linux, or `None` if the system reports none.
 
-  What the system has available, or a control group (version 2) leaves, whichever is less.
+  The number is the smaller one of the memory that the system has available and the memory that the limit of the control
+  group (version 2) leaves.
   """
   try:
     lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
@@ -30,6 +31,6 @@ def available() -> int | None:
   group = pathlib.Path('/sys/fs/cgroup')
   try:
     limit, used = (int((group / name).read_text()) for name in ('memory.max', 'memory.current'))
-  except (OSError, ValueError):  # No group, or 'max': no limit.
+  except (OSError, ValueError):  # Without a control group, or with 'max', there is no limit.
     return system
   return max(0, min(system, limit - used))

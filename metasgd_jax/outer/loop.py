@@ -103,9 +103,9 @@ def run_loop(
 ) -> TrainState:
   """Runs meta-iterations from `state` until `meta_iterations` are done, and returns the last state.
 
-  The loop stays on the device for `chunk` meta-iterations. It is compiled once: the length of a chunk is a run-time
-  number, so that the last, shorter chunk is the same program. The state is donated to the program, except for the
-  arrays of the caller and of the callbacks, which are copies.
+  The loop stays on the device for `chunk` meta-iterations. The loop is compiled once: the length of a chunk is a
+  run-time number, so that the last, shorter chunk runs the same program. The state is donated to the program. The
+  arrays of the caller and of the callbacks stay valid, because the loop works on copies of them.
 
   Args:
     state: State of one run or of R runs side by side.
@@ -155,12 +155,19 @@ def run_loop(
 def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -> int:
   """Returns the number of meta-iterations done, after the checks of the state."""
   if placement.shard_meta and state.step.ndim:
-    raise ValueError(f'shard_meta is for one run, got {len(state.step)} side by side; train them one after the other')
+    raise ValueError(
+      f'shard_meta is for one run, got {len(state.step)} runs side by side; train them one after the other'
+    )
   if np.ptp(state.step):
-    raise ValueError(f'runs side by side must have done as many meta-iterations, got {np.asarray(state.step)}')
+    raise ValueError(
+      f'runs side by side must each have done as many meta-iterations as the others, got {np.asarray(state.step)}; '
+      'train them separately'
+    )
   done = int(np.max(state.step))
   if done > meta_iterations:
-    raise ValueError(f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}')
+    raise ValueError(
+      f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}; raise meta_iterations'
+    )
   return done
 
 
@@ -190,7 +197,7 @@ def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNG
 
 @functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
 def _chunk_keys(key, step, *, meta_batch, chunk):
-  """Returns the keys of all tasks and episodes of a chunk. Keys of R runs are put together: `[R·chunk·T]` each."""
+  """Returns the sample keys and the episode keys of a chunk, each `[R·chunk·T]` for R runs."""
   of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
   keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
   return tuple(keys[:, :, i].ravel() for i in range(2))

@@ -1,4 +1,4 @@
-"""What meta-training will take of memory, before it does: nothing is allocated, the step is compiled."""
+"""Prediction of the memory that meta-training will need. The step is compiled, but nothing is allocated."""
 
 import dataclasses
 import functools
@@ -15,25 +15,28 @@ from metasgd_jax.outer.placement import Placement
 from metasgd_jax.types import Learner, TaskDistribution, Tasks, check_count
 
 ROOM = 0.9
-"""Of the memory that is there, how much may be planned for."""
+"""Largest fraction of the available memory that a plan may use."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-  """Bytes of a meta-iteration on one device, R = 1.
+  """Memory of a meta-iteration of one run (R = 1) on one device. All sizes are in bytes.
 
   Attributes:
-    parts: of what is there between steps, by name: θ and α, or the learner's meta-parameters, and the optimiser's
-      state.
-    arguments: of the step's arguments: those parts, and the tasks' data.
-    episodes: of a device's share of the meta-batch; they are drawn inside, so are part of the intermediates.
-    intermediates: what the compiler sets aside beside arguments and results.
-    results: of the step's results: the parts once more, and the losses.
-    at_once: tasks that are laid out at the same time.
-    tasks: of a device.
-    devices: how many share the meta-batch; on a CPU they share one memory.
-    available: of a device, or of the host; `None` where it cannot be told.
-    fits_at_once: where it does not fit, how many tasks at a time would; 0 for none.
+    parts: Sizes of the arrays that stay between meta-iterations, by name: θ and α (or the learner's meta-parameters),
+      and the optimiser's state.
+    arguments: Size of the arguments of the step: the arrays in `parts` and the data of the tasks.
+    episodes: Size of the episodes of the tasks of one device. The episodes are drawn inside the step, so they are part
+      of the intermediates.
+    intermediates: Size of the memory that the compiler reserves in addition to arguments and results.
+    results: Size of the results of the step: new values of the arrays in `parts`, and the losses.
+    at_once: Number of tasks that a device computes at the same time.
+    tasks: Number of tasks on one device.
+    devices: Number of devices that share the meta-batch. CPU devices share one memory.
+    available: Memory that is available to one device, or `None` if it is unknown. For a CPU device it is an equal share
+      of the host's memory.
+    fits_at_once: Number of tasks at a time that would fit, if the plan does not fit; 0 if not even one task at a time
+      would fit. It is `None` if the plan fits.
 
   Example:
     >>> parts = {'θ': 4_000, 'α': 4_000, "the optimiser's state": 16_000}
@@ -56,16 +59,16 @@ class MemoryPlan:
 
   @property
   def total(self) -> int:
-    """Bytes at the peak, of one device."""
+    """Peak memory of one device, in bytes."""
     return self.arguments + self.intermediates + self.results
 
   @property
   def fits(self) -> bool:
-    """Whether it fits in what is available; true where that cannot be told."""
+    """Whether the plan fits into the available memory. True if the available memory is unknown."""
     return self.available is None or self.total <= ROOM * self.available
 
   def __str__(self) -> str:
-    """The plan as a table, and a sentence on whether it fits."""
+    """Returns the plan as a table, followed by a sentence that says whether the plan fits."""
     rows = [*self.parts.items(), ("the tasks' data", self.arguments - sum(self.parts.values()))]
     rows += [('results: the same once more', self.results), ('intermediates', self.intermediates)]
     rows += [(f'  of which episodes, {self.tasks} tasks', self.episodes), ('in all', self.total)]
@@ -74,15 +77,15 @@ class MemoryPlan:
 
   def _verdict(self) -> str:
     if self.available is None:
-      return 'whether it fits cannot be told: neither the device nor the system says how much there is'
+      return 'whether the plan fits cannot be told: neither the device nor the system reports its available memory'
     there = f'{in_words(self.available)} are available' + (' to each device' if self.devices > 1 else '')
     if self.fits:
       return f'fits: {there}'
     if self.fits_at_once:
-      return f'does NOT fit: {there}; tasks_at_once={self.fits_at_once} would'
+      return f'does NOT fit: {there}; tasks_at_once={self.fits_at_once} would fit'
     return (
-      f'does NOT fit: {there}, and one task at a time would not either; take a smaller network or support, '
-      "adjoint='revolve' for many inner steps, or let a part of θ adapt (`adapt_only`, `low_rank`)"
+      f'does NOT fit: {there}, and one task at a time would not fit either; use a smaller network or support, '
+      "adjoint='revolve' for many inner steps, or let only a part of θ adapt (`adapt_only`, `low_rank`)"
     )
 
 
@@ -95,22 +98,23 @@ def plan_memory(
   placement: Placement = Placement(),
   available: int | None = None,
 ) -> MemoryPlan:
-  """Returns what a meta-iteration of `train`, whose arguments these are, will take.
+  """Returns the memory that a meta-iteration of `train` will need, for one run.
 
-  The step is compiled for shapes alone; a stream sends one meta-iteration's data. Where the plan does not fit, the
-  step is compiled anew for one task at a time, and for the groups that fit by a line through both, to say which mapping
-  does.
+  The step is compiled from the shapes of its arguments, and nothing is allocated. Only a `TaskStream` sends data, those
+  of one meta-iteration. If the plan does not fit, the plan also says how many tasks at a time would fit. For this
+  purpose the step is compiled again for one task at a time. A line through the two plans then predicts which larger
+  numbers of tasks fit. The step is compiled for these numbers too, the largest first, until one fits.
 
   Args:
-    tasks: what to train on.
-    learner: what to train.
-    optimizer: the outer optimiser.
-    meta_batch: tasks in a meta-iteration.
+    tasks: Tasks to train on.
+    learner: Learner to train.
+    optimizer: Outer optimiser.
+    meta_batch: Number of tasks in a meta-iteration.
     placement: How the tasks are placed on devices.
-    available: bytes of a device; what JAX or the system says where left out.
+    available: Memory that is available to one device, in bytes. By default JAX or the operating system reports it.
 
   Raises:
-    ValueError: as `train_step`; an available memory below 0.
+    ValueError: if `available` is below 0, or if `train_step` would raise it.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -123,7 +127,7 @@ def plan_memory(
       θ ...
   """
   if available is not None and available < 0:
-    raise ValueError(f'available must be a number of bytes, at least 0, got {available}')
+    raise ValueError(f'available must be a number of bytes of at least 0, got {available}')
   check_count('meta_batch', meta_batch)
   placement.check(meta_batch)
   keys = step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
@@ -157,7 +161,12 @@ def plan_memory(
 
 
 def _groups_that_may_fit(plan: MemoryPlan, one: MemoryPlan) -> list[int]:
-  """Returns numbers of tasks at a time, the greatest first, that fit by a line through both plans; one by itself."""
+  """Returns the numbers of tasks at a time that should fit, by a line through two plans, the largest first.
+
+  Args:
+    plan: Plan that does not fit.
+    one: Plan for one task at a time. If this plan does not fit, the result is empty.
+  """
   if not one.fits:
     return []
   each = (plan.total - one.total) / (plan.at_once - 1)
@@ -178,7 +187,7 @@ def _episode_bytes(tasks: TaskDistribution, key) -> int:
 
 
 def _available(devices: int) -> int | None:
-  """Bytes of the first device that are free, or of the host by the devices that share it."""
+  """Returns the free memory of one device in bytes; CPU `devices` each get an equal share of the host's memory."""
   device = jax.local_devices()[0]
   found: dict[str, int] = device.memory_stats() or {}
   if 'bytes_limit' in found:
@@ -188,12 +197,12 @@ def _available(devices: int) -> int | None:
 
 
 def size_of(tree: chex.ArrayTree) -> int:
-  """Returns the bytes of a tree of arrays, or of their shapes."""
+  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def in_words(size: float) -> str:
-  """Returns a number of bytes as people read it: '1.5 MiB'."""
+  """Returns a number of bytes in a readable unit, such as '1.5 MiB'."""
   for unit in ('B', 'KiB', 'MiB'):
     if size < 1024:
       return f'{size:.0f} B' if unit == 'B' else f'{size:.1f} {unit}'

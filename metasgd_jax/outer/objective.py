@@ -13,14 +13,14 @@ def mean_loss(
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """Returns (1/T) Σ_i L_query(T_i)(θ_i′) and the mean of every info entry.
 
-  Algorithm 1's objective (Li et al. 2017), as a mean where the paper writes a sum, so that the learning rate does
-  not depend on T.
+  This is the objective of Algorithm 1 (Li et al. 2017). It is a mean, although the paper writes a sum, so that the
+  learning rate does not depend on T.
 
   Args:
-    learner: the learner.
-    meta: its meta-parameters.
-    episodes: leaves `[T, …]`.
-    keys: `[T]`, one a task; consumed.
+    learner: Learner.
+    meta: Meta-parameters of the learner.
+    episodes: Episodes of T tasks, a pytree with leaves `[T, …]`.
+    keys: Random keys `[T]`, one per task, consumed.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -44,13 +44,13 @@ def mean_loss_and_grad(
   *,
   tasks_at_once: TasksAtOnce = 'auto',
 ) -> tuple[tuple[chex.Array, dict[str, chex.Array]], PyTree]:
-  """Returns `((loss, info), d loss / d meta)` of `mean_loss`.
+  """Returns `((loss, info), d loss / d meta)` for the loss and info of `mean_loss`.
 
   Args:
-    learner: the learner.
-    meta: its meta-parameters.
-    episodes: leaves `[T, …]`.
-    keys: `[T]`, one a task; consumed.
+    learner: Learner.
+    meta: Meta-parameters of the learner.
+    episodes: Episodes of T tasks, a pytree with leaves `[T, …]`.
+    keys: Random keys `[T]`, one per task, consumed.
     tasks_at_once: Number of tasks that are computed at the same time; see `Placement`.
 
   Raises:

@@ -29,13 +29,14 @@ class Placement:
     tasks_at_once: Number of tasks that a device computes at the same time. With 'all' the tasks are vmapped together,
       which suits small networks and accelerators, and memory grows with the number of tasks. With 1 the tasks run one
       after another with the memory of a single task, which then fits into the cache of a CPU. With another number,
-      which must divide the number of tasks on a device, groups of so many tasks run one after another. With 'auto' it
-      is 1 on a CPU for at least `LARGE` meta-parameters, and 'all' otherwise.
+      which must divide the number of tasks on a device, groups of that size run one after another. 'auto' means 1 on a
+      CPU if there are at least `LARGE` meta-parameters, and 'all' otherwise.
     mesh: Devices that share the tasks, such as `sharding.task_mesh(meta_batch)`. By default one device has all tasks.
     shard_meta: Whether the devices also share the large arrays of the train state; see `fully_sharded`.
 
   Raises:
-    ValueError: if a value is none of these, if `shard_meta` is given without a mesh, or if the mesh has several axes.
+    ValueError: if `tasks_at_once` is none of these values, if `shard_meta` is given without a mesh, or if the mesh has
+      several axes.
 
   Example:
     >>> ms.Placement(tasks_at_once=4, mesh=ms.sharding.task_mesh(8)).tasks_at_once
@@ -63,7 +64,7 @@ class Placement:
 
   @property
   def state_mesh(self) -> Mesh | None:
-    """The devices that share the large arrays of the train state, if they do."""
+    """Devices that share the large arrays of the train state, or `None` if each device has the whole state."""
     return self.mesh if self.shard_meta else None
 
   @property
@@ -88,6 +89,6 @@ class Placement:
     group = num_tasks if at_once == 'all' else int(at_once)
     if group > num_tasks or num_tasks % group:
       raise ValueError(
-        f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; take a divisor'
+        f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; give a divisor'
       )
     return group

@@ -1,4 +1,4 @@
-"""Tasks over several devices, of one process or of several; on a CPU, over its cores."""
+"""Distribution of tasks over several devices, in one process or in several. The cores of a CPU can be devices too."""
 
 import os
 import re
@@ -19,16 +19,19 @@ _COUNT_FLAG = '--xla_force_host_platform_device_count'
 
 
 def cpu_cores_as_devices() -> None:
-  """Makes each core that this process may use a device of JAX's CPU back end, and gives each device two threads.
+  """Makes each core that this process may use a device of JAX's CPU backend, and gives each device two threads.
 
-  A loop's body runs on one core where its operations are convolutions, so one device leaves the other cores idle. A
-  device whose program has a loop holds one of XLA's threads, of which there are as many as cores, or as the environment
-  variable NPROC says; the loop's products want another, and where each is held by a device, all wait forever. So NPROC
-  is raised to two for each device. To be called before JAX is first used; a number of devices that is set already, by
-  `jax_num_cpu_devices` or in XLA_FLAGS, stays.
+  Call this function before JAX is first used. A number of devices that is already set, by `jax_num_cpu_devices` or in
+  XLA_FLAGS, is not changed.
+
+  XLA runs the convolutions in the body of a loop on one core, so a single device would leave the other cores idle.
+
+  XLA has as many threads as there are cores, or as the environment variable NPROC says. A device whose program has a
+  loop occupies one thread, and the matrix products in the loop need another thread. If devices occupy all threads, they
+  wait forever. Therefore NPROC is raised to at least two threads per device.
 
   Raises:
-    RuntimeError: JAX is in use already.
+    RuntimeError: if JAX is already in use.
   """
   devices = getattr(jax.config, 'jax_num_cpu_devices', 0)
   by_flag = re.search(rf'{_COUNT_FLAG}=(\d+)', os.environ.get('XLA_FLAGS', ''))
@@ -45,26 +48,28 @@ def _cores() -> int:
 
 
 def _threads() -> int:
-  """XLA's, of a CPU."""
+  """Returns the number of threads that XLA has on a CPU."""
   given = os.environ.get('NPROC', '')
   return int(given) if given.isdecimal() and int(given) else _cores()
 
 
 def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
-  """Returns a mesh with one axis, 'tasks', of as many devices of each process; `None` for a single device.
+  """Returns a mesh with one axis, 'tasks', or `None` if there is only a single device to use.
+
+  Every process contributes the same number of devices to the mesh.
 
   Args:
-    num_tasks: to be shared evenly.
-    devices: so many of each process; as many as share num_tasks evenly where left out.
+    num_tasks: Number of tasks that the devices must share evenly.
+    devices: Number of devices of each process. The default is the largest number that can share the tasks evenly.
 
   Raises:
-    ValueError: there are not so many, or they cannot share the tasks evenly.
+    ValueError: if a process has fewer than `devices` devices, or if the devices cannot share the tasks evenly.
 
   Warns:
-    UserWarning: CPU devices have too few threads; see `cpu_cores_as_devices`.
+    UserWarning: if XLA has too few threads for the CPU devices; see `cpu_cores_as_devices`.
 
   Example:
-    >>> mesh = ms.sharding.task_mesh(4)  # For `train(..., meta_batch=4, mesh=mesh)`.
+    >>> mesh = ms.sharding.task_mesh(4)  # For `train(..., meta_batch=4, placement=ms.Placement(mesh=mesh))`.
     >>> mesh is None or 4 % mesh.size == 0  # None where there is one device.
     True
   """
@@ -78,13 +83,13 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
       )
     devices = max(n for n in range(1, most + 1) if num_tasks % (n * len(processes)) == 0)
   if not 1 <= devices <= most:
-    whose = ' of a process' if len(processes) > 1 else ''
-    raise ValueError(f'devices must be from 1 to {most}, as many as JAX has{whose}, got {devices}')
+    whose = ' in each process' if len(processes) > 1 else ''
+    raise ValueError(f'devices must be from 1 to {most}, the number that JAX has{whose}, got {devices}')
   mesh = Mesh([device for those in of_each for device in those[:devices]], ('tasks',))
   check_mesh(mesh, num_tasks)
   if devices > 1 and mesh.devices.flat[0].platform == 'cpu' and _threads() < 2 * devices:
     warnings.warn(
-      f'{devices} CPU devices with {_threads()} threads of XLA may wait for each other forever; call '
+      f'{devices} CPU devices with only {_threads()} threads of XLA can wait for each other forever; call '
       f'cpu_cores_as_devices() before JAX is first used, or set NPROC={2 * devices} in the environment',
       stacklevel=2,
     )
@@ -92,7 +97,7 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
 
 
 def host_device() -> jax.Device:
-  """Returns a CPU of this process as a device of JAX; its first device of all where JAX was told to leave CPUs out."""
+  """Returns the first CPU device of this process, or its first device of any kind if JAX is configured without CPUs."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -100,13 +105,13 @@ def host_device() -> jax.Device:
 
 
 def check_axes(mesh: Mesh | None) -> None:
-  """Raises ValueError unless the mesh, if there is one, has a single axis."""
+  """Raises ValueError unless `mesh` is `None` or has exactly one axis."""
   if mesh is not None and len(mesh.axis_names) != 1:
     raise ValueError(f'mesh must have one axis, for tasks, got {mesh.axis_names}')
 
 
 def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
-  """Raises ValueError unless the mesh, if there is one, has a single axis and its devices share num_tasks evenly."""
+  """Raises ValueError unless `mesh` is `None`, or has exactly one axis and devices that share `num_tasks` evenly."""
   check_axes(mesh)
   if mesh is not None and num_tasks % mesh.size:
     raise ValueError(
@@ -115,9 +120,10 @@ def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
 
 
 def on_all(mesh: Mesh | None, tree: PyTree) -> PyTree:
-  """Returns the tree with a copy on each device of the mesh; as it is without one.
+  """Returns the tree with a copy of every array on each device of the mesh, or the tree itself if `mesh` is `None`.
 
-  Of several processes each gives its own copy, which must be that of the others; nothing passes between them.
+  Each process copies its own arrays to its own devices. All processes must have the same values, because nothing is
+  sent between the processes.
   """
   if mesh is None:
     return tree
@@ -126,7 +132,11 @@ def on_all(mesh: Mesh | None, tree: PyTree) -> PyTree:
 
 
 def placed(leaf: Any, sharding: Sharding) -> jax.Array:
-  """Returns an array as a sharding has it; in several processes each gives the whole array, or all a global one."""
+  """Returns an array with the given sharding.
+
+  If the sharding covers devices of several processes, every process must pass the whole array, or all processes must
+  pass the same global array.
+  """
   if sharding.is_fully_addressable:
     return jax.device_put(leaf, sharding)
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -138,14 +148,15 @@ def placed(leaf: Any, sharding: Sharding) -> jax.Array:
 
 
 def on_one(mesh: Mesh | None, tree: PyTree) -> PyTree:
-  """Returns what `on_all` has copied, on this process's first device of the mesh alone; as it is without a mesh."""
+  """Undoes `on_all`: returns the copy on this process's first device, or the tree itself if `mesh` is `None`."""
   return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def gathered(tree: PyTree) -> PyTree:
-  """Returns the tree on the host; where its arrays lie in several processes all must call this, and get the whole.
+  """Returns the tree with its arrays as NumPy arrays on the host.
 
-  Keys stay keys of JAX, of which NumPy knows none.
+  If an array is split over several processes, every process must call this function, and every process receives the
+  whole array. Random keys remain JAX arrays, because NumPy has no random keys.
 
   Example:
     >>> ms.sharding.gathered({'w': jnp.zeros(2)})
@@ -162,7 +173,14 @@ def gathered(tree: PyTree) -> PyTree:
 
 
 def mean_over(tree: PyTree, axis: str) -> PyTree:
-  """Returns the mean over devices, inside shard_map, in one message for all arrays of a type."""
+  """Returns the mean of each array over the devices of a mesh axis. For use inside `jax.shard_map`.
+
+  All arrays of the same dtype are averaged by a single collective operation.
+
+  Args:
+    tree: Pytree of arrays.
+    axis: Name of the mesh axis.
+  """
   leaves, structure = jax.tree.flatten(tree)
   found: dict[int, jax.Array] = {}
   for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
@@ -176,16 +194,17 @@ def mean_over(tree: PyTree, axis: str) -> PyTree:
 def share_tasks(
   function: Callable[[Any, Any], PyTree], mesh: Mesh | None, *, average: bool
 ) -> Callable[[Any, Any], PyTree]:
-  """Returns `function(shared, tasks)` as a function whose tasks `[T, …]` are split over the mesh's devices.
+  """Returns `function(shared, tasks)` as a function whose tasks `[T, …]` are split over the devices of the mesh.
 
-  Each device runs the function on its own share, and there alone: gradients taken inside are those of the device's
-  tasks. (With `check_vma=True` and θ the same everywhere, `jax.grad` inside would add up the inner gradients of all
-  devices: every task would adapt to every device's support.)
+  Each device runs the function only on its own tasks, and gradients inside the function are those of these tasks. This
+  needs `check_vma=False`. With `check_vma=True` and a replicated θ, `jax.grad` inside the function would sum the inner
+  gradients over all devices, and every task would adapt to the supports of all devices.
 
   Args:
-    function: pure; its results are means over its tasks (`average`), or have a row for each.
-    mesh: of one axis; `None` returns the function itself.
-    average: whether results are averaged over the devices; otherwise they are put together, `[T, …]`.
+    function: Pure function. With `average` its results must be means over its tasks. Without `average` its results must
+      have one row per task.
+    mesh: Mesh with one axis. If it is `None`, the function itself is returned.
+    average: Whether the results are averaged over the devices. Otherwise they are concatenated to `[T, …]`.
   """
   if mesh is None:
     return function

@@ -19,17 +19,18 @@ from metasgd_jax.types import Episode, Learner, TaskDistribution, Tasks, TaskStr
 
 
 def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
+  """Returns the train state before the first meta-iteration. R keys give the state of R runs side by side.
 
   Args:
-    key: `[]` or `[R]`; becomes the run's key, and the start is drawn from it.
-    tasks: gives one episode, for its shapes.
-    learner: whose meta-parameters are drawn.
-    optimizer: the outer optimiser, over the whole meta pytree.
+    key: Random key `[]`, or R keys `[R]`. It becomes the key of the run, and the initial meta-parameters are drawn with
+      a key that is derived from it.
+    tasks: Tasks to train on. One episode is drawn from them, for its shapes.
+    learner: Learner whose meta-parameters are drawn.
+    optimizer: Outer optimiser of the whole pytree of meta-parameters.
 
   Raises:
-    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank; tasks or an optimizer that are none,
-      an episode that is no `Episode`; what the learner raises.
+    ValueError: if `key` is a key of the old kind (`jax.random.PRNGKey`) or has another rank, if `tasks` or `optimizer`
+      is of another type, if the tasks do not return an `Episode`, or if the learner raises it.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -47,18 +48,18 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
 
 
 def _check_parts(tasks: Any, optimizer: Any) -> None:
-  """Raises ValueError unless these are tasks and an optimiser."""
+  """Raises ValueError if `tasks` or `optimizer` is of another type."""
   if not isinstance(tasks, TaskDistribution | TaskStream):
     raise ValueError(f'tasks must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
   if not callable(getattr(optimizer, 'init', None)) or not callable(getattr(optimizer, 'update', None)):
-    raise ValueError(f'optimizer must be an optimiser of optax, such as optax.adam(1e-3), got {optimizer!r:.80}')
+    raise ValueError(f'optimizer must be an optax optimiser, such as optax.adam(1e-3), got {optimizer!r:.80}')
 
 
 def check_key(key: chex.PRNGKey) -> None:
-  """Raises ValueError unless key is `jax.random.key`'s, or an array [R] of such."""
+  """Raises ValueError unless `key` is a random key of `jax.random.key`, or an array `[R]` of such keys."""
   dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
   if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
-    raise ValueError(f'key must be jax.random.key(seed), or an array [R] of such, got {dtype} of shape {shape}')
+    raise ValueError(f'key must be jax.random.key(seed) or an array [R] of such keys, got {dtype} of shape {shape}')
 
 
 def _init_keys(key):
@@ -75,9 +76,10 @@ def _init(key, tasks, *, learner, optimizer):
     meta = learner.init(init_key, episode)
   except AttributeError as e:
     if type(episode.support) in (tuple, list):
-      raise ValueError('the support is no ms.Batch but a plain tuple or list; give ms.Batch(x, y)') from e
+      raise ValueError('the support must be an ms.Batch, got a plain tuple or list; give ms.Batch(x, y)') from e
     raise
-  # A dtype that were weak here would be strong after a meta-iteration: another program for the next chunk.
+  # Weakly typed leaves are made strongly typed. Otherwise the first step would change the types of the state, and the
+  # loop would be compiled twice.
   meta, opt_state = strong((meta, optimizer.init(meta)))
   return TrainState(jnp.zeros((), jnp.int32), key, meta, opt_state)
 
@@ -93,17 +95,17 @@ def train_step(
 ) -> tuple[TrainState, Info]:
   """Returns the state after one meta-iteration of one run, and its info with `loss` added.
 
-  (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′), Algorithm 1 of Li et al. 2017, with any optax optimiser for β
-  except line searches. Optimisers that ask for them receive the loss as `value` and its gradient as `grad`, but no
-  `value_fn`. The loss of a few tasks is noisy: `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some
-  hundreds.
+  The update is (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′), as in Algorithm 1 of Li et al. 2017. Instead of a
+  step of size β, any optax optimiser except a line search can be used. An optimiser that takes extra arguments receives
+  the loss as `value` and the gradient of the loss as `grad`, but no `value_fn`. The loss of a few tasks is noisy, so
+  `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some hundreds.
 
   Args:
     state: State of one run.
-    tasks: T = `meta_batch` tasks are drawn from it with `(state.key, state.step)`. Inside jit a `TaskStream` cannot
-      send anything; give the distribution that its `prepare` returns.
-    learner: The learner.
-    optimizer: The outer optimiser.
+    tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. Inside `jax.jit` a
+      `TaskStream` cannot send data; pass the distribution that its `prepare` returns.
+    learner: Learner.
+    optimizer: Outer optimiser.
     meta_batch: Number of tasks T.
     placement: How the tasks are placed on devices.
 
@@ -174,25 +176,26 @@ def train(
   """Runs meta-training from `state` until `meta_iterations` are done, and returns the last state.
 
   The loop stays on the device for `chunk` meta-iterations, including the drawing of tasks. After each chunk the
-  callbacks are called with a `Progress`. The arrays of `state` and of a `Progress` stay valid.
+  callbacks are called with a `Progress`. The arrays of `state` and of a `Progress` stay valid; they are never donated.
 
   Args:
     state: State from `init`, of one run or of R runs side by side.
     tasks: Tasks to train on. The data of a `TaskStream` for the next chunk are sent while the device works.
-    learner: The learner.
-    optimizer: The outer optimiser that `state` was made with.
+    learner: Learner.
+    optimizer: Outer optimiser, the same one that `state` was made with.
     meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
     meta_batch: Number of tasks in a meta-iteration.
     placement: How the tasks are placed on devices, which may belong to several processes. Each process then calls this
       function with the same arguments, and each device draws its own share of the tasks. The returned state, and the
-      state of a `Progress`, are on the first device of this process; with `shard_meta` they stay split over all.
+      state of a `Progress`, are on the first device of this process; with `shard_meta` they stay split over all
+      devices.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
 
   Raises:
     ValueError: if a count is not an integer of at least 1, if the devices cannot share the tasks evenly, if `tasks` or
       `optimizer` is of another type, if runs are at different steps, if the state is already past `meta_iterations`, or
-      if `shard_meta` is asked for with R runs.
+      if `shard_meta` is used with R runs.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)

@@ -1,4 +1,4 @@
-"""Pictures of meta-learning. The only place that imports matplotlib; each function returns a Figure."""
+"""Figures of meta-learning. Only this package imports matplotlib. Each function returns a Figure or an animation."""
 
 from metasgd_jax.plotting.figures import (
   Accuracy,

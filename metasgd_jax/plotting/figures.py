@@ -1,4 +1,4 @@
-"""Curves, histograms and tables as pictures."""
+"""Curves, histograms and tables as figures."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from metasgd_jax.types import Batch, PyTree
 
 
 class Fit(NamedTuple):
-  """One learner's fit of one curve.
+  """The fit of one learner to one curve.
 
   Attributes:
-    name: of the learner.
-    before: its prediction with θ, `[P]`, at the picture's P inputs.
-    after: its prediction with θ′, `[P]`.
+    name: Name of the learner.
+    before: Prediction of the learner with θ at the P inputs of the figure, `[P]`.
+    after: Prediction of the learner with θ′ at the same inputs, `[P]`.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -34,13 +34,15 @@ class Fit(NamedTuple):
 def adaptation_curves(
   x: np.ndarray, truths: Sequence[np.ndarray], supports: Sequence[Batch], fits: Sequence[Sequence[Fit]]
 ) -> Figure:
-  """Draws Figure 3 of Li et al. 2017: a column a curve, a row a learner; truth, support, and fit before and after.
+  """Draws Figure 3 of Li et al. 2017, with one column per curve and one row per learner.
+
+  Each panel shows the true curve, the support, and the fit before and after adaptation.
 
   Args:
-    x: `[P]`, inputs.
-    truths: for each column, `[P]`.
-    supports: for each column, x and y `[K, 1]`.
-    fits: for each column, a `Fit` for each row.
+    x: Inputs of all curves, `[P]`.
+    truths: True values of the curve of each column, `[P]`.
+    supports: Support of each column, with x and y `[K, 1]`.
+    fits: Fits of each column, one `Fit` for each row.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -71,10 +73,10 @@ def adaptation_curves(
 
 
 def alpha_histograms(alpha: PyTree) -> Figure:
-  """Draws how the entries of α are distributed in each layer, and the share of them below zero.
+  """Draws a histogram of the entries of each leaf of α, with the share of negative entries.
 
   Args:
-    alpha: of one run.
+    alpha: Rates α of one run.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -89,7 +91,7 @@ def alpha_histograms(alpha: PyTree) -> Figure:
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for ax, (path, leaf) in zip(axes, leaves, strict=False):
     entries = np.ravel(np.asarray(leaf, np.float64))
-    # A few entries in a thousand may lie far out; they would squeeze the others into one bar.
+    # A few entries in a thousand may be far from zero. In a range that includes them, all others would share one bar.
     low, high = np.quantile(entries, [0.002, 0.998] if entries.size > 1000 else [0, 1])
     bins = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
     ax.hist(entries[entries < 0], bins, color=ORANGE)
@@ -109,12 +111,12 @@ def alpha_histograms(alpha: PyTree) -> Figure:
 
 
 def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str, log: bool = False) -> Figure:
-  """Draws a quantity against meta-iterations: the mean over runs as a line, the runs' range as a band.
+  """Draws a quantity against meta-iterations. A line shows the mean over the runs, and a band shows their range.
 
   Args:
-    curves: `{label: (steps [n], values [n, R])}`.
-    ylabel: the quantity, with its unit.
-    log: whether its axis is logarithmic.
+    curves: Curves by their labels, `{label: (steps [n], values [n, R])}`.
+    ylabel: Label of the y-axis: the quantity with its unit.
+    log: Whether the y-axis is logarithmic.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -140,13 +142,13 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylab
 
 
 class Accuracy(NamedTuple):
-  """One learner's accuracy in a panel of `accuracies`, 0 to 1.
+  """The accuracy of one learner in a panel of `accuracies`. All values are from 0 to 1.
 
   Attributes:
-    name: of the learner.
-    mean: its accuracy.
-    ci95: the interval's half-width.
-    published: the paper's accuracy; `None` where it has none.
+    name: Name of the learner.
+    mean: Mean accuracy of the learner.
+    ci95: Half-width of the 95% confidence interval.
+    published: Accuracy that the paper reports, or `None` if the paper reports none.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -161,10 +163,12 @@ class Accuracy(NamedTuple):
 
 
 def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
-  """Draws a table of accuracies: a panel a setting, a line a learner, the best on top; the paper's as diamonds.
+  """Draws accuracies as a table, with one panel per setting and one line per learner.
+
+  The best learner is at the top. Diamonds show the accuracies that the paper reports.
 
   Args:
-    panels: `{setting: learners}`.
+    panels: Accuracies of the learners in each setting, `{setting: learners}`.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -195,10 +199,10 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
 
 
 def instance_curve(curves: Mapping[str, np.ndarray]) -> Figure:
-  """Draws the accuracy at the n-th item of a class in a sequence (Santoro et al. 2016, figure 2), 0 to 1.
+  """Draws the accuracy at the n-th item of a class in a sequence, as in Figure 2 of Santoro et al. 2016.
 
   Args:
-    curves: `{label: values [n]}`.
+    curves: Accuracies from 0 to 1 by their labels, `{label: values [n]}`.
 
   Example:
     >>> from metasgd_jax import plotting

@@ -1,4 +1,4 @@
-"""Paths of a point in the plane, before and after adapting: Figure 4 of Li et al. 2017, and an animation of it."""
+"""Paths of a point in the plane before and after adaptation: Figure 4 of Li et al. 2017, and an animation of it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,14 +12,15 @@ from metasgd_jax.plotting.colours import BLUE, GREY, ORANGE
 
 
 class Walks(NamedTuple):
-  """What one learner's policy did in one task.
+  """The paths of one learner's policy in one task.
 
   Attributes:
-    name: of the learner.
-    start: `[2]`.
-    goal: `[2]`.
-    paths: `[k + 1, B, P, 2]`, the positions after 0, 1, …, k updates; after its end a path stands still.
-    returns: `[k + 1]`, the mean undiscounted return after as many updates.
+    name: Name of the learner.
+    start: Position of the start, `[2]`.
+    goal: Position of the goal, `[2]`.
+    paths: Positions after 0, 1, …, k updates, `[k + 1, B, P, 2]`, for B paths of P positions. The last position of a
+      shorter path is repeated.
+    returns: Mean undiscounted returns after 0, 1, …, k updates, `[k + 1]`.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -42,10 +43,10 @@ _STYLE: dict[str, dict[str, Any]] = {
 
 
 def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
-  """Draws paths before and after one update: a row a learner, a column a task.
+  """Draws paths before and after one update, with one row per learner and one column per task.
 
   Args:
-    walks: for each task, `Walks` of each learner.
+    walks: Paths of each task, one `Walks` for each learner.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -76,12 +77,12 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
 
 
 def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, milliseconds: int = 60) -> FuncAnimation:
-  """Animates one task: the points of every trajectory walk before the first update, and again after each.
+  """Animates one task: a point moves along each path before the first update, and again after each update.
 
   Args:
-    walks: of each learner, all of the same task.
-    steps: of a path that are shown; all where left out.
-    milliseconds: a frame.
+    walks: Paths of each learner, all in the same task.
+    steps: Number of steps of each path that are shown. By default all steps are shown.
+    milliseconds: Duration of one frame, in milliseconds.
 
   Example:
     >>> import pathlib, tempfile
@@ -97,7 +98,7 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
   axes = figure.subplots(1, len(walks), squeeze=False)[0]
   most = walks[0].paths.shape[2]
   shown = most if steps is None else min(steps + 1, most)
-  rest = 8  # Frames for which the last position of each round stays.
+  rest = 8  # Number of frames that show the last position before the next update.
   lines, dots = [], []
   for ax, walk in zip(axes, walks, strict=True):
     lines.append([ax.plot([], [], color=BLUE, linewidth=0.7, alpha=0.6)[0] for _ in walk.paths[0]])
@@ -120,13 +121,13 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
 
   draw(0)
   figure.draw_without_rendering()
-  figure.set_layout_engine('none')  # The first frame's is that of all; finding it takes a quarter of a frame's time.
+  figure.set_layout_engine('none')  # All frames share the first layout. A new layout takes a quarter of a frame's time.
   frames = len(walks[0].paths) * (shown + rest)
   return FuncAnimation(figure, draw, frames=frames, interval=milliseconds, blit=False)
 
 
 def _mark(ax, walk: Walks) -> None:
-  """The start, the goal, and the plane around the square that goals are drawn from."""
+  """Draws the start, the goal, and the square from which goals are sampled, and sets the limits of the axes."""
   ax.plot(*walk.goal, linestyle='', zorder=3, **_STYLE['goal'])
   ax.plot(*walk.start, linestyle='', zorder=3, **_STYLE['start'])
   ax.plot([-0.5, 0.5, 0.5, -0.5, -0.5], [-0.5, -0.5, 0.5, 0.5, -0.5], color=GREY, linewidth=0.5, linestyle=':')

@@ -1,4 +1,4 @@
-"""Sheets of images: a few-shot task, and what a classifier answered."""
+"""Sheets of images: a few-shot task, and the answers of a classifier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,14 @@ from metasgd_jax.types import Batch
 
 
 def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
-  """Draws one few-shot task: a row a class, its support on the left, its query on the right, wrong answers in red.
+  """Draws one few-shot task with one row per class.
+
+  The support is on the left and the query is on the right. Wrong answers are red.
 
   Args:
-    support: x `[N·K, H, W, D]` in 0 to 1, y `[N·K]`.
-    query: x `[N·Q, H, W, D]`, y `[N·Q]`.
-    logits: `[N·Q, N]`, the answers after adaptation.
+    support: Support, with images x `[N·K, H, W, D]` from 0 to 1 and labels y `[N·K]`.
+    query: Query, with images x `[N·Q, H, W, D]` from 0 to 1 and labels y `[N·Q]`.
+    logits: Logits of the query after adaptation, `[N·Q, N]`.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -55,17 +57,19 @@ def prediction_sheet(
   names: Sequence[str],
   truth: Sequence[str | None] | None = None,
 ) -> Figure:
-  """Draws what a classifier was shown, a row a class, and below it what it answered, with the answer's probability.
+  """Draws the support of a classifier, one row per class, and below it the query with the classifier's answers.
 
-  Up to 10 pictures of a class and 40 of the query are drawn; the headings say of how many.
+  Each answer is shown with its probability. At most 10 images of a class and 40 images of the query are drawn, and the
+  headings say how many there are.
 
   Args:
-    classes: N names.
-    support: of each class `[n, H, W, D]` in 0 to 1.
-    query: `[Q, H, W, D]` in 0 to 1.
-    probabilities: `[Q, N]`.
-    names: of the query's pictures, Q.
-    truth: their classes, None where unknown; answers are then green or red.
+    classes: Names of the N classes.
+    support: Support images of each class, `[n, H, W, D]` from 0 to 1.
+    query: Query images, `[Q, H, W, D]` from 0 to 1.
+    probabilities: Probabilities of the classes for each query image, `[Q, N]`.
+    names: Names of the Q query images.
+    truth: True classes of the Q query images, each `None` if it is unknown. If the class is known, a right answer is
+      green and a wrong answer is red.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -83,7 +87,7 @@ def prediction_sheet(
   figure = Figure(figsize=(left + row * columns + 0.15, height))
   width = figure.get_figwidth()
 
-  def text(x, y, words, **style):  # x and y in inches from the upper left; a name may hold dollar signs.
+  def text(x, y, words, **style):  # x and y are in inches from the upper left. Names may contain dollar signs.
     figure.text(x / width, 1 - y / height, words, parse_math=False, **style)
 
   def picture(x, y, image, colour, thick):
@@ -124,12 +128,12 @@ def prediction_sheet(
 
 
 def _displayed(image: np.ndarray) -> np.ndarray:
-  """An image `[H, W, D]` as imshow takes it: grey, or red, green and blue."""
+  """Returns an image `[H, W, D]` in a form that imshow accepts: grey, or red, green and blue."""
   return image if image.shape[-1] in (3, 4) else image.mean(-1)
 
 
 def _shortened(name: str, most: int, end: bool = False) -> str:
-  """A name, or the beginning or end of one that is too long."""
+  """Returns a name, or only its beginning or its end if the name has more than `most` characters."""
   if len(name) <= most:
     return name
   return '…' + name[1 - most :] if end else name[: most - 1] + '…'

@@ -1,4 +1,4 @@
-"""Reinforcement learning: tasks are Markov decision processes, and adapting is a policy-gradient step."""
+"""Reinforcement learning: a task is a Markov decision process, and an inner step is a policy-gradient step."""
 
 from metasgd_jax.rl.advantages import (
   MAML_ADVANTAGES,

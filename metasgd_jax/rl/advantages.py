@@ -1,4 +1,7 @@
-"""How much better an action was than expected: returns, a linear baseline, and generalised advantages."""
+"""Returns, a linear baseline, and generalised advantages.
+
+The advantage of an action says how much better the action was than expected.
+"""
 
 import dataclasses
 
@@ -12,17 +15,19 @@ from metasgd_jax.rl.types import Trajectories
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """How advantages are estimated; the defaults are those of MAML's released code for 2D navigation.
+  """How advantages are estimated. The defaults are those of MAML's released code for 2D navigation.
 
   Attributes:
-    discount: γ, a step's; 0.99.
-    decay: λ of the generalised advantages; 1 makes them returns minus the baseline.
-    baseline: subtract the linear baseline, fitted to the very trajectories; without, it is zero.
-    ridge: of the baseline's fit.
-    bootstrap: where time, not the task, ends a trajectory, count the baseline's value of what would follow. The code
-      does not. The baseline sees the time and is fitted to returns that the horizon cuts, so of trajectories that are
-      all cut it says that nearly nothing follows; it says more where the task ends some before.
-    normalized: to mean 0 and deviation 1 over a task's valid steps.
+    discount: Discount factor γ of one step. The default is 0.99.
+    decay: Decay λ of the generalised advantages. With 1 the advantages are the returns minus the baseline.
+    baseline: Whether the linear baseline is subtracted. It is fitted to the same trajectories whose advantages are
+      estimated. If False, the baseline is zero.
+    ridge: Ridge coefficient of the baseline's fit.
+    bootstrap: Whether the baseline's value of the last observation stands for the rewards that would follow, if time
+      and not the task ended a trajectory. In MAML's released code it does not. The baseline knows the time step and is
+      fitted to returns that stop at the horizon. If time ends all trajectories, the baseline therefore predicts a value
+      close to zero at the horizon. If the task ends some trajectories earlier, the predicted value is larger.
+    normalized: Whether advantages are normalised to mean 0 and standard deviation 1 over the valid steps of a task.
 
   Example:
     >>> import dataclasses
@@ -42,24 +47,24 @@ class AdvantageConfig:
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}')
     if not self.ridge > 0:
-      raise ValueError(f'ridge must be above 0, got {self.ridge}; features may be linearly dependent')
+      raise ValueError(f'ridge must be above 0, got {self.ridge}; take 1e-5, as features may be linearly dependent')
     if self.bootstrap and not self.baseline:
-      raise ValueError('bootstrap=True takes its value from the baseline, and baseline is False; set it')
+      raise ValueError('bootstrap=True needs the values of the baseline, got baseline=False; set baseline=True')
 
 
 MAML_ADVANTAGES = AdvantageConfig()
-"""Finn et al. 2017, 2D navigation."""
+"""Settings of Finn et al. 2017 for 2D navigation."""
 
 
 def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANTAGES) -> chex.Array:
-  """Returns the advantages `[B, H]` of one task's trajectories, leaves `[B, …]`; zero after the end.
+  """Returns the advantages of the trajectories of one task, `[B, H]`. They are zero after the end of a trajectory.
 
-  The baseline is fitted to these trajectories' own discounted returns; then equation 16 of Schulman et al. 2016, and
-  then they are normalised.
+  First the baseline is fitted to the discounted returns of these trajectories. Then the advantages are computed by
+  equation 16 of Schulman et al. 2016. Then they are normalised.
 
   Args:
-    trajectories: of one task, leaves `[B, …]`.
-    config: discount, λ, and whether there is a baseline.
+    trajectories: Trajectories of one task, with leaves `[B, …]`.
+    config: How advantages are estimated: the discount, λ, and whether there is a baseline.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -91,9 +96,9 @@ def discounted_returns(rewards: chex.Array, valid: chex.Array, discount: float) 
   """Returns R_t = Σ_{s ≥ t} γ^{s−t} r_s over the valid steps s of one trajectory, `[H]`.
 
   Args:
-    rewards: `[H]`.
-    valid: `[H]` bool.
-    discount: γ.
+    rewards: Rewards of the trajectory, `[H]`.
+    valid: Whether each step was taken, `[H]`, bool.
+    discount: Discount factor γ of one step.
 
   Example:
     >>> print(ms.rl.discounted_returns(jnp.array([1.0, 1.0, 1.0]), jnp.array([True, True, True]), 0.5))
@@ -111,17 +116,18 @@ def generalized_advantages(
   discount: float,
   decay: float,
 ) -> chex.Array:
-  """Returns A_t = Σ_{s ≥ t} (γλ)^{s−t} δ_s with δ_t = r_t + γ V_{t+1} − V_t, of one trajectory, `[H]`.
+  """Returns A_t = Σ_{s ≥ t} (γλ)^{s−t} δ_s with δ_t = r_t + γ V_{t+1} − V_t for one trajectory, `[H]`.
 
-  Equation 16 of Schulman et al. 2016 (generalised advantage estimation). After the end it is zero.
+  This is equation 16 of Schulman et al. 2016 (generalised advantage estimation). The advantages are zero after the end
+  of the trajectory.
 
   Args:
-    rewards: `[H]`.
-    values: `[H]`, V of each step's observation.
-    valid: `[H]` bool.
-    last_value: `[]`, V after the last valid step: zero where the task ended the trajectory.
-    discount: γ.
-    decay: λ.
+    rewards: Rewards of the trajectory, `[H]`.
+    values: Values V of the observation before each step, `[H]`.
+    valid: Whether each step was taken, `[H]`, bool.
+    last_value: Value V of the observation after the last valid step, `[]`. It is zero if the task ended the trajectory.
+    discount: Discount factor γ of one step.
+    decay: Decay λ.
 
   Example:
     >>> rewards, valid = jnp.array([1.0, 1.0]), jnp.array([True, True])
@@ -134,14 +140,14 @@ def generalized_advantages(
 
 
 def linear_features(observations: chex.Array, first_step: chex.Numeric = 0) -> chex.Array:
-  """Returns o, o², t/100, (t/100)², (t/100)³ and 1 of each step: `[H, O]` → `[H, 2 O + 4]`.
+  """Returns the features o, o², t/100, (t/100)², (t/100)³ and 1 of each step: `[H, O]` → `[H, 2 O + 4]`.
 
-  The linear feature baseline of Duan et al. 2016, with o cut to ±10 and t in steps of 1/100 whatever the
-  horizon, as in rllab's code for it.
+  These are the features of the linear baseline of Duan et al. 2016. The observation o is clipped to ±10, and the time
+  step t is divided by 100 for every horizon. Both details are those of rllab's code for this baseline.
 
   Args:
-    observations: `[H, O]`.
-    first_step: t of the first of them.
+    observations: Observations o, `[H, O]`.
+    first_step: Time step t of the first observation.
 
   Example:
     >>> ms.rl.linear_features(jnp.zeros((20, 2))).shape
@@ -153,17 +159,18 @@ def linear_features(observations: chex.Array, first_step: chex.Numeric = 0) -> c
 
 
 def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, ridge: float = 1e-5) -> chex.Array:
-  """Returns the w `[F]` that makes Σ (features · w − targets)² + ridge ‖w‖² over the valid steps least.
+  """Returns the weights w `[F]` that minimise Σ (features · w − targets)² + ridge ‖w‖² over the valid steps.
 
-  In closed form, by a QR decomposition of the features over √ridge I. Its error grows with their condition number,
-  where that of the normal equations grows with its square, which single precision does not bear: a pendulum's
-  cos² + sin² = 1 makes features linearly dependent.
+  The solution is computed in closed form, by a QR decomposition of the features stacked on √ridge I. The error of this
+  method grows with the condition number of the features. The error of the normal equations grows with the square of
+  the condition number, which is too much for single precision: for a pendulum, cos² + sin² = 1 makes the features
+  linearly dependent.
 
   Args:
-    features: `[…, F]`.
-    targets: `[…]`.
-    valid: `[…]` bool.
-    ridge: rllab's 1e-5.
+    features: Features of each step, `[…, F]`.
+    targets: Targets of the fit, `[…]`.
+    valid: Whether each step was taken, `[…]`, bool.
+    ridge: Ridge coefficient. The default, 1e-5, is that of rllab.
 
   Example:
     >>> weights = ms.rl.fit_linear(jnp.ones((4, 1)), jnp.array([1.0, 3.0, 1.0, 3.0]), jnp.ones(4, bool))
@@ -179,12 +186,14 @@ def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, 
 
 
 def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -> chex.Array:
-  """Returns (x − mean) / (deviation + ε), both over the valid entries alone; zero elsewhere.
+  """Returns (x − mean) / (deviation + ε) for the valid entries, and zero for the other entries.
+
+  The mean and the standard deviation are those of the valid entries.
 
   Args:
-    values: `[…]`.
-    valid: `[…]` bool.
-    epsilon: rllab's 1e-8.
+    values: Values x, `[…]`.
+    valid: Whether each entry is valid, `[…]`, bool.
+    epsilon: Number ε that is added to the deviation. The default, 1e-8, is that of rllab.
 
   Example:
     >>> print(ms.rl.normalize(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
@@ -197,7 +206,7 @@ def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -
 
 
 def _discounted_sums(x, discount):
-  """Y_t = x_t + discount · y_{t+1}, `[H]`."""
+  """Returns y_t = x_t + discount · y_{t+1}, `[H]`."""
 
   def body(later, now):
     total = now + discount * later

@@ -1,6 +1,7 @@
-"""Gymnasium's environments, stepped on the host, as trajectories for the same inner loop.
+"""Trajectories from Gymnasium environments, which are stepped on the host. The inner loop is the same as on the device.
 
-Needs the extra `gym`. What is here can't be jitted or vmapped, but what it returns goes into functions that are.
+This module needs the extra `gym`. Its functions cannot be jitted or vmapped, but their results can be passed to jitted
+and vmapped functions.
 """
 
 import functools
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
   import gymnasium
 
 Make = Callable[[Any], 'gymnasium.Env']
-"""`task → environment`, a new one at each call; the task's arrays are NumPy's."""
+"""`task → environment`. Each call returns a new environment. The arrays of the task are NumPy arrays."""
 
 Act = Callable[['gymnasium.Space', np.ndarray], Any]
-"""`(action space, action [A] of the policy) →` the action that the environment takes."""
+"""`(action space, action) → action`: converts an action `[A]` of the policy to an action of the environment."""
 
 
 def to_box(space: 'gymnasium.Space', action: np.ndarray) -> np.ndarray:
-  """Returns low + (clip(a, −1, 1) + 1) / 2 · (high − low): [−1, 1] onto the bounds of a `Box`, in its shape."""
+  """Returns low + (clip(a, −1, 1) + 1) / 2 · (high − low), which maps [−1, 1] to the bounds of a `Box`.
+
+  The result has the shape and the dtype of the `Box`.
+  """
   box: Any = space
   share = (np.clip(np.asarray(action, np.float64), -1, 1).reshape(box.shape) + 1) / 2
   return (box.low + share * (np.asarray(box.high, np.float64) - box.low)).astype(box.dtype)
@@ -47,26 +51,28 @@ def collect_on_host(
   num: int = 20,
   act: Act = to_box,
 ) -> Trajectories:
-  """Returns `num` trajectories of one task, `[num]` in front of every leaf, as `collect` does on the device.
+  """Returns `num` trajectories of one task. Every leaf has the leading axis `[num]`, as in `collect` on the device.
 
-  All `num` environments step together: at each step the policy is called once, jitted, for all of them. One that has
-  ended waits. `terminated` is Gymnasium's; its `truncated` ends a trajectory as `horizon` does, by time. Observations
-  are flattened by the space's own `flatten`. Arrays have JAX's default float type, whatever the environment's.
+  All `num` environments are stepped together: at each step one call of the jitted policy draws the actions for all
+  environments. An environment that has ended is not stepped again. `terminated` is Gymnasium's `terminated`.
+  Gymnasium's `truncated` ends a trajectory by time, like `horizon`. Observations are flattened by
+  `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type, whatever the environment's type is.
 
   Args:
-    make: `task → environment`, called `num` times; each is closed at the end.
-    policy: draws the actions.
-    theta: the policy's parameters; no gradient goes through.
-    task: handed to `make`, its arrays as NumPy's.
-    key: consumed, split as in `collect`; an environment's seed is drawn from the key of its start.
-    horizon: H, steps at the most.
-    num: B.
-    act: how the policy's action becomes the environment's.
+    make: Function `task → environment`. It is called `num` times, and each environment is closed at the end.
+    policy: Policy that draws the actions.
+    theta: Parameters of the policy. The trajectories have no gradient with respect to them.
+    task: Task that is passed to `make`, with its arrays as NumPy arrays.
+    key: Random key, consumed. It is split as in `collect`. The seed of an environment is drawn from the key for the
+      start of its trajectory.
+    horizon: Largest number of steps H of a trajectory.
+    num: Number of trajectories B.
+    act: Function that converts an action of the policy to an action of the environment; see `Act`.
 
   Raises:
-    ImportError: Gymnasium is not installed.
-    ValueError: num or horizon is no integer of at least 1, or an action space that is no bounded `Box` (unless `act`
-      is given).
+    ImportError: if Gymnasium is not installed.
+    ValueError: if `num` or `horizon` is not an integer of at least 1, or if the action space is not a bounded `Box` and
+      `act` is not given.
 
   Example:
     >>> import gymnasium
@@ -133,25 +139,26 @@ def policy_gradient_on_host(
   act: Act = to_box,
   **options: Any,
 ) -> PolicyGradient:
-  """Builds the inner loop of `policy_gradient` in Gymnasium's environments.
+  """Builds the inner loop of `policy_gradient` for Gymnasium environments.
 
-  `experience` and `explore` step environments on the host, so neither they nor what is made of them, such as
-  `policy_learner`'s functions, can be jitted or vmapped: loop over tasks, and jit `replay`, `surrogate` and what is
-  made of these. `jax.grad` of `policy_learner`'s loss works.
+  `experience` and `explore` step environments on the host. They cannot be jitted or vmapped, and neither can functions
+  that call them, such as those of `policy_learner`. Instead, loop over tasks, and jit `replay`, `surrogate` and
+  functions that call only these two. `jax.grad` of the loss of `policy_learner` works.
 
   Args:
-    make: as in `collect_on_host`; called once here too, with a task of key 0, for the sizes.
-    sample: `key → task`; consumes key.
-    policy: what adapts.
-    horizon: H, as in `collect_on_host`.
-    trajectories: B, as in `policy_gradient`.
-    advantage: as in `policy_gradient`.
-    act: as in `collect_on_host`.
-    **options: of `policy_gradient`.
+    make: Function `task → environment`, as in `collect_on_host`. It is also called once here, with the task that is
+      sampled with key 0, to find the sizes of observations and actions.
+    sample: Function `key → task`, which consumes key.
+    policy: Policy that adapts.
+    horizon: Largest number of steps H, as in `collect_on_host`.
+    trajectories: Number of trajectories B, as in `policy_gradient`.
+    advantage: How advantages are estimated, as in `policy_gradient`.
+    act: Function that converts actions, as in `collect_on_host`.
+    **options: Other options of `policy_gradient`.
 
   Raises:
-    ImportError: Gymnasium is not installed.
-    ValueError: as `collect_on_host` and `policy_gradient`.
+    ImportError: if Gymnasium is not installed.
+    ValueError: if `collect_on_host` or `policy_gradient` does not accept an argument.
 
   Example:
     >>> import gymnasium
@@ -190,7 +197,7 @@ _advantages = jax.jit(advantages, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _keys(key, num, horizon):
-  """Each trajectory's key for its start `[B]`, and those for its actions `[H, B]`, split as `rollout` does."""
+  """Splits `key` as in `rollout`, into keys for the starts of trajectories, `[B]`, and for their actions, `[H, B]`."""
 
   def one(key):
     reset_key, steps_key = jax.random.split(key)
@@ -207,24 +214,27 @@ def _draw(policy, theta, observations, keys):
 
 
 def _filled(values: np.ndarray, horizon: int) -> np.ndarray:
-  """Values `[B, h, …]` with the last of them up to the horizon, `[B, H, …]`."""
+  """Returns `values [B, h, …]`, extended to the horizon, `[B, H, …]`, by repeating the last step."""
   return np.concatenate([values, np.repeat(values[:, -1:], horizon - values.shape[1], 1)], 1)
 
 
 def _check_actions(space, act: Act) -> None:
   bounded = isinstance(space, _gymnasium().spaces.Box) and bool(np.all(np.isfinite([space.low, space.high])))
   if act is to_box and not bounded:
-    raise ValueError(f'to_box scales actions to the bounds of a Box, and the action space is {space}; give act')
+    raise ValueError(f'actions are scaled to the finite bounds of a Box, got the action space {space}; give act')
 
 
 def _only_on_host(*args):
   del args
-  raise RuntimeError('a Gymnasium environment is stepped by collect_on_host, which experience and explore use')
+  raise RuntimeError(
+    'a Gymnasium environment cannot be stepped on the device, got a call to its reset, observe or step; '
+    'use collect_on_host, or the functions experience and explore, which call it'
+  )
 
 
 def _gymnasium():
   try:
     import gymnasium
   except ImportError as error:
-    raise ImportError("Gymnasium is not installed; pip install 'metasgd_jax[gym]'") from error
+    raise ImportError("Gymnasium is not installed; run pip install 'metasgd_jax[gym]'") from error
   return gymnasium

@@ -1,4 +1,4 @@
-"""Meta-SGD and MAML of a policy: adapting is a policy-gradient step on trajectories of the policy's own."""
+"""Meta-SGD and MAML for a policy: an inner step is a policy-gradient step on trajectories of the policy itself."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,15 +18,16 @@ from metasgd_jax.rl.types import Environment, Policy, Trajectories
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, PyTree, TaskDistribution
 
 MeanOver = Literal['step', 'trajectory']
-"""What a surrogate is a mean over: a task's valid steps, as in MAML's released code, or its trajectories.
+"""What a surrogate is averaged over: the valid steps of a task, as in MAML's released code, or its trajectories.
 
-The expected return's own derivatives are those over trajectories; over steps they are smaller by the mean length, which
-differs from task to task where some end early.
+The mean over trajectories has the derivatives of the expected return. The derivatives of the mean over steps are
+smaller: they are divided by the mean length of the trajectories. This length differs from task to task if some
+trajectories end early.
 """
 
 
 class RolloutRequest(NamedTuple):
-  """What `predict` of a policy's learner takes: the task to act in, and the key that it consumes there.
+  """The input of `predict` of a policy's learner: the task to act in, and the random key that `predict` consumes.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -42,7 +43,7 @@ class RolloutRequest(NamedTuple):
 
 
 class Experience(NamedTuple):
-  """Trajectories of one task, leaves `[B, …]`, and their advantages `[B, H]`.
+  """Trajectories of one task, with leaves `[B, …]`, and their advantages `[B, H]`.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -57,19 +58,22 @@ class Experience(NamedTuple):
 
 
 class PolicyGradient(NamedTuple):
-  """How a policy adapts to one task, as pure functions; `policy_learner` and `trpo_meta_step` are made of it.
+  """How a policy adapts to one task, as pure functions. `policy_learner` and `trpo_meta_step` use these functions.
 
   Attributes:
-    environment: the tasks.
-    policy: what adapts.
-    steps: k, inner steps.
+    environment: Environment that gives the tasks.
+    policy: Policy that adapts.
+    steps: Number of inner steps k.
     init: `key → MetaParams`; consumes key.
-    experience: `(θ, task, key) → Experience` of the policy with θ; consumes key; no gradient goes through it.
+    experience: `(θ, task, key) → Experience` of the policy with parameters θ; consumes key. No gradient flows through
+      the experience.
     step: `(meta, θ, experience, i) → θ`, inner step i, counted from 0.
-    explore: `(meta, task, key) → (experiences, path)`: k inner steps, each on experience of the policy before it; a
-      k-tuple of `Experience`, and θ after 0, 1, …, k steps, a (k + 1)-tuple. Consumes key, split into one a step.
-    replay: `(meta, experiences) → θ′`: the same steps on experiences drawn before, under this or another meta.
-    surrogate: `(surrogate, distributions [B, H], experience) → scalar`: its mean over the experience.
+    explore: `(meta, task, key) → (experiences, path)`; consumes key, which is split into one key per step. It takes k
+      inner steps, and each step uses new experience of the policy before the step. `experiences` is a k-tuple of
+      `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
+    replay: `(meta, experiences) → θ′`. It takes the inner steps of `explore` on experiences that were drawn before, for
+      the same meta or for another meta.
+    surrogate: `(surrogate, distributions [B, H], experience) → scalar`, the mean of the surrogate over the experience.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -108,32 +112,39 @@ def policy_gradient(
   advantage: AdvantageConfig = MAML_ADVANTAGES,
   mean_over: MeanOver = 'step',
 ) -> PolicyGradient:
-  """Builds the inner loop: θ′ = θ − α ∘ ∇L(θ), L the surrogate's negative on trajectories of θ, `steps` times.
+  """Builds the inner loop of a policy, which computes θ′ = θ − α ∘ ∇L(θ) `steps` times.
 
-  Algorithm 2 of Li et al. 2017, by `metasgd_jax.adapt`. The defaults are MAML's released code's, but for DiCE, which is
-  unbiased; on 2D navigation α from 0.5, estimator='lvc', λ = 0.9 and a damping of 0.01 in `trpo_meta_step` learn much
-  better. Every step draws trajectories of its own θ_t. Their
-  advantages and log-probabilities are constants; how the sampling depends on θ is the surrogate's part.
+  L is the negative of the surrogate on trajectories of θ. This is the inner loop of Algorithm 2 of Li et al. 2017,
+  computed by `metasgd_jax.adapt`. Each inner step draws new trajectories with the current θ_t. The advantages and the
+  log-probabilities of these trajectories are constants; the surrogate accounts for how the sampling depends on θ.
+
+  The defaults are those of MAML's released code, except for the estimator: the default is DiCE, which is unbiased. On
+  2D navigation, the policy learns much better with an α that starts at 0.5, `estimator='lvc'`, λ = 0.9 and a damping
+  of 0.01 in `trpo_meta_step`.
 
   Args:
-    environment: the tasks.
-    policy: what adapts.
-    alpha: where given, the rate, held still and no part of meta, as `adapt` takes it: MAML. MAML's released script has
-      0.5 for 2D navigation with actions in [−1, 1]. Where left out α is learned: Meta-SGD.
-    alpha_range: where learned, α starts as one number drawn from U[low, high].
-    alpha_per: where learned, what has a rate of its own; see `meta_sgd`.
-    trajectories: B of each step, and of the judging after the last; the paper's 20.
-    steps: k; the paper's 1.
-    rates: `[k]`, step i takes rates[i] · α; ones where left out. MAML's released test script has 1, ½, ½, ….
-    first_order: drop the second derivatives.
-    estimator: what the inner step differentiates; see `surrogate.Estimator`.
-    advantage: how advantages are estimated.
-    mean_over: what a surrogate is a mean over.
+    environment: Environment that gives the tasks.
+    policy: Policy that adapts.
+    alpha: Fixed rate, in a form that `adapt` accepts. A fixed rate is not part of meta, and the learner is MAML. MAML's
+      released script uses 0.5 for 2D navigation with actions in [−1, 1]. By default α is learned, and the learner is
+      Meta-SGD.
+    alpha_range: Range of a learned α at the start. The initial α is one number that is drawn from U[low, high].
+    alpha_per: Part of θ that shares one learned rate; see `meta_sgd`.
+    trajectories: Number of trajectories B of each inner step, and of the evaluation after the last inner step. The
+      paper uses 20.
+    steps: Number of inner steps k. The paper uses 1.
+    rates: Factors of α, `[k]`. Inner step i uses the rate rates[i] · α. By default all factors are 1. MAML's released
+      test script uses 1, ½, ½, ….
+    first_order: Whether second derivatives are dropped.
+    estimator: Surrogate that the inner step differentiates; see `surrogate.Estimator`.
+    advantage: How advantages are estimated.
+    mean_over: What a surrogate is averaged over; see `MeanOver`.
 
   Raises:
-    ValueError: a policy of other sizes than the environment's, an empty alpha_range, an unknown alpha_per, estimator or
-      mean_over, rates that are not `steps` finite numbers, or a count that is none. From
-      `init`: alpha does not fit θ, naming the leaf.
+    ValueError: if the sizes of the policy are not those of the environment, if `alpha_range` is empty, if `alpha_per`,
+      `estimator` or `mean_over` is unknown, if `rates` is not a sequence of `steps` finite numbers, if `steps` is not
+      an integer of at least 0, or if `trajectories` is not an integer of at least 1. The function `init` of the result
+      raises ValueError if `alpha` does not fit θ, and the message names the leaf.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -151,7 +162,7 @@ def policy_gradient(
     if value not in get_args(known):
       raise ValueError(f'{name} must be one of {get_args(known)}, got {value!r}')
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
-    raise ValueError(f'rates must be {steps} finite numbers, one for each of steps={steps}, got {rates}')
+    raise ValueError(f'rates must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
   inner_surrogate = surrogate_of(estimator)
   _check_sizes(environment, policy)
 
@@ -195,7 +206,7 @@ def policy_gradient(
 
 
 def explorer(experience: Callable, step: Callable, steps: int) -> Callable:
-  """Returns `PolicyGradient.explore` of its `experience` and `step`."""
+  """Returns the function `PolicyGradient.explore` for the given `experience` and `step`."""
 
   def explore(meta: MetaParams, task, key):
     experiences, path = [], [meta.theta]
@@ -208,43 +219,53 @@ def explorer(experience: Callable, step: Callable, steps: int) -> Callable:
 
 
 def _check_sizes(environment: Environment, policy: Policy) -> None:
-  """Raises ValueError unless the policy takes the environment's observations and gives its actions."""
+  """Raises ValueError unless the policy has the observation size and the action size of the environment."""
   observation = jax.ShapeDtypeStruct((environment.observation_size,), jnp.result_type(float))
   draw = lambda key, seen: policy.sample(policy.apply(policy.init(key), seen), key)
   try:
     shape = jax.eval_shape(draw, jax.random.key(0), observation).shape
   except (TypeError, ValueError) as e:
-    raise ValueError(f"the policy does not take the environment's observations, {observation.shape}: {e}") from e
+    raise ValueError(
+      f"the policy cannot be applied to the environment's observations, got shape {observation.shape}; "
+      f"build the policy with the environment's observation_size. The error of the policy is: {e}"
+    ) from e
   if shape != (environment.action_size,):
     raise ValueError(
-      f"the policy's actions are {shape}, the environment's {(environment.action_size,)}; build it with its "
-      'observation_size and action_size'
+      f"the policy's actions have shape {shape}, and the environment's actions {(environment.action_size,)}; "
+      "build the policy with the environment's observation_size and action_size"
     )
 
 
 def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
-  """Returns the policy's distributions `[B, H]` where the experience's actions were taken.
+  """Returns the policy's distributions `[B, H]` at the observations of the experience.
 
-  What was observed after an end is taken to be zero: were it not finite, no mask on what follows would keep it out of
-  the gradient.
+  Observations after the end of a trajectory are replaced by zero. An observation there may not be finite, and a mask
+  on later results would not keep it out of the gradient.
   """
   drawn = experience.trajectories
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))
 
 
 def policy_learner(inner: PolicyGradient) -> Learner:
-  """Builds the `Learner` whose support is a task and whose query says where to act: for `train` and `evaluate`.
+  """Builds a `Learner` for `train` and `evaluate`, whose support is a task and whose query is a `RolloutRequest`.
 
-  adapt: `inner.explore`'s last θ. predict: `(θ′, RolloutRequest) → Trajectories [B, …]`, so that a metric is a function
-  of what was done, such as `mean_return`. loss: the negative of TRPO's surrogate on the query's trajectories of θ′,
-  whose gradient at the point goes up the return after adapting. It is the expected return's own with means over
-  trajectories, neither discounted nor normalised, by DiCE, as the inner trajectories become many; otherwise tasks weigh
-  by their advantages' deviation and their number of steps. Its value says nothing (it is zero where
-  advantages are normalised), so info has the mean undiscounted returns, `return_before` and `return_after` adapting.
-  Outer optimisers of optax take it; for the paper's own see `trpo_meta_step`. The tasks are `task_distribution`'s.
+  - `adapt` returns the last θ of `inner.explore`.
+  - `predict` is `(θ′, RolloutRequest) → Trajectories [B, …]`. A metric is therefore a function of trajectories, such as
+    `mean_return`.
+  - `loss` is the negative of TRPO's surrogate on trajectories of θ′ for the query. A small step against the gradient of
+    the loss raises the return after adapting.
+
+  The gradient of the loss approaches that of the negative expected return as the number of inner trajectories grows, if
+  the estimator is DiCE, the mean is over trajectories, and advantages are neither discounted nor normalised. Otherwise
+  the weight of a task depends on the deviation of its advantages and on its number of steps.
+
+  The value of the loss does not measure progress: it is zero if advantages are normalised. Therefore info has the mean
+  undiscounted returns before and after adapting, `return_before` and `return_after`. The outer optimiser can be any
+  optimiser of optax. The outer optimiser of the paper is TRPO; see `trpo_meta_step`. The tasks for this learner come
+  from `task_distribution`.
 
   Args:
-    inner: from `policy_gradient`.
+    inner: Inner loop from `policy_gradient`.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -258,7 +279,7 @@ def policy_learner(inner: PolicyGradient) -> Learner:
   """
 
   def init(key, episode: Episode) -> MetaParams:
-    del episode  # The policy knows its shapes.
+    del episode  # The policy knows the shapes of its parameters.
     return inner.init(key)
 
   def adapt_(meta, task, key):
@@ -282,9 +303,10 @@ def policy_learner(inner: PolicyGradient) -> Learner:
 
 
 def task_distribution(environment: Environment) -> TaskDistribution:
-  """Returns the environment's tasks for `train` and `evaluate`: the support is the task, the query a `RolloutRequest`.
+  """Returns the tasks of an environment, for `train` and `evaluate`.
 
-  An episode is `Episode(task, Batch(RolloutRequest(task, key), task))`, so that a metric's second argument is the task.
+  An episode is `Episode(task, Batch(RolloutRequest(task, key), task))`: the support is the task, and the input of the
+  query is a `RolloutRequest`. The target of the query is the task, so the second argument of a metric is the task.
 
   Example:
     >>> tasks = ms.rl.task_distribution(ms.rl.navigation())
@@ -300,7 +322,9 @@ def _episode(task, key) -> Episode:
 
 
 def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
-  """Returns the mean undiscounted return of trajectories, scalar, whatever the task: a `metric_fn` of `evaluate`.
+  """Returns the mean undiscounted return of trajectories, a scalar. It can be a `metric_fn` of `evaluate`.
+
+  The argument `task` is not used.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -315,16 +339,16 @@ def mean_return(trajectories: Trajectories, task: PyTree = None) -> chex.Array:
 
 
 def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNGKey) -> chex.Array:
-  """Returns the undiscounted return of each of B fresh trajectories after 0, 1, …, k inner steps, `[k + 1, B]`.
+  """Returns the undiscounted returns of B new trajectories after 0, 1, …, k inner steps, `[k + 1, B]`.
 
-  Those it is judged on are not those it adapted to. One task; the caller vmaps. A learner with more steps than it was
-  trained with may be given.
+  The policy is not evaluated on the trajectories that it adapted to. The function is for one task; use `jax.vmap` for
+  several tasks. The learner may have more inner steps than it was trained with.
 
   Args:
-    learner: of `policy_learner`.
-    meta: its meta-parameters.
-    task: of the environment.
-    key: consumed: split into one for adapting and k + 1 for judging.
+    learner: Learner from `policy_learner`.
+    meta: Meta-parameters of the learner.
+    task: Task of the environment.
+    key: Random key, consumed. It is split into one key for adapting and k + 1 keys for evaluation.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)

@@ -1,4 +1,4 @@
-"""A meta-iteration of Meta-SGD or MAML of a policy with TRPO, Algorithm 2 of Li et al. 2017."""
+"""A meta-iteration of Meta-SGD or MAML for a policy, with TRPO: Algorithm 2 of Li et al. 2017."""
 
 import functools
 
@@ -26,34 +26,38 @@ def trpo_meta_step(
   trpo: TrpoConfig = TrpoConfig(),
   placement: Placement = Placement(),
 ) -> tuple[MetaParams, dict[str, chex.Array]]:
-  """Returns meta after one meta-iteration with TRPO, and its info: Algorithm 2 of Li et al. 2017, whole.
+  """Returns meta after one meta-iteration with TRPO, and its info. This is the whole Algorithm 2 of Li et al. 2017.
 
-  Draws tasks; in each, adapts on trajectories of θ and draws trajectories of θ′; then one `trpo_update` of (θ, α)
-  together, or of θ where α is held still. The surrogate is the mean over tasks of TRPO's on the trajectories after
-  adapting, as a function of meta through the inner steps; the divergence is that of the adapted policies, the mean
-  over the valid steps of all tasks, as in MAML's released code.
+  The meta-iteration samples tasks. In each task, the policy adapts on trajectories of θ and then draws trajectories of
+  θ′. Then one `trpo_update` changes θ and α together, or only θ if α is fixed. The surrogate is TRPO's surrogate on the
+  trajectories after adapting, averaged over tasks, as a function of meta through the inner steps. The divergence is
+  that of the adapted policies, averaged over the valid steps of all tasks, as in MAML's released code.
 
-  For many: `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
+  Many meta-iterations can be compiled together:
+  `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
 
   Args:
-    meta: of `inner.init`.
-    key: consumed: split `[3, meta_batch]`, to sample each task, to adapt in it, and to act in it after.
-    inner: from `policy_gradient`.
-    meta_batch: T; the paper's 20.
-    curvature_tasks: how many of the tasks give F; all where left out. Its products are nearly all of the work, and TRPO
-      takes a part of the data for them (Schulman et al. 2015, appendix C); the bound is kept over all of it.
+    meta: Meta-parameters from `inner.init`.
+    key: Random key, consumed. It is split into keys `[3, meta_batch]`: for each task one to sample the task, one to
+      adapt in the task, and one to act in the task after adapting.
+    inner: Inner loop from `policy_gradient`.
+    meta_batch: Number of tasks T. The paper uses 20.
+    curvature_tasks: Number of tasks from which the Fisher matrix F is computed. By default all tasks are used. The
+      products with F are nearly all of the work, and TRPO computes them from a part of the data (Schulman et al. 2015,
+      appendix C). The bound on the divergence is checked on all tasks.
     trpo: Settings of the outer update.
-    placement: How the tasks are placed on devices; a meta-iteration with a mesh must be jitted. Trajectories of all
-      tasks step together; `tasks_at_once` is the number of tasks whose inner steps are computed at the same time, and
-      'auto' is 1 on a CPU, whose cache holds one task, and all elsewhere.
+    placement: How the tasks are placed on devices. A meta-iteration with a mesh must be jitted. The trajectories of all
+      tasks are stepped together, and `tasks_at_once` is the number of tasks whose inner steps are computed at the same
+      time. With 'auto' it is 1 on a CPU, whose cache has space for one task, and the number of all tasks otherwise.
 
   Returns:
-    meta, and a dict of scalars: `return_before` and `return_after` adapting, the mean undiscounted returns in the
-    environment's units, of the meta that was given; and of the step `improvement`, `kl` and `step`, see `TrpoInfo`.
+    The new meta, and a dict of scalars. `return_before` and `return_after` are the mean undiscounted returns before and
+    after adapting, in the environment's units, for the meta that was passed in. `improvement`, `kl` and `step` describe
+    the TRPO step; see `TrpoInfo`.
 
   Raises:
-    ValueError: meta_batch, tasks_at_once or curvature_tasks is no integer of at least 1, or there are fewer tasks than
-      curvature_tasks, or the mesh cannot share either evenly; as `trpo_update`.
+    ValueError: if `meta_batch`, `tasks_at_once` or `curvature_tasks` is not an integer of at least 1, if
+      `curvature_tasks` is greater than `meta_batch`, or if the mesh cannot share one of these two numbers evenly.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -78,7 +82,7 @@ def trpo_meta_step(
   over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
 
   def step(meta, keys):
-    """One device's part: its tasks."""
+    """Computes the meta-iteration for the tasks of one device."""
     tasks = jax.vmap(inner.environment.sample)(keys[0])
     experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
     after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
@@ -86,7 +90,7 @@ def trpo_meta_step(
     surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
 
     def again(meta, task):
-      """The distributions of one task's adapted policy, as a function of meta."""
+      """Returns the distributions of one task's adapted policy, as a function of meta."""
       return act_again(inner.policy, inner.replay(meta, task[0]), task[1])
 
     def distributions_of(data, meta):
@@ -96,7 +100,7 @@ def trpo_meta_step(
       return jnp.mean(jax.vmap(surrogate_of)(distributions, after))
 
     def gradient(meta):
-      """Task by task, so that nothing of a task is kept for the derivative of the next."""
+      """Differentiates each task separately, so that its intermediates are not kept while the next task is computed."""
 
       def one(meta, task):
         distributions = again(meta, task)
@@ -107,8 +111,10 @@ def trpo_meta_step(
       return (value, distributions), gradient
 
     part = _spread(len(keys[0]), curved // devices)
-    # Of a device's share: what it adds to a mean goes by its valid steps. One message after the other, each with what
-    # the one before it brought: of two at once CPU devices may each wait for another.
+    # Mean number of valid steps per device, for all tasks and for the curvature tasks. Each device divides its sum of
+    # divergences by this number, so that the mean over devices is the mean over the valid steps of all devices. All
+    # later reductions include the counts. The reductions are thus chained by a data dependency, because concurrent
+    # collectives can deadlock on CPU devices.
     counts = over_devices([jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])])
     mean = lambda tree: over_devices((tree, counts))[0]
 
@@ -139,7 +145,7 @@ def trpo_meta_step(
 
 
 def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
-  """Raises ValueError unless the mesh's devices, if any, share curvature_tasks evenly."""
+  """Raises ValueError if there is a mesh whose devices cannot share `curvature_tasks` evenly."""
   if mesh and curvature_tasks % mesh.size:
     raise ValueError(
       f'curvature_tasks={curvature_tasks} cannot be shared evenly by {mesh.size} devices; '
@@ -150,9 +156,10 @@ def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
 def explore_tasks(
   inner: PolicyGradient, meta: MetaParams, tasks: PyTree, keys: chex.PRNGKey, tasks_at_once: int
 ) -> tuple[tuple[Experience, ...], PyTree]:
-  """Returns `inner.explore`'s experiences and last θ of T tasks and keys `[T]`; T is in front of every leaf.
+  """Returns the experiences and the last θ of `inner.explore` for T tasks and keys `[T]`. Every leaf is `[T, …]`.
 
-  The tasks' trajectories step together, and their inner steps are taken `tasks_at_once`, which is faster on a CPU.
+  The trajectories of all tasks are stepped together. The inner steps are computed for `tasks_at_once` tasks at the same
+  time, which is faster on a CPU.
   """
   thetas, experiences = jax.tree.map(lambda t: jnp.broadcast_to(t, (len(keys), *t.shape)), meta.theta), []
   split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
@@ -171,10 +178,10 @@ def _tasks_at_once(placement: Placement, meta_batch: int) -> int:
 
 
 def _laid_out(tasks_at_once: int):
-  """`jax.lax.map` of so many tasks at a time."""
+  """Returns a `jax.lax.map` that computes `tasks_at_once` tasks at the same time."""
   return functools.partial(jax.lax.map, batch_size=tasks_at_once if tasks_at_once > 1 else None)
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-  """Returns `count` indices of `total`, evenly apart, so that devices have the same of them that one would take."""
+  """Returns `count` evenly spaced indices below `total`, so that any number of devices chooses the same tasks."""
   return np.arange(count) * total // count

@@ -1,4 +1,4 @@
-"""2D navigation: a point in a square walks to a goal that it cannot see."""
+"""2D navigation: a point moves in the plane to a goal that it cannot observe."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -11,18 +11,18 @@ from metasgd_jax.rl.types import Environment
 from metasgd_jax.types import check_count
 
 Start = Literal['fixed', 'varying']
-"""Where a task's trajectories begin: at (0, 0), or at a point of the task's own. The goal is always of its own."""
+"""Where the trajectories of a task begin: at (0, 0), or at a point that varies by task. The goal varies in any case."""
 
 HALF_WIDTH = 0.5
-"""Starts and goals are uniform in [−0.5, 0.5]², the unit square (Li et al. 2017, section 4.3)."""
+"""Half the width of the unit square [−0.5, 0.5]². Starts and goals are uniform in it (Li et al. 2017, section 4.3)."""
 
 
 class Navigation(NamedTuple):
-  """A task: where trajectories begin and where they should go, positions `[2]` each.
+  """A task: the start and the goal of its trajectories.
 
   Attributes:
-    start: where trajectories begin.
-    goal: where they should go.
+    start: Position where trajectories begin, `[2]`.
+    goal: Position that trajectories should reach, `[2]`.
 
   Example:
     >>> task = ms.rl.Navigation(start=jnp.zeros(2), goal=jnp.array([0.3, -0.4]))
@@ -37,23 +37,24 @@ class Navigation(NamedTuple):
 def navigation(
   start: Start = 'fixed', *, horizon: int = 100, max_step: float = 0.1, tolerance: float = 0.01
 ) -> Environment:
-  """Builds the environment of Li et al. 2017, section 4.3, and Finn et al. 2017, section 5.3.
+  """Builds the 2D navigation environment of Li et al. 2017, section 4.3, and Finn et al. 2017, section 5.3.
 
-  State and observation are the position p `[2]`, an action a `[2]` is a velocity: p′ = p + max_step · clip(a, −1, 1).
-  The reward is −‖p′ − goal‖, the distance to the goal after the step. The task ends a trajectory whose p′ is nearer to
-  the goal than `tolerance` in both coordinates. Positions have no bounds. Dynamics and starts are deterministic: no
-  key is used but by `sample`.
+  The state and the observation are the position p `[2]`. An action a `[2]` is a velocity:
+  p′ = p + max_step · clip(a, −1, 1). The reward is −‖p′ − goal‖, the negative distance to the goal after the step. The
+  task ends a trajectory when p′ is nearer to the goal than `tolerance` in both coordinates. Positions have no bounds.
+  Dynamics and starts are deterministic: only `sample` uses its key.
 
-  That actions in [−1, 1] are scaled, the end, and the constants are MAML's released code's.
+  The scaling of actions in [−1, 1], the end of trajectories and the constants are those of MAML's released code.
 
   Args:
-    start: the task set.
-    horizon: H, steps.
-    max_step: the largest move along a coordinate in one step, in the square's units.
-    tolerance: in the same units.
+    start: Set of tasks; see `Start`.
+    horizon: Largest number of steps H of a trajectory.
+    max_step: Largest move along one coordinate in one step, in the units of the square.
+    tolerance: Distance to the goal in one coordinate below which a trajectory can end, in the units of the square.
 
   Raises:
-    ValueError: an unknown start, a horizon that is no integer of at least 1, or a length that is not above 0.
+    ValueError: if `start` is unknown, if `horizon` is not an integer of at least 1, or if `max_step` or `tolerance` is
+      not positive and finite.
 
   Example:
     >>> environment = ms.rl.navigation('fixed', horizon=20)
@@ -92,5 +93,5 @@ def navigation(
 
 
 def check_horizon(horizon: int) -> None:
-  """Raises ValueError unless horizon is an integer of at least 1."""
+  """Raises ValueError unless `horizon` is an integer of at least 1."""
   check_count('horizon', horizon)

@@ -14,23 +14,24 @@ from metasgd_jax.rl.types import Environment
 Range = tuple[float, float]
 
 SECONDS = 0.05
-"""A step's, as are the next two of Gymnasium's Pendulum-v1."""
+"""Duration of a step in seconds. This and the next two constants are those of Gymnasium's Pendulum-v1."""
 MAX_TORQUE = 2.0
-"""In N m."""
+"""Largest torque in N m."""
 MAX_VELOCITY = 8.0
-"""In rad/s."""
+"""Largest angular velocity in rad/s."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PendulumConfig:
-  """The ranges that a task's constants are drawn from, uniformly; (low, high) each, and low == high holds one still.
+  """Ranges (low, high) from which the constants of a task are drawn uniformly. If low == high, a constant is fixed.
 
-  They are chosen here, around those of Gymnasium's Pendulum-v1, 10, 1 and 1; no paper has them.
+  The default ranges were chosen for this library and are in no paper. They are centred on the constants of Gymnasium's
+  Pendulum-v1: gravity 10, mass 1 and length 1.
 
   Attributes:
-    gravity: in m/s².
-    mass: in kg.
-    length: in m.
+    gravity: Range of the gravity in m/s².
+    mass: Range of the mass in kg.
+    length: Range of the length in m.
 
   Example:
     >>> environment = ms.rl.pendulum(ms.rl.PendulumConfig())
@@ -52,14 +53,14 @@ class PendulumConfig:
 
 
 VARIED = PendulumConfig()
-"""All three vary, by a fifth either way."""
+"""Ranges in which each constant varies by up to a fifth in both directions."""
 
 GYMNASIUM = PendulumConfig((10.0, 10.0), (1.0, 1.0), (1.0, 1.0))
-"""Pendulum-v1 itself: every task is the same."""
+"""The constants of Pendulum-v1 itself: every task is the same."""
 
 
 class Pendulum(NamedTuple):
-  """A task: gravity in m/s², mass in kg and length in m of a uniform rod, scalars `[]`.
+  """A task: the gravity in m/s², and the mass in kg and length in m of a uniform rod. All are scalars `[]`.
 
   Example:
     >>> moon = ms.rl.Pendulum(gravity=jnp.array(1.6), mass=jnp.array(1.0), length=jnp.array(1.0))
@@ -76,26 +77,27 @@ class Pendulum(NamedTuple):
 
 
 class Swing(NamedTuple):
-  """The state: the angle from upright in rad, unwrapped, and its velocity in rad/s, scalars `[]`."""
+  """The state: the angle from upright in rad, not wrapped, and the angular velocity in rad/s, both scalars `[]`."""
 
   angle: chex.Array
   velocity: chex.Array
 
 
 def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environment:
-  """Builds the environment, whose equations are those of Gymnasium's Pendulum-v1.
+  """Builds the pendulum environment. Its equations are those of Gymnasium's Pendulum-v1.
 
-  With θ the angle, ω the velocity, u = 2 clip(a, −1, 1) N m the torque of the action a `[1]` and Δ = 0.05 s:
-  ω′ = clip(ω + (3g / 2l · sin θ + 3u / ml²) Δ, −8, 8), θ′ = θ + ω′ Δ. The reward is −(θ² + 0.1 ω² + 0.001 u²) of the
-  state before the step, θ wrapped to [−π, π). A trajectory starts from θ ~ U[−π, π] and ω ~ U[−1, 1]; `reset` consumes
-  its key for them. The observation `[3]` is (cos θ, sin θ, ω). Time alone ends a trajectory.
+  Let θ be the angle, ω the angular velocity, u = 2 clip(a, −1, 1) N m the torque of the action a `[1]`, and Δ = 0.05 s.
+  A step is ω′ = clip(ω + (3g / 2l · sin θ + 3u / ml²) Δ, −8, 8) and θ′ = θ + ω′ Δ, with gravity g, mass m and length l.
+  The reward is −(θ² + 0.1 ω² + 0.001 u²) of the state before the step, with θ wrapped to [−π, π). A trajectory starts
+  from θ ~ U[−π, π] and ω ~ U[−1, 1], which `reset` draws; `reset` consumes its key. The observation `[3]` is
+  (cos θ, sin θ, ω). A trajectory ends only by time.
 
   Args:
-    config: the ranges of the tasks.
-    horizon: H, steps; Pendulum-v1's 200 are 10 s.
+    config: Ranges of the constants of a task.
+    horizon: Number of steps H. Pendulum-v1 has 200 steps, which are 10 s.
 
   Raises:
-    ValueError: a horizon that is no integer of at least 1.
+    ValueError: if `horizon` is not an integer of at least 1.
 
   Example:
     >>> environment = ms.rl.pendulum()

@@ -1,4 +1,4 @@
-"""Policies: a Gaussian whose mean is a network of the observation."""
+"""Gaussian policies, whose mean is computed from the observation by a network."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from metasgd_jax.types import PyTree, check_count
 
 
 class Gaussian(NamedTuple):
-  """Independent normal distributions: mean and logarithm of the standard deviation, both `[…, A]`.
+  """Independent normal distributions, one for each entry of an action.
 
   Attributes:
-    mean: `[…, A]`, in the units of the actions.
-    log_std: `[…, A]`.
+    mean: Means, `[…, A]`, in the units of the actions.
+    log_std: Logarithms of the standard deviations, `[…, A]`.
 
   Example:
     >>> ms.rl.Gaussian(mean=jnp.zeros(2), log_std=jnp.zeros(2)).mean.shape
@@ -36,22 +36,23 @@ def gaussian(
   std: float = 1.0,
   min_std: float = 1e-6,
 ) -> Policy:
-  """Builds the policy a ~ N(μ(o), diag σ²): μ an MLP with ReLU, log σ free parameters that no observation moves.
+  """Builds the policy a ~ N(μ(o), diag σ²). μ is an MLP with ReLU, and log σ is a parameter that does not depend on o.
 
-  The paper's for 2D navigation is 2-100-100-2 with 2 free parameters (Li et al. 2017, section 4.3). θ is a dict: of
-  each layer, `Dense_0`, …, its `kernel [in, out]` and `bias [out]`, and `log_std [A]`. Weights start from
-  U[−l, l] with l = √(6 / (in + out)) (Glorot & Bengio 2010, equation 16) and biases from zero, as in rllab's Gaussian
-  MLP (Duan et al. 2016), of which MAML's released code is a fork.
+  The paper's policy for 2D navigation is a 2-100-100-2 network with 2 parameters for log σ (Li et al. 2017, section
+  4.3). θ is a dict with a `kernel [in, out]` and a `bias [out]` for each layer `Dense_0`, `Dense_1`, …, and with
+  `log_std [A]`. Weights start from U[−l, l] with l = √(6 / (in + out)) (Glorot & Bengio 2010, equation 16), and biases
+  start from zero. This is the initialisation of rllab's Gaussian MLP (Duan et al. 2016). MAML's released code is a fork
+  of rllab.
 
   Args:
-    observation_size: O.
-    action_size: A.
-    hidden: units of each hidden layer; none makes the mean linear.
-    std: σ at the start, in the units of the actions; 1 is rllab's.
-    min_std: σ never gets below it, in the same units; rllab's 1e-6.
+    observation_size: Number of entries O of an observation.
+    action_size: Number of entries A of an action.
+    hidden: Number of units of each hidden layer. Without hidden layers the mean is linear in the observation.
+    std: Initial standard deviation σ, in the units of the actions. The default, 1, is that of rllab.
+    min_std: Lower bound of σ, in the units of the actions. The default, 1e-6, is that of rllab.
 
   Raises:
-    ValueError: a size that is no integer of at least 1, or not 0 < min_std <= std < ∞.
+    ValueError: if a size is not an integer of at least 1, or if 0 < min_std <= std < ∞ does not hold.
 
   Example:
     >>> policy = ms.rl.gaussian(observation_size=2, action_size=2, hidden=(8,))
@@ -67,7 +68,7 @@ def gaussian(
   ]:
     check_count(name, value)
   if not 0 < min_std <= std < math.inf:
-    raise ValueError(f'std must be finite and at least min_std, which is above 0, got std={std}, min_std={min_std}')
+    raise ValueError(f'std must be finite and at least min_std, and min_std above 0, got std={std}, min_std={min_std}')
   layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]
 
   def init(key) -> PyTree:
@@ -81,7 +82,7 @@ def gaussian(
     return {**theta, 'log_std': jnp.full(action_size, math.log(std), theta['Dense_0']['bias'].dtype)}
 
   def apply(theta, observations) -> Gaussian:
-    # One row a step: XLA's products over several axes at once would transpose first.
+    # A matrix with one row per step, because XLA would transpose before a product over several axes.
     x = observations.reshape(-1, observation_size)
     for i, name in enumerate(layers):
       x = x @ theta[name]['kernel']

@@ -1,4 +1,4 @@
-"""Trajectories of a policy in an environment, on the device."""
+"""Trajectories of a policy in an environment, computed on the device."""
 
 import chex
 import jax
@@ -9,18 +9,18 @@ from metasgd_jax.types import PyTree, check_count
 
 
 def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey) -> Trajectories:
-  """Returns one trajectory of H steps of the policy in one task.
+  """Returns one trajectory of the policy in one task, with H steps.
 
-  From the step on which the task ends the trajectory, the state stands still, rewards are zero and `valid` is False.
-  No gradient goes through it: neither through the dynamics nor through the log-probabilities.
+  After the step with which the task ends the trajectory, the state does not change, rewards are zero and `valid` is
+  False. No gradient flows through the trajectory, neither through the dynamics nor through the log-probabilities.
 
   Args:
-    environment: the dynamics.
-    policy: draws the actions.
-    theta: the policy's parameters.
-    task: of `environment.sample`.
-    key: consumed: split into one for the start and one for the steps; the latter into `[H, 2]`, for the action and
-      for the dynamics.
+    environment: Environment that defines the dynamics.
+    policy: Policy that draws the actions.
+    theta: Parameters of the policy.
+    task: Task from `environment.sample`.
+    key: Random key, consumed. It is split into one key for the start and one key for the steps. The latter is split
+      into keys `[H, 2]`, one for the action and one for the dynamics of each step.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -52,18 +52,18 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
 def collect(
   environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey, *, num: int = 20
 ) -> Trajectories:
-  """Returns `num` trajectories of one task, `[num]` in front of every leaf; they step together.
+  """Returns `num` trajectories of one task, which are stepped together. Every leaf has the leading axis `[num]`.
 
   Args:
-    environment: as in `rollout`.
-    policy: as in `rollout`.
-    theta: as in `rollout`.
-    task: as in `rollout`.
-    key: consumed; split into one a trajectory.
-    num: B; 20 before and 20 after the update are the paper's (Li et al. 2017, section 4.3).
+    environment: As in `rollout`, like the next three arguments.
+    policy: As in `rollout`.
+    theta: As in `rollout`.
+    task: As in `rollout`.
+    key: Random key, consumed. It is split into one key per trajectory.
+    num: Number of trajectories B. The paper uses 20 before and 20 after the update (Li et al. 2017, section 4.3).
 
   Raises:
-    ValueError: num is no integer of at least 1.
+    ValueError: if `num` is not an integer of at least 1.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -77,15 +77,15 @@ def collect(
 
 
 def check_num(num: int) -> None:
-  """Raises ValueError unless num, of trajectories, is an integer of at least 1."""
+  """Raises ValueError unless `num`, the number of trajectories, is an integer of at least 1."""
   check_count('num, of trajectories,', num)
 
 
 def undiscounted_return(trajectories: Trajectories) -> chex.Array:
-  """Returns the sum of rewards up to the end of each trajectory, `[…]`, in the environment's units.
+  """Returns the sum of the rewards up to the end of each trajectory, `[…]`, in the environment's units.
 
   Args:
-    trajectories: one or several, leaves `[…, H]`.
+    trajectories: One or several trajectories, with rewards `[…, H]`.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))

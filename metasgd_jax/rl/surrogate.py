@@ -1,7 +1,8 @@
-"""Functions whose derivatives are those of the expected return, estimated from trajectories drawn before.
+"""Surrogates: functions of sampled trajectories whose derivatives are estimates of those of the expected return.
 
-All take one trajectory: log π_θ(a_t | o_t) `[H]`, the same under the policy that sampled, `[H]`, advantages A_t `[H]`
-and `valid [H]`; each returns a scalar to be raised.
+Each function takes four arrays `[H]` of one trajectory: the log-probabilities log π_θ(a_t | o_t) of the actions, the
+log-probabilities under the policy that sampled the actions, the advantages A_t, and `valid`. It returns a scalar that
+is to be maximised.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,14 @@ import chex
 import jax.numpy as jnp
 
 Estimator = Literal['dice', 'lvc', 'score']
-"""What the inner step differentiates. At the θ that sampled, all three have the same gradient: the policy gradient.
+"""Name of the surrogate that the inner step differentiates.
 
-`dice`: Loaded DiCE; the gradient and the second derivatives are right.
-`lvc`: low-variance curvature; the second derivatives are as though what an action is worth did not depend on θ.
-`score`: MAML's released code; the second derivatives lack the dependence of the sampling on θ, and so are biased.
+At the θ that sampled the trajectories, all three surrogates have the same gradient, which is the policy gradient.
+
+- `dice`: Loaded DiCE. The gradient and the second derivatives are correct.
+- `lvc`: low-variance curvature. The second derivatives are computed as if the value of an action did not depend on θ.
+- `score`: the surrogate of MAML's released code. The second derivatives lack the dependence of the sampling on θ, and
+  they are therefore biased.
 """
 
 Surrogate = Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Array]
@@ -25,17 +29,19 @@ Surrogate = Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Arra
 def dice(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, valid: chex.Array) -> chex.Array:
   """Returns Σ_t (w_{≤t} − w_{<t}) A_t with w_{≤t} = Π_{s ≤ t} π_θ(a_s | o_s) / π_sampled(a_s | o_s).
 
-  Loaded DiCE (Farquhar et al. 2019, of Foerster et al. 2018), with the log-probabilities at sampling in place of a
-  stopped gradient, so that it is right, by importance weights, at other θ too. With A_t the undiscounted return from t
-  less any function of o_t and t, its expectation is the expected return as a function of θ, up to a constant, and so
-  are the derivatives of every order. With γ < 1 advantages are discounted from t, not from the start: the usual policy
-  gradient's bias.
+  This is Loaded DiCE (Farquhar et al. 2019), which extends DiCE (Foerster et al. 2018). The log-probabilities at the
+  time of sampling take the place of a stopped gradient. The weights w are therefore importance weights, and the
+  surrogate is correct at other θ too.
+
+  Let A_t be the undiscounted return from t minus any function of o_t and t. Then the expectation of the surrogate is
+  the expected return as a function of θ, up to a constant, and the derivatives of every order agree too. If γ < 1,
+  advantages are discounted from t and not from the start, which is the usual bias of the policy gradient.
 
   Args:
-    log_probs: `[H]`, log π_θ of the actions.
-    sampled: `[H]`, of the same under the policy that took them.
-    advantages: `[H]`.
-    valid: `[H]` bool.
+    log_probs: Log-probabilities log π_θ of the actions, `[H]`.
+    sampled: Log-probabilities of the same actions under the policy that took the actions, `[H]`.
+    advantages: Advantages A_t, `[H]`.
+    valid: Whether each step was taken, `[H]`, bool.
 
   Example:
     >>> here = jnp.log(jnp.array([0.5, 0.5]))  # The same policy as at sampling: all weights are 1, so the sum is 0.
@@ -52,14 +58,14 @@ def likelihood_ratio(
 ) -> chex.Array:
   """Returns Σ_t A_t π_θ(a_t | o_t) / π_sampled(a_t | o_t).
 
-  What TRPO raises (Schulman et al. 2015, equation 14), and of the same form as the low-variance curvature estimator
-  (Rothfuss et al. 2019).
+  TRPO maximises this surrogate (Schulman et al. 2015, equation 14). It has the same form as the low-variance curvature
+  estimator (Rothfuss et al. 2019).
 
   Args:
-    log_probs: as in `dice`.
-    sampled: as in `dice`.
-    advantages: as in `dice`.
-    valid: as in `dice`.
+    log_probs: As in `dice`.
+    sampled: As in `dice`.
+    advantages: As in `dice`.
+    valid: As in `dice`.
 
   Example:
     >>> here = jnp.array([-1.0, -1.0])
@@ -72,13 +78,13 @@ def likelihood_ratio(
 def score(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, valid: chex.Array) -> chex.Array:
   """Returns Σ_t A_t log π_θ(a_t | o_t), as in MAML's released code.
 
-  Its gradient is the policy gradient; its second derivatives are not those of the expected return.
+  The gradient of this surrogate is the policy gradient. The second derivatives are not those of the expected return.
 
   Args:
-    log_probs: as in `dice`.
-    sampled: not used.
-    advantages: as in `dice`.
-    valid: as in `dice`.
+    log_probs: As in `dice`.
+    sampled: Not used.
+    advantages: As in `dice`.
+    valid: As in `dice`.
 
   Example:
     >>> here = jnp.array([-1.0, -1.0])
@@ -90,10 +96,10 @@ def score(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, va
 
 
 def surrogate_of(estimator: Estimator) -> Surrogate:
-  """Returns the function of that name.
+  """Returns the surrogate with the name `estimator`.
 
   Raises:
-    ValueError: an unknown estimator.
+    ValueError: if `estimator` is unknown.
   """
   if estimator not in get_args(Estimator):
     raise ValueError(f'estimator must be one of {get_args(Estimator)}, got {estimator!r}')

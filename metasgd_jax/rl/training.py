@@ -17,14 +17,14 @@ from metasgd_jax.types import TaskDistribution, check_count
 
 
 def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
-  """Returns the state before the first meta-iteration, of one run; of R runs side by side for R keys.
+  """Returns the state before the first meta-iteration, for one run or for R runs side by side.
 
   Args:
-    key: `[]` or `[R]`; becomes the run's key, and meta is drawn from it.
-    inner: from `policy_gradient`.
+    key: Random key of one run, `[]`, or of R runs, `[R]`. It becomes the key of the run, and meta is drawn from it.
+    inner: Inner loop from `policy_gradient`.
 
   Raises:
-    ValueError: a key of the old kind (`jax.random.PRNGKey`) or of another rank.
+    ValueError: if the key is of the old kind (`jax.random.PRNGKey`) or has another rank.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -64,7 +64,7 @@ class _TrpoIteration:
     options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     meta, info = trpo_meta_step(state.meta, key, **options)
     info['taken'] = info.pop('step')
-    # A gradient that is not finite leaves no trace in meta, so the loss reports it.
+    # A gradient that is not finite leaves meta unchanged, so the loss reports it.
     loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': loss}
 
@@ -84,24 +84,25 @@ def train(
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done, and returns the last state.
 
   Meta-iteration i is a function of `(state.key, i)` and meta, so a run resumes exactly. Callbacks are those of
-  `metasgd_jax.train`. Their `info` also has `loss`, the negative of `return_after`, which is NaN if the gradient was
-  not finite; and `taken`, the share of TRPO's largest step that was taken.
+  `metasgd_jax.train`. Their `info` is that of `trpo_meta_step`, with two changes. The value `step`, the fraction of
+  TRPO's largest step that was taken, is called `taken`. The value `loss` is added: it is the negative of
+  `return_after`, or NaN if the gradient was not finite.
 
   Args:
     state: State from `init`, of one run or of R runs side by side.
     inner: Inner loop from `policy_gradient`.
-    meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run; 100 in the
-      paper.
-    meta_batch: Number of tasks in a meta-iteration. The paper has 20.
-    curvature_tasks: As in `trpo_meta_step`.
+    meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run. The paper uses
+      100.
+    meta_batch: Number of tasks in a meta-iteration. The paper uses 20.
+    curvature_tasks: Number of tasks from which the Fisher matrix is computed, as in `trpo_meta_step`.
     trpo: Settings of the outer update.
     placement: How the tasks are placed on devices.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: if a count is not an integer of at least 1, if runs are at different steps, if the state is already past
-      `meta_iterations`, or if the devices cannot share the tasks evenly.
+    ValueError: if a count is not an integer of at least 1, if the runs are at different steps, if the state is already
+      past `meta_iterations`, or if the devices cannot share the tasks evenly.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)

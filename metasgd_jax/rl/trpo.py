@@ -1,4 +1,4 @@
-"""Trust region policy optimisation (Schulman et al. 2015) of any pytree that distributions are a function of."""
+"""Trust region policy optimisation (Schulman et al. 2015) of any pytree on which distributions depend."""
 
 import dataclasses
 import math
@@ -13,12 +13,14 @@ from metasgd_jax.types import PyTree, check_count
 
 
 class TrpoInfo(NamedTuple):
-  """What a TRPO step did, scalars `[]`.
+  """The result of a TRPO step, scalars `[]`.
 
   Attributes:
-    improvement: of the surrogate; NaN where the surrogate or its gradient is not finite, and meta is what it was.
-    kl: KL(old ‖ new), in nats.
-    step: the share of the largest step that was taken; 0 where none that was tried was good, and meta is what it was.
+    improvement: Improvement of the surrogate. It is NaN if the surrogate or its gradient is not finite, and then meta
+      is unchanged.
+    kl: Divergence KL(old ‖ new), in nats.
+    step: Fraction of the largest step that was taken. It is 0 if no step that was tried was good, and then meta is
+      unchanged.
 
   Example:
     >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
@@ -33,12 +35,12 @@ class TrpoInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrpoConfig:
-  """Settings of a TRPO step; the defaults are those of rllab, which MAML's released code uses.
+  """Settings of a TRPO step. The defaults are those of rllab, which MAML's released code uses.
 
   Attributes:
     max_kl: Bound on the mean divergence KL(old ‖ new), in nats.
     cg_steps: Largest number of conjugate-gradient steps.
-    cg_tolerance: As in `conjugate_gradient`.
+    cg_tolerance: Tolerance of the conjugate-gradient method; see `conjugate_gradient`.
     damping: Number that is added to the diagonal of the Fisher matrix F.
     backtrack_ratio: Ratio r of one candidate step to the next larger one.
     max_backtracks: Number of candidate steps.
@@ -70,7 +72,7 @@ class TrpoConfig:
       raise ValueError(f'backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}')
     for name, value in vars(self).items():
       kind = int if name in ('cg_steps', 'max_backtracks') else float
-      object.__setattr__(self, name, kind(value))  # An array of NumPy would not be hashable.
+      object.__setattr__(self, name, kind(value))  # A NumPy array would not be hashable.
 
 
 def trpo_update(
@@ -84,26 +86,30 @@ def trpo_update(
   mean: Callable[[PyTree], PyTree] = lambda tree: tree,
   config: TrpoConfig = TrpoConfig(),
 ) -> tuple[PyTree, TrpoInfo]:
-  """Returns meta after one step that raises the surrogate within max_kl, and what it did.
+  """Returns meta after one step that raises the surrogate within the bound `max_kl`, and a `TrpoInfo`.
 
-  s ≈ F⁻¹ g by conjugate gradients, with F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I, J the derivative of the
-  distributions and g the surrogate's gradient; then meta + r^i √(2 max_kl / sᵀ F s) s with an i = 0, 1, … that raises
-  the surrogate with KL(p ‖ new) ≤ max_kl where i − 1 does not (Schulman et al. 2015, appendix C: with the first that
-  does). Where none that was tried does, meta stays. Not every i is tried: see `largest_good`.
+  The direction s ≈ F⁻¹ g is computed by conjugate gradients. Here g is the gradient of the surrogate, p are the old
+  distributions, J is the derivative of the distributions, and F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I.
 
-  Both functions are of the distributions, so that each candidate
-  needs them once. The constants are rllab's. sᵀ F s is taken from conjugate gradients' own residual.
+  The new meta is meta + r^i √(2 max_kl / sᵀ F s) s for some i = 0, 1, …, where r is `backtrack_ratio`. A step is good
+  if it raises the surrogate and KL(p ‖ new) ≤ max_kl. The i that is taken is good, and i − 1 is not good or i is 0.
+  Schulman et al. 2015, appendix C, take the first good i. Not every i is tried; see `largest_good`. If no step that was
+  tried is good, meta is unchanged.
+
+  The surrogate and the divergence are functions of the distributions, so that the distributions are computed only once
+  for each candidate step. The constants are those of rllab. sᵀ F s is computed from the residual of the conjugate
+  gradients.
 
   Args:
-    meta: any pytree of floating-point arrays, such as `MetaParams(theta, alpha)` or `MetaParams(theta, None)`.
-    distributions: `meta → distributions`, any pytree.
-    surrogate: `distributions → scalar`, to be raised.
-    kl: `(old distributions, new) → scalar`, the mean divergence KL(old ‖ new) in nats.
-    gradient: `meta → ((surrogate, distributions), gradient)`, as `jax.value_and_grad` with the distributions beside the
-      value gives where left out; for one that is summed over parts of the data.
-    fisher: `v → F v`, such as `fisher_product` gives for a part of the data; that of all of it where left out.
-    mean: over devices that have a part of the data each, inside shard_map: `sharding.mean_over`. It is taken of values
-      and gradients, never differentiated.
+    meta: Any pytree of floating-point arrays, such as `MetaParams(theta, alpha)` or `MetaParams(theta, None)`.
+    distributions: Function `meta → distributions`. The distributions are any pytree.
+    surrogate: Function `distributions → scalar` that is to be maximised.
+    kl: Function `(old distributions, new distributions) → scalar`, the mean divergence KL(old ‖ new) in nats.
+    gradient: Function `meta → ((surrogate, distributions), gradient)`, for a gradient that is summed over parts of the
+      data. By default it is `jax.value_and_grad` of the surrogate, with the distributions as auxiliary output.
+    fisher: Function `v → F v`, such as `fisher_product` for a part of the data. By default F is that of all data.
+    mean: Function that returns the mean of a pytree over devices, for use inside shard_map if each device has a part of
+      the data; see `sharding.mean_over`. It is applied to values and gradients and is never differentiated.
     config: Settings of the step.
 
   Example:
@@ -126,7 +132,7 @@ def trpo_update(
   before, slope = mean((before, slope))
   steps, tolerance = config.cg_steps, config.cg_tolerance
   direction, residual = conjugate_gradient(lambda v: mean(fisher(v)), slope, steps=steps, tolerance=tolerance)
-  # F s is the gradient less the residual.
+  # F s is the gradient minus the residual.
   curvature = _dot(direction, jax.tree.map(jnp.subtract, slope, residual))
   size = jnp.where(curvature > 0, jnp.sqrt(2 * config.max_kl / jnp.where(curvature > 0, curvature, 1)), 0)
 
@@ -155,19 +161,22 @@ def largest_good(
   count: int,
   like: chex.Array,
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
-  """Returns improvement, divergence and share of the largest good step r^i, i < count; zeros where none is good.
+  """Returns the improvement, divergence and share r^i of the largest good step with i < count, or zeros without one.
 
-  Good is an improvement above 0 within max_kl. A divergence goes nearly with the step's square, so after a step that is
-  too far the next i is where that law puts the bound, and after a good one the i before it, until one good step
-  comes right after one that is not, or the last is not good. Where every step below a good one is good too, it is the
-  one that trying i = 0, 1, 2, … finds, in about half as many tries; a good one between two that are not may be missed.
+  A step is good if its improvement is above 0 and its divergence is at most `max_kl`. The divergence is nearly
+  proportional to the square of the step. After a step whose divergence is too large, this rule gives the next i to try.
+  After a good step i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and step i − 1 is
+  not, or when the last step is not good.
+
+  If all steps smaller than a good step are good too, the result is the one that trying i = 0, 1, 2, … in order gives,
+  with about half of the tries. A good step between two steps that are not good may be missed.
 
   Args:
-    try_out: `share → (improvement, divergence)`.
-    max_kl: the bound.
-    ratio: r, in (0, 1).
-    count: of steps.
-    like: a scalar of the numbers' type.
+    try_out: Function `share → (improvement, divergence)`.
+    max_kl: Bound on the divergence.
+    ratio: Ratio r of one step to the next larger one, in (0, 1).
+    count: Number of candidate steps.
+    like: Scalar that has the dtype of the results.
   """
 
   def unfinished(carry):
@@ -197,15 +206,16 @@ def fisher_product(
   *,
   damping: float = 0.0,
 ) -> Callable[[PyTree], PyTree]:
-  """Returns `v → F v`, F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I, with the distributions linearised once.
+  """Returns the function `v → F v` with F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I.
 
-  It is the Hessian of KL(p ‖ distributions(m)) in m at meta, since the divergence's own gradient is zero there.
+  J is the derivative of the distributions, which are linearised only once. Without damping, F is the Hessian of
+  KL(p ‖ distributions(m)) with respect to m at meta, because the gradient of the divergence is zero there.
 
   Args:
-    distributions: `meta → distributions`.
-    kl: `(p, q) → scalar`.
-    meta: where.
-    damping: added to F's diagonal.
+    distributions: Function `meta → distributions`.
+    kl: Function `(p, q) → scalar`, the mean divergence.
+    meta: Point at which F is computed, a pytree.
+    damping: Number that is added to the diagonal of F.
 
   Example:
     >>> policy = ms.rl.gaussian(2, 1, hidden=())
@@ -224,14 +234,16 @@ def fisher_product(
 def conjugate_gradient(
   product: Callable[[PyTree], PyTree], b: PyTree, *, steps: int = 10, tolerance: float = 1e-10
 ) -> tuple[PyTree, PyTree]:
-  """Returns x with A x ≈ b for a symmetric positive definite A, from x = 0, and the residual b − A x.
+  """Returns x with A x ≈ b for a symmetric positive definite A, and the residual b − A x.
+
+  The iteration starts from x = 0.
 
   Args:
-    product: `v → A v`, on pytrees of b's structure.
-    b: the right-hand side.
-    steps: products at the most.
-    tolerance: stop when ‖b − A x‖² / ‖b‖² is not above. rllab's is of ‖b − A x‖², which makes TRPO's step depend on the
-      reward's unit.
+    product: Function `v → A v` on pytrees with b's structure.
+    b: Right-hand side, a pytree.
+    steps: Largest number of products.
+    tolerance: Bound on ‖b − A x‖² / ‖b‖² at which the iteration stops. rllab bounds ‖b − A x‖² instead, which makes the
+      TRPO step depend on the unit of the reward.
 
   Example:
     >>> matrix = jnp.array([[2.0, 0.0], [0.0, 4.0]])

@@ -1,7 +1,8 @@
-"""What passes between environments, policies and policy gradients.
+"""The data that passes between environments, policies and policy gradients.
 
-Shape letters beside those of `metasgd_jax.types`: H steps of a trajectory at the most, B trajectories of a task,
-O entries of an observation, A of an action.
+Shape letters, in addition to those of `metasgd_jax.types`:
+  H largest number of steps of a trajectory    B trajectories of a task
+  O entries of an observation                  A entries of an action
 """
 
 from collections.abc import Callable
@@ -13,17 +14,17 @@ from metasgd_jax.types import PyTree
 
 
 class Environment(NamedTuple):
-  """A distribution of tasks, each a Markov decision process, as pure functions of one task.
+  """A distribution of tasks, as pure functions of one task. Each task is a Markov decision process.
 
   Attributes:
     sample: `key → task`, a pytree; consumes key.
     reset: `(task, key) → state`, a pytree; consumes key.
     observe: `(task, state) → observation [O]`.
-    step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` is an end
-      that lies in the task, such as a goal reached; that of time is the rollout's.
-    observation_size: O.
-    action_size: A.
-    horizon: H, after which time is up.
+    step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` says whether
+      the task ends the trajectory, for example because a goal is reached. The rollout ends a trajectory by time.
+    observation_size: Number of entries O of an observation.
+    action_size: Number of entries A of an action.
+    horizon: Number of steps H after which a trajectory ends by time.
 
   Example:
     >>> environment = ms.rl.Environment(  # A point on a line walks to a goal that it cannot see; O = A = 1.
@@ -50,12 +51,12 @@ class Environment(NamedTuple):
 
 
 class Policy(NamedTuple):
-  """A stochastic policy as pure functions; a distribution over actions is a pytree of its parameters.
+  """A stochastic policy, as pure functions. A distribution over actions is a pytree with the distribution's parameters.
 
   Attributes:
     init: `key → θ`; consumes key.
     apply: `(θ, observations […, O]) → distribution […]`.
-    sample: `(distribution, key) → action`, of one distribution; consumes key.
+    sample: `(distribution, key) → action`, for one distribution; consumes key.
     log_prob: `(distribution […], actions […, A]) → […]`.
     kl: `(p […], q […]) → […]`, the divergence KL(p ‖ q).
 
@@ -76,18 +77,20 @@ class Policy(NamedTuple):
 
 
 class Trajectories(NamedTuple):
-  """What was seen and done; of one trajectory, or with `[B]` in front of several of one task.
+  """Observations, actions and rewards of one trajectory, or of several trajectories of one task.
 
-  A step after the end has `valid` False, and whatever the other leaves hold there counts for nothing.
+  The shapes below are those of one trajectory. Several trajectories have the leading axis `[B]` in every leaf. After
+  the end of a trajectory `valid` is False, and the values of the other leaves are ignored.
 
   Attributes:
-    observations: `[H, O]`, before each step.
-    actions: `[H, A]`.
-    log_probs: `[H]`, of the actions under the policy that took them.
-    rewards: `[H]`, zero after the end.
-    valid: `[H]`, bool: the step was taken.
-    terminated: `[]`, bool: the task ended the trajectory, not time.
-    last_observation: `[O]`, after the last valid step; what follows there, if time ended it, is not known.
+    observations: Observations before each step, `[H, O]`.
+    actions: Actions, `[H, A]`.
+    log_probs: Log-probabilities of the actions under the policy that took the actions, `[H]`.
+    rewards: Rewards, `[H]`. They are zero after the end.
+    valid: Whether each step was taken, `[H]`, bool.
+    terminated: Whether the trajectory was ended by the task and not by time, `[]`, bool.
+    last_observation: Observation after the last valid step, `[O]`. If time ended the trajectory, it is not known which
+      rewards would follow.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))

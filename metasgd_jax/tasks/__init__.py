@@ -1,4 +1,4 @@
-"""Distributions of tasks, drawn on the device."""
+"""Distributions of tasks, which are drawn on the device."""
 
 from metasgd_jax.tasks import augmentation
 from metasgd_jax.tasks.augmentation import augmented

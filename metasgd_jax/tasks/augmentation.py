@@ -1,4 +1,4 @@
-"""Images changed at random, on the device, as an episode is drawn."""
+"""Random augmentations of images, applied on the device when an episode is drawn."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from jax.tree_util import Partial
 from metasgd_jax.types import Episode, Tasks
 
 Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
-"""`(key, image [H, W, D] in 0 to 1) → image`; consumes key."""
+"""Function `(key, image [H, W, D] from 0 to 1) → image`; consumes key."""
 
 
 def augmented(tasks: Tasks, augment: Augment) -> Tasks:
-  """Returns the tasks with each image of an episode, support and query alike, changed by `augment`.
+  """Returns the tasks with `augment` applied to each image of an episode, in the support and in the query.
 
-  Which images an episode has stays a function of its key alone, so that a stream sends the right ones. `chain` makes
-  one augmentation of several.
+  The augmentation does not change which images an episode contains. The choice of images still depends only on the
+  key of the episode, so that a stream sends the right images. `chain` combines several augmentations into one.
 
   Raises:
-    ValueError: tasks that are augmented already, whose keys would be used twice.
+    ValueError: if the tasks are augmented already, because their keys would be used twice.
 
   Example:
     >>> augment = ms.tasks.augmentation.chain(ms.tasks.augmentation.flip, ms.tasks.augmentation.shift(2))
@@ -30,12 +30,12 @@ def augmented(tasks: Tasks, augment: Augment) -> Tasks:
     (5, 28, 28, 1)
   """
   if any(isinstance(change, _Augmented) for change in tasks.changes):
-    raise ValueError('the tasks are augmented already; chain the augmentations and give them at once')
+    raise ValueError('the tasks are augmented already; combine the augmentations with chain, and call augmented once')
   return tasks.map_episode(_Augmented(augment))
 
 
 def chain(*augments: Augment) -> Augment:
-  """Returns one after the other, each with a key of its own."""
+  """Returns an augmentation that applies the given ones in order, each with a separate key."""
 
   def all_of_them(key, image):
     for i, augment in enumerate(augments):
@@ -46,15 +46,17 @@ def chain(*augments: Augment) -> Augment:
 
 
 def flip(key: chex.PRNGKey, image: chex.Array) -> chex.Array:
-  """Mirrors left and right, every second time."""
+  """Mirrors the image left to right with probability 1/2; consumes key."""
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def shift(pixels: int) -> Augment:
-  """Returns what moves an image by up to so many pixels up or down, and left or right; its edge is repeated.
+  """Returns an augmentation that shifts an image by at most `pixels` pixels vertically and horizontally.
+
+  The shifts are random. The pixels at the edge of the image are repeated.
 
   Raises:
-    ValueError: pixels below 0.
+    ValueError: if `pixels` is below 0.
   """
   if pixels < 0:
     raise ValueError(f'pixels must be at least 0, got {pixels}')
@@ -68,10 +70,12 @@ def shift(pixels: int) -> Augment:
 
 
 def light(strength: float) -> Augment:
-  """Returns what multiplies brightness, then contrast around the mean, by numbers from U[1 − strength, 1 + strength].
+  """Returns an augmentation that multiplies the brightness, then the contrast around the mean, by random factors.
+
+  Both factors are drawn from U[1 − strength, 1 + strength].
 
   Raises:
-    ValueError: a strength outside 0 to 1.
+    ValueError: if `strength` is not from 0 to 1.
   """
   if not 0 <= strength <= 1:
     raise ValueError(f'strength must be from 0 to 1, got {strength}')
@@ -87,7 +91,7 @@ def light(strength: float) -> Augment:
 
 @dataclasses.dataclass(frozen=True)
 class _Augmented:
-  """The change of an episode function to one whose images are augmented."""
+  """Changes an episode function into one whose images are augmented."""
 
   augment: Augment
 
@@ -97,7 +101,8 @@ class _Augmented:
 
 def _episode(episode, augment, task, key) -> Episode:
   parts = []
-  # `split(key)[i]` is `fold_in(key, i)`: a number that no split of the episode's own reaches.
+  # `split(key)[i]` equals `fold_in(key, i)`. The episode function splits the same key, but never into more than 2**31
+  # keys, so that the keys below are not used twice.
   for i, part in enumerate(episode(task, key)):
     keys = jax.random.split(jax.random.fold_in(key, 2**31 + i), part.x.shape[0])
     parts.append(part._replace(x=jax.vmap(augment)(keys, part.x)))

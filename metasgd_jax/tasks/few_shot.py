@@ -1,4 +1,4 @@
-"""N-way K-shot episodes, drawn on the device from a bank of classes."""
+"""N-way K-shot episodes, which are drawn on the device from a bank of classes."""
 
 import functools
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from metasgd_jax.types import Batch, Episode, TaskDistribution
 
 
 class ClassBank(NamedTuple):
-  """Images by class; `class_bank` makes one.
+  """A bank of images that are grouped by class. `class_bank` creates one from arrays.
 
   Attributes:
-    images: `[M, H, W, D]` uint8, 0 to 255, the classes one after the other; a memory map will do.
-    sizes: `[C]`, how many images each class has; M is their sum.
+    images: Images of all classes, one class after another: `[M, H, W, D]` uint8 from 0 to 255. A memory map is allowed.
+    sizes: Number of images of each class, `[C]`. The sum of the sizes is M.
 
   Example:
     >>> ms.tasks.ClassBank(images=np.zeros((11, 28, 28, 1), np.uint8), sizes=np.array([4, 7])).sizes.sum()
@@ -30,10 +30,10 @@ class ClassBank(NamedTuple):
 
 
 def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
-  """Returns a bank of images `[C, I, H, W, D]`, or of a sequence of C classes `[I_c, H, W, D]` of unequal sizes.
+  """Returns a bank of images `[C, I, H, W, D]`, or of a sequence of C classes `[I_c, H, W, D]` of different sizes.
 
   Raises:
-    ValueError: another rank or dtype, or classes whose images have different shapes.
+    ValueError: if the images have another rank or dtype, or if the images of two classes have different shapes.
 
   Example:
     >>> bank = ms.tasks.class_bank([np.zeros((count, 28, 28, 1), np.uint8) for count in (4, 7)])
@@ -42,13 +42,16 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
   """
   if isinstance(images, np.ndarray | jax.Array):
     if images.ndim != 5:
-      raise ValueError(f'a class bank has images [C, I, H, W, D], got shape {images.shape}')
+      raise ValueError(
+        f'class_bank takes images [C, I, H, W, D], got shape {images.shape}; reshape them, or give a list of classes'
+      )
     bank = ClassBank(images.reshape(-1, *images.shape[2:]), np.full(images.shape[0], images.shape[1]))
   else:
     shapes = {np.shape(one)[1:] for one in images}
     if len(shapes) != 1 or np.ndim(images[0]) != 4:
       raise ValueError(
-        f'classes are [I, H, W, D] with one H, W, D for all, got shapes {sorted({np.shape(one) for one in images})}'
+        'classes must have images [I, H, W, D] with the same H, W, D for all classes, '
+        f'got shapes {sorted({np.shape(one) for one in images})}; resize the images'
       )
     bank = ClassBank(np.concatenate(images), np.array([len(one) for one in images]))
   check_bank(bank)
@@ -56,20 +59,23 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
 
 
 def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
-  """Builds the distribution; a task is its N classes, int32 `[N]`, drawn without replacement and in random order.
+  """Returns the distribution of N-way K-shot tasks from a bank of classes.
 
-  An episode has x `[N·K, H, W, D]` float32 in 0 to 1 and labels `[N·K]` int32, and the same for N·query items. No
-  image is in both. A class's label is its place in the task, so it is random; items are shuffled, so that their
-  order tells nothing either.
+  A task consists of N classes, int32 `[N]`, drawn without replacement and in random order. The support of an episode
+  has images x `[N·K, H, W, D]`, float32 from 0 to 1, and labels y `[N·K]`, int32. The query has N·query such items. No
+  image is in both the support and the query. The label of a class is its position in the task, so labels are random.
+  The items are shuffled, so that their order says nothing about their labels.
 
   Args:
-    bank: where classes and images come from; put on the device once. One too large for it: `streaming.stream`.
-    way: N.
-    shot: K, support images of a class.
-    query: query images of a class.
+    bank: Bank of classes and images, which is copied to the device once. If the bank is too large for the device, use
+      `streaming.stream`.
+    way: Number of classes in a task, N.
+    shot: Number of support images per class, K.
+    query: Number of query images per class.
 
   Raises:
-    ValueError: what is no bank, more ways than classes, K + query more than a class has, or a number below its least.
+    ValueError: if `bank` is not a `ClassBank`, if `way` is more than the number of classes, if `shot` + `query` is more
+      than the number of images of some class, or if `way` is below 2, or `shot` or `query` below 1.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -83,13 +89,16 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
 
 
 def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
-  """Builds `few_shot`'s distribution with places in the bank, int32 `[N·K]`, where it has images; errors as there.
+  """Returns the distribution of `few_shot` with indices of images in place of images.
+
+  The indices are positions in the bank, int32 `[N·K]` in the support and `[N·query]` in the query. The errors are those
+  of `few_shot`.
 
   Args:
-    bank: as in `few_shot`, and so are the rest.
-    way: N.
-    shot: K.
-    query: query images of a class.
+    bank: Bank of classes and images, as in `few_shot`.
+    way: Number of classes in a task, N.
+    shot: Number of support images per class, K.
+    query: Number of query images per class.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -101,11 +110,11 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
   check_episode(way, shot, query)
   sizes = np.asarray(bank.sizes)
   if way > len(sizes):
-    raise ValueError(f'way={way} asks for more classes than the bank has ({len(sizes)}); lower way')
+    raise ValueError(f'way={way} is more than the number of classes in the bank ({len(sizes)}); lower way')
   if shot + query > sizes.min():
     raise ValueError(
       f'shot + query = {shot} + {query} = {shot + query} is more than the {sizes.min()} images of class '
-      f'{int(sizes.argmin())}; lower one, or leave the class out'
+      f'{int(sizes.argmin())}; lower one of the two, or leave the class out'
     )
   sample = functools.partial(_sample_classes, classes=len(sizes), way=way)
   episode = functools.partial(_episode_of_indices, most=int(sizes.max()), shot=shot, query=query)
@@ -116,7 +125,10 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
 
 
 def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
-  """Returns the distribution with the images `[M, H, W, D]` that the indices point at, float32 in 0 to 1.
+  """Returns a distribution whose episodes have images, which the indices of another distribution select.
+
+  The argument `indices` is a distribution such as that of `image_indices`, and `images` is the array `[M, H, W, D]` of
+  its bank. The images of an episode are float32 from 0 to 1.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -128,16 +140,16 @@ def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribu
 
 
 def check_bank(bank: ClassBank) -> None:
-  """Raises ValueError unless bank is a `ClassBank` of uint8 images `[M, H, W, D]` whose number the sizes add up to."""
+  """Raises ValueError unless `bank` is a `ClassBank` of uint8 images `[M, H, W, D]` with sizes that add up to M."""
   if not isinstance(bank, ClassBank):
-    raise ValueError(f'expected a ClassBank, got {type(bank).__name__}; class_bank makes one of images [C, I, H, W, D]')
+    raise ValueError(f'bank must be a ClassBank, got {type(bank).__name__}; class_bank creates one from images')
   if np.ndim(bank.images) != 4 or np.ndim(bank.sizes) != 1 or bank.images.shape[0] != np.sum(bank.sizes):
     raise ValueError(
-      f'a ClassBank has images [M, H, W, D] and sizes [C] of sum M, got shape {np.shape(bank.images)} and sizes '
-      f'{np.shape(bank.sizes)} of sum {np.sum(bank.sizes)}; class_bank makes one'
+      f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got images of shape {np.shape(bank.images)} and '
+      f'sizes of shape {np.shape(bank.sizes)} with sum {np.sum(bank.sizes)}; create it with class_bank'
     )
   if bank.images.dtype != np.uint8:
-    raise ValueError(f'a class bank has uint8 images (0 to 255), got {bank.images.dtype}')
+    raise ValueError(f'a ClassBank has uint8 images (0 to 255), got {bank.images.dtype}; convert the images')
 
 
 def check_episode(way: int, shot: int, query: int) -> None:
@@ -148,10 +160,10 @@ def check_episode(way: int, shot: int, query: int) -> None:
 
 
 def split_labels(key: chex.PRNGKey, way: int, shot: int, query: int) -> tuple[tuple, tuple]:
-  """Returns ((labels, nth), (labels, nth)) of support `[N·K]` and query `[N·query]`, each in shuffled order.
+  """Returns ((labels, nth), (labels, nth)) of the support `[N·K]` and the query `[N·query]`, each in shuffled order.
 
-  `nth` says which of its class's `shot + query` drawings an item is: 0 … K − 1 in the support, the others in the
-  query. Consumes key.
+  `nth` is the index of an item among the `shot + query` drawings of its class. It is 0 … K − 1 in the support and
+  K … K + query − 1 in the query. Consumes key.
   """
   nth, labels = jnp.meshgrid(jnp.arange(shot + query), jnp.arange(way), indexing='ij')
   support_key, query_key = jax.random.split(key)
@@ -164,12 +176,12 @@ def split_labels(key: chex.PRNGKey, way: int, shot: int, query: int) -> tuple[tu
 
 
 def rotate_classes(bank: ClassBank) -> ClassBank:
-  """Returns a bank of 4·C classes: each class turned by 0, 90, 180 and 270 degrees is a class of its own.
+  """Returns a bank of 4·C classes: each class gives four classes, rotated by 0, 90, 180 and 270 degrees.
 
-  As Vinyals et al. 2016 and MAML do for Omniglot. Class c turned r times is class r·C + c.
+  Vinyals et al. 2016 and MAML do this for Omniglot. Class c, rotated r times by 90 degrees, becomes class r·C + c.
 
   Raises:
-    ValueError: images that are not square.
+    ValueError: if the images are not square.
 
   Example:
     >>> ms.tasks.rotate_classes(ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))).sizes.shape
@@ -178,21 +190,22 @@ def rotate_classes(bank: ClassBank) -> ClassBank:
   check_bank(bank)
   images = bank.images
   if images.shape[1] != images.shape[2]:
-    raise ValueError(f'only square images can be turned by 90 degrees, got {images.shape[1:3]}')
+    raise ValueError(f'only square images can be rotated by 90 degrees, got {images.shape[1:3]}; crop or pad them')
   return ClassBank(np.concatenate([np.rot90(images, r, axes=(1, 2)) for r in range(4)]), np.tile(bank.sizes, 4))
 
 
 def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
-  """Builds the distribution of supervised batches: the query is `batch` images of any classes, labels 0 to C − 1.
+  """Returns the distribution of supervised batches: the query is `batch` images of any classes, labels 0 to C − 1.
 
-  For training on all classes jointly, as `learners.fine_tuning` does. The support is one of them, for its shape.
+  It is meant for training on all classes jointly, as `learners.fine_tuning` does. The support is one of the query
+  items, and serves only to give shapes.
 
   Args:
-    bank: as in `few_shot`.
-    batch: images at a time.
+    bank: Bank of classes and images, as in `few_shot`.
+    batch: Number of images in the query.
 
   Raises:
-    ValueError: what is no bank, or a batch below 1.
+    ValueError: if `bank` is not a `ClassBank`, or if `batch` is below 1.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -204,11 +217,13 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
 
 
 def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
-  """Builds `all_classes`' distribution with places in the bank where it has images; errors as there.
+  """Returns the distribution of `all_classes` with indices of images in place of images.
+
+  The indices are positions in the bank, int32 `[batch]` in the query. The errors are those of `all_classes`.
 
   Args:
-    bank: as in `all_classes`.
-    batch: images at a time.
+    bank: Bank of classes and images, as in `all_classes`.
+    batch: Number of images in the query.
 
   Example:
     >>> indices = ms.tasks.class_indices(ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8)), batch=32)
@@ -231,7 +246,10 @@ def _episode_of_indices(firsts, sizes, task, key, *, most, shot, query) -> Episo
   order_key, draw_key = jax.random.split(key)
 
   def draw(class_key, size):
-    """Different images of one class: those of the greatest of random numbers, which images that are not there lack."""
+    """Returns the indices of distinct images of one class: those with the greatest random numbers.
+
+    The number is −1 for indices at which the class has no image, so that these indices are not drawn.
+    """
     lots = jnp.where(jnp.arange(most) < size, jax.random.uniform(class_key, (most,)), -1.0)
     return jax.lax.top_k(lots, shot + query)[1]
 

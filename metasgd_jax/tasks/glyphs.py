@@ -1,4 +1,4 @@
-"""Glyphs: few-shot tasks on characters that never run out, drawn on the device from random strokes."""
+"""Few-shot tasks on glyphs: an unlimited number of characters, drawn on the device from random strokes."""
 
 import dataclasses
 import functools
@@ -11,24 +11,24 @@ from jax.tree_util import Partial
 from metasgd_jax.tasks.few_shot import check_episode, split_labels
 from metasgd_jax.types import Batch, Episode, TaskDistribution
 
-_CURVE_POINTS = 12  # Straight pieces of a stroke, less one; at 28 pixels more cannot be told apart.
+_CURVE_POINTS = 12  # Number of points on a stroke, joined by straight lines. More points look the same at 28 pixels.
 
 
 @dataclasses.dataclass(frozen=True)
 class GlyphConfig:
-  """How characters and drawings of them vary. Lengths are in widths of the image.
+  """How characters vary, and how the drawings of one character vary. Lengths are in units of the image's width.
 
-  Chosen by eye, so that two drawings of a character look like two hands writing it.
+  The default values were chosen by eye: two drawings of a character look as if two people had written it.
 
   Attributes:
-    size: height and width of the image, in pixels.
-    strokes: in a character; each a cubic Bézier curve.
-    margin: from the edge to where control points may lie.
-    jitter: standard deviation of each control point's shift in a drawing.
-    turn: standard deviation of a drawing's rotation and shear, in radians.
-    stretch: standard deviation of the logarithm of a drawing's scale, in each direction.
-    shift: standard deviation of a drawing's place.
-    pen: least and greatest half-width of the pen.
+    size: Height and width of the image, in pixels.
+    strokes: Number of strokes in a character. Each stroke is a cubic Bézier curve.
+    margin: Least distance of a character's control points from the edge of the image.
+    jitter: Standard deviation of the shift of each control point in a drawing.
+    turn: Standard deviation of the rotation and of the shear of a drawing, in radians.
+    stretch: Standard deviation of the logarithm of the scale of a drawing, in each direction.
+    shift: Standard deviation of the position of a drawing.
+    pen: Least and greatest half-width of the pen.
 
   Example:
     >>> tasks = ms.tasks.glyphs(ms.tasks.GlyphConfig(size=16, strokes=2), way=5, shot=1, query=1)
@@ -50,23 +50,24 @@ class GlyphConfig:
       if getattr(self, name) < 1:
         raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}')
     if not 0 < self.pen[0] <= self.pen[1]:
-      raise ValueError(f'pen must be a range 0 < low <= high, got {self.pen}')
+      raise ValueError(f'pen must be a range (low, high) with 0 < low <= high, got {self.pen}')
 
 
 def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: int) -> TaskDistribution:
-  """Builds the distribution; a task is its N characters' control points `[N, strokes, 4, 2]`.
+  """Returns the distribution of N-way K-shot tasks on random characters.
 
-  Every task has new characters. An episode is as in `few_shot`: x `[N·K, size, size, 1]` float32 in 0 to 1, labels
-  `[N·K]`, shuffled, each drawing made once.
+  A task consists of the control points of N characters, `[N, strokes, 4, 2]`. Every task has new characters. An episode
+  has the form of an episode of `few_shot`: images x `[N·K, size, size, 1]`, float32 from 0 to 1, and labels `[N·K]`, in
+  shuffled order. Each item is a separate drawing.
 
   Args:
-    config: how characters and drawings vary.
-    way: N.
-    shot: K, support drawings of a character.
-    query: query drawings of a character.
+    config: Variation of characters and drawings.
+    way: Number of characters in a task, N.
+    shot: Number of support drawings per character, K.
+    query: Number of query drawings per character.
 
   Raises:
-    ValueError: way below 2, shot or query below 1.
+    ValueError: if `way` is below 2, or if `shot` or `query` is below 1.
 
   Example:
     >>> tasks = ms.tasks.glyphs(way=5, shot=2, query=3)
@@ -81,12 +82,12 @@ def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: i
 
 
 def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
-  """Returns the image `[size, size]` of strokes: 1 under the pen, falling to 0 over one pixel at its edge.
+  """Returns the image of strokes, `[size, size]`: 1 under the pen, falling to 0 over one pixel at the pen's edge.
 
   Args:
-    points: control points of the Bézier curves, `[strokes, 4, 2]` as (x, y) with (0, 0) the upper left.
-    pen: the pen's half-width, `[]`.
-    size: in pixels.
+    points: Control points of the Bézier curves, `[strokes, 4, 2]`, as (x, y) with (0, 0) in the upper left corner.
+    pen: Half-width of the pen, `[]`.
+    size: Height and width of the image, in pixels.
   """
   chex.assert_shape(points, (None, 4, 2))
   t = jnp.linspace(0.0, 1.0, _CURVE_POINTS)[:, None]
@@ -94,7 +95,8 @@ def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
   curve = jnp.einsum('pc,scd->spd', bernstein, points)
   start, along = curve[:, :-1].reshape(-1, 2), jnp.diff(curve, axis=1).reshape(-1, 2)
   centres = (jnp.arange(size) + 0.5) / size
-  # From each pixel to each straight piece; x and y apart, since [size, size, pieces, 2] would be written out whole.
+  # Distances from each pixel to each straight piece. The coordinates x and y are computed in separate arrays, because
+  # one array [size, size, pieces, 2] would be written to memory.
   (start_x, start_y), (along_x, along_y) = start.T[:, None, None], along.T[:, None, None]
   px, py = centres[None, :, None] - start_x, centres[:, None, None] - start_y
   length2 = jnp.maximum(along_x**2 + along_y**2, 1e-12)
@@ -110,7 +112,7 @@ def _sample_characters(key, *, config, way):
 
 
 def _draw(points, key, config):
-  """One drawing `[size, size, 1]` of a character, by a hand of its own; consumes key."""
+  """Returns one drawing of a character, `[size, size, 1]`, in a random handwriting; consumes key."""
   jitter_key, hand_key, pen_key = jax.random.split(key, 3)
   turn, shear, stretch_x, stretch_y, shift_x, shift_y = jax.random.normal(hand_key, (6,))
   points = points + config.jitter * jax.random.normal(jitter_key, points.shape)

@@ -1,4 +1,4 @@
-"""Markov chains over tokens: each task is a chain, to be learned from a few of its sequences."""
+"""Markov chains over tokens: each task is one chain, which is learned from a few of its sequences."""
 
 import dataclasses
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from metasgd_jax.types import Batch, Episode, TaskDistribution
 
 @dataclasses.dataclass(frozen=True)
 class MarkovConfig:
-  """What chains are drawn from.
+  """Parameters of the distribution from which chains are drawn.
 
   Attributes:
-    tokens: V, the chain's states.
-    length: L, of a sequence's inputs; it has one token more.
-    concentration: of the Dirichlet distribution that each row of transitions is drawn from: near 0, rows have one
-      likely successor; 1 is uniform over all rows.
+    tokens: Number of tokens, V. The tokens are the states of the chain.
+    length: Number of input tokens of a sequence, L. The sequence has one token more.
+    concentration: Concentration of the Dirichlet distribution from which each row of transition probabilities is drawn.
+      Near 0, each row has one likely successor. At 1, the distribution is uniform over all rows.
 
   Example:
     >>> tasks = ms.tasks.markov_chains(ms.tasks.MarkovConfig(tokens=4, length=6), shot=3, query=2)
@@ -40,7 +40,9 @@ class MarkovConfig:
 
 
 class MarkovChain(NamedTuple):
-  """A task: `log_transitions` `[V, V]`, in row i the logarithms of the probabilities of what follows token i.
+  """A task: one Markov chain, given by `log_transitions` `[V, V]`.
+
+  Row i of `log_transitions` has the log-probabilities of the token that follows token i.
 
   Example:
     >>> chain = ms.tasks.MarkovChain(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
@@ -52,22 +54,23 @@ class MarkovChain(NamedTuple):
   log_transitions: chex.Array
 
   def __call__(self, x: chex.Array) -> chex.Array:
-    """Returns the logits of whoever knows the chain, the best there are: `[…]` → `[…, V]`."""
+    """Returns the best possible logits, which are those of the true chain: `[…, V]` for tokens x `[…]`."""
     return self.log_transitions[x]
 
 
 def markov_chains(config: MarkovConfig = MarkovConfig(), *, shot: int, query: int) -> TaskDistribution:
-  """Builds the distribution; a task is a `MarkovChain`, an episode has `[shot, L]` and `[query, L]` tokens.
+  """Returns the distribution of tasks on Markov chains. A task is a `MarkovChain`.
 
-  y is x one token later. A sequence's first token is uniform.
+  An episode has sequences of tokens, `[shot, L]` in the support and `[query, L]` in the query. The targets y are the
+  inputs x, shifted by one token: y[t] follows x[t]. The first token of a sequence has a uniform distribution.
 
   Args:
-    config: what chains are drawn from.
-    shot: support sequences, K.
-    query: query sequences.
+    config: Parameters of the distribution of chains.
+    shot: Number of support sequences, K.
+    query: Number of query sequences.
 
   Raises:
-    ValueError: shot or query below 1.
+    ValueError: if `shot` or `query` is below 1.
 
   Example:
     >>> tasks = ms.tasks.markov_chains(shot=3, query=2)

@@ -1,4 +1,4 @@
-"""Sine curves: y = A sin(ωx + b), the regression tasks."""
+"""Regression tasks on sine curves y = A sin(ωx + b)."""
 
 import dataclasses
 import math
@@ -15,13 +15,13 @@ Range = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class SinusoidConfig:
-  """The ranges that curves and inputs are drawn from, all uniformly; (low, high) each.
+  """Ranges (low, high) from which curves and inputs are drawn, with uniform distributions.
 
   Attributes:
-    amplitude: of A.
-    frequency: of ω, in radians per unit of x.
-    phase: of b, in radians.
-    x: of the inputs.
+    amplitude: Range of the amplitude A.
+    frequency: Range of the frequency ω, in radians per unit of x.
+    phase: Range of the phase b, in radians.
+    x: Range of the inputs x.
 
   Example:
     >>> ms.tasks.SinusoidConfig(amplitude=(1.0, 1.0)).frequency
@@ -37,23 +37,29 @@ class SinusoidConfig:
     for field in dataclasses.fields(self):
       low, high = getattr(self, field.name)
       if not low <= high:
-        raise ValueError(f'{field.name} must be a range low <= high, got ({low}, {high})')
+        raise ValueError(f'{field.name} must be a range (low, high) with low <= high, got ({low}, {high})')
 
 
 META_SGD_SINUSOIDS = SinusoidConfig()
-"""Li et al. 2017, section 4.1. x's range is the paper's; the others are what its table fits (ω = 1 does not)."""
+"""Ranges for the sine curves of Li et al. 2017, section 4.1.
+
+The range of x is stated in the paper. The other ranges agree with the results in the paper's table; ω = 1 does not.
+"""
 
 MAML_SINUSOIDS = SinusoidConfig(frequency=(1.0, 1.0))
-"""Finn et al. 2017, section 5.1: ω = 1. Errors are about half of `META_SGD_SINUSOIDS`'s."""
+"""Ranges for the sine curves of Finn et al. 2017, section 5.1, with ω = 1.
+
+Errors on these curves are about half of the errors on `META_SGD_SINUSOIDS`.
+"""
 
 
 class Sinusoid(NamedTuple):
-  """A task: one curve, as three scalars `[]`.
+  """A task: one sine curve, given by three scalars `[]`.
 
   Attributes:
-    amplitude: A.
-    frequency: ω, in radians per unit of x.
-    phase: b, in radians.
+    amplitude: Amplitude A.
+    frequency: Frequency ω, in radians per unit of x.
+    phase: Phase b, in radians.
 
   Example:
     >>> print(ms.tasks.Sinusoid(2.0, 1.0, 0.0)(jnp.array([0.0, jnp.pi / 2])))
@@ -70,15 +76,17 @@ class Sinusoid(NamedTuple):
 
 
 def sinusoid(config: SinusoidConfig = META_SGD_SINUSOIDS, *, shot: int = 5, query: int = 10) -> TaskDistribution:
-  """Builds the distribution; a task is a `Sinusoid`, its episode has x and y `[shot, 1]` and `[query, 1]`.
+  """Returns the distribution of tasks on sine curves. A task is a `Sinusoid`.
+
+  In an episode, x and y are `[shot, 1]` in the support and `[query, 1]` in the query.
 
   Args:
-    config: the ranges.
-    shot: support points, K.
-    query: query points; the paper takes 10 in training and 100 in testing.
+    config: Ranges of curves and inputs.
+    shot: Number of support points, K.
+    query: Number of query points. The paper uses 10 in training and 100 in testing.
 
   Raises:
-    ValueError: shot or query below 1.
+    ValueError: if `shot` or `query` is below 1.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5, query=10)

@@ -1,4 +1,4 @@
-"""Few-shot tasks from a bank that is too large for the device: the images stay on the host."""
+"""Few-shot tasks from a bank that is too large for the device: the images stay in host memory."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from metasgd_jax.types import Batch, Episode, TaskDistribution, TaskStream
 
 
 def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
-  """Returns the tasks of a bank as a stream: of each chunk only the images that its tasks show are sent.
+  """Returns the tasks of a bank as a stream. For each chunk it sends only the images that the chunk's episodes contain.
 
-  The same keys give the same episodes as `few_shot` or `all_classes` do, to the bit. Which images a chunk needs is
-  found on the host, from the keys that the device will use. An image that was not sent would be NaN.
+  The same keys give the same episodes as with `few_shot` or `all_classes`, bit for bit. The host finds the images that
+  a chunk needs from the keys that the device will use. An image that was not sent would be NaN in the episode.
 
-  A chunk of E episodes takes at the most as many images of device memory as these show, and as many again while the
-  next one comes.
+  A chunk of E episodes uses device memory for at most the number of images in E episodes. While the next chunk is being
+  sent, the same amount is used a second time.
 
   Args:
-    bank: on the host; a memory map will do.
-    indices: what episodes show, as places in the bank: `image_indices` or `class_indices` of it.
+    bank: Bank in host memory. A memory map is allowed.
+    indices: Distribution of episodes with indices of images, from `image_indices` or `class_indices` for this bank.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -36,7 +36,7 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
   def send(sample_keys, episode_keys) -> TaskDistribution:
     found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host)))
     rows = np.unique(found)
-    images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # One shape for all chunks.
+    images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # The same shape for all chunks.
     images[: len(rows)] = bank.images[rows]
     places = np.full(total, -1, np.int32)
     places[rows] = np.arange(len(rows))

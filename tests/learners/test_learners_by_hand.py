@@ -155,6 +155,7 @@ class TestSiamese:
   def test_pairs(self, episode):
     learner = ms.learners.siamese(linear(), way=WAY)
     meta = meta_of(learner, episode)
+    np.testing.assert_allclose(meta.weights, [-0.5] * 4)  # −1 / √D.
     meta = meta._replace(weights=np.float32([-0.5, 0.2, -1.0, -0.1]), bias=np.float32(0.3))
     support, query = embed(meta.theta, episode.support.x), embed(meta.theta, episode.query.x)
     w, same, different = np.asarray(meta.weights, np.float64), [], []
@@ -410,9 +411,11 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(episode):
     found = together.predict(together.adapt(meta, episode.support, None), episode.query.x)
     path = together.path(meta, episode.support, None)
     by_step = [together.predict(jax.tree.map(lambda a, t=t: a[t], path), episode.query.x) for t in range(3)]
-    return jax.lax.map(alone, meta), found, by_step
+    losses = together.loss(meta, episode, None)[0], jax.lax.map(lambda one: learner.loss(one, episode, None)[0], meta)
+    return jax.lax.map(alone, meta), found, by_step, losses
 
-  alone, found, by_step = jax.device_get(compare(jax.random.split(jax.random.key(0), 3), episode))
+  alone, found, by_step, losses = jax.device_get(compare(jax.random.split(jax.random.key(0), 3), episode))
+  assert_close(losses[0], np.mean(losses[1]), **LOOSE)
   assert_close(np.exp(found), np.mean(softmax(np.float64(alone)), 0), **LOOSE)
   assert_close(by_step[2], found, **LOOSE)
   assert not np.allclose(by_step[0], by_step[1])

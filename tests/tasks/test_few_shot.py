@@ -172,6 +172,7 @@ class TestUnequalClasses:
     assert set(np.asarray(batch.query.y[0]).tolist()) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=saying('batch', 'at least 1', 'got 0')):
       all_classes(self.bank(), batch=0)
+    all_classes(self.bank(), batch=1)
 
 
 @pytest.fixture(scope='module')
