@@ -362,8 +362,9 @@ class TestLearner:
     hyper = lambda key, theta: ms.init_alpha(key, theta)
     return ms.learners.inner_optimizer(model, loss_fn, optimizer=ms.scale_by_alpha, hyper=hyper, **options)
 
-  def test_with_scale_by_alpha_it_is_meta_sgd(self):
-    options = dict(steps=3, metrics={'error': MSE})
+  @pytest.mark.parametrize('first_order', [False, True])
+  def test_with_scale_by_alpha_it_is_meta_sgd(self, first_order):
+    options = dict(steps=3, first_order=first_order, metrics={'error': MSE})
     learner, meta_sgd = self.meta_sgd(NET, MSE, **options), ms.meta_sgd(NET, MSE, **options)
     with jax.enable_x64(True):
       some = to_float64(episodes(ms.tasks.sinusoid(), 2))
