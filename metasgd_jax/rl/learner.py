@@ -172,7 +172,7 @@ def policy_gradient(
     if alpha is not None:
       broadcast_alpha(alpha, theta)
       return MetaParams(theta, None)
-    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per))
+    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per, adapts=policy.adapts))
 
   def experience(theta, task, key) -> Experience:
     drawn = collect(environment, policy, theta, task, key, num=trajectories)
@@ -192,7 +192,7 @@ def policy_gradient(
     rate = meta.alpha if alpha is None else alpha
     if rates is not None:
       rate = jax.tree.map(lambda a: rates[i] * a, rate)
-    return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order)
+    return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order, adapts=policy.adapts)
 
   def replay(meta: MetaParams, experiences):
     theta = meta.theta

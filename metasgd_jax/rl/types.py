@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import chex
 
-from metasgd_jax.types import PyTree
+from metasgd_jax.types import Adapts, PyTree
 
 
 class Environment(NamedTuple):
@@ -59,6 +59,8 @@ class Policy(NamedTuple):
     sample: `(distribution, key) → action`, for one distribution; consumes key.
     log_prob: `(distribution […], actions […, A]) → […]`.
     kl: `(p […], q […]) → […]`, the divergence KL(p ‖ q).
+    adapts: Function from the name of a leaf of θ to whether an inner step changes the leaf, such as
+      `lambda name: name.startswith('Dense_1')`. By default all leaves adapt.
 
   Example:
     >>> policy = ms.rl.gaussian(observation_size=3, action_size=2, hidden=(8,))
@@ -74,6 +76,7 @@ class Policy(NamedTuple):
   sample: Callable[[Any, chex.PRNGKey], chex.Array]
   log_prob: Callable[[Any, chex.Array], chex.Array]
   kl: Callable[[Any, Any], chex.Array]
+  adapts: Adapts | None = None
 
 
 class Trajectories(NamedTuple):

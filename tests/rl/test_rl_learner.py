@@ -73,6 +73,30 @@ def test_adapt_keeps_structure_shapes_and_dtypes_and_path_holds_each_step(name):
   assert not np.allclose(adapted['Dense_0']['kernel'], meta.theta['Dense_0']['kernel'])
 
 
+@pytest.mark.parametrize('options', [{}, dict(alpha=0.1)])
+def test_a_part_of_the_policy_adapts(options):
+  """As with rates of zero for the rest."""
+  whole = rl.gaussian(2, 1, hidden=(4,))
+  head = whole._replace(adapts=lambda name: name.startswith('Dense_1'))
+  part = rl.policy_gradient(ENVIRONMENT, head, trajectories=3, **options)
+  meta, task = jax.jit(part.init)(jax.random.key(0)), jnp.float32(0.5)
+  rates = jax.tree.map(jnp.zeros_like, meta.theta) | {'Dense_1': 0.1}
+
+  @jax.jit
+  def steps(theta):
+    drawn = part.experience(theta, task, jax.random.key(1))
+    every = rl.policy_gradient(ENVIRONMENT, whole, trajectories=3, alpha=rates)
+    own = jax.tree.map(lambda a: jnp.full_like(a, 0.1), meta.alpha)
+    return part.step(ms.MetaParams(theta, own), theta, drawn, 0), every.step(
+      ms.MetaParams(theta, None), theta, drawn, 0
+    )
+
+  assert_trees_close(*steps(meta.theta), rtol=1e-6)
+  if not options:
+    assert meta.alpha['Dense_0'] == {'bias': None, 'kernel': None}
+    assert described(meta.alpha['Dense_1']) == described(meta.theta['Dense_1'])
+
+
 @jax.jit
 def slope_by_hand(theta, task, key):
   """The slope of Σ log π(a) A over the valid steps of new trajectories, and how many steps those are."""
