@@ -76,72 +76,90 @@ def trpo_meta_step(
     raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
   placement.check(meta_batch)
   check_curvature(placement.mesh, curved)
-  mesh, devices, damping = placement.mesh, placement.devices, trpo.damping
-  tasks_at_once = _tasks_at_once(placement, meta_batch)
-  lay = _laid_out(tasks_at_once)
-  over_devices = functools.partial(mean_over, axis=mesh.axis_names[0]) if mesh else lambda tree: tree
+  step = functools.partial(
+    _step_on_device,
+    inner=inner,
+    trpo=trpo,
+    curved=None if curved == meta_batch else curved // placement.devices,
+    tasks_at_once=_tasks_at_once(placement, meta_batch),
+    axis=placement.mesh.axis_names[0] if placement.mesh else None,
+  )
+  keys = tuple(jax.random.split(key, (3, meta_batch)))
+  return share_tasks(step, placement.mesh, average=True)(meta, keys)
 
-  def step(meta, keys):
-    """Computes the meta-iteration for the tasks of one device."""
-    tasks = jax.vmap(inner.environment.sample)(keys[0])
-    experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
-    after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
-    acted = after.trajectories
-    surrogate_of = functools.partial(inner.surrogate, likelihood_ratio)
 
-    def again(meta, task):
-      """Returns the distributions of one task's adapted policy, as a function of meta."""
-      return act_again(inner.policy, inner.replay(meta, task[0]), task[1])
+def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
+  """Computes the meta-iteration for the tasks of one device, `curved` of which give the curvature (`None` is all)."""
+  tasks = jax.vmap(inner.environment.sample)(keys[0])
+  experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
+  after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
+  acted, collected = after.trajectories, (experiences, after)
+  part = _spread(len(keys[0]), len(keys[0]) if curved is None else curved)
 
-    def distributions_of(data, meta):
-      return lay(functools.partial(again, meta), data)
+  # Mean number of valid steps per device, for all tasks and for the curvature tasks. Each device divides its sum of
+  # divergences by this number, so that the mean over devices is the mean over the valid steps of all devices. All
+  # later reductions include the counts. The reductions are thus chained by a data dependency, because concurrent
+  # collectives can deadlock on CPU devices.
+  over_devices = functools.partial(mean_over, axis=axis) if axis else _itself
+  counts = over_devices([jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])])
 
-    def surrogate(distributions):
-      return jnp.mean(jax.vmap(surrogate_of)(distributions, after))
+  def mean(tree):
+    return over_devices((tree, counts))[0]
 
-    def gradient(meta):
-      """Differentiates each task separately, so that its intermediates are not kept while the next task is computed."""
+  distributions = functools.partial(_distributions, inner, tasks_at_once)
+  fisher = None
+  if curved is not None:
+    kl = functools.partial(_mean_kl, inner, acted.valid[part], counts[1])
+    some = jax.tree.map(lambda leaf: leaf[part], collected)
+    fisher = fisher_product(functools.partial(distributions, some), kl, meta, damping=trpo.damping)
+  meta, update = trpo_update(
+    meta,
+    distributions=functools.partial(distributions, collected),
+    surrogate=functools.partial(_mean_surrogate, inner, after),
+    kl=functools.partial(_mean_kl, inner, acted.valid, counts[0]),
+    gradient=functools.partial(_gradient, inner, tasks_at_once, collected),
+    fisher=fisher,
+    mean=mean,
+    config=trpo,
+  )
+  before = experiences[0].trajectories if experiences else acted
+  returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
+  return meta, {**returns, **update._asdict()}
 
-      def one(meta, task):
-        distributions = again(meta, task)
-        return surrogate_of(distributions, task[1]), distributions
 
-      (values, distributions), gradients = lay(lambda task: jax.value_and_grad(one, has_aux=True)(meta, task), data)
-      value, gradient = jax.tree.map(lambda a: jnp.mean(a, 0), (values, gradients))
-      return (value, distributions), gradient
+def _itself(tree):
+  return tree
 
-    part = _spread(len(keys[0]), curved // devices)
-    # Mean number of valid steps per device, for all tasks and for the curvature tasks. Each device divides its sum of
-    # divergences by this number, so that the mean over devices is the mean over the valid steps of all devices. All
-    # later reductions include the counts. The reductions are thus chained by a data dependency, because concurrent
-    # collectives can deadlock on CPU devices.
-    counts = over_devices([jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])])
-    mean = lambda tree: over_devices((tree, counts))[0]
 
-    def mean_kl(valid, count, old, new):
-      return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / count
+def _adapted_distributions(inner, meta, collected):
+  """Returns the distributions of one task's adapted policy, as a function of meta."""
+  experiences, after = collected
+  return act_again(inner.policy, inner.replay(meta, experiences), after)
 
-    data = (experiences, after)
-    fisher = None
-    if curved < meta_batch:
-      kl = functools.partial(mean_kl, acted.valid[part], counts[1])
-      some = jax.tree.map(lambda a: a[part], data)
-      fisher = fisher_product(functools.partial(distributions_of, some), kl, meta, damping=damping)
-    meta, update = trpo_update(
-      meta,
-      distributions=functools.partial(distributions_of, data),
-      surrogate=surrogate,
-      kl=functools.partial(mean_kl, acted.valid, counts[0]),
-      gradient=gradient,
-      fisher=fisher,
-      mean=mean,
-      config=trpo,
-    )
-    before = experiences[0].trajectories if experiences else acted
-    returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
-    return meta, {**returns, **update._asdict()}
 
-  return share_tasks(step, mesh, average=True)(meta, tuple(jax.random.split(key, (3, meta_batch))))
+def _distributions(inner, tasks_at_once, collected, meta):
+  return _map_tasks(functools.partial(_adapted_distributions, inner, meta), collected, tasks_at_once)
+
+
+def _mean_surrogate(inner, after, distributions):
+  return jnp.mean(jax.vmap(functools.partial(inner.surrogate, likelihood_ratio))(distributions, after))
+
+
+def _gradient(inner, tasks_at_once, collected, meta):
+  """Differentiates each task separately, so that its intermediates are not kept while the next task is computed."""
+
+  def surrogate(meta, collected):
+    distributions = _adapted_distributions(inner, meta, collected)
+    return inner.surrogate(likelihood_ratio, distributions, collected[1]), distributions
+
+  gradient = functools.partial(jax.value_and_grad(surrogate, has_aux=True), meta)
+  (values, distributions), gradients = _map_tasks(gradient, collected, tasks_at_once)
+  value, gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), (values, gradients))
+  return (value, distributions), gradient
+
+
+def _mean_kl(inner, valid, count, old, new):
+  return jnp.sum(jnp.where(valid, inner.policy.kl(old, new), 0)) / count
 
 
 def check_curvature(mesh: Mesh | None, curvature_tasks: int) -> None:
@@ -163,11 +181,16 @@ def explore_tasks(
   """
   thetas, experiences = jax.tree.map(lambda t: jnp.broadcast_to(t, (len(keys), *t.shape)), meta.theta), []
   split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
-  lay = _laid_out(tasks_at_once)
   for i in range(inner.steps):
     experiences.append(jax.vmap(inner.experience)(thetas, tasks, split[i]))
-    thetas = lay(lambda task, i=i: inner.step(meta, task[0], task[1], i), (thetas, experiences[-1]))
+    step = functools.partial(_inner_step, inner, meta, i)
+    thetas = _map_tasks(step, (thetas, experiences[-1]), tasks_at_once)
   return tuple(experiences), thetas
+
+
+def _inner_step(inner, meta, i, task):
+  theta, experience = task
+  return inner.step(meta, theta, experience, i)
 
 
 def _tasks_at_once(placement: Placement, meta_batch: int) -> int:
@@ -177,9 +200,9 @@ def _tasks_at_once(placement: Placement, meta_batch: int) -> int:
   return meta_batch if placement.tasks_at_once == 'all' else int(placement.tasks_at_once)
 
 
-def _laid_out(tasks_at_once: int):
-  """Returns a `jax.lax.map` that computes `tasks_at_once` tasks at the same time."""
-  return functools.partial(jax.lax.map, batch_size=tasks_at_once if tasks_at_once > 1 else None)
+def _map_tasks(function, tasks, tasks_at_once: int):
+  """Returns the function's results for all tasks, of which it computes `tasks_at_once` at the same time."""
+  return jax.lax.map(function, tasks, batch_size=tasks_at_once if tasks_at_once > 1 else None)
 
 
 def _spread(total: int, count: int) -> np.ndarray:
