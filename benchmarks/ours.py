@@ -5,7 +5,7 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from metasgd_jax.outer import sharding
+from metasgd_jax.outer import host_memory, sharding
 from metasgd_jax.outer.placement import TasksAtOnce
 from metasgd_jax.types import Tasks
 
@@ -34,6 +34,8 @@ class Run:
       self.state, self.tasks, learner=self.learner, optimizer=self.optimizer, meta_iterations=done + iterations,
       meta_batch=self.num_tasks, placement=self.placement, chunk=self.chunk,
     )  # fmt: skip
+    if done == 0:
+      host_memory.release_freed()  # The compiler has freed hundreds of MiB.
 
   def meta_gradient(self, episodes):
     """Returns the loss and the meta-gradient on given episodes `[T, …]`, computed as in training but in float64.

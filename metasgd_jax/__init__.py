@@ -19,7 +19,8 @@ from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, TaskDi
 from metasgd_jax.version import __version__
 
 if TYPE_CHECKING:
-  from metasgd_jax import datasets, learners, nn, plotting
+  from metasgd_jax import datasets, learners, nn
+  from metasgd_jax import plotting as plotting
   from metasgd_jax.deploy.classifier import FewShotClassifier
   from metasgd_jax.deploy.export import Exported, export_learner, export_model, load_exported
   from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, load_model, save_model
@@ -104,7 +105,6 @@ __all__ = [
   'meta_sgd',
   'nn',
   'plan_memory',
-  'plotting',
   'rl',
   'save_model',
   'scale_by_alpha',

@@ -154,7 +154,8 @@ class TaskDistribution:
   def __post_init__(self):
     for name in ('sample', 'episode'):
       function = getattr(self, name)
-      if callable(function) and not isinstance(function, Partial):  # JAX rebuilds pytrees around other things.
+      # JAX rebuilds pytrees around other things, and a callable that is a pytree has arrays of its own.
+      if callable(function) and jax.tree_util.all_leaves([function]):
         object.__setattr__(self, name, Partial(function))
 
   def prepare(self, keys: Callable[[], Keys]) -> 'TaskDistribution':
@@ -184,7 +185,7 @@ class TaskStream:
     send: Function `(sample keys [B], episode keys [B]) → TaskDistribution`. The distribution gives the tasks and
       episodes of these pairs of keys, and of no other keys. `train` calls `send` in a separate thread, while the device
       works on the previous chunk.
-    sent_at_once: Number of tasks whose data `evaluate` sends at the same time.
+    sent_at_once: Largest number of tasks whose data `evaluate` sends at the same time.
     changes: The changes that `map_episode` has made.
 
   Example:
@@ -217,9 +218,15 @@ class TaskStream:
     """
 
     def send(*keys):
-      return self.send(*keys).map_episode(change)
+      sent = self.send(*keys)
+      # The change is made inside of the traced function: a new function for each chunk would be compiled anew.
+      return TaskDistribution(sent.sample, Partial(_changed, Partial(change), sent.episode), (*sent.changes, change))
 
     return dataclasses.replace(self, send=send, changes=(*self.changes, change))
+
+
+def _changed(change, episode, task, key):
+  return change(episode)(task, key)
 
 
 Tasks = TaskDistribution | TaskStream

@@ -56,6 +56,18 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', True)
 
 
+@pytest.fixture(
+  params=[
+    pytest.param(False, id='plain'),
+    pytest.param(True, id='optimized', marks=[pytest.mark.slow, pytest.mark.optimized]),
+  ]
+)
+def both_compilers(request):
+  """Runs a test as the suite compiles, and once more as users do."""
+  if request.param:
+    request.getfixturevalue('optimized')
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
   """Frees a file's compiled programs: thousands in one process take gigabytes, and crash the compiler at last."""

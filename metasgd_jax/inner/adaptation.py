@@ -32,6 +32,7 @@ v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v. This is the chain rule for
 - `checkpoint`: the same, but only θ_t is kept for each step, and the intermediates of a step are computed again.
 - `hvp`: the Hessian-vector product H_t (α ∘ v) is computed by forward mode over the gradient. Only θ_t is kept for each
   step. The result has no forward-mode derivative.
+  With `first_order` it is the same as `reverse`.
 - `revolve`: like `hvp`, but only a few of the θ_t are kept (9 for 200 steps). The others are computed again, at most
   twice each. This method is meant for hundreds of steps. If each step has its own rates (`alpha_by_step`), the memory
   for the rates grows with the steps anyway. All θ_t are then kept, and `revolve` is the same as `hvp`.
@@ -91,10 +92,12 @@ def adapt(
   inner = _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts)
   problem, update = inner.problem, inner.update
   by_products = adjoint == 'revolve' or (adjoint == 'hvp' and not first_order)
-  if by_products and not alpha_by_step and is_traced(inner.arrays):  # Outside of a trace nothing is differentiated.
+  if adjoint == 'reverse' or not (is_traced(inner.arrays) or is_traced(problem.loss(problem.adapting))):
+    pass  # If nothing is traced, nothing is differentiated.
+  elif by_products and not alpha_by_step:
     sparse = adjoint == 'revolve'
     return problem.merge(descend(inner.grad, int(steps), problem.adapting, inner.rates, sparse=sparse))
-  if by_products and alpha_by_step:
+  elif by_products:
     update = functools.partial(descend, inner.grad, 1)
   elif adjoint == 'checkpoint':
     update = jax.checkpoint(update, prevent_cse=steps == 1)

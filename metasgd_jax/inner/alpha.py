@@ -109,8 +109,10 @@ def broadcast_alpha(
     _check_rate(path, rate, steps)
   leaves = tree_flatten_with_path(theta)[0]
   owners = [next((path[:n] for n in range(len(path) + 1) if path[:n] in rates), None) for path, _ in leaves]
-  for path in rates.keys() - set(owners):
-    _check_unused(path, rates[path], theta, masked)
+  used = set(owners)
+  for path, rate in rates.items():
+    if path not in used:
+      _check_unused(path, rate, theta, masked)
   found = []
   for owner, (path, leaf) in zip(owners, leaves, strict=True):
     if owner is None:

@@ -15,6 +15,9 @@ LossFn = Callable[[PyTree, Any], chex.Array]
 
 Carry = Any
 
+LOOPS = ' scan[', ' while[', ' cond['
+"""Operations that JAX compiles each time that they run outside of jit, as they are printed in a jaxpr."""
+
 
 class InnerProblem(NamedTuple):
   """The support loss of one task as a function of the adapting leaves of θ.
@@ -61,21 +64,20 @@ def repeat(
   """Returns the carry after `steps` updates.
 
   A traced loop is a `jax.lax.scan`. Outside of a trace the updates run one after another, because the scan would be
-  compiled anew at every call.
+  compiled anew at every call. An update that has a loop of its own is scanned there too, because its own loop would be
+  compiled anew at every step.
 
   Args:
     update: Function `(carry, input of the step) → carry`.
     carry: Carry before the first update.
     steps: Number of updates, 0 or more.
     inputs: Inputs of the steps, a pytree with leaves `[steps, …]`. By default the input of every step is `None`.
-    arrays: All arrays that `update` uses. They show whether the loop is traced.
+    arrays: Arrays that `update` uses. If one of them is traced, the loop is traced.
   """
   if steps == 1 and inputs is None:
     return update(carry, None)
-  if not is_traced((carry, inputs, arrays)):
-    for t in range(steps):
-      carry = update(carry, _row(inputs, t))
-    return carry
+  if (path := _path_outside_of_a_trace(update, carry, steps, inputs, arrays)) is not None:
+    return path[-1]
 
   def body(carry, x):
     return update(carry, x), None
@@ -93,20 +95,30 @@ def repeat_with_path(
   parameters: Callable[[Carry], PyTree] = lambda carry: carry,
 ) -> PyTree:
   """Returns `parameters(carry)` after 0, 1, …, `steps` updates of `repeat`, stacked: leaves `[steps + 1, …]`."""
-  first = parameters(carry)
-  if not is_traced((carry, inputs, arrays)):
-    path = [first]
-    for t in range(steps):
-      carry = update(carry, _row(inputs, t))
-      path.append(parameters(carry))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *path)
+  if (path := _path_outside_of_a_trace(update, carry, steps, inputs, arrays)) is not None:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(parameters, path))
 
   def body(carry, x):
     carry = update(carry, x)
     return carry, parameters(carry)
 
   later = jax.lax.scan(body, carry, inputs, length=int(steps))[1]
-  return jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), first, later)
+  return jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), parameters(carry), later)
+
+
+def _path_outside_of_a_trace(update, carry, steps, inputs, arrays) -> list[Carry] | None:
+  """Returns the carry after 0, 1, …, `steps` updates, or `None` if the loop is traced or an update has a loop."""
+  if is_traced((carry, inputs, arrays)):
+    return None
+  path = [carry]
+  for t in range(steps):
+    x = jax.tree.map(lambda leaf, t=t: leaf[t], inputs)
+    if t == 0 and any(loop in str(jax.make_jaxpr(update)(carry, x)) for loop in LOOPS):
+      return None
+    path.append(update(path[-1], x))
+    if is_traced(path[-1]):  # A function that `update` closes over is traced, though no array is.
+      return None
+  return path
 
 
 def with_frozen(problem: InnerProblem, path: PyTree, steps: int) -> PyTree:
@@ -117,10 +129,6 @@ def with_frozen(problem: InnerProblem, path: PyTree, steps: int) -> PyTree:
     return new if leaf is None else jnp.broadcast_to(leaf[None], (steps + 1, *leaf.shape))
 
   return jax.tree.map(along_path, frozen, path, is_leaf=lambda node: node is None)
-
-
-def _row(inputs: PyTree, t: int) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf[t], inputs)
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -23,7 +23,7 @@ class StepReport(NamedTuple):
 
   Attributes:
     step: Index of the meta-iteration, from 0.
-    keys: Random keys `[3, T]` from `training.step_keys`: to sample each task, to draw its episode, and for the learner.
+    keys: Random keys `[3, T]` from `loop.step_keys`: to sample each task, to draw its episode, and for the learner.
     losses: Loss of each task on its query after adaptation, `[T]`.
     norms: Norm of the gradient of each task's loss, for each leaf of the meta-parameters: `{leaf: [T]}`.
     finite: Whether every entry of the gradient of each task's loss is finite: `{leaf: [T]}`.

@@ -121,14 +121,15 @@ def run_loop(
   """
   for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
     check_count(name, value)
-  placement, chunk = iteration.placement, int(chunk)
+  placement, chunk, meta_iterations = iteration.placement, int(chunk), int(meta_iterations)
   placement.check(iteration.meta_batch)
   done = _steps_done(state, meta_iterations, placement)
+  state = _placed(state, placement)
   if done == meta_iterations:
-    return state
+    return _returned(state, placement)
   before, seconds, mesh = done, 0.0, placement.mesh
-  key = sharding.on_one(mesh, sharding.on_all(mesh, state.key))
-  state = jax.tree.map(jnp.copy, _placed(state, placement))
+  key = sharding.on_one(mesh, state.key)
+  state = _copied(state)
   tasks = sharding.on_all(mesh, tasks)
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     prepare = functools.partial(_prepare, tasks, key, iteration.meta_batch, chunk, mesh)
@@ -143,13 +144,18 @@ def run_loop(
       state, info = jax.block_until_ready(_run_chunk(state, ready, n, iteration=iteration, chunk=chunk))
       seconds += time.perf_counter() - start
       done += n
-      if callbacks:
-        values = {name: np.asarray(value)[:n] for name, value in info.items()}
-        shown = jax.tree.map(jnp.copy, _returned(state, placement))
-        progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
-        for callback in callbacks:
-          callback(progress)
+      values = {name: np.asarray(value)[:n] for name, value in info.items()}
+      shown = _returned(_copied(state), placement)  # All processes copy, whether or not they have callbacks.
+      progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
+      for callback in callbacks:
+        callback(progress)
+      del shown, progress  # The next chunk needs the memory.
   return _returned(state, placement)
+
+
+@jax.jit
+def _copied(state: TrainState) -> TrainState:
+  return jax.tree.map(jnp.copy, state)
 
 
 def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -> int:

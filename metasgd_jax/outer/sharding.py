@@ -137,6 +137,8 @@ def placed(leaf: Any, sharding: Sharding) -> jax.Array:
   If the sharding covers devices of several processes, every process must pass the whole array, or all processes must
   pass the same global array.
   """
+  if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+    return leaf
   if sharding.is_fully_addressable:
     return jax.device_put(leaf, sharding)
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -157,8 +157,14 @@ class _GradientIteration:
   in_turn = False
 
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
-    options: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return train_step(state, tasks, **options)
+    return train_step(
+      state,
+      tasks,
+      learner=self.learner,
+      optimizer=self.optimizer,
+      meta_batch=self.meta_batch,
+      placement=self.placement,
+    )
 
 
 def train(

@@ -119,8 +119,8 @@ def policy_gradient(
   log-probabilities of these trajectories are constants; the surrogate accounts for how the sampling depends on θ.
 
   The defaults are those of MAML's released code, except for the estimator: the default is DiCE, which is unbiased. On
-  2D navigation, the policy learns much better with an α that starts at 0.5, `estimator='lvc'`, λ = 0.9 and a damping
-  of 0.01 in `trpo_meta_step`.
+  2D navigation, the policy learns much better with an α that starts at 0.5, `estimator='lvc'`, λ = 0.9 and
+  `TrpoConfig(damping=0.01)`.
 
   Args:
     environment: Environment that gives the tasks.

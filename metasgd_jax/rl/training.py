@@ -61,8 +61,15 @@ class _TrpoIteration:
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
     del tasks  # The environment samples them.
     key = jax.random.fold_in(state.key, state.step)
-    options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    meta, info = trpo_meta_step(state.meta, key, **options)
+    meta, info = trpo_meta_step(
+      state.meta,
+      key,
+      inner=self.inner,
+      meta_batch=self.meta_batch,
+      curvature_tasks=self.curvature_tasks,
+      trpo=self.trpo,
+      placement=self.placement,
+    )
     info['taken'] = info.pop('step')
     # A gradient that is not finite leaves meta unchanged, so the loss reports it.
     loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)

@@ -41,7 +41,7 @@ class TrpoConfig:
     max_kl: Bound on the mean divergence KL(old ‖ new), in nats.
     cg_steps: Largest number of conjugate-gradient steps.
     cg_tolerance: Tolerance of the conjugate-gradient method; see `conjugate_gradient`.
-    damping: Number that is added to the diagonal of the Fisher matrix F.
+    damping: Number that is added to the diagonal of the Fisher matrix F, unless `trpo_update` is given `fisher`.
     backtrack_ratio: Ratio r of one candidate step to the next larger one.
     max_backtracks: Number of candidate steps.
 

@@ -275,7 +275,7 @@ def test_bounds_hold_in_colab_too(config, values, said):
     ('classification', ['--dataset=omniglot'], ('dataset omniglot', 'needs data_dir')),
     (
       'classification', ['--dataset=omniglot', '--data_dir={file}/x'],
-      ('data_dir {file}/x', 'does not have the data set'),
+      ('data_dir {file}/x', 'the data set'),
     ),
   ],
 )  # fmt: skip

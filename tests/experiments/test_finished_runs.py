@@ -43,7 +43,8 @@ def test_a_finished_run_of_this_configuration_stays(tmp_path, monkeypatch, capsy
   capsys.readouterr()
   monkeypatch.setattr(regression, '_run', lambda *_: crash())
   assert regression.run(MAML, tmp_path) == ROWS
-  assert re.match(saying(f'{tmp_path} holds this run', 'finished', '--restart'), capsys.readouterr().out)
+  (said,) = capsys.readouterr().out.splitlines()
+  assert re.match(saying(f'{tmp_path} holds this run', 'finished', '--restart'), said)
   assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 

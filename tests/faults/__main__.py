@@ -21,8 +21,8 @@ HEADER = """# Faults in the package, and the tests that catch them
 
 {faults} faults were drawn with seed {seed}, {count} in each of {modules} modules, before the package was regrouped.
 The first tier of tests catches {first} of them, and the slow tier {slow} more. The other {equivalent} are equivalent:
-they change no result. Before the tests were made cheaper, each fault was tried on those tests that cover its line and
-together take at most a minute, so "missed" in the second column means that these tests missed it.
+they change no result; {missed} were missed. Before the tests were made cheaper, each fault was tried on those tests
+that cover its line and together take at most a minute, so "missed" in the second column means that these missed it.
 
 | fault | before | after | caught by, or why not |
 | --- | --- | --- | --- |"""
@@ -45,7 +45,7 @@ def main() -> None:
     cores = [int(core) for core in options.cores.split(',')]
     run.run(faults, options.root, run.covering_tests(data / 'combined'), data / 'clones', options.results[0], cores)
   else:
-    print(table(faults, *map(run.read, options.results)))
+    print(table(*map(run.read, options.results)))
 
 
 def cover(root: pathlib.Path, data: pathlib.Path) -> None:
@@ -60,28 +60,19 @@ def cover(root: pathlib.Path, data: pathlib.Path) -> None:
   subprocess.run([sys.executable, '-m', 'coverage', *combine], cwd=root, check=True)
 
 
-def table(faults: list[draw.Fault], before: list[run.Verdict], after: list[run.Verdict]) -> str:
-  """Returns the table of RESULTS.md."""
-  old, new = ({verdict.fault: verdict for verdict in verdicts} for verdicts in (before, after))
+def table(before: list[run.Verdict], after: list[run.Verdict]) -> str:
+  """Returns RESULTS.md. A fault that no test caught is missed, unless its note says that it is equivalent."""
+  old = {verdict.fault: verdict for verdict in before}
   notes = json.loads((HERE / 'notes.json').read_text())
-  tiers = [new[fault.name].tier for fault in faults]
-  lines = [
-    HEADER.format(
-      faults=len(faults),
-      seed=SEED,
-      count=COUNT,
-      modules=len(draw.MODULES),
-      first=tiers.count('first'),
-      slow=tiers.count('slow'),
-      equivalent=tiers.count(None),
-    )
-  ]
-  for fault in faults:
-    earlier, verdict = old[fault.name], new[fault.name]
-    note = notes.get(fault.name) or verdict.test or ''
-    cells = f'`{fault.name}`', 'caught' if earlier.tier else 'missed', verdict.tier or 'equivalent', note
+  outcomes, lines = [], []
+  for verdict in after:
+    note = notes.get(verdict.fault) or verdict.test or ''
+    outcomes.append(verdict.tier or ('equivalent' if note.startswith('equivalent') else 'missed'))
+    cells = f'`{verdict.fault}`', 'caught' if old[verdict.fault].tier else 'missed', outcomes[-1], note
     lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
-  return '\n'.join(lines)
+  counts = {name: outcomes.count(name) for name in ('first', 'slow', 'equivalent', 'missed')}
+  header = HEADER.format(faults=len(after), seed=SEED, count=COUNT, modules=len(draw.MODULES), **counts)
+  return '\n'.join([header, *lines])
 
 
 if __name__ == '__main__':

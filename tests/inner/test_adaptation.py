@@ -62,6 +62,29 @@ def test_outside_of_jit_nothing_is_compiled_twice(problem):
     assert not again
 
 
+def test_a_loss_with_a_loop_is_compiled_once_a_call(problem):
+  theta, alpha, batch = problem
+  looped = lambda theta, batch: jax.lax.map(lambda x: loss_fn(theta, ms.Batch(x[None], batch.y[:1])), batch.x).mean()
+  ms.adapt(theta, alpha, batch, loss_fn=looped, steps=5)
+  with compilations() as found:
+    ms.adapt(theta, alpha, batch, loss_fn=looped, steps=5)
+  assert len(found) <= 1
+
+
+@pytest.mark.parametrize('adjoint', ['reverse', 'revolve'])
+def test_a_loss_that_closes_over_what_is_traced_is_scanned_too(problem, adjoint):
+  theta, alpha, batch = problem
+
+  def adapted(x):
+    loss = lambda theta, y: loss_fn(theta, ms.Batch(x, y))
+    return ms.adapt(theta, alpha, batch.y, loss_fn=loss, steps=50, adjoint=adjoint)
+
+  program = str(jax.make_jaxpr(adapted)(batch.x))
+  assert program.count(' tanh ') <= 6
+  expected = ms.adapt(theta, alpha, batch, loss_fn=loss_fn, steps=50)
+  assert_trees_close(jax.jit(adapted)(batch.x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   'prefix',
   [

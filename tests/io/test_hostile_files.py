@@ -283,6 +283,7 @@ class TestPlaces:
 
   @pytest.mark.parametrize('path', ['~nobody-of-that-name/x', 'a\0b'])
   def test_each_reader(self, tmp_path, path):
+    model = untrained()
     for read in (
       lambda: image_folder.load(path, size=4),
       lambda: image_folder.read_images(path, size=4),
@@ -296,7 +297,7 @@ class TestPlaces:
       refused(read, tmp_path, DatasetError)
     refused(lambda: files.open_workdir(path), tmp_path, files.WriterError)
     refused(
-      lambda: ms.save_model(path if path.startswith('~') else tmp_path / path, untrained()),
+      lambda: ms.save_model(path if path.startswith('~') else tmp_path / path, model),
       tmp_path,
       files.WriterError,
     )

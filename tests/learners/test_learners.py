@@ -120,8 +120,7 @@ class Case:
       grads, side_by_side = jax.grad(mean, has_aux=True)(meta, batch, keys)
       return Found(*self.one_after_the_other(meta, batch, support, keys), side_by_side, grads)
 
-    keys = None if self.name in TRAINED_AS_JUDGED else self.keys  # Those draw nothing.
-    return lambda meta: jax.device_get(everything(meta, self.batch, self.support, keys))
+    return lambda meta: jax.device_get(everything(meta, self.batch, self.support, self.keys))
 
   @functools.cached_property
   def found(self):
@@ -201,6 +200,17 @@ def test_batched_equals_a_loop_and_compiled_equals_not(case, optimized):
     assert loss.shape == ()
     np.testing.assert_allclose(batched[i], loss, rtol=1e-4)
     assert_trees_close(jax.tree.map(lambda a, i=i: a[i], info), one_info, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_learner_works_outside_of_jit(case):
+  learner, episode, key = case.learner, task(case.batch, 0), case.keys[0]
+  support = task(case.support, 0)
+  adapted = learner.adapt(case.meta, support, key)
+  assert_trees_close(jax.tree.map(lambda a: a[0], case.found.adapted), jax.device_get(adapted), rtol=1e-3, atol=1e-4)
+  path = learner.path(case.meta, support, key)
+  assert_trees_close(jax.tree.map(lambda a: a[0], case.found.path), jax.device_get(path), rtol=1e-3, atol=1e-4)
+  assert np.all(np.isfinite(learner.predict(adapted, episode.query.x)))
 
 
 @pytest.mark.parametrize(

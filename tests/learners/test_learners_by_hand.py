@@ -222,14 +222,16 @@ class TestMann:
       assert_close(state.usage, usage, **LOOSE)
       assert_close(state.read, np.concatenate([w @ rows for w in read_weights]), **LOOSE)
 
+  @pytest.mark.parametrize('query', [1, pytest.param(3, marks=pytest.mark.slow)])
   @pytest.mark.parametrize('kind', ['memory', 'plain'])
-  def test_the_sequence_is_label_shifted(self, kind):
+  def test_the_sequence_is_label_shifted(self, kind, query):
     """An item's answer depends on earlier labels, not on its own or later ones."""
     cell = {
       'memory': ms.learners.MemoryCell(WAY, units=8, slots=8, width=4, heads=2), 'plain': ms.learners.PlainCell(WAY, 8)
     }[kind]  # fmt: skip
     learner = ms.learners.mann(way=WAY, cell=cell, size=None)
-    tasks = ms.tasks.few_shot(random_bank(size=4), way=WAY, shot=1, query=1)
+    tasks = ms.tasks.few_shot(random_bank(size=4), way=WAY, shot=1, query=query)
+    items = WAY * (1 + query)
     episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
     meta = meta_of(learner, episode)
     x, y = (np.concatenate(parts) for parts in zip(*episode, strict=True))
@@ -239,12 +241,12 @@ class TestMann:
       adapted = learner.adapt(meta, ms.Batch(x[:i], y[:i]), None)
       return learner.predict(adapted, x[i : i + 1])[0]
 
-    others = [y, *((y + (np.arange(6) == i)) % WAY for i in (2, 0))]
+    others = [y, *((y + (np.arange(items) == i)) % WAY for i in (2, 0))]
     first, *rest = jax.jit(jax.vmap(lambda y: answer(x, y, 3)))(np.stack(others))
     assert not np.allclose(first, rest[0])  # The label just before.
     assert not np.allclose(first, rest[1], atol=1e-7)
     # The same answers come from one pass over the whole sequence, in the order that loss draws.
-    order = np.asarray(jax.random.permutation(jax.random.key(5), 6))
+    order = np.asarray(jax.random.permutation(jax.random.key(5), items))
     x, y = x[order], y[order]
 
     @jax.jit
@@ -254,11 +256,11 @@ class TestMann:
       return learner.loss(meta, episode, jax.random.key(5)), before
 
     (loss, info), before = of_the_sequence(meta)
-    logits = np.stack([before, *(jax.jit(answer, static_argnums=2)(x, y, i) for i in range(1, 6))])
-    assert_close(loss, -np.mean(np.log(softmax(np.float64(logits))[np.arange(6), y])), **LOOSE)
+    logits = np.stack([before, *(jax.jit(answer, static_argnums=2)(x, y, i) for i in range(1, items))])
+    assert_close(loss, -np.mean(np.log(softmax(np.float64(logits))[np.arange(items), y])), **LOOSE)
     right = np.argmax(logits, -1) == y
-    for n in range(2):
-      nth = [i for i in range(6) if np.sum(y[:i] == y[i]) == n]
+    for n in range(1 + query):
+      nth = [i for i in range(items) if np.sum(y[:i] == y[i]) == n]
       assert len(nth) == WAY
       assert_close(info[f'instance_{n + 1}'], right[np.array(nth)].mean())
 

@@ -353,7 +353,7 @@ def test_conv_block_in_parts_keeps_no_convolution():
 def test_parts_are_for_cheap_first_layers():
   assert block.default_parts((75, 28, 28, 1), (3, 3, 1, 64)) == 5
   assert block.default_parts((5, 28, 28, 1), (3, 3, 1, 64)) == 1
-  assert block.default_parts((75, 14, 14, 64), (3, 3, 64, 64)) == 1
+  assert block.default_parts((75, 28, 28, 64), (3, 3, 64, 64)) == 1  # As large, and not cheap.
   assert block.default_parts((79, 28, 28, 1), (3, 3, 1, 64)) == 1  # No divisor.
   with pytest.raises(ValueError, match=saying('parts', 'divisor', '5', 'got 2')):
     ms.nn.conv_block(np.zeros((5, 8, 8, 1)), np.zeros((3, 3, 1, 4)), np.ones(4), np.ones(4), parts=2)

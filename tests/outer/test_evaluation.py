@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,15 @@ def test_mappings_and_groups_change_nothing(optimized):
     np.testing.assert_allclose(evaluate(LEARNER, meta, num_tasks=6, placement=ms.Placement(mapping)), whole, rtol=1e-5)
 
 
-def test_devices_change_nothing():
+@pytest.mark.parametrize('group', [1, 2, 6])
+def test_tasks_are_computed_in_groups(group):
+  meta, keys = meta_of(), jax.random.split(jax.random.key(0), 6)
+  options = dict(learner=LEARNER, metric_fn=ms.losses.mean_squared_error, repeats=1, group=group, mesh=None)
+  program = jax.make_jaxpr(functools.partial(evaluation._evaluate, **options))(meta, TASKS, keys)
+  assert f'length={6 // group}\n' in str(program)
+
+
+def test_devices_change_nothing(both_compilers):
   meta = meta_of()
   whole, shared = (
     evaluate(LEARNER, meta, num_tasks=6, repeats=2, placement=ms.Placement(mesh=m))

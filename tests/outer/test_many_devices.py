@@ -35,7 +35,7 @@ def found():
     ('conv float64 8', 1e-12), ('wide float64 2', 1e-13), ('wide float64 8', 1e-13),
   ],
 )  # fmt: skip
-def test_many_devices_compute_what_one_does(found, case, most):
+def test_many_devices_compute_what_one_does(found, case, most, optimized):
   """The meta-gradient, five meta-iterations with Adam, and the values of unseen tasks; wide is with `shard_meta`."""
   names = {'gradient', 'values', 'state', 'losses'} if case.startswith('sinusoid float64') else {'state', 'losses'}
   errors = {name: found[case][name] for name in names}
@@ -64,7 +64,7 @@ def test_the_largest_dimension_that_fits_is_split():
   assert fully_sharded.split_dimension(jax.random.split(jax.random.key(0), 2**15), 8) is None
 
 
-def test_a_state_in_parts_goes_on_and_comes_back():
+def test_a_state_in_parts_goes_on_and_comes_back(both_compilers):
   learner = sinusoid_learner(hidden=(128, 128))
   state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=ADAM)
   train = lambda state, step, **options: ms.train(

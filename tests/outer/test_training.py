@@ -59,6 +59,19 @@ def test_the_state_is_donated_but_not_that_of_the_caller_or_of_callbacks():
   assert compiled.memory_analysis().alias_size_in_bytes >= size
 
 
+def test_a_last_chunk_of_numpys_count_is_the_same_program():
+  optimizer, before = optax.sgd(1e-3), loop._run_chunk._cache_size()
+  train(start(optimizer=optimizer), np.int64(25), optimizer=optimizer)
+  assert loop._run_chunk._cache_size() - before == 1
+
+
+def test_a_state_at_the_end_is_returned_as_any_other():
+  state = jax.device_get(start()._replace(key=None))._replace(key=jax.random.key(0), step=np.int32(5))
+  mesh = ms.sharding.task_mesh(4)
+  found = train(state, 5, placement=ms.Placement(mesh=mesh))
+  assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(found))
+
+
 def test_a_stream_is_trained_step_by_step_too():
   """Outside of jit, where it can send."""
   bank = random_bank()
@@ -73,7 +86,7 @@ def test_a_stream_is_trained_step_by_step_too():
   assert_trees_close(a.meta, b.meta, rtol=1e-5)
 
 
-def test_step_i_depends_on_the_seed_and_i_alone():
+def test_step_i_depends_on_the_seed_and_i_alone(both_compilers):
   """So a run that stops and goes on ends bitwise where one that never stopped does."""
   whole = train(start(), 30)
   resumed = train(train(start(), 10), 30)
@@ -89,10 +102,15 @@ def test_tasks_differ_from_step_to_step_and_seed_to_seed():
   assert len(set(losses)) == 40
 
 
-def test_seeds_side_by_side_equal_each_alone(optimized):
+@pytest.mark.parametrize(
+  ('tasks', 'learner'),
+  [(LINES, OF_LINES), pytest.param(TASKS, LEARNER, marks=pytest.mark.slow)],
+  ids=['lines', 'sinusoids'],
+)
+def test_seeds_side_by_side_equal_each_alone(tasks, learner, optimized):
   def trained(seeds):
-    state = ms.init(seeds, LINES, learner=OF_LINES, optimizer=ADAM)
-    state = ms.train(state, LINES, learner=OF_LINES, optimizer=ADAM, meta_iterations=20, meta_batch=4, chunk=10)
+    state = ms.init(seeds, tasks, learner=learner, optimizer=ADAM)
+    state = ms.train(state, tasks, learner=learner, optimizer=ADAM, meta_iterations=20, meta_batch=4, chunk=10)
     return jax.device_get(without_key(state))
 
   row = lambda tree, r: jax.tree.map(lambda a: a[r], tree)

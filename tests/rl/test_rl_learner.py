@@ -26,10 +26,13 @@ INNER = {
     ENVIRONMENT, POLICY, trajectories=6, alpha=0.1, estimator='score', mean_over='trajectory'
   ),
   'maml, lvc, 2 steps': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, alpha=0.1, estimator='lvc', steps=2),
+  'maml, lvc, 3 steps': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, alpha=0.1, estimator='lvc', steps=3),
 }
 
 
-@pytest.fixture(params=INNER)
+@pytest.fixture(
+  params=[pytest.param(name, marks=[pytest.mark.slow] if name == 'maml, lvc, 3 steps' else []) for name in INNER]
+)
 def name(request):
   return request.param
 
@@ -55,6 +58,13 @@ def start(name):
 def draw_episode(seed):
   sample_key, episode_key = jax.random.split(jax.random.key(seed))
   return TASKS.episode(TASKS.sample(sample_key), episode_key)
+
+
+@pytest.mark.slow
+def test_all_of_them_draw_alike(name):
+  meta, task = jax.jit(INNER[name].init)(jax.random.key(0)), jnp.float32(0.5)
+  own = jax.jit(INNER[name].experience)(meta.theta, task, jax.random.key(1))
+  assert_trees_close(own, EXPERIENCE(meta.theta, task, jax.random.key(1)), rtol=1e-6)
 
 
 def described(tree):
@@ -274,9 +284,9 @@ def assert_slopes_by_differences(value, meta, slope, directions=3, h=1e-7):
 
 
 def test_info_has_the_returns_before_and_after():
-  learner, meta, episode = start('meta_sgd, rates by layer')
-  (loss, info), _ = loss_and_slope('meta_sgd, rates by layer')(meta, episode, jax.random.key(1))
-  experiences, path = compiled('meta_sgd, rates by layer').explore(meta, episode.support, jax.random.key(1))
+  learner, meta, episode = start('meta_sgd, 2 steps')
+  (loss, info), _ = loss_and_slope('meta_sgd, 2 steps')(meta, episode, jax.random.key(1))
+  experiences, path = compiled('meta_sgd, 2 steps').explore(meta, episode.support, jax.random.key(1))
   acted = learner.predict(path[-1], episode.query.x)
   assert_close(info['return_before'], experiences[0].trajectories.rewards.sum(-1).mean(), rtol=1e-5)
   assert_close(info['return_after'], acted.rewards.sum(-1).mean(), rtol=1e-5)

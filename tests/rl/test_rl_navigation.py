@@ -34,10 +34,10 @@ def straight(task):
   return Policy(lambda key: {}, apply, lambda distribution, key: distribution, zeros, zeros)
 
 
-@jax.jit
-def step(task, position, action):
+@functools.partial(jax.jit, static_argnums=0)
+def step(start, task, position, action):
   """The position after, the reward and whether the goal is reached; and what was observed before."""
-  environment = navigation()
+  environment = navigation(start)
   return *environment.step(task, position, action, jax.random.key(0)), environment.observe(task, position)
 
 
@@ -52,7 +52,7 @@ def test_steps_are_those_of_a_loop(start):
       actions = rng.normal(size=(30, 2)) * 1.5  # A third of them is clipped.
       positions, rewards, ended = walk(task.start, task.goal, actions)
       for t, reward in enumerate(rewards):
-        state, found, terminated, observed = step(task, state, actions[t])
+        state, found, terminated, observed = step(start, task, state, actions[t])
         np.testing.assert_allclose(observed, positions[t], atol=1e-14)
         np.testing.assert_allclose(found, reward, rtol=1e-12)
         assert bool(terminated) == (ended and t == len(rewards) - 1)
@@ -76,12 +76,12 @@ def points(*values):
   ],
 )
 def test_actions_are_cut_to_one_and_then_scaled(action, move):
-  state, _, _, _ = step(task_at(0.3, 0.4), *points([0.2, -0.1], action))
+  state, _, _, _ = step('fixed', task_at(0.3, 0.4), *points([0.2, -0.1], action))
   np.testing.assert_allclose(state, np.add([0.2, -0.1], move), atol=1e-7)
 
 
 def test_a_position_may_leave_the_square():
-  state, reward, _, _ = step(task_at(0, 0), *points([2.0, 0.0], [1.0, 0.0]))
+  state, reward, _, _ = step('fixed', task_at(0, 0), *points([2.0, 0.0], [1.0, 0.0]))
   np.testing.assert_allclose(state, [2.1, 0])
   np.testing.assert_allclose(reward, -2.1, rtol=1e-6)
 
@@ -93,7 +93,7 @@ def test_a_position_may_leave_the_square():
 def test_the_goal_is_reached_when_both_coordinates_are_near(gap, ends):
   task = task_at(0.3, -0.2)
   before, action = points([0.1, 0.0], [1.0, 0.0])
-  _, reward, terminated, _ = step(task, task.goal - before + points(gap)[0], action)
+  _, reward, terminated, _ = step('fixed', task, task.goal - before + points(gap)[0], action)
   assert bool(terminated) == ends
   np.testing.assert_allclose(reward, -np.hypot(*gap), atol=1e-6)
 

@@ -14,6 +14,8 @@ from metasgd_jax.rl import training
 
 INNER = light(steps=0, alpha=0.1)
 """The loop is the same whatever a step does; without inner steps it compiles fast."""
+LEARNED = light()
+"""With one inner step and rates that are learned."""
 train = functools.partial(training.train, inner=INNER, meta_batch=2, chunk=2, trpo=rl.TrpoConfig(damping=0.01))
 
 
@@ -38,15 +40,17 @@ def two_runs(keys):
   return jax.jit(lambda: training.init(keys, INNER))()
 
 
-def test_the_loop_is_the_step_repeated_and_runs_side_by_side_are_the_runs(keys, two_runs):
+@pytest.mark.parametrize('inner', [INNER, pytest.param(LEARNED, marks=pytest.mark.slow)], ids=['no step', 'a step'])
+def test_the_loop_is_the_step_repeated_and_runs_side_by_side_are_the_runs(keys, inner, both_compilers):
   seen = []
-  last = train(two_runs, meta_iterations=3, callbacks=[seen.append])
+  two_runs = jax.jit(lambda: training.init(keys, inner))()
+  last = train(two_runs, inner=inner, meta_iterations=3, callbacks=[seen.append])
   assert last.step.tolist() == [3, 3]
   assert [p.step for p in seen] == [2, 3]
   assert seen[-1].info['return_after'].shape == (1, 2)
   assert np.all(seen[-1].info['taken'] > 0)
   np.testing.assert_array_equal(seen[-1].info['loss'], -seen[-1].info['return_after'])
-  step = jax.jit(functools.partial(rl.trpo_meta_step, inner=INNER, meta_batch=2, trpo=rl.TrpoConfig(damping=0.01)))
+  step = jax.jit(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=2, trpo=rl.TrpoConfig(damping=0.01)))
   for r in range(2):
     meta = run_of(two_runs.meta, r)
     for i in range(3):

@@ -49,9 +49,12 @@ def test_training_on_a_stream_is_training_on_the_bank(runs, mesh):
 
 
 @pytest.mark.slow
-def test_training_a_convolutional_network_on_a_stream_is_training_it_on_the_bank():
+@pytest.mark.parametrize(('runs', 'mesh'), [(None, False), (2, True)])
+def test_training_a_convolutional_network_on_a_stream_is_training_it_on_the_bank(runs, mesh, optimized):
   learner = conv_learner(way=WAY)
-  resident, streamed = (trained(tasks, learner=learner) for tasks in (RESIDENT, STREAM))
+  keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
+  options = dict(placement=ms.Placement(mesh=ms.sharding.task_mesh(2))) if mesh else {}
+  resident, streamed = (trained(tasks, keys=keys, learner=learner, **options) for tasks in (RESIDENT, STREAM))
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
 
@@ -113,6 +116,14 @@ def test_a_memory_map_will_do(tmp_path):
   mapped = stream(ms.tasks.ClassBank(np.load(tmp_path / 'images.npy', mmap_mode='r'), sizes))
   keys = jax.random.split(jax.random.key(0), (2, 3))
   for x, y in zip(*(jax.tree.leaves(tasks.send(*keys)) for tasks in (mapped, STREAM)), strict=True):
+    assert np.array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_training_on_a_memory_map_is_training_on_the_array(tmp_path):
+  np.save(tmp_path / 'images.npy', BANK.images)
+  mapped = stream(ms.tasks.ClassBank(np.load(tmp_path / 'images.npy', mmap_mode='r'), BANK.sizes))
+  for x, y in zip(*(jax.tree.leaves(trained(tasks).meta) for tasks in (mapped, STREAM)), strict=True):
     assert np.array_equal(x, y)
 
 
