@@ -73,7 +73,9 @@ def compilations():
     inside[0] = False
 
 
-CURVES = ms.tasks.sinusoid()
+@functools.cache
+def curves():
+  return ms.tasks.sinusoid()
 
 
 def poisoned(steps, task=2, seed=0, how=jnp.nan, meta_batch=4):
@@ -81,11 +83,11 @@ def poisoned(steps, task=2, seed=0, how=jnp.nan, meta_batch=4):
   step_key = lambda step: jax.random.key_data(loop.step_keys(jax.random.key(seed), step, meta_batch)[1, task])
   keys = jax.jit(jax.vmap(step_key))(np.asarray(steps))
   episode = Partial(_poisoned_episode, keys, jnp.float32(how))
-  return ms.TaskDistribution(Partial(CURVES.sample), episode)
+  return ms.TaskDistribution(curves().sample, episode)
 
 
 def _poisoned_episode(bad, how, curve, key):
-  found = CURVES.episode(curve, key)
+  found = curves().episode(curve, key)
   hit = jnp.any(jnp.all(jax.random.key_data(key)[None] == bad, axis=-1))
   return ms.Episode(found.support, ms.Batch(found.query.x, jnp.where(hit, how, found.query.y)))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import CURVES, poisoned, sinusoid_learner
+from problems import curves, poisoned, sinusoid_learner
 
 import metasgd_jax as ms
 from experiments import few_shot_learners
@@ -43,7 +43,7 @@ def runs(tasks, *, learner=LEARNER, optimizer=SGD, seeds=0, meta_iterations=30):
 
 
 def test_nothing_is_found_where_all_is_finite():
-  bad, state = runs(CURVES)
+  bad, state = runs(curves())
   assert bad is None
   assert int(state.step) == 30
 
@@ -72,7 +72,7 @@ def test_a_gradient_alone_is_traced_to_its_leaf():
   """√x at 0 is finite and its gradient is not: of one leaf, of one task, in a loss that is finite."""
 
   def episode(curve, key):
-    found = CURVES.episode(curve, key)
+    found = curves().episode(curve, key)
     x, y = found.query
     mark = jnp.all(jax.random.key_data(key) == bad)
     return ms.Episode(found.support, ms.Batch(jnp.where(mark, 0.0, x), y))
@@ -86,7 +86,7 @@ def test_a_gradient_alone_is_traced_to_its_leaf():
     root = jnp.sqrt(jnp.where(hit, jnp.sum(bias - jax.lax.stop_gradient(bias)), 1.0))
     return value + jnp.where(hit, root, 0.0), info
 
-  tasks, learner = ms.TaskDistribution(CURVES.sample, episode), LEARNER._replace(loss=marked)
+  tasks, learner = ms.TaskDistribution(curves().sample, episode), LEARNER._replace(loss=marked)
   bad_step, _ = runs(tasks, learner=learner)
   assert bad_step.step == 13
   assert np.isfinite(bad_step.loss)
@@ -103,8 +103,8 @@ def test_an_update_of_a_finite_gradient_is_the_optimisers():
     return jax.tree.map(lambda g: jnp.where(count == 7, jnp.inf, 0 * g), updates), count + 1
 
   optimizer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
-  bad, _ = runs(CURVES, optimizer=optimizer)
-  report = bad_numbers.inspect_step(bad.before, CURVES, learner=LEARNER, meta_batch=BATCH)
+  bad, _ = runs(curves(), optimizer=optimizer)
+  report = bad_numbers.inspect_step(bad.before, curves(), learner=LEARNER, meta_batch=BATCH)
   assert (bad.step, report.bad_tasks) == (7, [])
   assert bad_numbers.describe(bad, report).startswith(
     "the update of run 0 (from 0) is not finite at meta-iteration 7 (from 0), though each task's gradient by itself is"
@@ -124,11 +124,11 @@ def test_of_runs_side_by_side_the_bad_one_is_named():
 def test_a_report_is_of_the_tasks_that_were_trained_on():
   """The mean of its losses is the loss of the step."""
   losses = []
-  start = ms.init(jax.random.key(0), CURVES, learner=LEARNER, optimizer=SGD)
-  train = functools.partial(ms.train, tasks=CURVES, learner=LEARNER, optimizer=SGD, meta_batch=BATCH, chunk=CHUNK)
+  start = ms.init(jax.random.key(0), curves(), learner=LEARNER, optimizer=SGD)
+  train = functools.partial(ms.train, tasks=curves(), learner=LEARNER, optimizer=SGD, meta_batch=BATCH, chunk=CHUNK)
   train(start, meta_iterations=10, callbacks=[lambda p: losses.extend(p.info['loss'])])
   state = train(start, meta_iterations=6)
-  report = bad_numbers.inspect_step(state, CURVES, learner=LEARNER, meta_batch=BATCH)
+  report = bad_numbers.inspect_step(state, curves(), learner=LEARNER, meta_batch=BATCH)
   np.testing.assert_allclose(report.losses.mean(), losses[6], rtol=1e-5)
   text = '\n'.join(bad_numbers.lines(report))
   assert 'meta-iteration 6 (from 0): 0 of 4 tasks are not finite' in text
@@ -164,7 +164,7 @@ def test_of_runs_side_by_side_each_counts_its_own():
   bad, state = runs(poisoned([3, 15], seed=4), optimizer=optimizer, seeds=[3, 4])
   assert bad is None
   assert bad_numbers.skipped(state).tolist() == [0, 2]
-  assert bad_numbers.skipped(runs(CURVES)[1]) is None
+  assert bad_numbers.skipped(runs(curves())[1]) is None
 
 
 def test_too_many_in_a_row_are_not_skipped():
@@ -175,7 +175,7 @@ def test_too_many_in_a_row_are_not_skipped():
 
 def test_a_loss_that_is_not_finite_while_its_gradient_is_is_not_skipped_in_silence():
   def episode(curve, key):
-    found = CURVES.episode(curve, key)
+    found = curves().episode(curve, key)
     mark = jnp.all(jax.random.key_data(key) == marked)
     y = found.query.y.at[0, 0].set(jnp.where(mark, jnp.inf, found.query.y[0, 0]))
     return ms.Episode(found.support, ms.Batch(found.query.x, y))
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_while_its_gradient_is_is_not_skipped_in_silen
     value, info = LEARNER.loss(meta, episode._replace(query=jax.tree.map(jnp.nan_to_num, episode.query)), key)
     return value * 1e-30 + jnp.where(jnp.isinf(episode.query.y).any(), jnp.inf, 0.0), info
 
-  tasks, learner = ms.TaskDistribution(CURVES.sample, episode), LEARNER._replace(loss=infinite)
+  tasks, learner = ms.TaskDistribution(curves().sample, episode), LEARNER._replace(loss=infinite)
   bad, _ = runs(tasks, learner=learner, optimizer=bad_numbers.skip_bad_steps(SGD))
   assert (bad.step, bad.loss) == (4, np.inf)
 
