@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +140,24 @@ def test_a_bank_is_an_argument_of_the_program_and_not_a_constant():
   text = jax.jit(lambda t, k: t.episode(t.sample(k), k)).lower(tasks, jax.random.key(0)).as_text()
   assert len(text) < 200_000
   assert 'tensor<1000x28x28x1xui8>' in text
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['scale'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """A function that is a pytree, as Equinox's modules are."""
+
+  scale: jax.Array
+
+  def __call__(self, key):
+    return self.scale * jax.random.normal(key, (1, 1))
+
+
+def test_a_function_that_is_a_pytree_keeps_its_arrays():
+  tasks = ms.TaskDistribution(Scaled(jnp.float32(2.0)), LINES.episode)
+  assert [float(leaf) for leaf in jax.tree.leaves(tasks)] == [2.0]
+  found, expected = jax.jit(lambda tasks, key: (tasks.sample(key), 2 * LINES.sample(key)))(tasks, jax.random.key(0))
+  np.testing.assert_allclose(found, expected)
 
 
 def test_progress_tells_where_a_run_is():
