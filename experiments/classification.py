@@ -15,7 +15,6 @@ from absl import flags
 
 import metasgd_jax as ms
 from experiments import (
-  few_shot_data,
   few_shot_table,
   few_shot_training,
   options,
@@ -278,7 +277,7 @@ def _draw_task(name, meta, config: Config, setup: Setup, plotting):
     return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
 
   keys = jax.random.split(test_keys(config.eval_seed)[1], 3)
-  tasks = few_shot_data.sent(setup.tests[config.test_shots[0]], keys[:1], keys[1:2])
+  tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
   found = answered(reporting.one_run(meta, 0), tasks, *keys)
   return plotting.episode_sheet(*jax.device_get(found))
 

@@ -11,6 +11,7 @@ import numpy as np
 import metasgd_jax as ms
 from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot, splits
 from metasgd_jax.tasks import augmentation
+from metasgd_jax.types import Tasks
 
 DATASETS = ('glyphs', 'omniglot', 'mini_imagenet', 'cifar_fs', 'folder')
 AUGMENTATIONS: dict[str, augmentation.Augment | None] = {
@@ -18,9 +19,6 @@ AUGMENTATIONS: dict[str, augmentation.Augment | None] = {
   'shift': augmentation.shift(2),
   'natural': augmentation.chain(augmentation.flip, augmentation.shift(4), augmentation.light(0.4)),
 }
-
-
-Tasks = ms.TaskDistribution | ms.TaskStream
 
 
 class Data(NamedTuple):
@@ -107,11 +105,6 @@ def augmented(found: Tasks, config: Any) -> Tasks:
   """Returns the tasks, their images augmented as the configuration says."""
   augment = AUGMENTATIONS[config.augmentation]
   return ms.tasks.augmented(found, augment) if augment else found
-
-
-def sent(found: Tasks, sample_keys, episode_keys) -> ms.TaskDistribution:
-  """Returns tasks that a jitted function takes, of a stream those of these keys `[B]`."""
-  return found.prepare(lambda: (sample_keys, episode_keys))
 
 
 def placed(found: Data, choice: str) -> Data:

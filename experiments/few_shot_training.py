@@ -20,6 +20,7 @@ from experiments.trainings import Training
 from metasgd_jax.io import writers
 from metasgd_jax.outer import sharding
 from metasgd_jax.outer.placement import TasksAtOnce
+from metasgd_jax.types import Tasks
 
 Config = Any
 """`classification.Config`."""
@@ -43,13 +44,13 @@ class Setup:
   """
 
   data: few_shot_data.Data
-  train: dict[str, few_shot_data.Tasks]
+  train: dict[str, Tasks]
   learners: dict[str, ms.Learner]
   validators: dict[str, ms.Learner]
   testers: dict[tuple[str, bool], ms.Learner]
   optimizers: dict[str, optax.GradientTransformation]
-  tests: dict[int, few_shot_data.Tasks]
-  validation: few_shot_data.Tasks | None
+  tests: dict[int, Tasks]
+  validation: Tasks | None
   start: ms.MetaParams | None
   devices: int | None = None
 
@@ -266,7 +267,7 @@ def by_instance(name: str, meta, config: Config, setup: Setup) -> np.ndarray:
   return values
 
 
-def _accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: few_shot_data.Tasks, key, num_tasks: int):
+def _accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: Tasks, key, num_tasks: int):
   """Returns the accuracy at the first item of its class, the second, …, of sequences of unseen tasks: `[tasks, n]`."""
 
   def of_task(meta, tasks, sample_key, episode_key, order_key):
@@ -276,4 +277,4 @@ def _accuracy_by_instance(learner: ms.Learner, meta: Any, sequences: few_shot_da
 
   keys = jax.random.split(key, (num_tasks, 3))
   of_tasks = jax.jit(lambda meta, tasks, keys: jax.lax.map(lambda three: of_task(meta, tasks, *three), keys))
-  return np.asarray(of_tasks(meta, few_shot_data.sent(sequences, keys[:, 0], keys[:, 1]), tuple(keys.T)))
+  return np.asarray(of_tasks(meta, sequences.prepare(lambda: (keys[:, 0], keys[:, 1])), tuple(keys.T)))

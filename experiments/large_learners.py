@@ -30,6 +30,7 @@ from metasgd_jax.io import files
 from metasgd_jax.losses import accuracy, cross_entropy, per_token
 from metasgd_jax.outer import sharding
 from metasgd_jax.tasks.markov import MarkovConfig, markov_chains
+from metasgd_jax.types import Tasks
 
 NETWORKS = {'resnet12': 'ResNet-12', 'transformer': 'transformer'}
 PARTS = ('all', 'head', 'norms', 'low_rank')
@@ -101,8 +102,8 @@ class Setup:
   """What a configuration stands for: the learner, tasks to train and to test on, its metrics by name, the training."""
 
   learner: ms.Learner
-  train: few_shot_data.Tasks
-  test: few_shot_data.Tasks
+  train: Tasks
+  test: Tasks
   metrics: dict[str, Callable[..., Any]]
   training: Training
   devices: int | None = None
@@ -122,7 +123,7 @@ def build_model(config: Config) -> ms.Model:
   return ms.adapt_only(model, head if config.adapts == 'head' else norms)
 
 
-def build_tasks(config: Config) -> tuple[few_shot_data.Tasks, few_shot_data.Tasks]:
+def build_tasks(config: Config) -> tuple[Tasks, Tasks]:
   """Returns tasks to train on, and unseen ones.
 
   Raises:

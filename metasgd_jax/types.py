@@ -173,7 +173,8 @@ class TaskDistribution:
     Args:
       change: Function from an episode function to another one, a `jax.tree_util.Partial` if it holds arrays.
     """
-    return TaskDistribution(self.sample, change(self.episode), (*self.changes, change))
+    # `change` is called inside the traced function: a new function for each chunk of a stream would be compiled anew.
+    return TaskDistribution(self.sample, Partial(_changed, Partial(change), self.episode), (*self.changes, change))
 
 
 @jax.tree_util.register_static
@@ -218,9 +219,7 @@ class TaskStream:
     """
 
     def send(*keys):
-      sent = self.send(*keys)
-      # The change is made inside of the traced function: a new function for each chunk would be compiled anew.
-      return TaskDistribution(sent.sample, Partial(_changed, Partial(change), sent.episode), (*sent.changes, change))
+      return self.send(*keys).map_episode(change)
 
     return dataclasses.replace(self, send=send, changes=(*self.changes, change))
 

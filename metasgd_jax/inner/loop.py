@@ -42,7 +42,7 @@ def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) ->
     batch: Support of the task.
     loss_fn: Support loss, `(θ, batch) → scalar`.
   """
-  adapting = jax.tree.map(lambda leaf, moves: leaf if moves else None, theta, adapts)
+  adapting = adapting_part(theta, adapts)
 
   def merge(adapting):
     return jax.tree.map(lambda leaf, moves, new: new if moves else leaf, theta, adapts, adapting)
@@ -51,6 +51,11 @@ def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) ->
     return scalar_loss(loss_fn, merge(adapting), batch)
 
   return InnerProblem(adapting, loss, merge)
+
+
+def adapting_part(theta: PyTree, adapts: PyTree) -> PyTree:
+  """Returns θ with `None` in place of every leaf that `adapts`, a pytree of booleans, marks as frozen."""
+  return jax.tree.map(lambda leaf, moves: leaf if moves else None, theta, adapts)
 
 
 def gradient_step(theta: PyTree, alpha: PyTree, grads: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.inner.alpha import which_adapt
-from metasgd_jax.inner.loop import check_steps
+from metasgd_jax.inner.loop import adapting_part, check_steps
 from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, of_parameters
 from metasgd_jax.tree import named, strong
@@ -88,7 +88,7 @@ def inner_optimizer(
   def init(key, episode: Episode) -> WithHyper:
     theta_key, hyper_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    adapting = jax.tree.map(lambda leaf, adapts: leaf if adapts else None, theta, which_adapt(theta, model.adapts))
+    adapting = adapting_part(theta, which_adapt(theta, model.adapts))
     start = hyper(hyper_key, adapting) if _is_function(hyper) else hyper
     for name, leaf in named(start):
       if not _is_floating(leaf):

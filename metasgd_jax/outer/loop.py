@@ -145,7 +145,7 @@ def run_loop(
       seconds += time.perf_counter() - start
       done += n
       values = {name: np.asarray(value)[:n] for name, value in info.items()}
-      shown = _returned(_copied(state), placement)  # All processes copy, whether or not they have callbacks.
+      shown = _copied(_returned(state, placement))  # All processes copy, whether or not they have callbacks.
       progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
       for callback in callbacks:
         callback(progress)

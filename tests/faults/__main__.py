@@ -37,11 +37,11 @@ def main() -> None:
   parser.add_argument('--results', type=pathlib.Path, action='append', help='File of verdicts, as JSON lines.')
   parser.add_argument('--cores', default='0,1', help='Processor cores; each takes a fault at a time.')
   options = parser.parse_args()
-  faults = [fault for module in draw.MODULES for fault in draw.draw(options.root, module, COUNT, SEED)]
   data = options.data.resolve()
   if options.command == 'cover':
     cover(options.root, data)
   elif options.command == 'run':
+    faults = [fault for module in draw.MODULES for fault in draw.draw(options.root, module, COUNT, SEED)]
     cores = [int(core) for core in options.cores.split(',')]
     run.run(faults, options.root, run.covering_tests(data / 'combined'), data / 'clones', options.results[0], cores)
   else:
