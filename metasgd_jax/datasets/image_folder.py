@@ -15,8 +15,8 @@ from metasgd_jax.datasets.image_files import (
   list_directory,
   list_images,
   read_all,
+  read_image as read_image,
 )
-from metasgd_jax.datasets.image_files import read_image as read_image
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
 from metasgd_jax.datasets.splits import some
 from metasgd_jax.tasks.few_shot import ClassBank

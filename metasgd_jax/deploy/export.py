@@ -26,8 +26,6 @@ from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
 from metasgd_jax.version import __version__
 
-__all__ = ['FORMAT_VERSION', 'PLATFORMS', 'Exported', 'export_learner', 'export_model', 'load_exported']
-
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner step round differently in float32.
 

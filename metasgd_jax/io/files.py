@@ -15,17 +15,6 @@ import numpy as np
 
 from metasgd_jax.types import PyTree
 
-__all__ = [
-  'PathLike',
-  'WriterError',
-  'atomic',
-  'open_workdir',
-  'read_params',
-  'write_array',
-  'write_json',
-  'write_params',
-]
-
 PathLike = str | os.PathLike[str]
 
 _ADVICE = 'make room, or give another --workdir'

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-__all__ = ['ProgressLine', 'duration']
-
 
 class ProgressLine:
   """Shows the progress of a run, its values, its rate and the time that is left.

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 
-__all__ = ['collect']
-
 _PACKAGES = (
   'metasgd_jax',
   'jax',

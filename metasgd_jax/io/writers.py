@@ -12,8 +12,6 @@ from metasgd_jax.io.files import PathLike, WriterError, atomic, plain, told
 from metasgd_jax.tree import named
 from metasgd_jax.types import PyTree
 
-__all__ = ['MetricsWriter', 'TensorBoardWriter', 'Writer']
-
 
 class Writer(Protocol):
   """Receives the metrics of a run while the run goes on.

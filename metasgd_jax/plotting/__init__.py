@@ -1,28 +1,17 @@
 """Figures of meta-learning. Only this package imports matplotlib. Each function returns a Figure or an animation."""
 
 from metasgd_jax.plotting.figures import (
-  Accuracy,
-  Fit,
-  accuracies,
-  adaptation_curves,
-  alpha_histograms,
-  instance_curve,
-  learning_curves,
+  Accuracy as Accuracy,
+  Fit as Fit,
+  accuracies as accuracies,
+  adaptation_curves as adaptation_curves,
+  alpha_histograms as alpha_histograms,
+  instance_curve as instance_curve,
+  learning_curves as learning_curves,
 )
-from metasgd_jax.plotting.paths import Walks, navigation_animation, navigation_paths
-from metasgd_jax.plotting.sheets import episode_sheet, prediction_sheet
-
-__all__ = (
-  'Accuracy',
-  'Fit',
-  'Walks',
-  'accuracies',
-  'adaptation_curves',
-  'alpha_histograms',
-  'episode_sheet',
-  'instance_curve',
-  'learning_curves',
-  'navigation_animation',
-  'navigation_paths',
-  'prediction_sheet',
+from metasgd_jax.plotting.paths import (
+  Walks as Walks,
+  navigation_animation as navigation_animation,
+  navigation_paths as navigation_paths,
 )
+from metasgd_jax.plotting.sheets import episode_sheet as episode_sheet, prediction_sheet as prediction_sheet

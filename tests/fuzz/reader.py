@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from . import guard
 from .mutations import Edit
-from .trees import Tree, change_tree, write
-from .trees import read as take_up
+from .trees import Tree, change_tree, read as take_up, write
 
 
 class Reader(NamedTuple):

@@ -5,8 +5,7 @@ import random
 import pytest
 from fuzz.reader import attempt, trees_of
 from fuzz.readers import READERS
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 EXAMPLES = {'checkpoint': 3, 'omniglot.load, archives': 4, 'cifar_fs.load, archives': 4}
 

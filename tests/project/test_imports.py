@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from public_names import public_names
+
 import metasgd_jax
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -100,7 +102,7 @@ def test_public_names_have_docstrings():
   public = {
     f'{module.__name__}.{name}': getattr(module, name)
     for module in (ms, ms.nn, ms.tasks, ms.learners, ms.rl)
-    for name in module.__all__
+    for name in public_names(module)
   }
   described = {name: thing for name, thing in public.items() if inspect.isclass(thing) or inspect.isfunction(thing)}
   assert described
