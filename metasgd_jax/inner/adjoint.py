@@ -61,8 +61,9 @@ def _closed(grad, theta):
     out = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*jax.tree.leaves(theta))
     return jax.tree.unflatten(jax.tree.structure(shape), out)
 
-  pick = lambda smooth: [c for c, i in zip(traced.consts, inexact, strict=True) if i == smooth]
-  return closed, (pick(True), pick(False))
+  differentiable = [c for c, smooth in zip(traced.consts, inexact, strict=True) if smooth]
+  others = [c for c, smooth in zip(traced.consts, inexact, strict=True) if not smooth]
+  return closed, (differentiable, others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -151,8 +152,7 @@ def schedule(steps: int) -> Schedule:
   Args:
     steps: Number of steps, 1 or more.
   """
-  most = lambda kept, times: math.comb(kept + times, kept)
-  kept = next(s for s in range(1, steps + 1) if most(s, AGAIN + 1) >= steps)
+  kept = next(s for s in range(1, steps + 1) if _most_steps(s, AGAIN + 1) >= steps)
   moves: list[tuple[int, int]] = []
 
   def forward(source: int, count: int, target: int) -> None:
@@ -169,14 +169,19 @@ def schedule(steps: int) -> Schedule:
         forward(first, t, kept)
         moves.append((kept if t else first, -1))
     else:
-      times = next(r for r in range(1, count) if most(free, r) >= count)
-      ahead = max(count - most(free - 1, times), most(free, times - 2) if times > 1 else 1)
+      times = next(r for r in range(1, count) if _most_steps(free, r) >= count)
+      ahead = max(count - _most_steps(free - 1, times), _most_steps(free, times - 2) if times > 1 else 1)
       forward(first, ahead, first + 1)
       back(first + 1, count - ahead)
       back(first, ahead)
 
   back(0, steps)
   return Schedule(kept + 1, np.array(moves, np.int32))
+
+
+def _most_steps(kept: int, times: int) -> int:
+  """Returns the largest number of steps for `kept` stored θ_t, if no step is computed more than `times` times."""
+  return math.comb(kept + times, kept)
 
 
 def _step(grad, theta, alpha, constants):

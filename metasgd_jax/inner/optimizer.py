@@ -57,8 +57,11 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     del params
     structure: Any = jax.tree.structure(updates)
     rates = structure.flatten_up_to(broadcast_alpha(alpha, updates, masked=optax.MaskedNode))
-    scale = lambda a, g: jnp.zeros_like(g) if a is None else -jnp.asarray(a, jnp.result_type(g)) * g
-    return structure.unflatten([scale(a, g) for a, g in zip(rates, jax.tree.leaves(updates), strict=True)]), state
+    scaled = [
+      jnp.zeros_like(g) if a is None else -jnp.asarray(a, jnp.result_type(g)) * g
+      for a, g in zip(rates, jax.tree.leaves(updates), strict=True)
+    ]
+    return structure.unflatten(scaled), state
 
   return optax.GradientTransformation(init, update)
 

@@ -140,8 +140,8 @@ def _by_task(meta, tasks, keys, *, learner):
     sample_key, episode_key, adapt_key = keys
     episode = tasks.episode(tasks.sample(sample_key), episode_key)
     (loss, _), grads = jax.value_and_grad(learner.loss, has_aux=True)(meta, episode, adapt_key)
-    norm = lambda g: jnp.sqrt(jnp.sum(jnp.square(g)))
-    return loss, jax.tree.map(norm, grads), jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
+    norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g))), grads)
+    return loss, norms, jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
 
   return jax.lax.map(of_task, keys)
 

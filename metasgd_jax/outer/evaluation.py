@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.placement import Placement, is_large
 from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
 AT_ONCE = 32
@@ -98,8 +98,9 @@ def evaluate(
 
 def _group(placement: Placement, meta: PyTree, num_tasks: int) -> int:
   """Returns the number of a device's tasks that are computed at the same time, a divisor of `num_tasks`."""
-  at_once = placement.tasks_at_once
-  most = min(AT_ONCE, placement.group(meta, num_tasks)) if isinstance(at_once, str) else int(at_once)
+  most = placement.at_once(num_tasks, large=is_large(meta))
+  if isinstance(placement.tasks_at_once, str):
+    most = min(most, AT_ONCE)
   return max(n for n in range(1, min(most, num_tasks) + 1) if num_tasks % n == 0)
 
 

@@ -147,10 +147,9 @@ def plan_memory(
     return step.lower(state, given).compile().memory_analysis()
 
   def planned(found: Any, at_once: int) -> MemoryPlan:
-    return MemoryPlan(
-      _parts(state), found.argument_size_in_bytes, share * _episode_bytes(given, key), found.temp_size_in_bytes,
-      found.output_size_in_bytes - found.alias_size_in_bytes, at_once, share, devices, available,
-    )  # fmt: skip
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    sizes = found.argument_size_in_bytes, share * _episode_bytes(given, key), found.temp_size_in_bytes, results
+    return MemoryPlan(_parts(state), *sizes, at_once, share, devices, available)
 
   plan = planned(compiled(at_once), at_once)
   if plan.fits:

@@ -72,6 +72,17 @@ class Placement:
     """Number of devices that share the tasks."""
     return 1 if self.mesh is None else self.mesh.size
 
+  def at_once(self, num_tasks: int, *, large: bool) -> int:
+    """Returns the number of tasks that `tasks_at_once` stands for. With a number it is that number.
+
+    Args:
+      num_tasks: Number of tasks on one device.
+      large: Whether a single task fills the cache of a CPU, which then computes one task after another with 'auto'.
+    """
+    if self.tasks_at_once == 'auto':
+      return 1 if large and jax.default_backend() == 'cpu' else num_tasks
+    return num_tasks if self.tasks_at_once == 'all' else int(self.tasks_at_once)
+
   def group(self, meta: PyTree, num_tasks: int) -> int:
     """Returns the number of tasks that a device computes at the same time.
 
@@ -82,13 +93,14 @@ class Placement:
     Raises:
       ValueError: if `tasks_at_once` does not divide `num_tasks`.
     """
-    at_once = self.tasks_at_once
-    if at_once == 'auto':
-      entries = sum(np.size(leaf) for leaf in jax.tree.leaves(meta))
-      at_once = 1 if jax.default_backend() == 'cpu' and entries >= LARGE else 'all'
-    group = num_tasks if at_once == 'all' else int(at_once)
+    group = self.at_once(num_tasks, large=is_large(meta))
     if group > num_tasks or num_tasks % group:
       raise ValueError(
         f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; give a divisor'
       )
     return group
+
+
+def is_large(meta: PyTree) -> bool:
+  """Returns whether there are at least `LARGE` meta-parameters."""
+  return sum(np.size(leaf) for leaf in jax.tree.leaves(meta)) >= LARGE

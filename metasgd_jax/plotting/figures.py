@@ -181,10 +181,8 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
   for ax, (setting, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
     found = sorted(found, key=lambda one: one.mean)
     places = np.arange(len(found))
-    ax.errorbar(
-      [100 * one.mean for one in found], places, xerr=[100 * one.ci95 for one in found],
-      fmt='o', color=BLUE, markersize=5, label='here, 95% interval',
-    )  # fmt: skip
+    means, spans = [100 * one.mean for one in found], [100 * one.ci95 for one in found]
+    ax.errorbar(means, places, xerr=spans, fmt='o', color=BLUE, markersize=5, label='here, 95% interval')
     published = [(100 * one.published, place) for one, place in zip(found, places, strict=True) if one.published]
     if published:
       ax.plot(*zip(*published, strict=True), 'D', mfc='none', mec=ORANGE, label='the paper, 60,000 meta-iterations')

@@ -4,6 +4,7 @@ The advantage of an action says how much better the action was than expected.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -85,9 +86,7 @@ def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANT
     steps = jnp.sum(t.valid, -1)
     last = jax.vmap(lambda o, n: linear_features(o[None], first_step=n)[0])(t.last_observation, steps)
     last_values = jnp.where(t.terminated, 0, last @ weights)
-  estimate = lambda r, v, valid, last: generalized_advantages(
-    r, v, valid, last, discount=config.discount, decay=config.decay
-  )
+  estimate = functools.partial(generalized_advantages, discount=config.discount, decay=config.decay)
   result = jax.vmap(estimate)(t.rewards, values, t.valid, last_values)
   return normalize(result, t.valid) if config.normalized else result
 

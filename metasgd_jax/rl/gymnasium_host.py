@@ -83,7 +83,7 @@ def collect_on_host(
     >>> drawn.observations.shape, drawn.actions.shape
     ((2, 5, 3), (2, 5, 1))
   """
-  gymnasium = _gymnasium()
+  _gymnasium()  # Raises ImportError before anything else is done.
   check_num(num)
   check_horizon(horizon)
   theta, task = jax.lax.stop_gradient((theta, task))
@@ -95,8 +95,7 @@ def collect_on_host(
     for _ in range(num):
       environments.append(make(task))
     _check_actions(environments[0].action_space, act)
-    flat = lambda b, o: np.ravel(gymnasium.spaces.flatten(environments[b].observation_space, o))
-    now = [flat(b, e.reset(seed=int(seed))[0]) for b, (e, seed) in enumerate(zip(environments, seeds, strict=True))]
+    now = [_flat(e, e.reset(seed=int(seed))[0]) for e, seed in zip(environments, seeds, strict=True)]
     real = np.dtype(jnp.result_type(float))
     rewards, valid = np.zeros((num, horizon), real), np.zeros((num, horizon), bool)
     terminated, ended = np.zeros(num, bool), np.zeros(num, bool)
@@ -109,18 +108,17 @@ def collect_on_host(
       for b in np.flatnonzero(~ended):
         action = act(environments[b].action_space, drawn[0][b])
         observation, reward, terminated[b], truncated, _ = environments[b].step(action)
-        now[b] = flat(b, observation)
+        now[b] = _flat(environments[b], observation)
         rewards[b, t], valid[b, t], ended[b] = reward, True, terminated[b] or truncated
       if ended.all():
         break
   finally:
     for environment in environments:
       environment.close()
-  front = lambda steps: jnp.asarray(_filled(np.stack(steps, 1), horizon))
   return Trajectories(
-    observations=front(observations),
-    actions=front(actions),
-    log_probs=front(log_probs),
+    observations=_filled(observations, horizon),
+    actions=_filled(actions, horizon),
+    log_probs=_filled(log_probs, horizon),
     rewards=jnp.asarray(rewards),
     valid=jnp.asarray(valid),
     terminated=jnp.asarray(terminated),
@@ -213,9 +211,13 @@ def _draw(policy, theta, observations, keys):
   return actions, policy.log_prob(distributions, actions)
 
 
-def _filled(values: np.ndarray, horizon: int) -> np.ndarray:
-  """Returns `values [B, h, …]`, extended to the horizon, `[B, H, …]`, by repeating the last step."""
-  return np.concatenate([values, np.repeat(values[:, -1:], horizon - values.shape[1], 1)], 1)
+def _flat(environment, observation) -> np.ndarray:
+  return np.ravel(_gymnasium().spaces.flatten(environment.observation_space, observation))
+
+
+def _filled(steps: list[np.ndarray], horizon: int) -> jax.Array:
+  """Returns the values `[B, …]` of h steps as `[B, H, …]`. The last step is repeated up to the horizon."""
+  return jnp.asarray(np.stack([*steps, *steps[-1:] * (horizon - len(steps))], 1))
 
 
 def _check_actions(space, act: Act) -> None:

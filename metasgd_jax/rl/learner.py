@@ -221,9 +221,10 @@ def explorer(experience: Callable, step: Callable, steps: int) -> Callable:
 def _check_sizes(environment: Environment, policy: Policy) -> None:
   """Raises ValueError unless the policy has the observation size and the action size of the environment."""
   observation = jax.ShapeDtypeStruct((environment.observation_size,), jnp.result_type(float))
-  draw = lambda key, seen: policy.sample(policy.apply(policy.init(key), seen), key)
+  key = jax.random.key(0)
   try:
-    shape = jax.eval_shape(draw, jax.random.key(0), observation).shape
+    distribution = jax.eval_shape(policy.apply, jax.eval_shape(policy.init, key), observation)
+    shape = jax.eval_shape(policy.sample, distribution, key).shape
   except (TypeError, ValueError) as e:
     raise ValueError(
       f"the policy cannot be applied to the environment's observations, got shape {observation.shape}; "
@@ -361,5 +362,5 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
   adapt_key, judge_key = jax.random.split(key)
   path = learner.path(meta, task, adapt_key)
   keys = jax.random.split(judge_key, len(jax.tree.leaves(path)[0]))
-  act = lambda theta, key: learner.predict(theta, RolloutRequest(task, key))
-  return undiscounted_return(jax.vmap(act)(path, keys))
+  trajectories = jax.vmap(lambda theta, key: learner.predict(theta, RolloutRequest(task, key)))(path, keys)
+  return undiscounted_return(trajectories)

@@ -81,7 +81,7 @@ def trpo_meta_step(
     inner=inner,
     trpo=trpo,
     curved=None if curved == meta_batch else curved // placement.devices,
-    tasks_at_once=_tasks_at_once(placement, meta_batch),
+    tasks_at_once=placement.at_once(meta_batch, large=True),
     axis=placement.mesh.axis_names[0] if placement.mesh else None,
   )
   keys = tuple(jax.random.split(key, (3, meta_batch)))
@@ -191,13 +191,6 @@ def explore_tasks(
 def _inner_step(inner, meta, i, task):
   theta, experience = task
   return inner.step(meta, theta, experience, i)
-
-
-def _tasks_at_once(placement: Placement, meta_batch: int) -> int:
-  """Returns the number of tasks whose inner steps are computed at the same time."""
-  if placement.tasks_at_once == 'auto':
-    return 1 if jax.default_backend() == 'cpu' else meta_batch
-  return meta_batch if placement.tasks_at_once == 'all' else int(placement.tasks_at_once)
 
 
 def _map_tasks(function, tasks, tasks_at_once: int):

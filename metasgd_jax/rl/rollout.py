@@ -1,5 +1,7 @@
 """Trajectories of a policy in an environment, computed on the device."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -72,8 +74,7 @@ def collect(
     (3, 20, 2)
   """
   check_num(num)
-  one = lambda key: rollout(environment, policy, theta, task, key)
-  return jax.vmap(one)(jax.random.split(key, num))
+  return jax.vmap(functools.partial(rollout, environment, policy, theta, task))(jax.random.split(key, num))
 
 
 def check_num(num: int) -> None:
