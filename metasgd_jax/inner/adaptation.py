@@ -20,6 +20,7 @@ from metasgd_jax.inner.loop import (
   repeat_with_path,
   with_frozen,
 )
+from metasgd_jax.inner.symmetry import has_symmetric_hessian
 from metasgd_jax.types import Adapts, PyTree
 
 Adjoint = Literal['reverse', 'checkpoint', 'hvp', 'revolve']
@@ -31,8 +32,9 @@ v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v. This is the chain rule for
 - `reverse`: reverse mode over reverse mode. The intermediates of all steps are kept, so memory grows with the steps.
 - `checkpoint`: the same, but only θ_t is kept for each step, and the intermediates of a step are computed again.
 - `hvp`: the Hessian-vector product H_t (α ∘ v) is computed by forward mode over the gradient. Only θ_t is kept for each
-  step. The result has no forward-mode derivative.
-  With `first_order` it is the same as `reverse`.
+  step. The result has no forward-mode derivative. With `first_order` it is the same as `reverse`. If the loss contains
+  a custom derivative that is not a derivative, such as gradient reversal, H_t is not symmetric, and the product with
+  its transpose is computed by reverse mode, which stores the intermediates of one step.
 - `revolve`: like `hvp`, but only a few of the θ_t are kept (9 for 200 steps). The others are computed again, at most
   twice each. This method is meant for hundreds of steps. If each step has its own rates (`alpha_by_step`), the memory
   for the rates grows with the steps anyway. All θ_t are then kept, and `revolve` is the same as `hvp`.
@@ -94,11 +96,13 @@ def adapt(
   by_products = adjoint == 'revolve' or (adjoint == 'hvp' and not first_order)
   if adjoint == 'reverse' or not (is_traced(inner.arrays) or is_traced(problem.loss(problem.adapting))):
     pass  # If nothing is traced, nothing is differentiated.
-  elif by_products and not alpha_by_step:
-    sparse = adjoint == 'revolve'
-    return problem.merge(descend(inner.grad, int(steps), problem.adapting, inner.rates, sparse=sparse))
   elif by_products:
-    update = functools.partial(descend, inner.grad, 1)
+    symmetric = has_symmetric_hessian(problem.loss, problem.adapting)
+    if not alpha_by_step:
+      sparse = adjoint == 'revolve'
+      theta = descend(inner.grad, int(steps), problem.adapting, inner.rates, symmetric=symmetric, sparse=sparse)
+      return problem.merge(theta)
+    update = functools.partial(descend, inner.grad, 1, symmetric=symmetric)
   elif adjoint == 'checkpoint':
     update = jax.checkpoint(update, prevent_cse=steps == 1)
   inputs = inner.rates if alpha_by_step else None

@@ -18,18 +18,24 @@ AGAIN = 2
 
 
 def descend(
-  grad: Callable[[PyTree], PyTree], steps: int, theta: PyTree, alpha: PyTree, *, sparse: bool = False
+  grad: Callable[[PyTree], PyTree],
+  steps: int,
+  theta: PyTree,
+  alpha: PyTree,
+  *,
+  symmetric: bool = True,
+  sparse: bool = False,
 ) -> PyTree:
   """Returns θ after `steps` steps θ ← θ − α ∘ grad(θ), with a custom reverse mode.
 
-  Let v = dL/dθ_{t+1}, g_t = grad(θ_t), and let H_t be the derivative of grad at θ_t, which is symmetric. One step back
-  is then
+  Let v = dL/dθ_{t+1}, g_t = grad(θ_t), and let H_t be the derivative of grad at θ_t. One step back is then
 
-      dL/dα −= g_t ∘ v        dL/dθ_t = v − H_t (α ∘ v)
+      dL/dα −= g_t ∘ v        dL/dθ_t = v − H_tᵀ (α ∘ v)
 
-  Both g_t and H_t (α ∘ v) come from one `jax.jvp` of `grad`, which stores no intermediates. The forward pass stores
-  only the θ_t. Arrays that `grad` closes over, such as the support, receive their derivatives too. MixFlow-MG (Kemaev
-  et al. 2025) is a similar method.
+  If H_t is symmetric, both g_t and H_t (α ∘ v) come from one `jax.jvp` of `grad`, which stores no intermediates.
+  Otherwise H_tᵀ (α ∘ v) comes from `jax.vjp`, which stores the intermediates of one step. The forward pass stores only
+  the θ_t. Arrays that `grad` closes over, such as the support, receive their derivatives too. MixFlow-MG (Kemaev et al.
+  2025) is a similar method.
 
   With `sparse`, the forward pass stores only some of the θ_t. The backward pass computes the others again, in the order
   of `schedule`.
@@ -39,11 +45,13 @@ def descend(
     steps: Number of steps, 0 or more.
     theta: Parameters, a pytree of arrays.
     alpha: Rates, a pytree with θ's structure whose leaves have the shape of θ's leaves or are scalars.
+    symmetric: Whether H_t is known to be symmetric; see `has_symmetric_hessian`.
     sparse: Whether only a few of the θ_t are stored.
   """
   alpha = jax.tree.map(lambda a, t: jnp.broadcast_to(a, t.shape), alpha, theta)
   closed, constants = _closed(grad, theta)
-  return (_descend_sparsely if sparse and steps > 2 else _descend)(closed, steps, theta, alpha, constants)
+  step_back = _step_back_by_symmetry if symmetric else _step_back
+  return (_descend_sparsely if sparse and steps > 2 else _descend)(closed, step_back, steps, theta, alpha, constants)
 
 
 def _closed(grad, theta):
@@ -66,12 +74,14 @@ def _closed(grad, theta):
   return closed, (differentiable, others)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _descend(grad, steps, theta, alpha, constants):
-  return _forward(grad, steps, theta, alpha, constants)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _descend(grad, step_back, steps, theta, alpha, constants):
+  return _forward(grad, step_back, steps, theta, alpha, constants)[0]
 
 
-def _forward(grad, steps, theta, alpha, constants):
+def _forward(grad, step_back, steps, theta, alpha, constants):
+  del step_back
+
   def body(t, _):
     return _step(grad, t, alpha, constants), t
 
@@ -79,11 +89,11 @@ def _forward(grad, steps, theta, alpha, constants):
   return adapted, (path, alpha, constants)
 
 
-def _backward(grad, steps, kept, v):
+def _backward(grad, step_back, steps, kept, v):
   path, alpha, constants = kept
 
   def body(carry, t):
-    return _step_back(grad, carry, t, alpha, constants), None
+    return step_back(grad, carry, t, alpha, constants), None
 
   return _ended(_scan(body, _start_back(v, alpha, constants), path, steps, reverse=True)[0])
 
@@ -91,12 +101,14 @@ def _backward(grad, steps, kept, v):
 _descend.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _descend_sparsely(grad, steps, theta, alpha, constants):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _descend_sparsely(grad, step_back, steps, theta, alpha, constants):
+  del step_back
   return _scan(lambda t, _: (_step(grad, t, alpha, constants), None), theta, None, steps)[0]
 
 
-def _forward_sparsely(grad, steps, theta, alpha, constants):
+def _forward_sparsely(grad, step_back, steps, theta, alpha, constants):
+  del step_back
   plan = schedule(steps)
   rooms = jax.tree.map(lambda t: jnp.zeros((plan.rooms, *t.shape), t.dtype).at[0].set(t), theta)
   before, last = plan.moves[: steps - 1], plan.moves[steps - 1]
@@ -108,7 +120,7 @@ def _forward_sparsely(grad, steps, theta, alpha, constants):
   return _step(grad, _take(rooms, last[0]), alpha, constants), (rooms, alpha, constants)
 
 
-def _backward_sparsely(grad, steps, kept, v):
+def _backward_sparsely(grad, step_back, steps, kept, v):
   rooms, alpha, constants = kept
 
   def body(carry, move):
@@ -116,7 +128,7 @@ def _backward_sparsely(grad, steps, kept, v):
       return _put(rooms, move[1], _step(grad, _take(rooms, move[0]), alpha, constants)), back
 
     def go_back(rooms, back):
-      return rooms, _step_back(grad, back, _take(rooms, move[0]), alpha, constants)
+      return rooms, step_back(grad, back, _take(rooms, move[0]), alpha, constants)
 
     return jax.lax.cond(move[1] < 0, go_back, again, *carry), None
 
@@ -201,10 +213,21 @@ def _ended(carry):
 
 
 def _step_back(grad, carry, t, alpha, constants):
-  v, d_alpha, d_constants = carry
-  u = jax.tree.map(jnp.multiply, alpha, v)
+  u = jax.tree.map(jnp.multiply, alpha, carry[0])
+  g, transposed = jax.vjp(lambda t, c: grad(t, c, constants[1]), t, constants[0])
+  return _accumulated(carry, g, *transposed(u))
+
+
+def _step_back_by_symmetry(grad, carry, t, alpha, constants):
+  u = jax.tree.map(jnp.multiply, alpha, carry[0])
   g, hu = jax.jvp(lambda t: grad(t, *constants), (t,), (u,))
   (more,) = jax.vjp(lambda c: grad(t, c, constants[1]), constants[0])[1](u)
+  return _accumulated(carry, g, hu, more)
+
+
+def _accumulated(carry, g, hu, more):
+  """Returns the derivatives of the outer loss at θ_t, given those at θ_{t+1} and the parts of one step back."""
+  v, d_alpha, d_constants = carry
   return (
     jax.tree.map(jnp.subtract, v, hu),
     jax.tree.map(lambda total, g, v: total - g * v, d_alpha, g, v),

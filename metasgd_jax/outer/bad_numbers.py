@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metasgd_jax.outer.loop import Progress, TrainState, step_keys
+from metasgd_jax.outer.loop import Progress, TrainState, check_key, step_keys
 from metasgd_jax.tree import named
 from metasgd_jax.types import Learner, Tasks
 
@@ -128,6 +128,7 @@ def inspect_step(state: TrainState, tasks: Tasks, *, learner: Learner, meta_batc
     learner: Learner that the run trains.
     meta_batch: Number of tasks in a meta-iteration of the run.
   """
+  check_key(state.key)
   keys = step_keys(state.key, state.step, meta_batch)
   tasks = tasks.prepare(lambda: (keys[0], keys[1]))
   losses, norms, finite = jax.device_get(_by_task(state.meta, tasks, tuple(keys), learner=learner))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.outer import sharding
+from metasgd_jax.outer.loop import check_key
 from metasgd_jax.outer.placement import Placement, is_large
 from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
@@ -66,8 +67,8 @@ def evaluate(
       process must call this function, and every process receives all values.
 
   Raises:
-    ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, or if the devices cannot share the tasks
-      evenly.
+    ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `key` is not a random key of the impl
+      threefry2x32, or if the devices cannot share the tasks evenly.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -82,6 +83,7 @@ def evaluate(
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
     check_count(name, value)
   placement.check(num_tasks)
+  check_key(key)
   mesh = placement.mesh
   keys = jax.random.split(key, num_tasks)
   group = _group(placement, meta, num_tasks // placement.devices)

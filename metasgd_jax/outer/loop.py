@@ -121,6 +121,7 @@ def run_loop(
   """
   for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
     check_count(name, value)
+  check_key(state.key)
   placement, chunk, meta_iterations = iteration.placement, int(chunk), int(meta_iterations)
   placement.check(iteration.meta_batch)
   done = _steps_done(state, meta_iterations, placement)
@@ -194,6 +195,22 @@ def _prepare(tasks: Tasks, key, meta_batch: int, chunk: int, mesh, step: int) ->
     return _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
 
   return sharding.on_all(mesh, tasks.prepare(keys))
+
+
+def check_key(key: chex.PRNGKey) -> None:
+  """Raises ValueError unless `key` is a random key of `jax.random.key`, or an array `[R]` of such keys.
+
+  Keys of the impl `rbg` or `unsafe_rbg` are refused. Under `jax.vmap` they give other numbers than outside of it, so
+  that the tasks would depend on how the computation is arranged, and not on the key alone.
+  """
+  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
+  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
+    raise ValueError(f'key must be jax.random.key(seed) or an array [R] of such keys, got {dtype} of shape {shape}')
+  if 'rbg' in (impl := str(jax.random.key_impl(key))):
+    raise ValueError(
+      f'key must be of the impl threefry2x32, got {impl}, whose numbers change under jax.vmap; '
+      "give jax.random.key(seed, impl='threefry2x32')"
+    )
 
 
 def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:

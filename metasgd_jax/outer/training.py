@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metasgd_jax.outer import fully_sharded, sharding
-from metasgd_jax.outer.loop import Info, Progress, TrainState, run_loop, step_keys
+from metasgd_jax.outer.loop import Info, Progress, TrainState, check_key, run_loop, step_keys
 from metasgd_jax.outer.objective import mean_loss_and_grad
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.tree import strong
@@ -29,8 +29,8 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
     optimizer: Outer optimiser of the whole pytree of meta-parameters.
 
   Raises:
-    ValueError: if `key` is a key of the old kind (`jax.random.PRNGKey`) or has another rank, if `tasks` or `optimizer`
-      is of another type, if the tasks do not return an `Episode`, or if the learner raises it.
+    ValueError: if `key` is a key of the old kind (`jax.random.PRNGKey`), is of the impl `rbg`, or has another rank, if
+      `tasks` or `optimizer` is of another type, if the tasks do not return an `Episode`, or if the learner raises it.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -53,13 +53,6 @@ def _check_parts(tasks: Any, optimizer: Any) -> None:
     raise ValueError(f'tasks must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
   if not callable(getattr(optimizer, 'init', None)) or not callable(getattr(optimizer, 'update', None)):
     raise ValueError(f'optimizer must be an optax optimiser, such as optax.adam(1e-3), got {optimizer!r:.80}')
-
-
-def check_key(key: chex.PRNGKey) -> None:
-  """Raises ValueError unless `key` is a random key of `jax.random.key`, or an array `[R]` of such keys."""
-  dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
-  if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
-    raise ValueError(f'key must be jax.random.key(seed) or an array [R] of such keys, got {dtype} of shape {shape}')
 
 
 def _init_keys(key):

@@ -198,8 +198,8 @@ def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -
     >>> print(ms.rl.normalize(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
     [-1.  1.  0.]
   """
-  count = jnp.maximum(jnp.sum(valid), 1)
   x = jnp.where(valid, values, 0)
+  count = jnp.maximum(jnp.sum(valid), 1).astype(x.dtype)
   x = jnp.where(valid, x - jnp.sum(x) / count, 0)
   return x / (jnp.sqrt(jnp.sum(x * x) / count) + epsilon)
 

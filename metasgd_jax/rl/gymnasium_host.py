@@ -71,8 +71,8 @@ def collect_on_host(
 
   Raises:
     ImportError: if Gymnasium is not installed.
-    ValueError: if `num` or `horizon` is not an integer of at least 1, or if the action space is not a bounded `Box` and
-      `act` is not given.
+    ValueError: if `num` or `horizon` is not an integer of at least 1, if the action space is not a bounded `Box` and
+      `act` is not given, if `make` returns the same environment twice, or if a reward is not a number.
 
   Example:
     >>> import gymnasium
@@ -94,6 +94,7 @@ def collect_on_host(
   try:
     for _ in range(num):
       environments.append(make(task))
+    _check_distinct(environments)
     _check_actions(environments[0].action_space, act)
     now = [_flat(e, e.reset(seed=int(seed))[0]) for e, seed in zip(environments, seeds, strict=True)]
     real = np.dtype(jnp.result_type(float))
@@ -109,7 +110,7 @@ def collect_on_host(
         action = act(environments[b].action_space, drawn[0][b])
         observation, reward, terminated[b], truncated, _ = environments[b].step(action)
         now[b] = _flat(environments[b], observation)
-        rewards[b, t], valid[b, t], ended[b] = reward, True, terminated[b] or truncated
+        rewards[b, t], valid[b, t], ended[b] = _number(reward), True, terminated[b] or truncated
       if ended.all():
         break
   finally:
@@ -224,6 +225,21 @@ def _check_actions(space, act: Act) -> None:
   bounded = isinstance(space, _gymnasium().spaces.Box) and bool(np.all(np.isfinite([space.low, space.high])))
   if act is to_box and not bounded:
     raise ValueError(f'actions are scaled to the finite bounds of a Box, got the action space {space}; give act')
+
+
+def _check_distinct(environments: list) -> None:
+  if len({id(environment.unwrapped) for environment in environments}) < len(environments):
+    raise ValueError(
+      f'make must return a new environment at each call, got the same {environments[0].unwrapped} again; '
+      'build the environment inside make'
+    )
+
+
+def _number(reward: Any) -> float:
+  try:
+    return float(reward)
+  except (TypeError, ValueError):
+    raise ValueError(f'the reward of a step must be a number, got {reward!r:.80}; change what step returns') from None
 
 
 def _only_on_host(*args):

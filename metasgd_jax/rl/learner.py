@@ -183,7 +183,7 @@ def policy_gradient(
     actions = jnp.where(drawn.valid[..., None], drawn.actions, 0)
     log_probs = policy.log_prob(distributions, actions)
     values = jax.vmap(function)(log_probs, drawn.log_probs, experience.advantages, drawn.valid)
-    return jnp.sum(values) / (jnp.sum(drawn.valid) if mean_over == 'step' else len(values))
+    return jnp.sum(values) / (jnp.sum(drawn.valid).astype(values.dtype) if mean_over == 'step' else len(values))
 
   def loss_fn(theta, experience: Experience):
     return -surrogate(inner_surrogate, act_again(policy, theta, experience), experience)

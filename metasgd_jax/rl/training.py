@@ -7,9 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.outer.loop import Info, Progress, TrainState, run_loop
+from metasgd_jax.outer.loop import Info, Progress, TrainState, check_key, run_loop
 from metasgd_jax.outer.placement import Placement
-from metasgd_jax.outer.training import check_key
 from metasgd_jax.rl.learner import PolicyGradient, task_distribution
 from metasgd_jax.rl.meta_step import trpo_meta_step
 from metasgd_jax.rl.trpo import TrpoConfig

@@ -185,7 +185,7 @@ def largest_good(
 
   def try_next(carry):
     bad, good, i, found = carry
-    share = jnp.asarray(ratio, like.dtype) ** i
+    share = jax.lax.pow(jnp.asarray(ratio, like.dtype), i)
     improvement, divergence = try_out(share)
     fine = (improvement > 0) & (divergence <= max_kl)
     too_far = jnp.log(divergence / max_kl) / (-2 * math.log(ratio))

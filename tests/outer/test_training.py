@@ -9,7 +9,7 @@ import pytest
 from problems import OneLayer, assert_trees_close, random_bank, saying, sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax.outer import loop, training
+from metasgd_jax.outer import bad_numbers, loop, training
 
 TASKS = ms.tasks.sinusoid()
 LEARNER = sinusoid_learner(hidden=(8,))
@@ -253,6 +253,21 @@ def test_a_key_of_another_kind(key):
     ValueError, match=saying('key must be', 'jax.random.key(seed)', '[R]', getattr(key, 'dtype', int))
   ):
     ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)
+
+
+@pytest.mark.parametrize('impl', ['rbg', 'unsafe_rbg'])
+def test_keys_whose_numbers_change_under_vmap_are_refused_everywhere(impl):
+  key, state = jax.random.key(0, impl=impl), start()
+  refused = [
+    lambda: ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM),
+    lambda: train(state._replace(key=key), 1),
+    lambda: train(state._replace(key=jax.random.split(key, 2), step=jnp.zeros(2, int)), 1),
+    lambda: ms.evaluate(LEARNER, state.meta, TASKS, key, metric_fn=ms.losses.mean_squared_error, num_tasks=2),
+    lambda: bad_numbers.inspect_step(state._replace(key=key), TASKS, learner=LEARNER, meta_batch=2),
+  ]
+  for call in refused:
+    with pytest.raises(ValueError, match=saying('key must be', 'threefry2x32', f'got {impl}', 'jax.random.key(seed')):
+      call()
 
 
 @pytest.mark.parametrize('per', ['leaf', 'layer', 'all'])

@@ -219,6 +219,24 @@ def test_environments_are_closed_after_an_error():
   assert log.count('closed') == 3
 
 
+def test_one_environment_for_all_trajectories_is_refused():
+  shared = Count(5)
+  for make in (lambda task: shared, lambda task: gymnasium.Wrapper(shared)):
+    with pytest.raises(ValueError, match=saying('a new environment at each call', 'inside make')):
+      collect_on_host(make, COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+
+
+class Unrewarded(Count):
+  def step(self, action):
+    observation, _, *ends = super().step(action)
+    return observation, None, *ends
+
+
+def test_a_reward_that_is_no_number():
+  with pytest.raises(ValueError, match=saying('reward of a step must be a number', 'got None')):
+    collect_on_host(lambda task: Unrewarded(5), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+
+
 def refuse(space, action):
   raise RuntimeError('no action')
 

@@ -1,0 +1,93 @@
+"""Whether the Hessian of a loss is symmetric as JAX computes it, with the custom derivatives that the loss contains.
+
+A custom derivative need not be a derivative. Gradient reversal, clipping inside a network, straight-through estimators
+and surrogate gradients of spikes are examples. With such a rule the derivative of the gradient is not symmetric.
+"""
+
+from collections.abc import Callable, Iterator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, subjaxprs
+
+from metasgd_jax.types import PyTree
+
+SCALES = (1.0, 30.0, 1e4)
+"""Scales of the random inputs and cotangents that a rule is tried with. A rule that clips is not linear in them."""
+
+
+def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -> bool:
+  """Returns whether every custom derivative in a loss is known to be the derivative of the function that it stands for.
+
+  Each rule of `jax.custom_jvp` and `jax.custom_vjp` is compared with the automatic derivative of its function, up to
+  second order, at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. A rule that cannot be compared
+  counts as unknown, and the result is False.
+
+  Args:
+    loss: Function `θ → scalar`.
+    theta: Parameters, arrays or tracers. Only their shapes and dtypes are used.
+  """
+  jaxpr = jax.make_jaxpr(loss)(theta).jaxpr
+  return all(_is_derivative(jaxpr, equation) for equation in _custom_derivatives(jaxpr))
+
+
+def _custom_derivatives(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+  """Yields the equations that have a custom derivative, also those of inner functions, such as the body of a scan."""
+  yield from (equation for equation in jaxpr.eqns if equation.primitive.name.startswith('custom_'))
+  for inner in subjaxprs(jaxpr):
+    yield from _custom_derivatives(inner)
+
+
+def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
+  """Returns whether the rule of an equation gives the first and second derivatives of its function."""
+  variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
+  alone = jaxpr.replace(constvars=(), invars=variables, outvars=equation.outvars, eqns=[equation])
+  rule = jaxpr_as_fun(ClosedJaxpr(alone, ()))
+
+  def function(*values):
+    given = dict(zip(variables, values, strict=True))
+    inputs = [v.val if isinstance(v, Literal) else given[v] for v in equation.invars]
+    return jaxpr_as_fun(equation.params['call_jaxpr'])(*inputs)
+
+  shapes = [variable.aval for variable in variables]
+  try:
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+      found = jax.device_get(jax.jit(lambda: [_derivatives(f, shapes) for f in (rule, function)])())
+  except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
+    return False
+  return all(map(_agree, *map(jax.tree.leaves, found)))
+
+
+def _derivatives(function: Callable[..., list], shapes: list) -> list:
+  """Returns the cotangents of a function, and their directional derivatives, at random inputs of each of `SCALES`."""
+  smooth = [i for i, shape in enumerate(shapes) if jnp.issubdtype(shape.dtype, jnp.floating)]
+
+  def of_smooth(*values):
+    inputs = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    for i, value in zip(smooth, values, strict=True):
+      inputs[i] = value
+    return [out for out in function(*inputs) if jnp.issubdtype(out.dtype, jnp.floating)]
+
+  def at(seed: int, scale: float):
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+
+    def normal(shape):
+      return scale * jax.random.normal(next(keys), shape.shape, shape.dtype)
+
+    inputs, tangents = ([normal(shapes[i]) for i in smooth] for _ in range(2))
+    outputs = jax.eval_shape(of_smooth, *inputs)
+    cotangents = [normal(output) for output in outputs]
+    return jax.jvp(lambda *values: jax.vjp(of_smooth, *values)[1](cotangents), inputs, tangents)
+
+  return [at(seed, scale) for seed, scale in enumerate(SCALES)]
+
+
+def _agree(by_rule: np.ndarray, by_function: np.ndarray) -> bool:
+  """Returns whether two arrays are equal to rounding where the automatic derivative is finite."""
+  there = np.isfinite(by_function)
+  tolerance = 10 * float(jnp.finfo(by_function.dtype).eps) ** 0.5
+  ours, theirs = (np.asarray(a, np.float64)[there] for a in (by_rule, by_function))
+  size = np.max(np.abs(theirs), initial=0.0)
+  return bool(there.any() or not there.size) and np.allclose(ours, theirs, rtol=tolerance, atol=tolerance * size)
