@@ -51,7 +51,7 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   processes.main(prepare_from_flags, config_class)
 
 
-def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **options: Any) -> Training:
+def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:
   """Returns a training by `ms.train` whose meta-iterations are those of the configuration.
 
   Args:
@@ -62,11 +62,11 @@ def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, opt
     tasks: Tasks to train on.
     learner: Learner that is trained.
     optimizer: Outer optimiser.
-    **options: Further arguments of `ms.train`, such as `placement` and `chunk`.
+    **more: Further arguments of `ms.train`, such as `placement` and `chunk`.
   """
   start = functools.partial(ms.init, keys, tasks, learner=learner, optimizer=optimizer)
   counts = settings(config, 'meta_iterations meta_batch')
-  return trainings.by_gradient(name, label, start, tasks, learner=learner, optimizer=optimizer, **counts, **options)
+  return trainings.by_gradient(name, label, start, tasks, learner=learner, optimizer=optimizer, **counts, **more)
 
 
 def chunk(config: Any, most: int) -> int:
@@ -94,7 +94,7 @@ def evaluate(
   config: Any,
   devices: int | None,
   tasks_at_once: TasksAtOnce = 'auto',
-  **options: Any,
+  **more: Any,
 ) -> np.ndarray:
   """Returns the metric of each run on the same unseen tasks, after 0, 1, …, k inner steps: `[R, tasks, k + 1]`.
 
@@ -105,12 +105,12 @@ def evaluate(
     config: Configuration, whose `eval_tasks` and `eval_seed` determine the tasks.
     devices: Number of devices of each process that may share the tasks; `None` for all.
     tasks_at_once: Number of tasks that a device computes at the same time.
-    **options: Further arguments of `ms.evaluate`, such as `metric_fn`. The values are means over `repeats`.
+    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. The values are means over `repeats`.
   """
   logging.info('testing on %d unseen tasks', config.eval_tasks)
   key, _ = reporting.test_keys(config.eval_seed)
   placement = ms.Placement(tasks_at_once, processes.mesh_to_judge(config.eval_tasks, devices))
-  how = dict(num_tasks=config.eval_tasks, placement=placement, **options)
+  how = dict(num_tasks=config.eval_tasks, placement=placement, **more)
   return np.stack([ms.evaluate(learner, meta, tasks, key, **how).mean(1) for meta in metas])
 
 
