@@ -28,13 +28,10 @@ def command_run(tmp_path_factory):
   """By a process of its own, as users run it; in settings of JAX for quick compiling."""
   workdir = tmp_path_factory.mktemp('command')
   quick = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
-  done = subprocess.run(
-    [
-      sys.executable, '-m', 'experiments.regression', '--meta_iterations=3', '--seeds=2', '--learner=meta_sgd',
-      '--eval_tasks=3', '--eval_repeats=2', f'--workdir={workdir}', f'--compilation_cache={workdir / "compiled"}',
-    ],
-    env=os.environ | quick, capture_output=True, text=True, cwd=ROOT, check=False,
-  )  # fmt: skip
+  flags = ['--meta_iterations=3', '--seeds=2', '--learner=meta_sgd', '--eval_tasks=3', '--eval_repeats=2']
+  flags += [f'--workdir={workdir}', f'--compilation_cache={workdir / "compiled"}']
+  command = [sys.executable, '-m', 'experiments.regression', *flags]
+  done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True, cwd=ROOT, check=False)
   assert done.returncode == 0, done.stderr
   return workdir, done
 
@@ -49,10 +46,8 @@ def regression_run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def classification_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('classification')
-  config = classification.Config(
-    learner=('meta_sgd', 'lstm', 'random'), way=3, query=2, filters=4, meta_iterations=3, eval_tasks=5, eval_query=2,
-    seeds=2,
-  )  # fmt: skip
+  sizes = dict(way=3, query=2, filters=4, meta_iterations=3, eval_tasks=5, eval_query=2, seeds=2)
+  config = classification.Config(learner=('meta_sgd', 'lstm', 'random'), **sizes)
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     rows = classification.run(config, workdir)
@@ -138,7 +133,7 @@ def test_pictures_show_draws_of_the_task_distribution(monkeypatch):
   drawn = []
   plotting = types.SimpleNamespace(adaptation_curves=lambda x, truths, supports, fits: drawn.append((truths, supports)))
   for seed in range(40):
-    regression._draw_fits([], 5, regression.Config(eval_seed=seed), plotting)
+    regression._draw_fits({}, 5, regression.Config(eval_seed=seed), plotting)
   tops = np.array([[np.abs(t).max() for t in truths] for truths, _ in drawn]).ravel()
   first = np.array([[float(s.x[0, 0]) for s in supports] for _, supports in drawn]).ravel()
   assert abs(np.corrcoef(tops, first)[0, 1]) < 0.35
@@ -213,10 +208,8 @@ def test_a_sentence_gives_the_figure(classification_run):
 def test_batch_norm_is_reported_in_both_ways(classification_run):
   _, rows = classification_run
   modes = [(row['learner'], row['batch_norm']) for row in rows]
-  assert modes == [
-    ('meta_sgd', 'transductive'), ('meta_sgd', 'inductive'), ('lstm', 'none'),
-    ('random', 'transductive'), ('random', 'inductive'),
-  ]  # fmt: skip
+  both = ('transductive', 'inductive')
+  assert modes == [*(('meta_sgd', mode) for mode in both), ('lstm', 'none'), *(('random', mode) for mode in both)]
   assert not np.array_equal(rows[0]['mean_by_step'], rows[1]['mean_by_step'])
   assert len(rows[2]['accuracy_by_instance']) == 10
 

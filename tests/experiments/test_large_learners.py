@@ -10,17 +10,13 @@ from problems import saying
 from experiments import large_learners, trainings
 from experiments.large_learners import Config
 
+CHAINS = dict(network='transformer', width=16, depth=1, heads=2, tokens=4, length=8, shot=4, query=4)
 TINY = {
   'resnet12': dict(widths=(4, 8), way=3, rank=2, meta_iterations=30, learning_rate=0.01, eval_tasks=20, alpha=0.2),
-  'transformer': dict(
-    network='transformer', width=16, depth=1, heads=2, tokens=4, length=8, shot=4, query=4, meta_iterations=200,
-    learning_rate=0.01, eval_tasks=50, alpha=0.5, rank=2,
-  ),
-}  # fmt: skip
-LEAST = dict(
-  network='transformer', adapts='head', width=4, depth=1, heads=1, tokens=3, length=4, shot=1, query=1,
-  meta_iterations=2, meta_batch=1, eval_tasks=3,
-)  # fmt: skip
+  'transformer': CHAINS | dict(rank=2, meta_iterations=200, learning_rate=0.01, eval_tasks=50, alpha=0.5),
+}
+LEAST = CHAINS | dict(adapts='head', width=4, heads=1, tokens=3, length=4, shot=1, query=1)
+LEAST |= dict(meta_iterations=2, meta_batch=1, eval_tasks=3)
 
 
 def check_run(config, folder, capsys):

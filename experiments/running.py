@@ -1,0 +1,143 @@
+"""What the experiments have in common: the command line, trainings by gradient, tests on unseen tasks, and results."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+import metasgd_jax as ms
+from experiments import options, processes, reporting, resuming, trainings
+from experiments.processes import Machines
+from experiments.reporting import Result
+from experiments.resuming import Keeping, Run
+from experiments.trainings import Trained, Training
+from metasgd_jax.io import files
+from metasgd_jax.outer.placement import TasksAtOnce
+from metasgd_jax.types import Tasks
+
+flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment.
+
+Pictures = dict[str, Callable[[Any], Any]]
+"""Figures by their names, each a function of `metasgd_jax.plotting`."""
+
+Prepared = tuple[Sequence[Training], Callable[[], object]]
+"""The trainings of a command, and what the command runs."""
+
+RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
+"""Bounds and type of an option that is an inner rate."""
+
+
+def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) -> None:
+  """Runs an experiment from the command line.
+
+  Args:
+    experiment: Name of the experiment. By default it writes to runs/NAME.
+    config_class: Class of its configuration.
+    prepare: `(config, workdir, keeping, devices) → (plan, run)`. It builds and checks everything. The command then
+      calls `run()`, or looks into the trainings of `plan` if a flag asks for it.
+  """
+
+  def prepare_from_flags():
+    config: Any = options.from_flags(config_class)
+    keeping, devices = options.from_flags(Keeping), options.from_flags(Machines).devices
+    workdir = processes.open_workdir(flags.FLAGS.workdir)
+    plan, run = prepare(config, workdir, keeping, devices)
+    return trainings.look(plan, config, workdir, keeping) or run
+
+  resuming.define_flags(config_class, Keeping, Machines, workdir=f'runs/{experiment}')
+  processes.main(prepare_from_flags, config_class)
+
+
+def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:
+  """Returns a training by `ms.train` whose meta-iterations are those of the configuration.
+
+  Args:
+    config: Configuration of the experiment.
+    name: Name of the training in the names of files.
+    label: Name of the training in what is printed.
+    keys: Random key of one run, `[]`, or of R runs side by side, `[R]`.
+    tasks: Tasks to train on.
+    learner: Learner that is trained.
+    optimizer: Outer optimiser.
+    **more: Further arguments of `ms.train`, such as `placement` and `chunk`.
+  """
+  start = functools.partial(ms.init, keys, tasks, learner=learner, optimizer=optimizer)
+  counts = settings(config, 'meta_iterations meta_batch')
+  return trainings.by_gradient(name, label, start, tasks, learner=learner, optimizer=optimizer, **counts, **more)
+
+
+def chunk(config: Any, most: int) -> int:
+  """Returns the number of meta-iterations between callbacks: at most `most`, and at most a twentieth of all."""
+  return min(most, -(-config.meta_iterations // 20))
+
+
+def settings(config: Any, names: str) -> dict[str, Any]:
+  """Returns the settings with these names, which are separated by spaces."""
+  return {name: getattr(config, name) for name in names.split()}
+
+
+def train(training: Training, run: Run) -> Trained:
+  """Trains as `trainings.train` does, and writes the meta-parameters to params_NAME.safetensors."""
+  logging.info('%s: compiling', training.label)
+  trained = trainings.train(training, run)
+  files.write_params(run.workdir / f'params_{training.name}.safetensors', trained.state.meta)
+  return trained
+
+
+def evaluate(
+  learner: ms.Learner,
+  metas: Sequence[Any],
+  tasks: Tasks,
+  config: Any,
+  devices: int | None,
+  tasks_at_once: TasksAtOnce = 'auto',
+  **more: Any,
+) -> np.ndarray:
+  """Returns the metric of each run on the same unseen tasks, after 0, 1, …, k inner steps: `[R, tasks, k + 1]`.
+
+  Args:
+    learner: Learner that is tested.
+    metas: Meta-parameters of each of R runs.
+    tasks: Distribution of the unseen tasks.
+    config: Configuration, whose `eval_tasks` and `eval_seed` determine the tasks.
+    devices: Number of devices of each process that may share the tasks; `None` for all.
+    tasks_at_once: Number of tasks that a device computes at the same time.
+    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. The values are means over `repeats`.
+  """
+  logging.info('testing on %d unseen tasks', config.eval_tasks)
+  key, _ = reporting.test_keys(config.eval_seed)
+  placement = ms.Placement(tasks_at_once, processes.mesh_to_judge(config.eval_tasks, devices))
+  how = dict(num_tasks=config.eval_tasks, placement=placement, **more)
+  return np.stack([ms.evaluate(learner, meta, tasks, key, **how).mean(1) for meta in metas])
+
+
+def each_run(meta: Any) -> list[Any]:
+  """Returns the trees of R runs, `[R]` in front of each leaf, one by one."""
+  return [reporting.one_run(meta, r) for r in range(len(jax.tree.leaves(meta)[0]))]
+
+
+def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, Any]]) -> None:
+  """Writes the rows so far to results.json, and leaves if the program was told to stop."""
+  files.write_json(run.workdir / 'results.json', {**options.recipe(experiment, config), 'rows': rows})
+  run.stop.ask()
+
+
+def difference(first: Result, second: Result, unit: str) -> str:
+  """Returns the mean difference of two results on the same tasks as text, with intervals over tasks and over runs."""
+  values = (first.values - second.values)[..., -1]
+  text = f'{ms.confidence_interval(values.mean(0))} over {unit}'
+  if len(values) == 1:
+    return text
+  return f'{text}, ±{ms.confidence_interval(values.mean(1)).ci95:.2f} over training runs'
+
+
+def alpha_pictures(metas: dict[str, Any]) -> Pictures:
+  """Returns the picture alpha_NAME of the first run for each name whose meta-parameters have an α."""
+  pictures: Pictures = {}
+  for name, meta in metas.items():
+    if getattr(meta, 'alpha', None) is not None:
+      pictures[f'alpha_{name}'] = functools.partial(reporting.draw_alpha, meta.alpha)
+  return pictures
