@@ -1,5 +1,6 @@
 """Leaves of pytrees: their names, such as 'meta.theta.Dense_0.kernel', and their types."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,15 +11,50 @@ from metasgd_jax.types import PyTree
 
 
 def named(tree: PyTree) -> list[tuple[str, Any]]:
-  """Returns the pairs of name and leaf of a pytree, in the order of its leaves."""
+  """Returns the pairs of name and leaf of a pytree, in the order of its leaves. No two leaves have the same name.
+
+  A name is a simple path, such as 'a.b'. In a tree in which two leaves have the same simple path, such as
+  `{'a': {'b': x}, 'a.b': y}`, all names are paths of `jax.tree_util.keystr`, such as "['a']['b']".
+  """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [(jax.tree_util.keystr(path, simple=True, separator='.'), leaf) for path, leaf in leaves]
+  names = [jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in leaves]
+  if len(set(names)) < len(names):
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+  return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
   """Returns the leaves by name, as NumPy arrays on the host. Random keys are replaced by their data."""
   data = lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf
   return {name: np.asarray(jax.device_get(data(leaf))) for name, leaf in named(tree)}
+
+
+def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+  """Returns the tree whose `named_arrays` these are, with JAX arrays, and the structure and kinds of keys of `like`."""
+
+  def of_leaf(name, leaf):
+    array = jnp.asarray(arrays[name])
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if is_key(leaf) else array
+
+  return jax.tree.unflatten(jax.tree.structure(like), [of_leaf(name, leaf) for name, leaf in named(like)])
+
+
+def leaf_types(tree: PyTree) -> dict[str, str]:
+  """Returns the dtypes and shapes of the leaves by name, as text such as 'float32[1, 4]' or 'key<fry>[]'."""
+
+  def of_leaf(leaf):
+    array = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
+    return f'{array.dtype}{list(array.shape)}'
+
+  return {name: of_leaf(leaf) for name, leaf in named(tree)}
+
+
+def first_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
+  """Returns a clause about the first leaf whose type differs between two results of `leaf_types`, or `None`."""
+  for name in {**there, **here}:
+    if there.get(name) != here.get(name):
+      return f'{name} is {there.get(name, "nothing")} there and {here.get(name, "nothing")} here'
+  return None
 
 
 def strong(tree: PyTree) -> PyTree:

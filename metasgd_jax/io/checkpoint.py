@@ -4,25 +4,33 @@ With several processes, one of them reads and writes the checkpoints, and does n
 because each process has the whole arrays.
 """
 
+import contextlib
 import json
-import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
-from metasgd_jax.io import files
-from metasgd_jax.io.checkpoint_record import CheckpointError, check_about, check_config, check_leaves, crc32, describe
+from metasgd_jax.io import files, provenance
 from metasgd_jax.outer.training import TrainState
-from metasgd_jax.tree import is_key, named, named_arrays
+from metasgd_jax.tree import first_difference, from_named_arrays, leaf_types, named, named_arrays
 
 LATEST = 2
 """Number of latest checkpoints that are kept. If the newest is damaged, the one before it can be read."""
 
-_REMOVED = 'removed'  # A checkpoint is moved into this folder before it is deleted, so that no half of it is ever seen.
+Config = Mapping[str, Any]
+Report = Callable[[str], None]
+
+_REMOVED = 'removed'  # Orbax moves a checkpoint into this folder to remove it, so that no half of it is ever seen.
+
+
+class CheckpointError(Exception):
+  """A checkpoint cannot be used or written. The message says why, and what to do."""
 
 
 class Checkpoint(NamedTuple):
@@ -41,7 +49,7 @@ class Checkpoint(NamedTuple):
   versions: dict[str, str]
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one training run in a directory: STEP/state has the arrays by name, STEP/about describes them.
 
   The object must be closed, or used as a context manager. Closing waits until all checkpoints are written.
@@ -50,18 +58,13 @@ class Checkpoints:
     latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none.
     best: The `keep_best` checkpoints with the greatest metrics among `latest` and the older ones, the best first. If
       two metrics are equal, the later checkpoint comes first.
+    last: Step of the newest checkpoint, whether it was read or saved, or -1 if there is none.
   """
 
   def __init__(
-    self,
-    directory: files.PathLike,
-    *,
-    like: TrainState,
-    config: Mapping[str, Any],
-    keep_best: int = 0,
-    report: Callable[[str], None] = print,
+    self, directory: files.PathLike, *, like: TrainState, config: Config, keep_best: int = 0, report: Report = print
   ):
-    """Opens the directory, and creates it if necessary. Removes checkpoints that are damaged or newer than `latest`.
+    """Opens the directory, and creates it if necessary. Removes the checkpoints that are newer than `latest`.
 
     Args:
       directory: Directory of this training run alone.
@@ -74,29 +77,33 @@ class Checkpoints:
       CheckpointError: if the checkpoints have another configuration or other arrays, if none of them can be read, or if
         the directory cannot be written.
     """
-    self._directory = pathlib.Path(directory).absolute()
-    self._config, self._keep_best, self._report = config, keep_best, report
-    self._refuse_links()
+    self._directory, self._config = pathlib.Path(directory).absolute(), json.loads(json.dumps(config))
     self.latest = newest(self._directory, like=like, config=config, report=report)
-    self._last = -1 if self.latest is None else self.latest.step
-    try:
-      self.best = self._read_best(like)
-      self._tidy()
+    self.last = -1 if self.latest is None else self.latest.step
+    there = [step for step in steps(self._directory) if step <= self.last]
+    older = [self._directory / str(step) for step in there[:-1]] if keep_best else []
+    found = [_try_read(path, like, config, report, 'the best are chosen without it') for path in older] + [self.latest]
+    with_metric = [checkpoint for checkpoint in found if checkpoint and checkpoint.metric is not None]
+    self.best = sorted(with_metric, key=lambda c: (c.metric, c.step), reverse=True)[:keep_best]
+    self._metrics = {checkpoint.step: checkpoint.metric for checkpoint in self.best}
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=_LatestAndBest(keep_best, self._metrics),
+      cleanup_tmp_directories=True,
+      todelete_subdir=_REMOVED,
+      lightweight_initialize=True,  # Otherwise orbax would raise an error if a file of any checkpoint is damaged.
+      create=False,  # Orbax does not create the directory if it does not wait for other processes.
+      multiprocessing_options=_by_itself(),
+    )
+    with self._told():
       self._directory.mkdir(parents=True, exist_ok=True)
-      self._manager = self._open()
-    except OSError as e:
-      raise self._unwritable(e) from e
-
-  def __enter__(self) -> 'Checkpoints':
-    return self
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+      self.wait()
+      # A run that was killed may have left older checkpoints, which orbax would have removed a moment later.
+      for step in {*self._manager.all_steps()} - {*there[-LATEST:], *self._metrics}:
+        self._manager.delete(step)
 
   def __exit__(self, *_) -> None:
     self.close()
-
-  @property
-  def last(self) -> int:
-    """Step of the newest checkpoint, whether it was read or saved, or -1 if there is none."""
-    return self._last
 
   def save(self, state: TrainState, metric: float | None = None) -> None:
     """Begins to write a checkpoint, and returns when its arrays have been copied.
@@ -105,26 +112,28 @@ class Checkpoints:
 
     Args:
       state: State of one run, or of R runs at the same step.
-      metric: Metric of the state, such as the validation accuracy. Checkpoints with the greatest metrics are kept.
+      metric: Metric of the state, such as the validation accuracy. It may be any real scalar. Checkpoints with the
+        greatest metrics are kept.
 
     Raises:
       CheckpointError: if this checkpoint, or the one before it, cannot be written.
     """
-    import orbax.checkpoint as ocp
-
     step = int(np.max(state.step))
-    if step == self._last:
+    if step == self.last:
       return
-    arrays = {name: array for name, array in named_arrays(state).items() if array.size}  # orbax refuses empty arrays.
-    about = describe(state, step=step, metric=metric, config=self._config)
-    items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+    about: dict[str, Any] = {'metric': None, 'config': self._config, 'versions': provenance.collect()['versions']}
+    if metric is not None:
+      about['metric'] = self._metrics[step] = float(metric)
+    arrays = named_arrays(state)
+    about['leaves'] = leaf_types(state)
+    about['crc32'] = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
+    about['checksum'] = _checksum(about)
+    stored = {name: array for name, array in arrays.items() if array.size}  # Orbax refuses empty arrays.
+    items = ocp.args.Composite(state=ocp.args.StandardSave(stored), about=ocp.args.JsonSave(about))
     self.wait()
-    try:
-      _clear(self._directory / _REMOVED)
-      self._manager.save(step, args=items, metrics={} if metric is None else {'metric': metric}, force=True)
-    except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
-      raise self._unwritable(e) from e
-    self._last = step
+    with self._told():
+      self._manager.save(step, args=items, force=True)
+    self.last = step
 
   def wait(self) -> None:
     """Waits until all checkpoints are written.
@@ -132,82 +141,38 @@ class Checkpoints:
     Raises:
       CheckpointError: if a checkpoint cannot be written.
     """
-    try:
+    with self._told():
       self._manager.wait_until_finished()
-    except (OSError, ValueError) as e:
-      raise self._unwritable(e) from e
+    shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 
   def close(self) -> None:
     """Waits until all checkpoints are written, and releases the resources of orbax."""
     self.wait()
     self._manager.close()
-    shutil.rmtree(self._directory / _REMOVED, ignore_errors=True)
 
-  def _refuse_links(self) -> None:
-    """Raises CheckpointError if a step is a link. `steps` ignores links, but orbax would read one as a checkpoint."""
-    for path in self._directory.glob('[0-9]*') if self._directory.is_dir() else ():
-      if path.name.isdecimal() and path.is_symlink():
-        raise CheckpointError(f'{path} is a link, not a checkpoint; remove the link, or give another --workdir')
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
+      raise CheckpointError(
+        f'a checkpoint cannot be written to {self._directory} ({_first_line(e)}); make room, or give another directory'
+      ) from e
 
-  def _read_best(self, like) -> list[Checkpoint]:
-    """Returns the best checkpoints, and removes checkpoints that are damaged or newer than the latest."""
-    found = []
-    for step in steps(self._directory):
-      path = self._directory / str(step)
-      if step > self._last:
-        _remove(path)
-      elif self._keep_best and step < self._last:
-        try:
-          found.append(_read(path, like))
-        except Exception as e:
-          self._report(f'checkpoint {path} cannot be read ({_first_line(e)}); the best are chosen without it')
-          _remove(path)
-    if self.latest is not None:
-      found.append(self.latest)
-    found = [checkpoint for checkpoint in found if checkpoint.metric is not None]
-    found.sort(key=lambda checkpoint: (checkpoint.metric, checkpoint.step), reverse=True)
-    return found[: self._keep_best]
 
-  def _tidy(self) -> None:
-    """Removes damaged checkpoints, and old ones that are left over.
+class _LatestAndBest(NamedTuple):
+  """A preservation policy of orbax: the latest checkpoints are kept, and the `keep_best` with the greatest metrics.
 
-    Old checkpoints are left over if the program was killed after orbax wrote a new checkpoint, and before it removed an
-    old one.
-    """
-    for step in steps(self._directory):
-      path = self._directory / str(step)
-      try:
-        _check_files(path)
-      except Exception as e:  # Orbax opens all checkpoints, and would raise the error again.
-        self._report(f'checkpoint {path} is damaged ({_first_line(e)}) and is removed')
-        _remove(path)
-    there = steps(self._directory)
-    for step in {*there[:-LATEST]} - {checkpoint.step for checkpoint in self.best}:
-      _remove(self._directory / str(step))
+  Orbax's own policy for the best checkpoints reads the metrics from files, and raises an error if a file is damaged.
+  """
 
-  def _open(self):
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint import checkpoint_managers as policies
+  keep_best: int
+  metrics: dict[int, Any]  # By step. `Checkpoints.save` adds to it.
 
-    _clear(self._directory / _REMOVED)
-    metric = lambda metrics: metrics.get('metric', -np.inf)
-    kept: list[Any] = [policies.LatestN(LATEST)]
-    if self._keep_best:  # With BestN alone, orbax would remove the newest, and the run could not resume.
-      kept.append(policies.BestN(get_metric_fn=metric, n=self._keep_best, keep_checkpoints_without_metrics=False))
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(kept),
-      best_fn=metric if self._keep_best else None,
-      cleanup_tmp_directories=True,
-      todelete_subdir=_REMOVED,
-      create=False,  # It exists already, and orbax does not create it for one process of several.
-      multiprocessing_options=_by_itself(),
-    )
-    return ocp.CheckpointManager(self._directory, options=options)
-
-  def _unwritable(self, e: Exception) -> CheckpointError:
-    return CheckpointError(
-      f'a checkpoint cannot be written to {self._directory} ({_first_line(e)}); make room, or give another --workdir'
-    )
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    there = [checkpoint.step for checkpoint in checkpoints]
+    best = sorted(self.metrics, key=lambda step: (self.metrics[step], step), reverse=True)[: self.keep_best]
+    return [step in there[-LATEST:] or step in best for step in there]
 
 
 def steps(directory: files.PathLike) -> list[int]:
@@ -215,23 +180,11 @@ def steps(directory: files.PathLike) -> list[int]:
 
   If there is no such directory, the list is empty.
   """
-  path = pathlib.Path(directory)
-  if not path.is_dir():
-    return []
-  return sorted(int(p.name) for p in path.iterdir() if _is_step(p.name) and p.is_dir() and not p.is_symlink())
-
-
-def _is_step(name: str) -> bool:
-  return name.isdecimal() and name == str(int(name))
+  return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
 def newest(
-  directory: files.PathLike,
-  *,
-  like: TrainState,
-  config: Mapping[str, Any],
-  until: int | None = None,
-  report: Callable[[str], None] = print,
+  directory: files.PathLike, *, like: TrainState, config: Config, until: int | None = None, report: Report = print
 ) -> Checkpoint | None:
   """Returns the newest checkpoint in a directory that can be read, or `None` if there is none. It changes no files.
 
@@ -247,140 +200,88 @@ def newest(
   """
   path = pathlib.Path(directory).absolute()
   there = [step for step in steps(path) if until is None or step <= until]
-  for step in reversed(there):
-    try:
-      about = _read_about(path / str(step))
-      check_config(about['config'], config, path)
-      return _read(path / str(step), like)
-    except CheckpointError:
-      raise
-    except Exception as e:  # For a damaged file, orbax and tensorstore raise errors of many types.
-      before = [s for s in there if s < step]
-      then = f'; the one before, {before[-1]}, is taken' if before else ''
-      report(f'checkpoint {path / str(step)} cannot be read ({_first_line(e)}){then}')
-  if there:
-    raise CheckpointError(f'none of the checkpoints in {path} can be read; give --restart to start again')
-  return None
+  if not there:
+    return None
+  while there:
+    step = there.pop()
+    otherwise = f'the one before, {there[-1]}, is taken' if there else 'there is none before it'
+    if found := _try_read(path / str(step), like, config, report, otherwise):
+      return found
+  raise CheckpointError(f'none of the checkpoints in {path} can be read; remove them, or give another directory')
 
 
 def read_config(directory: files.PathLike) -> dict[str, Any] | None:
   """Returns the configuration of the newest checkpoint whose description can be read, or `None` if there is none."""
   for step in reversed(steps(directory)):
-    try:
-      return _read_about(pathlib.Path(directory).absolute() / str(step))['config']
-    except Exception:  # The damage is reported when the arrays are read.
-      continue
+    with contextlib.suppress(Exception):  # The damage is reported when the arrays are read.
+      return _read_about(pathlib.Path(directory) / str(step))['config']
   return None
 
 
-def _read(path: pathlib.Path, like: TrainState) -> Checkpoint:
-  """Returns a checkpoint in the structure of `like`. Raises CheckpointError if its arrays do not fit `like`."""
-  import orbax.checkpoint as ocp
-
-  about = _read_about(path)
-  check_leaves(about['leaves'], like, path)
-  _check_arrays(path / 'state', about['leaves'])
-  arrays: dict[str, np.ndarray] = {}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
-    for name in (name for name, leaf in about['leaves'].items() if 0 not in leaf['shape']):
-      # Arrays are read one at a time. If one of several arrays is damaged, orbax leaves the others to a closed event
-      # loop, and Python prints a traceback for each of them.
-      which = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-      args = ocp.args.PyTreeRestore(item={name: 0}, restore_args=which, partial_restore=True)
-      arrays |= reader.restore(path / 'state', args=args)
-  values = []
-  for name, leaf in named(like):
-    described = about['leaves'][name]
-    array = np.asarray(arrays[name] if name in arrays else np.zeros(described['shape'], described['dtype']))
-    if crc32(array) != described['crc32']:
-      raise ValueError(f'{name} has changed since it was written')
-    value = jax.numpy.asarray(array, described['dtype'])
-    values.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value)
-  state = jax.tree.unflatten(jax.tree.structure(like), values)
-  if np.any(np.asarray(state.step) != about['step']):
-    raise ValueError(f'its state is of step {int(np.max(state.step))}, its description of {about["step"]}')
-  return Checkpoint(about['step'], state, about['metric'], about['versions'])
-
-
-def _read_about(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the description of a checkpoint. Raises ValueError if it has changed since it was written."""
-  import orbax.checkpoint as ocp
-
-  _check_files(path)
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
-    about = reader.restore(path, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-  check_about(about, int(path.name))
-  return about
-
-
-def _check_arrays(path: pathlib.Path, described: Mapping[str, Any]) -> None:
-  """Raises ValueError unless the arrays have the described shapes, before memory is allocated for any of them.
-
-  The check uses tensorstore, with which orbax reads the arrays, because orbax itself would inspect all arrays at once;
-  see `_read`.
-  """
-  import tensorstore
-
-  driver = 'zarr3' if json.loads((path / '_METADATA').read_bytes()).get('use_zarr3') else 'zarr'
-  for name, leaf in described.items():
-    if 0 in leaf['shape']:
-      continue
-    base = {'driver': 'file', 'path': f'{path}/'}
-    spec = {'driver': driver, 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}}
-    array = tensorstore.open(spec, open=True, read=True).result()
-    if list(array.shape) != leaf['shape'] or array.dtype.name != leaf['dtype']:
-      raise ValueError(f'{name} is {array.dtype.name}{list(array.shape)}, not {leaf["dtype"]}{leaf["shape"]}')
-    chunk = array.chunk_layout.read_chunk.shape or ()  # A scalar has no chunk shape.
-    # The whole chunk is decoded, even if the array needs only a small part of it.
-    if math.prod(side or 1 for side in chunk) > math.prod(array.shape):
-      raise ValueError(f'{name} is {leaf["dtype"]}{leaf["shape"]} in larger chunks of {list(chunk)}')
+def check_config(found: Config, asked: Config, where: files.PathLike) -> None:
+  """Raises CheckpointError unless both configurations are the same. The message names the fields that differ."""
+  ours = json.loads(json.dumps(asked))
+  differ = [name for name in {**found, **ours} if (name in found, found.get(name)) != (name in ours, ours.get(name))]
+  if differ:
+    there, here = ({name: repr(value) for name, value in config.items()} for config in (found, ours))
+    fields = [f'{n}: {there.get(n, "nothing")} there, {here.get(n, "nothing")} asked for' for n in differ]
+    raise CheckpointError(
+      f'{where} holds an unfinished run of another configuration ({"; ".join(fields)}); give another directory, or the '
+      'same configuration to continue that run'
+    )
 
 
 def _by_itself():
   """Returns options with which orbax does not wait for other processes."""
-  from orbax.checkpoint.options import MultiprocessingOptions
-
-  if jax.process_count() == 1:
-    return MultiprocessingOptions()
   here = jax.process_index()
-  return MultiprocessingOptions(primary_host=here, active_processes={here})
+  return ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
 
 
-def _check_files(path: pathlib.Path) -> None:
-  """Raises ValueError if orbax would wait forever or fail.
+def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Report, otherwise: str):
+  """Returns a checkpoint. If it is damaged, reports this and what is done `otherwise`, and returns `None`."""
+  try:
+    return _read(path, like, config)
+  except CheckpointError:
+    raise
+  except Exception as e:  # For a damaged file, orbax and tensorstore raise errors of many types.
+    report(f'checkpoint {path} cannot be read ({_first_line(e)}); {otherwise}')
+    return None
 
-  It would wait for a pipe or another special file, and it would fail on broken metrics or dates.
+
+def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
+  """Returns a checkpoint in the structure of `like`. If it is damaged, some exception is raised.
+
+  Raises:
+    CheckpointError: if the configuration is not `config`, or if the arrays do not fit `like`.
   """
-  for part in path.rglob('*'):
-    if part.is_symlink() or not (part.is_file() or part.is_dir()):
-      raise ValueError(f'{part.relative_to(path)} is no file')
-  metrics = path / 'metrics' / 'metrics'
-  if metrics.exists():
-    found = json.loads(metrics.read_bytes())
-    # Orbax sorts checkpoints by this number. Any other kind of value would make a training run fail.
-    if not isinstance(found, dict) or not isinstance(found.get('metric', 0.0), int | float):
-      raise ValueError('its metrics are not a JSON object whose metric is a number')
-  import orbax.checkpoint as ocp
-
-  _ = ocp.path.step.standard_name_format().find_step(path.parent, int(path.name)).commit_timestamp
-
-
-def _remove(path: pathlib.Path) -> None:
-  """Deletes a checkpoint in such a way that no half of it is ever seen."""
-  aside = path.parent / _REMOVED
-  _clear(aside)
-  aside.mkdir(exist_ok=True)
-  path.rename(aside / path.name)
-  shutil.rmtree(aside, ignore_errors=True)
+  about = _read_about(path)
+  check_config(about['config'], config, path.parent)
+  if difference := first_difference(about['leaves'], leaf_types(like)):
+    raise CheckpointError(f'{path} does not fit what is trained: {difference}; give another directory')
+  arrays = {}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
+    for name, leaf in named(like):
+      # If orbax read several arrays at once and one of them were damaged, it would leave the others to a closed event
+      # loop, and Python would print a traceback for each of them.
+      only = ocp.args.PyTreeRestore(item={name: 0}, partial_restore=True)
+      empty = np.size(leaf) == 0  # It was not stored.
+      arrays[name] = np.zeros(leaf.shape, leaf.dtype) if empty else reader.restore(path / 'state', args=only)[name]
+      if zlib.crc32(arrays[name].tobytes()) != about['crc32'][name]:
+        raise ValueError(f'{name} has changed since it was written')
+  return Checkpoint(int(path.name), from_named_arrays(arrays, like), about['metric'], about['versions'])
 
 
-def _clear(aside: pathlib.Path) -> None:
-  """Deletes the directory of removed checkpoints. If it is a link, which may lead anywhere, deletes only the link."""
-  if aside.is_symlink() or aside.is_file():
-    aside.unlink()
-  shutil.rmtree(aside, ignore_errors=True)
+def _read_about(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the description of a checkpoint. If it is damaged, some exception is raised."""
+  about = json.loads((path / 'about' / 'metadata').read_bytes())
+  if about.pop('checksum') != _checksum(about):
+    raise ValueError('its description has changed since it was written')
+  return about
+
+
+def _checksum(value: Any) -> int:
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _first_line(e: BaseException) -> str:
-  text = str(e).strip()
-  return (text.splitlines()[0] if text else type(e).__name__)[:200]
+  return (str(e).strip() or repr(e)).splitlines()[0][:200]

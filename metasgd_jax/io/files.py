@@ -9,15 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-import flax.serialization
 import jax
 import numpy as np
 
+from metasgd_jax.tree import first_difference, leaf_types, named
 from metasgd_jax.types import PyTree
 
 PathLike = str | os.PathLike[str]
 
-_ADVICE = 'make room, or give another --workdir'
+_ADVICE = 'make room, or give another directory'
 
 
 class WriterError(Exception):
@@ -40,23 +40,30 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     True
   """
   if not os.fspath(path):  # An unset shell variable gives an empty path, which would be the current directory.
-    raise WriterError('workdir is empty; give a directory, such as --workdir=.')
-  try:
-    workdir = pathlib.Path(path).expanduser()
-  except RuntimeError as e:
-    raise WriterError(f'workdir {path} begins with ~ of a user without a home directory; give another --workdir') from e
-  if reason := why_not_writable(workdir):
-    raise WriterError(f'workdir {workdir} cannot be written ({reason}); give another --workdir')
-  return workdir
+    raise WriterError('workdir is empty; give a directory, such as .')
+  if reason := why_not_writable(path):
+    raise WriterError(f'workdir {path} cannot be written ({reason}); give another directory')
+  return pathlib.Path(path).expanduser()
 
 
-def why_not_writable(directory: pathlib.Path) -> str | None:
-  """Creates a directory and writes to it once. Returns the reason if this fails, and `None` if it succeeds."""
+def why_not_writable(directory: PathLike) -> str | None:
+  """Creates a directory and writes to it once. Returns the reason if this fails, and `None` if it succeeds.
+
+  Args:
+    directory: Path of the directory. It may begin with ~.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   print(ms.files.why_not_writable(f'{directory}/new'))
+    None
+  """
   try:
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory):
+    path = pathlib.Path(directory).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
       return None
-  except (OSError, ValueError) as e:  # ValueError: a NUL in the name.
+  except (OSError, ValueError, RuntimeError) as e:  # A NUL in the name, or a ~ of a user without a home directory.
     return str(getattr(e, 'strerror', None) or e)
 
 
@@ -83,20 +90,34 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
   """
   path = pathlib.Path(path)
   aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
-  with told(path, advice), aside.open('xb') as file:  # Files of tempfile are readable by their owner alone.
+  with told(path, advice):
     try:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-      aside.replace(path)
-    except BaseException:
+      with aside.open('xb') as file:  # Files of tempfile are readable by their owner alone.
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+      aside.replace(path)  # The file is closed: Windows renames no open file.
+    finally:
       aside.unlink(missing_ok=True)
-      raise
 
 
 @contextlib.contextmanager
 def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
-  """Turns an error of the operating system into a WriterError, whose message ends with `advice`."""
+  """Turns an error of the operating system into a WriterError.
+
+  Args:
+    path: Path of the file that is written in the `with` block.
+    advice: Advice that ends the error message.
+
+  Example:
+    >>> import pathlib
+    >>> path = pathlib.Path('nowhere/a.txt')
+    >>> with ms.files.told(path, 'create the directory'):
+    ...   path.write_text('')
+    Traceback (most recent call last):
+    ...
+    metasgd_jax.io.files.WriterError: nowhere/a.txt cannot be written (No such file or directory); create the directory
+  """
   try:
     yield
   except OSError as e:
@@ -151,12 +172,14 @@ def write_array(path: PathLike, array: np.ndarray) -> None:
 
 
 def write_params(path: PathLike, params: PyTree) -> None:
-  """Writes the arrays of a pytree as msgpack of flax. `read_params` reads them.
+  """Writes the arrays of a pytree to a safetensors file, under names such as 'theta.Dense_0.kernel'.
+
+  `read_params` reads them.
 
   Args:
     path: Path of the file, which is never half-written.
-    params: Pytree of dicts, lists, NamedTuples and arrays. Train states, and pytrees that flax does not support, can be
-      written with `Checkpoints`.
+    params: Pytree of arrays. A train state has a random key, which safetensors cannot store; write it with
+      `Checkpoints`.
 
   Raises:
     WriterError: if the file cannot be written.
@@ -165,12 +188,16 @@ def write_params(path: PathLike, params: PyTree) -> None:
     >>> import tempfile
     >>> meta = ms.MetaParams({'w': np.ones(2)}, {'w': np.full(2, 0.1)})
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   ms.files.write_params(f'{directory}/meta.msgpack', meta)
-    ...   ms.files.read_params(f'{directory}/meta.msgpack', like=meta).alpha
+    ...   ms.files.write_params(f'{directory}/meta.safetensors', meta)
+    ...   ms.files.read_params(f'{directory}/meta.safetensors', like=meta).alpha
     {'w': array([0.1, 0.1])}
   """
+  import safetensors.numpy
+
+  # safetensors writes the memory of an array as it is, so it must be in the order of C.
+  arrays = {name: np.asarray(leaf, order='C') for name, leaf in named(jax.device_get(params))}
   with atomic(path) as file:
-    file.write(flax.serialization.to_bytes(jax.device_get(params)))
+    file.write(safetensors.numpy.save(arrays))
 
 
 def read_params(path: PathLike, like: PyTree) -> PyTree:
@@ -187,43 +214,38 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
   Example:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...   ms.files.write_params(f'{directory}/theta.msgpack', {'w': np.ones(2)})
-    ...   ms.files.read_params(f'{directory}/theta.msgpack', like={'w': np.zeros(2)})
+    ...   ms.files.write_params(f'{directory}/theta.safetensors', {'w': np.ones(2)})
+    ...   ms.files.read_params(f'{directory}/theta.safetensors', like={'w': np.zeros(2)})
     {'w': array([1., 1.])}
   """
+  import safetensors
+
+  said = f'{path} does not hold the parameters asked for'
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'{said}: there is no such file')
   try:
-    if not pathlib.Path(path).is_file():  # Reading a pipe would wait forever.
-      raise ValueError('there is no such file')
-    params = flax.serialization.from_bytes(like, pathlib.Path(path).read_bytes())
-    if str(jax.tree.structure(params)) != str(jax.tree.structure(like)):
-      raise ValueError('they have another structure')
-  except Exception as e:  # msgpack raises errors of many types for a broken file.
-    reason = repr(str(e) or type(e).__name__)[1:-1][:300]
-    raise ValueError(f'{path} does not hold the parameters asked for: {reason}') from e
-  for (name, want), got in zip(jax.tree_util.tree_leaves_with_path(like), jax.tree.leaves(params), strict=True):
-    if np.shape(want) != np.shape(got):
-      raise ValueError(
-        f'{path} has shape {np.shape(got)} for {jax.tree_util.keystr(name)}, expected {np.shape(want)}; '
-        'was it trained with other settings?'
-      )
-    if np.result_type(want) != (dtype := np.asarray(got).dtype):
-      raise ValueError(
-        f'{path} has {dtype} for {jax.tree_util.keystr(name)}, expected {np.result_type(want)}; '
-        'was it trained with other settings?'
-      )
-  return params
+    with safetensors.safe_open(path, framework='np') as file:
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (safetensors.SafetensorError, OSError) as e:
+    raise ValueError(f'{said}: it is no safetensors file, or not the whole of it ({e})') from e
+  if difference := first_difference(leaf_types(arrays), leaf_types(like)):
+    raise ValueError(f'{said}: {difference}; was it trained with other settings?')
+  return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name, _ in named(like)])
 
 
 def plain(value: Any) -> Any:
-  """Returns `value` with NumPy's types converted to Python's, and with None in place of floats that JSON lacks."""
+  """Returns `value` with NumPy's types converted to Python's, and with None in place of floats that JSON lacks.
+
+  Example:
+    >>> ms.files.plain({'loss': np.float32(0.5), 'rates': np.array([0.1, np.nan])})
+    {'loss': 0.5, 'rates': [0.1, None]}
+  """
   if isinstance(value, dict):
     return {str(k): plain(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
     return [plain(v) for v in value]
-  if isinstance(value, np.ndarray | jax.Array):
+  if isinstance(value, np.ndarray | np.generic | jax.Array):
     return plain(np.asarray(value).tolist())
-  if isinstance(value, np.generic):
-    return plain(value.item())
   if isinstance(value, float) and not np.isfinite(value):
     return None
   if isinstance(value, pathlib.Path):

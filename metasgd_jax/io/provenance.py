@@ -9,24 +9,9 @@ from typing import Any
 
 import jax
 
-_PACKAGES = (
-  'metasgd_jax',
-  'jax',
-  'jaxlib',
-  'optax',
-  'flax',
-  'chex',
-  'numpy',
-  'orbax-checkpoint',
-  'tensorflow-datasets',
-)
+_PACKAGES = ('metasgd_jax', 'jax', 'jaxlib', 'optax', 'flax', 'numpy', 'orbax-checkpoint', 'tensorflow-datasets')
 
-_JAX_SETTINGS = (
-  'jax_enable_x64',
-  'jax_default_matmul_precision',
-  'jax_default_prng_impl',
-  'jax_threefry_partitionable',
-)
+_JAX_SETTINGS = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 'threefry_partitionable')
 """Settings of JAX that change the numbers of a result."""
 
 
@@ -47,7 +32,7 @@ def collect() -> dict[str, Any]:
   if devices[0].platform == 'cpu':
     device['cores'] = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     device['cpu'] = _cpu_model()
-  settings = {name: getattr(jax.config, name) for name in _JAX_SETTINGS}
+  settings = {f'jax_{name}': getattr(jax.config, f'jax_{name}') for name in _JAX_SETTINGS}
   settings['XLA_FLAGS'] = os.environ.get('XLA_FLAGS')
   return {'versions': versions, 'device': device, 'jax_settings': settings}
 

@@ -1,5 +1,6 @@
 """Writers of a run's metrics, as JSON lines or as event files of TensorBoard, while the run goes on."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -61,14 +62,12 @@ class MetricsWriter:
       go_on: Whether to keep existing lines, in order to continue a run that was stopped.
 
     Raises:
-      WriterError: if the files cannot be written, or if one of the paths is not a regular file.
+      WriterError: if the files cannot be written.
     """
     self._path = pathlib.Path(path)
-    self._timings = self._path.with_name(f'{self._path.stem}_timings.jsonl')
-    if self._path.name == 'metrics.jsonl':
-      self._timings = self._path.with_name('timings.jsonl')
+    stem = '' if self._path.name == 'metrics.jsonl' else f'{self._path.stem}_'
+    self._timings = self._path.with_name(f'{stem}timings.jsonl')
     if not go_on:
-      _check_place(self._path)
       with told(self._path):
         self._timings.unlink(missing_ok=True)
         self._path.write_text('')
@@ -101,56 +100,37 @@ class MetricsWriter:
       step: Last step whose lines are kept.
 
     Raises:
-      WriterError: if the files cannot be read, or if one of the paths is not a regular file.
+      WriterError: if the files cannot be read or written.
     """
     _cut(self._timings, label, step)
     return [line for line in _cut(self._path, label, step) if line['label'] == label]
 
   def sync(self) -> None:
     """Waits until the written metrics are on the disk. Raises WriterError if they cannot be written."""
-    _check_place(self._path)
     with told(self._path), self._path.open('ab') as file:
       os.fsync(file.fileno())
 
 
 def _append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
   text = json.dumps(plain(line), allow_nan=False) + '\n'
-  _check_place(path)
   with told(path), path.open('a') as file:
     file.write(text)
 
 
-def _check_place(path: pathlib.Path) -> None:
-  """Raises WriterError if the path exists and is not a regular file.
-
-  Opening a pipe would wait forever, and a link leads to another place.
-  """
-  if path.is_symlink():
-    raise WriterError(f'{path} is not a file but a link; remove the link, or give another --workdir')
-  if path.exists() and not path.is_file():
-    raise WriterError(f'{path} is not a file; move it away, or give another --workdir')
-
-
 def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
   """Returns the lines that are kept. The file is replaced as a whole, and only if a line is removed."""
-  _check_place(path)
-  try:
-    old, kept, lines = path.read_bytes() if path.exists() else b'', [], []
-  except OSError as e:
-    raise WriterError(f'{path} cannot be read ({e.strerror}); move it away, or give another --workdir') from e
-  for text in old.splitlines(keepends=True):
-    try:
+  with told(path):
+    old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  kept, lines = [], []
+  for text in old:
+    with contextlib.suppress(ValueError):  # The run was killed while it wrote this line.
       line = json.loads(text)
-      gone = not text.endswith(b'\n') or (line['label'] == label and not line['step'] <= step)
-    except (ValueError, KeyError, TypeError, RecursionError):
-      continue  # The run was killed while it wrote this line.
-    if not gone:
-      kept.append(text)
-      lines.append(line)
-  new = b''.join(kept)
-  if new != old:
+      if text.endswith(b'\n') and (line['label'] != label or line['step'] <= step):
+        kept.append(text)
+        lines.append(line)
+  if len(kept) < len(old):
     with atomic(path) as file:
-      file.write(new)
+      file.writelines(kept)
   return lines
 
 
@@ -181,7 +161,7 @@ class TensorBoardWriter:
     try:
       import tensorboardX
     except ImportError as e:
-      raise WriterError("--tensorboard needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
+      raise WriterError("TensorBoardWriter needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
     self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
-"""What is read through other libraries: data sets that tfds prepares, and checkpoints that orbax wrote."""
+"""What is read through another library: data sets that tfds prepares."""
 
 import contextlib
-import functools
 import io
 import pathlib
 import random
@@ -11,17 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
-import optax
 from PIL import Image
 
-import metasgd_jax as ms
 from metasgd_jax.datasets import DatasetError, cifar_fs, omniglot, published_split
-from metasgd_jax.io import checkpoint
-from metasgd_jax.outer import training
 
-from .mutations import in_json, in_signed_json
+from .mutations import in_json
 from .reader import Reader, in_folder
 from .trees import Tree
 
@@ -99,37 +93,6 @@ def _prepared(module: Any, archives: Tree) -> Tree:
   return in_folder(prepare)
 
 
-_LEARNER = ms.learners.maml(ms.nn.from_linen(ms.nn.MLP([2], 1)), ms.losses.mean_squared_error, alpha=0.1)
-_OPTIMIZER = optax.adam(1e-3)
-_CONFIG = {'seed': 0, 'of': [1, 'a']}
-
-
-@functools.cache
-def _state(step: int = 0) -> training.TrainState:
-  state = training.init(jax.random.key(0), ms.tasks.sinusoid(shot=2), learner=_LEARNER, optimizer=_OPTIMIZER)
-  return jax.block_until_ready(state._replace(step=state.step + step))
-
-
-def _checkpoints(folder: pathlib.Path) -> None:
-  with checkpoint.Checkpoints(folder, like=_state(), config=_CONFIG, keep_best=1, report=str) as kept:
-    for step in (1, 2, 3):
-      kept.save(_state(step), metric=float(step))
-
-
-def _read_checkpoint(folder: pathlib.Path, rng: random.Random) -> None:
-  how: Any = dict(like=_state(), config=_CONFIG, report=lambda line: line.encode())
-  what = rng.randrange(3)
-  if what == 0:
-    checkpoint.read_config(folder)
-  elif what == 1:
-    found = checkpoint.newest(folder, **how)
-    assert found is None or int(found.state.step) == found.step in (1, 2, 3)
-  else:
-    with checkpoint.Checkpoints(folder, keep_best=1, **how) as kept:
-      kept.save(_state(9), metric=9.0)
-    assert kept.last == 9
-
-
 DATASET_READERS = [
   Reader(
     'omniglot.load, archives',
@@ -160,18 +123,5 @@ DATASET_READERS = [
     (DatasetError,),
     0.5,
     {'.json': (in_json,)},
-  ),
-  Reader(
-    'checkpoint',
-    lambda: [in_folder(_checkpoints)],
-    _read_checkpoint,
-    (checkpoint.CheckpointError,),
-    0.1,
-    {
-      'about/metadata': (in_json, in_signed_json, in_signed_json),
-      'state/_METADATA': (in_json,),
-      '_CHECKPOINT_METADATA': (in_json,),
-      'metrics/metrics': (in_json,),
-    },
   ),
 ]

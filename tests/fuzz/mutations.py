@@ -170,23 +170,6 @@ def in_json(rng: random.Random, data: bytes) -> bytes:
   return json.dumps(change_value(rng, value)).encode()
 
 
-def in_signed_json(rng: random.Random, data: bytes) -> bytes:
-  """A field of JSON that holds a checksum of itself, as checkpoints' descriptions do, with that made to fit."""
-  value = change_value(rng, {k: v for k, v in json.loads(data).items() if k != 'checksum'})
-  if not isinstance(value, dict):
-    return json.dumps(value).encode()
-  text = json.dumps(value, sort_keys=True)
-  return json.dumps(json.loads(text) | {'checksum': zlib.crc32(text.encode())}).encode()
-
-
-def in_json_lines(rng: random.Random, data: bytes) -> bytes:
-  """A line of JSON."""
-  lines = data.splitlines(keepends=True)
-  at = rng.randrange(len(lines))
-  end = rng.choice((b'\n', b'\n', b'', b'\r\n'))
-  return b''.join([*lines[:at], rng.choice((in_json, text))(rng, lines[at].strip()) + end, *lines[at + 1 :]])
-
-
 def in_safetensors(rng: random.Random, data: bytes) -> bytes:
   """A field of the header, or of the configuration in it, with the length made to fit."""
   size = struct.unpack('<Q', data[:8])[0]

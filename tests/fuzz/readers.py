@@ -19,12 +19,12 @@ from metasgd_jax import cli
 from metasgd_jax.cli import info
 from metasgd_jax.datasets import DatasetError, archives, image_cache, image_files, image_folder, mini_imagenet, splits
 from metasgd_jax.deploy import model_file
-from metasgd_jax.io import files, writers
+from metasgd_jax.io import files
 from metasgd_jax.tasks.few_shot import ClassBank
 
 from .dataset_readers import DATASET_READERS
 from .experiment_readers import EXPERIMENT_READERS
-from .mutations import in_json, in_json_lines, in_numpy, in_png, in_safetensors, text
+from .mutations import in_json, in_numpy, in_png, in_safetensors, text
 from .reader import Reader, in_folder
 from .trees import Tree
 
@@ -65,29 +65,13 @@ _PARAMS = {
 
 
 def _params() -> list[Tree]:
-  return [in_folder(lambda folder: files.write_params(folder / 'a.msgpack', _PARAMS))]
+  return [in_folder(lambda folder: files.write_params(folder / 'a.safetensors', _PARAMS))]
 
 
 def _read_params(folder, rng) -> None:
-  got = files.read_params(folder / 'a.msgpack', _PARAMS)
+  got = files.read_params(folder / 'a.safetensors', _PARAMS)
   form = lambda tree: jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype), tree)
   assert form(got) == form(_PARAMS), 'other parameters than those asked for'
-
-
-def _metrics() -> list[Tree]:
-  def run(folder):
-    writer = writers.MetricsWriter(folder / 'metrics.jsonl')
-    for step in range(10, 60, 10):
-      writer.write('a', step, {'loss': 0.5, 'seconds': 1.0})
-      writer.write('b', step, {'loss': np.array([0.5, np.nan])})
-
-  return [in_folder(run)]
-
-
-def _read_metrics(folder, rng) -> None:
-  for line in writers.MetricsWriter(folder / 'metrics.jsonl', go_on=True).cut('a', 30):
-    assert line['label'] == 'a'
-    assert line['step'] <= 30
 
 
 def picture(ending: str, i: int = 0) -> bytes:
@@ -281,7 +265,6 @@ READERS = [
   Reader('metasgd info', _models, _command, (ValueError,), 0.2, {'': (in_safetensors,)}),
   Reader('load_exported', _exported, lambda folder, rng: ms.load_exported(folder / 'a.zip'), (ValueError,), 0.5),
   Reader('read_params', _params, _read_params, (ValueError,)),
-  Reader('MetricsWriter.cut', _metrics, _read_metrics, (files.WriterError,), 1.0, {'': (in_json_lines, text)}),
   Reader('read_image', _pictures, _read_picture, (DatasetError,), 3.0, {'.png': (in_png,)}),
   Reader('image_folder', _folders, _read_folder, (DatasetError,), 1.0, {'.png': (in_png,)}),
   Reader('mini_imagenet.load', _mini, _read_mini, (DatasetError,), 1.0, {'.csv': (_in_csv, _in_csv, text)}),

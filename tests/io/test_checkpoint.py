@@ -1,7 +1,6 @@
 """Checkpoints: what is read is what was written, or it is not used."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -14,7 +13,7 @@ import pytest
 from problems import saying, sinusoid_learner
 
 import metasgd_jax as ms
-from metasgd_jax.io import checkpoint, checkpoint_record
+from metasgd_jax.io import checkpoint
 from metasgd_jax.io.checkpoint import CheckpointError, Checkpoints
 from metasgd_jax.outer import loop
 from metasgd_jax.tree import is_key, named_arrays
@@ -124,6 +123,13 @@ def test_what_a_kill_kept_from_being_removed_is_removed(tmp_path):
     assert checkpoint.steps(directory) == left
 
 
+@pytest.mark.parametrize('metric', [1, 0.5, np.float32(0.5), np.int64(1), np.array(0.5), jnp.float32(0.5)], ids=str)
+def test_a_metric_is_any_real_scalar(tmp_path, metric):
+  with opened(tmp_path, keep_best=1) as kept:
+    kept.save(a_state(10), metric)
+  assert checkpoint.newest(tmp_path, like=a_state(), config=CONFIG).metric == float(metric)
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
   with opened(tmp_path) as kept:
     kept.save(a_state(10), 0.5)
@@ -139,7 +145,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
   about = json.loads((tmp_path / '10' / 'about' / 'metadata').read_text())
   assert about['config'] == {'learning_rate': 0.01, 'learner': ['meta_sgd', 'maml'], 'alpha': None}
   assert about['versions']['jax'] == jax.__version__
-  assert about['leaves']['meta.theta.Dense_0.kernel']['shape'] == [1, 4]
+  assert about['leaves']['meta.theta.Dense_0.kernel'] == 'float32[1, 4]'
   assert checkpoint.read_config(tmp_path) == about['config']
 
 
@@ -190,11 +196,31 @@ def test_whatever_file_is_damaged_what_is_read_is_right(written, tmp_path, damag
   assert fell_back >= {'about', 'state'}
 
 
+@pytest.mark.parametrize('damage', ['halve', 'flip'])
+def test_large_arrays_have_files_of_their_own_whose_damage_is_noticed_quietly(tmp_path, damage, capfd):
+  """Orbax does not notice a changed bit in them, and prints tracebacks if it reads several of which one is cut."""
+  large = {str(i): jax.random.normal(jax.random.key(i), (300, 300)) for i in range(9)}
+  like = a_state(opt_state=large)
+  with opened(tmp_path, like=like) as kept:
+    kept.save(a_state(10, opt_state=large))
+    kept.save(a_state(20, opt_state=large))
+  files = [path for path in (tmp_path / '20').rglob('d/*') if path.stat().st_size > 1 << 14]
+  assert files
+  for path in files:
+    data, said = path.read_bytes(), []
+    damages()[damage](path)
+    found = checkpoint.newest(tmp_path, like=like, config=CONFIG, report=said.append)
+    assert_equal(found.state, a_state(10, opt_state=large))
+    assert len(said) == 1
+    path.write_bytes(data)
+  assert capfd.readouterr().err == ''
+
+
 def test_all_damaged(two):
   for step in ('10', '20'):
     (two / step / 'about' / 'metadata').write_text('{')
   said = []
-  with pytest.raises(CheckpointError, match=saying('none of the checkpoints', two, 'can be read', '--restart')):
+  with pytest.raises(CheckpointError, match=saying('none of the checkpoints', two, 'can be read', 'another directory')):
     opened(two, report=said.append)
   assert len(said) == 2
   assert checkpoint.steps(two) == [10, 20]
@@ -209,41 +235,6 @@ def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
   with opened(tmp_path, keep_best=2, report=said.append) as kept:
     assert [c.step for c in kept.best] == [20, 40]
   assert 'the best are chosen without it' in said[0]
-
-
-@pytest.mark.parametrize('step', [10, 20])
-@pytest.mark.parametrize('text', ['{"metric": 2 "', '[]', '[' * 100_000, '{"metric": [2]}', '{"metric": "2"}'])
-def test_broken_metrics(tmp_path, step, text):
-  with opened(tmp_path, keep_best=2) as kept:
-    kept.save(a_state(10), 0.9)
-    kept.save(a_state(20), 0.8)
-  (tmp_path / str(step) / 'metrics' / 'metrics').write_text(text)
-  said = []
-  with opened(tmp_path, keep_best=2, report=said.append) as kept:
-    assert kept.latest.step == (20 if step == 10 else 10)
-    assert checkpoint.steps(tmp_path) == [kept.latest.step]
-  assert f'checkpoint {tmp_path / str(step)} ' in said[0]
-
-
-@pytest.mark.parametrize('changes', [{'performance_metrics': []}, {'metrics': [1]}, {'init_timestamp_nsecs': 'x'}])
-def test_what_orbax_notes_is_broken(two, changes):
-  file = two / '20' / '_CHECKPOINT_METADATA'
-  file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-  said = []
-  with opened(two, report=said.append) as kept:
-    assert kept.latest.step == 10
-  assert f'checkpoint {two / "20"} cannot be read (Object must be ' in said[0]
-
-
-@pytest.mark.parametrize('file', ['about/metadata', 'state/manifest.ocdbt', 'other'])
-def test_a_pipe_is_not_waited_for(two, file):
-  path = two / '20' / file
-  path.unlink(missing_ok=True)
-  os.mkfifo(path)
-  said = []
-  with opened(two, report=said.append) as kept:
-    assert kept.latest.step == 10
-  assert f'{file} is no file' in said[0]
 
 
 def test_one_that_was_being_written_is_not_there(two):
@@ -264,7 +255,9 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
     'alpha: None there, nothing asked',
     'shot: nothing there, 5 asked',
   )
-  with pytest.raises(CheckpointError, match=saying(tmp_path, 'configuration', *differ, '--workdir', '--restart')):
+  with pytest.raises(
+    CheckpointError, match=saying(tmp_path, 'configuration', *differ, 'another directory', 'continue that run')
+  ):
     opened(tmp_path, config=other)
   assert checkpoint.steps(tmp_path) == [10]
 
@@ -278,7 +271,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
       ('float32[4] there and float32[1, 4] here',),
     ),
     (lambda s: s._replace(step=jnp.float32(0)), ('step is int32[] there and float32[] here',)),
-    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), ('key is uint32[2] there and uint32[4] here',)),
+    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), ('key is key<fry>[] there and key<rbg>[] here',)),
   ],
 )
 def test_other_arrays_are_refused(two, other, said):
@@ -297,7 +290,9 @@ def test_up_to_a_step(two):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(CheckpointError, match=saying('cannot be written', tmp_path, 'make room, or give another')):
+  with pytest.raises(
+    CheckpointError, match=saying('cannot be written', tmp_path, 'make room, or give another directory')
+  ):
     opened(tmp_path / 'file' / 'c')
 
 
@@ -313,55 +308,6 @@ def test_a_disk_that_fails_is_told_of(tmp_path, monkeypatch):
   kept.close()
 
 
-def signed(path, **changes):
-  """Has a checkpoint's description say something else, with the checksum made to fit."""
-  file = path / 'about' / 'metadata'
-  about = json.loads(file.read_text()) | changes
-  about['checksum'] = checkpoint_record._checksum({k: v for k, v in about.items() if k != 'checksum'})
-  file.write_text(json.dumps(about))
-
-
-@pytest.mark.parametrize(
-  ('changes', 'message'),
-  [
-    ({'step': 5}, 'it is of step 5, not of the 20 that its folder is called'),
-    ({'step': 'x'}, "its description has step='x'"),
-    ({'step': True}, 'its description has step=True'),
-    ({'config': [1]}, 'its description has config=[1]'),
-    ({'config': None}, 'its description has config=None'),
-    ({'versions': []}, 'its description has versions=[]'),
-    ({'versions': {'jax': 1}}, "its description has versions={'jax': 1}"),
-    ({'metric': 10**400}, 'its description has metric=1000'),
-    ({'leaves': [1]}, 'its description has leaves=[1]'),
-    ({'leaves': {'step': {'shape': None, 'dtype': None}}}, 'its description has leaves='),
-  ],
-)
-def test_a_description_that_does_not_fit_is_a_damaged_one(two, changes, message):
-  signed(two / '20', **changes)
-  assert checkpoint.read_config(two) == json.loads(json.dumps(CONFIG))
-  said = []
-  with opened(two, report=said.append) as kept:
-    assert kept.latest.step == 10
-    assert_equal(kept.latest.state, a_state(10))
-  assert f'checkpoint {two / "20"} cannot be read ({message}' in said[0]
-  assert checkpoint.steps(two) == [10]
-
-
-def test_one_that_was_renamed_or_holds_another_state_costs_no_other(two):
-  (two / '20').rename(two / '30')
-  said = []
-  with opened(two, report=said.append) as kept:
-    assert kept.latest.step == 10
-    kept.save(a_state(20))
-  assert 'it is of step 20, not of the 30' in said[0]
-  (two / '20').rename(two / '30')
-  signed(two / '30', step=30)
-  with opened(two, report=said.append) as kept:
-    assert kept.latest.step == 10
-  assert 'its state is of step 20, its description of 30' in said[1]
-  assert checkpoint.steps(two) == [10]
-
-
 def test_a_folder_that_is_only_like_a_step_is_left_alone(two):
   (two / '0099').mkdir()
   with opened(two) as kept:
@@ -369,50 +315,6 @@ def test_a_folder_that_is_only_like_a_step_is_left_alone(two):
     kept.save(a_state(30))
   assert checkpoint.steps(two) == [20, 30]
   assert (two / '0099').is_dir()
-
-
-def test_what_a_link_leads_to_is_left_alone(tmp_path):
-  mine = tmp_path / 'mine'
-  (mine / '20').mkdir(parents=True)
-  (mine / '20' / 'letter').write_text('')
-  directory = tmp_path / 'c'
-  write(directory, [10, 20])
-  (directory / '20' / 'about' / 'metadata').write_text('{')
-  (directory / 'removed').symlink_to(mine)
-  with opened(directory, report=str) as kept:
-    assert kept.latest.step == 10
-    (directory / 'removed').symlink_to(mine)
-    for step in (20, 30, 40):
-      kept.save(a_state(step))
-  assert checkpoint.steps(directory) == [30, 40]
-  (directory / '50').symlink_to(mine / '20')
-  assert checkpoint.newest(directory, like=a_state(), config=CONFIG).step == 40
-  with pytest.raises(CheckpointError, match=saying(directory / '50', 'is a link', 'remove the link', '--workdir')):
-    opened(directory)
-  assert [p.relative_to(mine).as_posix() for p in sorted(mine.rglob('*'))] == ['20', '20/letter']
-
-
-@pytest.mark.parametrize('chunk', [[1 << 14, 1 << 13], [4, 4]])
-def test_no_room_is_made_for_arrays_of_other_shapes(two, chunk, monkeypatch):
-  """512 MiB of zeros take 20 KB, as an array or as a chunk of a small one."""
-  import tensorstore as ts
-
-  name, shape = 'meta.theta.Dense_0.kernel', [1, 4] if chunk[0] > 4 else [1 << 14, 1 << 13]
-  at = {'driver': 'ocdbt', 'base': f'file://{two}/20/state/', 'path': f'{name}/'}
-  metadata = {'shape': shape, 'chunks': chunk, 'dtype': '<f4', 'compressor': {'id': 'zstd', 'level': 1}}
-  spec = {'driver': 'zarr', 'kvstore': at, 'metadata': metadata, 'create': True, 'delete_existing': True}
-  ts.open(spec).result()
-  import orbax.checkpoint as ocp
-
-  restored, restore = [], ocp.Checkpointer.restore
-  monkeypatch.setattr(
-    ocp.Checkpointer, 'restore', lambda self, path, *a, **k: restored.append(path) or restore(self, path, *a, **k)
-  )
-  said = []
-  found = checkpoint.newest(two, like=a_state(), config=CONFIG, report=said.append)
-  assert found.step == 10
-  assert f'{name} is ' in said[0]
-  assert two / '20' / 'state' not in restored
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):

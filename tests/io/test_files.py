@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,16 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
     raise RuntimeError('half-way')
   assert json.loads(path.read_text()) == {'a': 1}
   assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+def test_a_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
+  """Windows renames no open file."""
+  replace, closed = pathlib.Path.replace, []
+  monkeypatch.setattr('pathlib.Path.replace', lambda *paths: (closed.append(file.closed), replace(*paths)))
+  with files.atomic(tmp_path / 'a') as file:
+    file.write(b'whole')
+  assert closed == [True]
+  assert (tmp_path / 'a').read_bytes() == b'whole'
 
 
 @pytest.mark.parametrize('module', ['fsync', 'replace', 'write'])
@@ -77,10 +88,32 @@ def test_params_come_back(tmp_path):
   assert back['b']['c'] == 2
 
 
+def test_params_of_any_layout_and_dtype_come_back_to_the_bit(tmp_path):
+  params = [
+    np.arange(6.0, dtype=np.float32).reshape(2, 3).T, np.zeros((0, 2)), jnp.array([0.1, -0.0, jnp.nan], jnp.bfloat16),
+    (np.array(True), np.int64(-1)), None, jnp.arange(3),
+  ]  # fmt: skip
+  files.write_params(tmp_path / 'p', params)
+  back = files.read_params(tmp_path / 'p', jax.tree.map(np.zeros_like, params))
+  assert jax.tree.structure(back) == jax.tree.structure(params)
+  for a, b in zip(jax.tree.leaves(back), map(np.asarray, jax.tree.leaves(params)), strict=True):
+    assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+def test_a_random_key_is_no_parameter(tmp_path):
+  with pytest.raises(TypeError, match='key_data'):
+    files.write_params(tmp_path / 'p', {'key': jax.random.key(0)})
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
   ('data', 'like', 'said'),
   [
-    (None, {'a': np.zeros((3, 2))}, ("['a']", 'has shape (2, 3)', 'expected (3, 2)')),
+    (
+      None,
+      {'a': np.zeros((3, 2))},
+      ('does not hold the parameters', 'a is float64[2, 3] there and float64[3, 2] here'),
+    ),
     (None, {'z': np.zeros((2, 3))}, ('does not hold the parameters',)),
     (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
     (b'', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
@@ -105,7 +138,7 @@ def test_whoever_may_read_other_files_may_read_these(tmp_path, umask):
 
 
 def test_a_workdir_of_no_name_is_refused():
-  with pytest.raises(files.WriterError, match=saying('workdir is empty', 'such as --workdir=.')):
+  with pytest.raises(files.WriterError, match=saying('workdir is empty', 'give a directory, such as .')):
     files.open_workdir('')
 
 
@@ -115,5 +148,5 @@ def test_a_workdir_is_made(tmp_path):
 
 def test_a_workdir_that_is_a_file(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(files.WriterError, match=saying(tmp_path / 'file', 'cannot be written (', '--workdir')):
+  with pytest.raises(files.WriterError, match=saying(tmp_path / 'file', 'cannot be written (', 'another directory')):
     files.open_workdir(tmp_path / 'file')
