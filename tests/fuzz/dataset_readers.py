@@ -1,4 +1,4 @@
-"""What is read through other libraries: data sets that tfds prepares, and checkpoints that orbax wrote."""
+"""What is read through other libraries: archives that tfds prepares, and checkpoints that orbax wrote."""
 
 import contextlib
 import functools
@@ -86,19 +86,6 @@ def _load(module: Any, folder: pathlib.Path, rng: random.Random) -> None:
     module.load(folder / 'data', archives=folder / 'archives', verify_archives=False)
 
 
-def _prepared(module: Any, archives: Tree) -> Tree:
-  def prepare(folder):
-    (folder / 'archives').mkdir()
-    for name, data in archives.items():
-      assert isinstance(data, bytes)
-      (folder / name).write_bytes(data)
-    _load(module, folder, random.Random(0))
-    for name in archives:
-      (folder / name).unlink()
-
-  return in_folder(prepare)
-
-
 _LEARNER = ms.learners.maml(ms.nn.from_linen(ms.nn.MLP([2], 1)), ms.losses.mean_squared_error, alpha=0.1)
 _OPTIMIZER = optax.adam(1e-3)
 _CONFIG = {'seed': 0, 'of': [1, 'a']}
@@ -139,27 +126,11 @@ DATASET_READERS = [
     0.1,
   ),
   Reader(
-    'omniglot.load, prepared',
-    lambda: [_prepared(omniglot, _omniglot_archives())],
-    lambda folder, rng: _load(omniglot, folder, rng),
-    (DatasetError,),
-    0.5,
-    {'.json': (in_json,)},
-  ),
-  Reader(
     'cifar_fs.load, archives',
     lambda: [_cifar_archives()],
     lambda folder, rng: _load(cifar_fs, folder, rng),
     (DatasetError,),
     0.1,
-  ),
-  Reader(
-    'cifar_fs.load, prepared',
-    lambda: [_prepared(cifar_fs, _cifar_archives())],
-    lambda folder, rng: _load(cifar_fs, folder, rng),
-    (DatasetError,),
-    0.5,
-    {'.json': (in_json,)},
   ),
   Reader(
     'checkpoint',
