@@ -4,17 +4,15 @@ TensorFlow is not needed to prepare the data or to read it.
 """
 
 import os
-import time
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
-from metasgd_jax.datasets.preparing import images_as_pillow, prepare, reading, without_advice
+from metasgd_jax.datasets.messages import Report
+from metasgd_jax.datasets.preparing import check_counts, examples, prepared
 from metasgd_jax.datasets.splits import Splits, published_split, split_bank
 from metasgd_jax.tasks.few_shot import ClassBank
 
 CLASSES, IMAGES_OF_A_CLASS, SIZE = 100, 600, 32
-SECONDS_BETWEEN_REPORTS = 5.0
 
 
 def load(
@@ -41,58 +39,22 @@ def load(
     DatasetError: if a directory is missing or cannot be written, if the archive is missing, broken or not the
       registered one, if there is no network, or if the data in the directory is not CIFAR-100 in array_record files.
   """
-  data_dir, report = at_home(data_dir), printing(report)
-  archives = None if archives is None else at_home(archives)
-  with reading('CIFAR-100', data_dir, 'cifar100'):
-    builder = _builder(data_dir)
-  if not builder.data_path.exists():
-    with images_as_pillow(builder):
-      prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
-  with reading('CIFAR-100', data_dir, 'cifar100'):
+  with prepared('cifar100', 'CIFAR-100', data_dir, archives, verify_archives, report) as builder:
     return _read(builder, report)
 
 
-def _builder(data_dir):
-  import tensorflow_datasets as tfds  # The import takes seconds, and only loading data needs it.
-
-  return tfds.builder('cifar100', data_dir=os.fspath(data_dir), file_format='array_record')
-
-
 def _read(builder, report: Report) -> Splits:
-  report(f'reading CIFAR-100 from {builder.data_path}')
-  images, labels, ids = _read_splits(builder, report)
+  found = list(examples(builder, report))
+  images = np.stack([np.asarray(example['image'], np.uint8) for example in found])
+  labels = np.array([int(example['label']) for example in found])
+  ids = np.array([example['id'] for example in found])
   if images.shape[1:] != (SIZE, SIZE, 3):
     raise ValueError(f'the images have shape {images.shape[1:]}')
   names = builder.info.features['label'].names
   lists = published_split('cifar_fs')
-  wrong = sorted(set(names) ^ {name for part in lists for name in part})
-  if wrong:
-    raise DatasetError(
-      f'{builder.data_path} has other classes than CIFAR-100: {wrong[0]} is missing or unknown; '
-      'prepare it again in another data_dir'
-    )
+  if wrong := sorted(set(names) ^ {name for part in lists for name in part}):
+    raise ValueError(f'it has other classes than CIFAR-100: {wrong[0]} is missing or unknown')
   sizes = np.bincount(labels, minlength=CLASSES)
-  if not np.all(sizes == IMAGES_OF_A_CLASS):
-    bad = int(np.flatnonzero(sizes != IMAGES_OF_A_CLASS)[0])
-    raise DatasetError(
-      f'{builder.data_path} is not the whole of CIFAR-100: {names[bad]} has {sizes[bad]} images where there should be '
-      f'{IMAGES_OF_A_CLASS}; prepare it again in another data_dir'
-    )
+  check_counts(names, sizes, IMAGES_OF_A_CLASS, 'images')
   order = np.lexsort((ids, labels))  # tfds shuffles. The ids restore the order of the archive within a class.
   return split_bank(ClassBank(images[order], sizes), names, lists)
-
-
-def _read_splits(builder, report: Report) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the images `[M, 32, 32, 3]`, labels `[M]` and ids `[M]` of all splits of the builder."""
-  images, labels, ids = [], [], []
-  reported = time.monotonic()
-  with without_advice():
-    for split in ('train', 'test'):
-      for example in builder.as_data_source(split=split):
-        images.append(np.asarray(example['image'], np.uint8))
-        labels.append(int(example['label']))
-        ids.append(example['id'])
-        if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
-          report(f'read {len(images):,} of {CLASSES * IMAGES_OF_A_CLASS:,} images')
-          reported = time.monotonic()
-  return np.stack(images), np.array(labels), np.array(ids)

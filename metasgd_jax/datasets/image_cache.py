@@ -5,15 +5,14 @@ A cached bank is a .npy file with the images and a .json file that describes the
 
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metasgd_jax.datasets.messages import DatasetError, Report, first_line
+from metasgd_jax.io.files import WriterError, why_not_writable, write_array, write_json
 from metasgd_jax.tasks.few_shot import ClassBank
 
 DECODING = 1
@@ -78,68 +77,38 @@ def kept(
   """
   bank = _read(cache, source, form, classes, report)
   if bank is None:
-    _check_writable(cache)
+    if reason := why_not_writable(cache.directory):  # Decoding takes minutes, so this is reported first.
+      raise DatasetError(f'the cache {cache.directory} cannot be written ({reason}); give another directory')
     bank = decode()
     _write(cache, source, bank, report)
   return bank
 
 
 def _read(cache: Cache, source, form, classes: int, report: Report) -> ClassBank | None:
-  if not cache.description.exists() and not cache.images.exists():
+  if not (cache.images.is_file() and cache.description.is_file()):
     return None
   try:
-    good = cache.description.is_file() and cache.images.is_file()  # Opening a pipe would wait forever.
-    description = json.loads(cache.description.read_bytes()) if good else {}
-    sizes = np.array(description['sizes'])
-    images = np.lib.format.open_memmap(cache.images, mode='r')  # It accepts neither pickles nor zip files.
-    good = (
-      description['source'] == source
-      and images.dtype == np.uint8
-      and images.shape[1:] == form
-      and sizes.shape == (classes,)
-      and np.issubdtype(sizes.dtype, np.integer)
-      and 0 < sizes.min() <= sizes.max() <= len(images)
-      and sum(sizes.tolist()) == len(images)  # NumPy's sum may overflow.
-    )
-  except Exception:  # NumPy raises many kinds of errors for broken headers. Decoding again repairs all.
-    good = False
-  if not good:
+    description = json.loads(cache.description.read_bytes())
+    sizes = np.array(description['sizes'], int)
+    images = np.lib.format.open_memmap(cache.images, mode='r')  # It does not read pickles.
+    same = description['source'] == source and images.dtype == np.uint8
+    whole = sizes.shape == (classes,) and images.shape == (sizes.sum(), *form)
+  except Exception:  # NumPy raises many kinds of errors for broken files. Decoding again repairs all of them.
+    same = whole = False
+  if not (same and whole):
     report(f'{cache.images} is not of these files or is broken; the images are decoded again')
     return None
   report(f'taking decoded images from {cache.images}')
   return ClassBank(images, sizes)
 
 
-def _check_writable(cache: Cache) -> None:
-  """Creates the directory. If it cannot be written, this is reported before decoding has taken minutes."""
-  try:
-    cache.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache.directory):
-      pass
-  except (OSError, ValueError) as e:  # A name with a NUL character raises ValueError.
-    reason = getattr(e, 'strerror', None) or e
-    raise DatasetError(f'the cache {cache.directory} cannot be written ({reason}); give another directory') from e
-
-
 def _write(cache: Cache, source: dict[str, Any], bank: ClassBank, report: Report) -> None:
   """Writes a bank to the cache. A reader sees the whole bank or none. A full disk is reported, but not raised."""
-  description = json.dumps(dict(source=source, sizes=np.asarray(bank.sizes).tolist()))
   try:
     cache.description.unlink(missing_ok=True)  # The old description must never be found with new images.
-    _replace(cache.images, lambda file: np.save(file, bank.images, allow_pickle=False))
-    _replace(cache.description, lambda file: file.write(description.encode()))
-  except OSError as e:
-    report(f'decoded images could not be kept in {cache.directory} ({first_line(e)})')
+    write_array(cache.images, bank.images)
+    write_json(cache.description, dict(source=source, sizes=bank.sizes))
+  except (OSError, WriterError) as e:
+    report(f'decoded images could not be kept in {cache.directory} ({first_line(e.__cause__ or e)})')
   else:
     report(f'kept decoded images in {cache.images}')
-
-
-def _replace(path: pathlib.Path, write_to: Callable[[IO[bytes]], object]) -> None:
-  temporary = path.with_name(f'.{path.name}-{os.getpid()}')
-  try:
-    temporary.unlink(missing_ok=True)
-    with temporary.open('xb') as file:  # Mode 'x' does not follow a link that has this name.
-      write_to(file)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -14,15 +14,14 @@ import stat
 import threading
 import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from metasgd_jax.datasets.messages import DatasetError, Report, first_line, printing
+from metasgd_jax.datasets.messages import DatasetError, Report, first_line, with_progress
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
-SECONDS_BETWEEN_REPORTS = 5.0
 REPORTED_ONE_BY_ONE = 10
 SECONDS_OF_A_FILE = 60.0
 """Time limit for decoding one file. A slower file is skipped, because malicious files can take hours."""
@@ -40,10 +39,9 @@ _large_ones = threading.BoundedSemaphore(2)
 
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 """Numbers of the TIFF tags for the size of a tile."""
-_TILE_TO_IMAGE = 4
 _SMALL_TILE = 1 << 20
-"""Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most `_TILE_TO_IMAGE` times
-the number of pixels of the image."""
+"""Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most four times the number of
+pixels of the image."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -103,15 +101,14 @@ def read_all(
   Raises:
     ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
-  form, report = check_form(size, channels, fit), printing(report)
+  form = check_form(size, channels, fit)
   images = np.empty((len(paths), *form, channels), np.uint8)
   read: list[pathlib.Path] = []
   skipped: list[tuple[pathlib.Path, str]] = []
-  reported = time.monotonic()
   pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))  # Pillow decodes without holding the GIL.
   try:
     decoded = pool.map(functools.partial(_decode, form=form, channels=channels, fit=fit), paths)
-    for i, (path, image) in enumerate(zip(paths, decoded, strict=True)):
+    for path, image in with_progress(zip(paths, decoded, strict=True), len(paths), report):
       if isinstance(image, str):
         skipped.append((path, image))
         if len(skipped) <= REPORTED_ONE_BY_ONE:
@@ -119,9 +116,6 @@ def read_all(
       else:
         images[len(read)] = image
         read.append(path)
-      if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
-        report(f'read {i + 1:,} of {len(paths):,} images')
-        reported = time.monotonic()
   finally:
     pool.shutdown(cancel_futures=True)
   if len(skipped) > REPORTED_ONE_BY_ONE:
@@ -143,15 +137,10 @@ def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
   while waiting:
     folder = waiting.pop()
     entries = list_directory(folder)
-    try:
-      status = folder.stat()
-    except OSError as e:
-      raise DatasetError(f'the directory of images {folder} cannot be listed ({first_line(e)})') from e
-    if (status.st_dev, status.st_ino) in seen:
-      continue
-    seen.add((status.st_dev, status.st_ino))
-    found += [path for path in entries if path.suffix.lower() in SUFFIXES and not is_folder(path)]
-    waiting += [path for path in reversed(entries) if is_folder(path)]
+    if (place := os.path.realpath(folder)) not in seen:
+      seen.add(place)
+      found += [path for path in entries if path.suffix.lower() in SUFFIXES and not is_folder(path)]
+      waiting += [path for path in reversed(entries) if is_folder(path)]
   return sorted(found)
 
 
@@ -193,35 +182,17 @@ def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') ->
 
 def _decode(path: str | os.PathLike[str], form: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | str:
   """Returns the image, or the reason why it cannot be decoded."""
-  height, width = form
   try:
     status = pathlib.Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait forever.
       return 'it is not a file'
     if status.st_size == 0:
       return 'the file is empty'
-    with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened:
-      pixels = opened.width * opened.height
-      if _is_too_large(pixels):
-        return _too_large()
-      tile = _tile(opened)
-      if tile > max(_TILE_TO_IMAGE * pixels, _SMALL_TILE):
-        return f'it is stored in tiles of {tile:,} pixels, but has {pixels:,} pixels in total'
-      with _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext():
-        file.restart()  # The time limit leaves out the wait for other images.
-        opened.load()
-        image = _eight_bit(_upright(opened))
-        if image.has_transparency_data:
-          image = image.convert('RGBA')
-          image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        image = image.convert('RGB')
-        if channels == 1:
-          image = image.convert('L')
-        shaped = _crop if fit == 'crop' else _pad
-        image = shaped(image, height, width).resize((width, height), Image.Resampling.LANCZOS)
-        return np.array(image).reshape(height, width, channels)
+    with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened, _turn(opened):
+      file.restart()  # The time limit leaves out the wait for other images.
+      return _resized(_in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    return _too_large()
+    return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
     return 'it is not an image of a known format'
   except OSError as e:
@@ -246,30 +217,46 @@ class _Timed(io.BufferedReader):
     return super().read(size)
 
 
-def _tile(image: Image.Image) -> int:
-  """Returns the number of pixels of a tile of a TIFF file, or 0 for a file without tiles.
+def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
+  """Returns a context manager that waits until an image may be decoded. Refuses an image that is too large.
 
-  The size is checked because a tile is always decoded as a whole. Strips need no check: Pillow and libtiff decode no
-  more rows than the image has, whatever the tag of the strips says.
+  The tiles of a TIFF file are checked because a tile is always decoded as a whole. Strips need no check: Pillow and
+  libtiff decode no more rows than the image has, whatever the tag of the strips says.
   """
+  pixels = image.width * image.height
+  if _are_too_many(pixels):
+    raise Image.DecompressionBombError
   tags = getattr(image, 'tag_v2', {})
-  number = lambda tag: max(map(int, np.ravel(tags.get(tag, 0))), default=0)  # A tag may have several values.
-  return number(_TILE_WIDTH) * max(number(_TILE_HEIGHT), 1)
+  width, height = (int(np.max(tags.get(tag, 0))) for tag in (_TILE_WIDTH, _TILE_HEIGHT))  # A tag may have many values.
+  tile = width * max(height, 1)
+  if tile > max(4 * pixels, _SMALL_TILE):
+    raise OSError(f'it is stored in tiles of {tile:,} pixels, but has {pixels:,} pixels in total')
+  return _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext()
 
 
-def _is_too_large(pixels: int) -> bool:
+def _are_too_many(pixels: int) -> bool:
   return Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
 
 
-def _too_large() -> str:
-  return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
-
-
-def _upright(image: Image.Image) -> Image.Image:
+def _in_mode(opened: Image.Image, mode: str) -> Image.Image:
+  """Decodes an image, turns it upright, puts it on a white ground if it is transparent, and converts it to a mode."""
+  opened.load()
   try:
-    return ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(opened)
   except Exception:  # The image may be intact although its EXIF data is broken.
-    return image
+    image = opened
+  image = _eight_bit(image)
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+  return image.convert('RGB').convert(mode)
+
+
+def _resized(image: Image.Image, form: tuple[int, int], fit: Fit) -> np.ndarray:
+  """Returns an image in the size (H, W) as an array, `[H, W, D]` uint8."""
+  height, width = form
+  shaped = _crop(image, height, width) if fit == 'crop' else _pad(image, height, width)
+  return np.array(shaped.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, -1)
 
 
 def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -284,7 +271,7 @@ def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
   """Returns the image at the centre of the smallest background that contains it and has the ratio height:width."""
   scale = max(image.height / height, image.width / width)
   full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
-  if _is_too_large(full[0] * full[1]):
+  if _are_too_many(full[0] * full[1]):
     raise OSError(f'it is too thin, {image.width}x{image.height}, to be padded to the aspect ratio {height}:{width}')
   pixels = np.asarray(image).reshape(image.height, image.width, -1)
   border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])

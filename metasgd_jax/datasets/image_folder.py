@@ -2,21 +2,13 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.image_files import (
-  SUFFIXES,
-  Fit,
-  Images,
-  check_form,
-  is_folder,
-  list_directory,
-  list_images,
-  read_all,
-  read_image as read_image,
-)
+from metasgd_jax.datasets import image_files
+from metasgd_jax.datasets.image_files import Fit, Images, check_form, read_all, read_image as read_image
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
 from metasgd_jax.datasets.splits import some
 from metasgd_jax.tasks.few_shot import ClassBank
@@ -67,22 +59,37 @@ def load(
   """
   check_form(size, channels, fit)
   directory, report = at_home(directory), printing(report)
-  entries = list_directory(directory)
-  folders = [path for path in entries if is_folder(path)]
+  entries = image_files.list_directory(directory)
+  folders = [path for path in entries if image_files.is_folder(path)]
   if not folders:
     raise DatasetError(f'{directory} has no sub-folders; put the images of each class in a separate sub-folder')
-  if loose := [path.name for path in entries if path.suffix.lower() in SUFFIXES and path not in folders]:
+  if loose := [path.name for path in entries if path.suffix.lower() in image_files.SUFFIXES and path not in folders]:
     report(f'left out {some(loose, "image", "images")} outside of the folders of the classes in {directory}')
-  class_of = {path: c for c, folder in enumerate(folders) for path in list_images(folder)}
+  class_of = {path: c for c, folder in enumerate(folders) for path in image_files.list_images(folder)}
   report(f'reading {len(class_of):,} images from {directory}')
   found = read_all(tuple(class_of), size, channels, report, fit)
-  sizes = np.bincount([class_of[path] for path in found.paths], minlength=len(folders)).astype(int)
-  if empty := [folder.name for folder, count in zip(folders, sizes, strict=True) if count == 0]:
-    raise DatasetError(
-      f'{directory} has {some(empty, "class", "classes")} without an image that can be read; '
-      'add images, or remove the folders of these classes'
-    )
-  return ImageFolder(tuple(f.name for f in folders), ClassBank(found.images, sizes), found.paths, found.skipped)
+  names = tuple(folder.name for folder in folders)
+  advice = 'add images, or remove the folders of these classes'
+  sizes = class_sizes(directory, names, [class_of[path] for path in found.paths], advice)
+  return ImageFolder(names, ClassBank(found.images, sizes), found.paths, found.skipped)
+
+
+def class_sizes(directory: pathlib.Path, names: Sequence[str], labels: Sequence[int], advice: str) -> np.ndarray:
+  """Returns the number of images of each class, `[C]`.
+
+  Args:
+    directory: Directory of the images, for the message.
+    names: Names of the C classes.
+    labels: Class of each image that could be read.
+    advice: Advice that ends the message.
+
+  Raises:
+    DatasetError: if a class has no image.
+  """
+  sizes = np.bincount(labels, minlength=len(names)).astype(int)
+  if empty := [name for name, count in zip(names, sizes, strict=True) if count == 0]:
+    raise DatasetError(f'{directory} has {some(empty, "class", "classes")} without an image that can be read; {advice}')
+  return sizes
 
 
 def read_images(
@@ -109,7 +116,7 @@ def read_images(
   """
   check_form(size, channels, fit)
   directory, report = at_home(directory), printing(report)
-  paths = list_images(directory)
+  paths = image_files.list_images(directory)
   report(f'reading {len(paths):,} images from {directory}')
   found = read_all(paths, size, channels, report, fit)
   if not found.paths:

@@ -2,10 +2,16 @@
 
 import os
 import pathlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+SECONDS_BETWEEN_REPORTS = 5.0
 
 Report = Callable[[str], None]
 """Function that is called with a line of text before anything that takes seconds."""
+
+_T = TypeVar('_T')
 
 
 class DatasetError(Exception):
@@ -35,6 +41,16 @@ def printable(text: str) -> str:
 def printing(report: Report) -> Report:
   """Returns a function that makes each line printable and passes it to `report`."""
   return lambda line: report(printable(line))
+
+
+def with_progress(items: Iterable[_T], total: int, report: Report) -> Iterator[_T]:
+  """Yields the items, which are images that are read, and reports every few seconds how many of them have been read."""
+  reported = time.monotonic()
+  for count, item in enumerate(items, 1):
+    yield item
+    if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
+      report(f'read {count:,} of {total:,} images')
+      reported = time.monotonic()
 
 
 def at_home(path: str | os.PathLike[str]) -> pathlib.Path:

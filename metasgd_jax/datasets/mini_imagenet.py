@@ -11,35 +11,27 @@ The classes to train, validate and test on are always those of the published spl
 """
 
 import csv
+import io
 import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from metasgd_jax.datasets import image_cache
 from metasgd_jax.datasets.image_files import check_form, is_folder, list_directory, list_images, read_all
+from metasgd_jax.datasets.image_folder import class_sizes
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, first_line, printing
-from metasgd_jax.datasets.splits import ClassNames, Splits, published_split, some
+from metasgd_jax.datasets.splits import ClassNames, Splits, published_split, read_text, some
 from metasgd_jax.tasks.few_shot import ClassBank
 
 IMAGES_OF_A_CLASS = 600
 
 _WORDNET_ID = re.compile(r'n\d{8}')
 _NAME_WITH_ID = re.compile(r'(n\d{8})[_-]?\d+')
-_PARTS = {  # Name of a folder or a CSV file → the part of the split that the name stands for.
-  'train': 'train', 'base': 'train', 'val': 'validation', 'validation': 'validation', 'test': 'test', 'novel': 'test',
-}  # fmt: skip
-
-
-class _Source(NamedTuple):
-  """An image file, its class, and the part of the split in which the layout puts the image, if any."""
-
-  path: pathlib.Path
-  wordnet_id: str
-  part: str | None
+_LISTS = ('train', 'base', 'val', 'validation', 'test', 'novel')
+"""Names of the CSV files, without the suffix."""
 
 
 def load(
@@ -80,120 +72,99 @@ def load(
   directory, report = at_home(directory), printing(report)
   lists = published_split('mini_imagenet')
   classes = [name for part in lists for name in part]
-  sources = _of_classes(directory, list(_sources(directory)), classes, report)
-  paths = [source.path for name in classes for source in sources[name]]
-  labels = [c for c, name in enumerate(classes) for _ in sources[name]]
-  _report_other_parts(sources, lists, report)
+  paths = _paths_by_class(directory, classes, report)
+  class_of = {path: c for c, name in enumerate(classes) for path in paths[name]}
 
-  def decode():
-    return _decode(directory, classes, paths, labels, (height, width), report)
+  def decode() -> ClassBank:
+    report(f'reading {len(class_of):,} images of mini-ImageNet from {directory}')
+    found = read_all(tuple(class_of), (height, width), 3, report)
+    labels = [class_of[path] for path in found.paths]
+    return ClassBank(found.images, class_sizes(directory, classes, labels, 'get the images of these classes again'))
 
   if cache is None:
     bank = decode()
   else:
     place = image_cache.Cache(at_home(cache), f'mini_imagenet_{height}x{width}')
-    source = image_cache.fingerprint(directory, paths)
-    source['of_each_class'] = [len(sources[name]) for name in classes]  # CSV files may move images between classes.
+    source = image_cache.fingerprint(directory, tuple(class_of))
+    source['of_each_class'] = [len(paths[name]) for name in classes]  # CSV files may move images between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)
   _report_sizes(bank.sizes, report)
-  return _deal(bank, lists)
+  return _in_parts(bank, lists)
 
 
-def _deal(bank, lists) -> Splits:
+def _in_parts(bank: ClassBank, lists: ClassNames) -> Splits:
   """Cuts a bank of all classes into three banks without a copy. The classes must be in the order of the lists."""
-  class_ends = np.cumsum([len(part) for part in lists])
-  image_ends = [int(bank.sizes[:end].sum()) for end in class_ends]
-  starts = zip([0, *class_ends[:-1]], class_ends, [0, *image_ends[:-1]], image_ends, strict=True)
-  return Splits(*(ClassBank(bank.images[i:j], bank.sizes[c:d]) for c, d, i, j in starts))
+  sizes = np.split(bank.sizes, np.cumsum([len(part) for part in lists])[:-1])
+  images = np.split(bank.images, np.cumsum([part.sum() for part in sizes])[:-1])
+  return Splits(*map(ClassBank, images, sizes))
 
 
-def _decode(directory, classes, paths, labels, size, report) -> ClassBank:
-  report(f'reading {len(paths):,} images of mini-ImageNet from {directory}')
-  found = read_all(paths, size, 3, report)
-  skipped = {path for path, _ in found.skipped}
-  read = [c for path, c in zip(paths, labels, strict=True) if path not in skipped]
-  sizes = np.bincount(read, minlength=len(classes)).astype(int)
-  if empty := [name for name, count in zip(classes, sizes, strict=True) if count == 0]:
-    raise DatasetError(
-      f'{directory} has {some(empty, "class", "classes")} of mini-ImageNet without an image that can be read; '
-      'get their images again'
-    )
-  return ClassBank(found.images, sizes)
-
-
-def _sources(directory: pathlib.Path) -> Iterator[_Source]:
-  """Yields all images in the directory whose layout or name tells their class."""
-  entries = list_directory(directory)
-  lists = [path for path in entries if path.suffix.lower() == '.csv' and path.stem.lower() in _PARTS]
+def _labelled(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+  """Yields each image in the directory whose layout or name tells its class, with the WordNet id of the class."""
+  lists = [path for path in list_directory(directory) if path.suffix.lower() == '.csv' and path.stem.lower() in _LISTS]
+  for path in lists:
+    yield from _listed(directory, path)
   if lists:
-    for path in lists:
-      yield from _listed(directory, path)
     return
   for path in list_images(directory):
     folders = path.relative_to(directory).parts[:-1]
-    part = next((_PARTS[name.lower()] for name in folders if name.lower() in _PARTS), None)
     ids = [name for name in folders if _WORDNET_ID.fullmatch(name)]
     by_name = _NAME_WITH_ID.fullmatch(path.stem)
     if ids:
-      yield _Source(path, ids[-1], part)
+      yield path, ids[-1]
     elif by_name:
-      yield _Source(path, by_name[1], part)
+      yield path, by_name[1]
 
 
-def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[_Source]:
-  """Yields the images that a CSV file lists."""
+def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+  """Yields the images that a CSV file lists, with their labels."""
   folder = directory / 'images' if is_folder(directory / 'images') else directory
-  if not path.is_file():  # Opening a pipe would wait forever.
-    raise DatasetError(f'{path} is not a file; remove it, or replace it by a CSV file')
+  rows = csv.DictReader(io.StringIO(read_text(path, 'a CSV file in UTF-8')))
   try:
-    with path.open(newline='', encoding='utf-8-sig') as file:
-      rows = csv.DictReader(file)
-      if not {'filename', 'label'} <= set(rows.fieldnames or ()):
-        raise DatasetError(f'{path} has the columns {rows.fieldnames!s:.200}; its first line must be filename,label')
-      for row in rows:
-        name, label = row['filename'], row['label']
-        if not name or not label:
-          raise DatasetError(f'line {rows.line_num} of {path} has no filename or no label; correct the line')
-        parts = re.split(r'[\\/]', name)
-        if '..' in parts or '' in parts or '\0' in name or ':' in parts[0]:
-          raise DatasetError(
-            f'line {rows.line_num} of {path} names {name!r:.200}, which may be outside of {folder}; '
-            'list only files in this folder'
-          )
-        yield _Source(folder.joinpath(*parts), label, _PARTS[path.stem.lower()])
-  except (csv.Error, UnicodeDecodeError, OSError) as e:
+    if not {'filename', 'label'} <= set(rows.fieldnames or ()):
+      raise DatasetError(f'{path} has the columns {rows.fieldnames!s:.200}; its first line must be filename,label')
+    for row in rows:
+      name, label = row['filename'], row['label']
+      if not name or not label:
+        raise DatasetError(f'line {rows.line_num} of {path} has no filename or no label; correct the line')
+      parts = re.split(r'[\\/]', name)
+      if '..' in parts or '' in parts or '\0' in name or ':' in parts[0]:
+        raise DatasetError(
+          f'line {rows.line_num} of {path} names {name!r:.200}, which may be outside of {folder}; '
+          'list only files in this folder'
+        )
+      yield folder.joinpath(*parts), label
+  except csv.Error as e:
     raise DatasetError(f'{path} cannot be read as a CSV file ({first_line(e)})') from e
 
 
-def _of_classes(directory, found: list[_Source], classes: list[str], report: Report) -> dict[str, list[_Source]]:
-  """Returns the sources of each class of mini-ImageNet, sorted by file name."""
-  sources: dict[str, dict[pathlib.Path, _Source]] = {}
+def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report) -> dict[str, list[pathlib.Path]]:
+  """Returns the image files of each class, sorted by file name. All of `classes` are among the classes."""
   label_of: dict[pathlib.Path, str] = {}
-  for source in found:
-    label = label_of.setdefault(source.path, source.wordnet_id)
-    if label != source.wordnet_id:
-      raise DatasetError(
-        f'{source.path} is listed as {label:.100} and as {source.wordnet_id:.100}; leave one label and remove the other'
-      )
-    sources.setdefault(source.wordnet_id, {})[source.path] = source
-  if missing := [name for name in classes if name not in sources]:
+  for path, label in _labelled(directory):
+    first = label_of.setdefault(path, label)
+    if label != first:
+      raise DatasetError(f'{path} is listed as {first:.100} and as {label:.100}; leave one label and remove the other')
+  paths: dict[str, list[pathlib.Path]] = {}
+  for path in sorted(label_of):
+    paths.setdefault(label_of[path], []).append(path)
+  if missing := [name for name in classes if name not in paths]:
     raise DatasetError(_what_is_missing(directory, missing))
-  if other := sorted(set(sources) - set(classes)):
+  if other := sorted(set(paths) - set(classes)):
     report(f'left out {some(other, "class", "classes")} that mini-ImageNet does not have')
   for name in classes:
-    folders = sorted({os.fspath(path.parent) for path in sources[name]})
+    folders = sorted({os.fspath(path.parent) for path in paths[name]})
     if len(folders) > 1:
       raise DatasetError(
         f'the images of class {name} are in {folders[0]} and in {folders[1]}; leave one folder and remove the other'
       )
-  return {name: [sources[name][path] for path in sorted(sources[name])] for name in classes}
+  return paths
 
 
 def _what_is_missing(directory, missing) -> str:
   if len(missing) < 100:
     return f'{directory} lacks {some(missing, "class", "classes")} of mini-ImageNet; add them'
-  names = [path.name for path in list_directory(directory) if path.suffix.lower() in ('.pkl', '.pickle')]
-  if names:
+  if names := [path.name for path in list_directory(directory) if path.suffix.lower() in ('.pkl', '.pickle')]:
     return (
       f'{directory} has mini-ImageNet only as pickles ({", ".join(names[:3])}), which are not read because opening a '
       'pickle runs any code that is in it; give the image files instead'
@@ -204,17 +175,7 @@ def _what_is_missing(directory, missing) -> str:
   )
 
 
-def _report_other_parts(sources, lists: ClassNames, report: Report) -> None:
-  for part, names in lists._asdict().items():
-    if other := [name for name in names if sources[name][0].part not in (None, part)]:
-      report(
-        f'the published {part} split has {some(other, "class", "classes")} that the directory puts elsewhere; '
-        'the published split is used'
-      )
-
-
-def _report_sizes(sizes, report: Report) -> None:
-  other = int(np.sum(sizes != IMAGES_OF_A_CLASS))
-  if other:
-    least, most = sizes.min(), sizes.max()
-    report(f'{other} of {len(sizes)} classes have more or fewer than {IMAGES_OF_A_CLASS} images: {least} to {most}')
+def _report_sizes(sizes: np.ndarray, report: Report) -> None:
+  if other := int(np.sum(sizes != IMAGES_OF_A_CLASS)):
+    what = f'{other} of {len(sizes)} classes have more or fewer than {IMAGES_OF_A_CLASS} images'
+    report(f'{what}: {sizes.min()} to {sizes.max()}')

@@ -9,20 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
-from metasgd_jax.datasets.preparing import prepare, reading, without_advice
-from metasgd_jax.datasets.splits import Splits
+from metasgd_jax.datasets.messages import Report
+from metasgd_jax.datasets.preparing import check_counts, examples, prepared
+from metasgd_jax.datasets.splits import Splits, class_list
 from metasgd_jax.tasks.few_shot import class_bank
 
 CHARACTERS, DRAWINGS, ORIGINAL, SIZE = 1623, 20, 105, 28
 TRAIN_CHARACTERS = 1200
 """Number of random characters to train on in Li et al. 2017, section 4.2. The other 423 characters are for testing."""
 
-_VINYALS_VALIDATION = ('Armenian', 'Bengali', 'Early_Aramaic', 'Hebrew', 'Mkhedruli_(Georgian)')
-_VINYALS_TEST = (
-  'Kannada', 'Keble', 'Malayalam', 'Manipuri', 'Mongolian', 'Old_Church_Slavonic_(Cyrillic)', 'Oriya', 'Sylheti',
-  'Syriac_(Serto)', 'Tengwar', 'Tibetan', 'ULOG',
-)  # fmt: skip
 _VINYALS_TEST_GURMUKHI = range(41, 45)  # The split divides Gurmukhi: its 42nd to 45th characters are for testing.
 
 
@@ -69,13 +64,7 @@ def load(
   """
   if not 1 <= size <= ORIGINAL:
     raise ValueError(f'size must be from 1 to {ORIGINAL} pixels, got {size}')
-  data_dir, report = at_home(data_dir), printing(report)
-  archives = None if archives is None else at_home(archives)
-  with reading('Omniglot', data_dir, 'omniglot'):
-    builder = _builder(data_dir)
-  if not builder.data_path.exists():
-    prepare(builder, archives=archives, verify_archives=verify_archives, report=report)
-  with reading('Omniglot', data_dir, 'omniglot'):
+  with prepared('omniglot', 'Omniglot', data_dir, archives, verify_archives, report) as builder:
     return _read(builder, size, report)
 
 
@@ -102,45 +91,32 @@ def vinyals_split(characters: Characters) -> Splits:
   """Returns the split by alphabets of Vinyals et al. 2016, which later papers use: 1028 / 172 / 423 characters."""
   alphabets = characters.alphabets
   cut = (alphabets == 'Gurmukhi') & np.isin(characters.numbers, _VINYALS_TEST_GURMUKHI)
-  validation = np.isin(alphabets, _VINYALS_VALIDATION)
-  test = np.isin(alphabets, _VINYALS_TEST) | cut
-  return _split(characters, *(np.flatnonzero(m) for m in (~(validation | test), validation, test)))
+  validation = np.isin(alphabets, class_list('omniglot_vinyals_validation'))
+  test = np.isin(alphabets, class_list('omniglot_vinyals_test')) | cut
+  return _split(characters, *(np.flatnonzero(part) for part in (~(validation | test), validation, test)))
 
 
 def _split(characters, train, validation, test) -> Splits:
   return Splits(*(class_bank(characters.images[rows]) for rows in (train, validation, test)))
 
 
-def _builder(data_dir):
-  import tensorflow_datasets as tfds  # The import takes seconds, and only loading data needs it.
-
-  return tfds.builder('omniglot', data_dir=os.fspath(data_dir), file_format='array_record')
-
-
 def _read(builder, size: int, report: Report) -> Characters:
-  report(f'reading Omniglot from {builder.data_path}')
   images = np.zeros((CHARACTERS, DRAWINGS, size, size, 1), np.uint8)
   alphabets = np.zeros(CHARACTERS, object)
   numbers = np.zeros(CHARACTERS, int)
   count = np.zeros(CHARACTERS, int)
   alphabet_name = builder.info.features['alphabet'].int2str
-  with without_advice():
-    for split in ('train', 'test'):
-      for example in builder.as_data_source(split=split):
-        label = int(example['label'])
-        if not 0 <= label < CHARACTERS or example['image'].shape[:2] != (ORIGINAL, ORIGINAL):
-          raise ValueError(f'there is a drawing of character {label} with shape {example["image"].shape}')
-        if count[label] < DRAWINGS:
-          images[label, count[label], :, :, 0] = _shrink(example['image'], size)
-        count[label] += 1
-        alphabets[label] = alphabet_name(int(example['alphabet']))
-        numbers[label] = int(example['alphabet_char_id'])
-  if not np.all(count == DRAWINGS):
-    bad = int(np.flatnonzero(count != DRAWINGS)[0])
-    raise DatasetError(
-      f'{builder.data_path} is not the whole of Omniglot: character {bad} has {count[bad]} drawings where there '
-      f'should be {DRAWINGS}; prepare it again in another data_dir'
-    )
+  for example in examples(builder, report):
+    label = int(example['label'])
+    if not 0 <= label < CHARACTERS or example['image'].shape[:2] != (ORIGINAL, ORIGINAL):
+      raise ValueError(f'there is a drawing of character {label} with shape {example["image"].shape}')
+    if count[label] < DRAWINGS:
+      images[label, count[label], :, :, 0] = _shrink(example['image'], size)
+    count[label] += 1
+    alphabets[label] = alphabet_name(int(example['alphabet']))
+    numbers[label] = int(example['alphabet_char_id'])
+  names = [f'character {label}' for label in range(CHARACTERS)]
+  check_counts(names, count, DRAWINGS, 'drawings')
   return Characters(images, alphabets.astype(str), numbers)
 
 

@@ -1,71 +1,107 @@
-"""Prepares the archives of a tfds builder as array_record files, without TensorFlow.
+"""Prepares the archives of a tfds builder as array_record files, and reads these files, without TensorFlow.
 
 tfds reads array_record files without TensorFlow. To prepare them, tfds calls TensorFlow in three places, which this
 module replaces:
 
-- tfds unpacks archives. This module unpacks the archives beforehand, to the folder where tfds looks for the contents.
+- tfds unpacks archives. This module unpacks the archives beforehand, and gives the builder the folders.
 - The builder's module lists directories and opens files. This module replaces the builder's `tf` for that time.
 - tfds encodes images that are arrays. This module passes Pillow images to tfds instead.
 """
 
 import contextlib
-import importlib.util
+import itertools
 import os
 import pathlib
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from absl import logging
 from PIL import Image
 
 from metasgd_jax.datasets.archives import is_archive, unpack
-from metasgd_jax.datasets.messages import DatasetError, Report, first_line
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, first_line, printing, with_progress
 from metasgd_jax.io.files import why_not_writable
 
+Path = str | os.PathLike[str]
 
-def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_archives: bool, report: Report) -> None:
-  """Prepares a data set in the builder's data directory, from archives that are given or downloaded.
+
+@contextlib.contextmanager
+def prepared(
+  name: str, what: str, data_dir: Path, archives: Path | None, verify: bool, report: Report
+) -> Iterator[Any]:
+  """Yields the builder of a data set that is in a data directory. If it is not there yet, it is first prepared.
+
+  An error that is raised in the `with` block becomes a DatasetError, because tfds raises many kinds of errors for files
+  that it did not write.
 
   Args:
-    builder: Builder of tfds with `file_format='array_record'`. Its data set must not be prepared yet.
+    name: Name of the data set for tfds.
+    what: Name of the data set in messages.
+    data_dir: Data directory of tfds. In `data_dir` and in `archives`, `~` is the home directory.
     archives: Directory that contains the zip or tar files under their own names. If it is `None`, the files are
       downloaded.
-    verify_archives: Whether files from `archives` must have the registered checksums.
+    verify: Whether files from `archives` must have the registered checksums.
     report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
     DatasetError: if the data directory cannot be written, if an archive is missing, broken or not the registered one,
-      or if a download fails.
+      if a download fails, or if any error is raised in the `with` block.
   """
-  import tensorflow_datasets as tfds
+  data_dir, report = at_home(data_dir), printing(report)
+  archives = None if archives is None else at_home(archives)
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # At each start, tfds gives advice about faster decoders.
+  try:
+    import tensorflow_datasets as tfds  # The import takes seconds, and only loading data needs it.
 
-  data_dir = pathlib.Path(os.fspath(builder.data_path)).parents[1]
-  download_dir = data_dir / 'downloads'
-  urls = list(builder.url_infos)
-  found = {}
-  if archives is None:
-    _make_writable(data_dir)
-    paths = _download(builder, download_dir, urls, report)
-  else:
-    paths = [_find(pathlib.Path(archives), builder.url_infos[url].filename) for url in urls]
-    found = {url: _check(builder, url, path, verify_archives) for url, path in zip(urls, paths, strict=True)}
-    _make_writable(data_dir)
+    builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format='array_record')
+    if not builder.data_path.exists():
+      _prepare(builder, data_dir, archives, verify, report)
+    report(f'reading {what} from {builder.data_path}')
+    yield builder
+  except DatasetError:
+    raise
+  except Exception as e:
+    raise DatasetError(
+      f'{data_dir / name} is not the whole of {what} in array_record files that can be read ({first_line(e)}); '
+      'prepare it again in another data_dir'
+    ) from e
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def examples(builder: Any, report: Report) -> Iterator[dict[str, Any]]:
+  """Yields the training examples and then the test examples. Reports every few seconds how many have been read."""
+  sources = [builder.as_data_source(split=split) for split in ('train', 'test')]
+  return with_progress(itertools.chain(*sources), sum(map(len, sources)), report)
+
+
+def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images: str) -> None:
+  """Raises ValueError unless each class has the expected number of images. `images` is the word for them."""
+  wrong = np.flatnonzero(counts != expected)
+  if wrong.size:
+    raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')
+
+
+def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, verify: bool, report: Report) -> None:
+  if reason := why_not_writable(data_dir):
+    raise DatasetError(
+      f'data_dir {data_dir} does not contain the data set and cannot be written to prepare the data set ({reason}); '
+      'give a data_dir that contains the data set or that can be written'
+    )
+  paths = _download(builder, data_dir / 'downloads', report) if archives is None else _find(builder, archives, verify)
   report(f'preparing {builder.name} in {data_dir}; this is done only once and takes about a minute')
   with tempfile.TemporaryDirectory(dir=data_dir, prefix='.extracted-') as extract_dir:
-    for path in paths:
-      method = tfds.download.Resource(path=path).extract_method.name
-      unpack(path, pathlib.Path(extract_dir) / f'{method}.{path.name}')
-    config = tfds.download.DownloadConfig(
-      extract_dir=extract_dir, manual_dir=None if archives is None else pathlib.Path(archives)
-    )
+    folders = {url: f'{extract_dir}/{i}' for i, url in enumerate(paths)}
+    for url, path in paths.items():
+      unpack(path, pathlib.Path(folders[url]))
     try:
-      with _without_tensorflow(builder), _registered(builder.url_infos, found):
-        builder.download_and_prepare(
-          download_dir=os.fspath(download_dir), download_config=config, file_format='array_record'
-        )
+      _write_records(builder, folders, sum(path.stat().st_size for path in paths.values()))
     except Exception as e:  # Builders raise many kinds of errors for bad archives.
       if isinstance(e, OSError) and not str(e.filename).startswith(extract_dir):
         raise DatasetError(
@@ -76,147 +112,81 @@ def prepare(builder: Any, *, archives: str | os.PathLike[str] | None, verify_arc
       ) from e
 
 
-@contextlib.contextmanager
-def images_as_pillow(builder: Any) -> Iterator[None]:
-  """Makes a builder yield Pillow images instead of arrays. tfds encodes Pillow images without TensorFlow."""
-  generate = builder._generate_examples
-
-  def examples(*args):
-    for key, example in generate(*args):
-      yield key, {**example, 'image': Image.fromarray(example['image'])}
-
-  builder._generate_examples = examples
-  try:
-    yield
-  finally:
-    del builder._generate_examples
-
-
-@contextlib.contextmanager
-def reading(what: str, data_dir: pathlib.Path, name: str) -> Iterator[None]:
-  """Turns any error that is raised while prepared files are read into a DatasetError.
-
-  tfds raises many kinds of errors for files that it did not write.
-
-  Args:
-    what: Name of the data set in messages.
-    data_dir: Data directory of tfds.
-    name: Name of the data set's folder in `data_dir`.
-
-  Raises:
-    DatasetError: if any error is raised, or if the folder contains something that is neither a file nor a folder.
-  """
-  try:
-    for path in (data_dir / name).rglob('*'):
-      if not path.is_file() and not path.is_dir():  # Opening a pipe would wait forever.
-        raise DatasetError(f'{path} is not a file; prepare {what} again in another data_dir')
-    yield
-  except DatasetError:
-    raise
-  except Exception as e:
-    raise DatasetError(
-      f'{data_dir / name} cannot be read as array_record files of {what} ({first_line(e)}); '
-      'prepare it again in another data_dir'
-    ) from e
-
-
-@contextlib.contextmanager
-def without_advice() -> Iterator[None]:
-  """Hides the messages about missing decoders that tfds logs at each start."""
-  before = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(before)
-
-
-def _make_writable(data_dir: pathlib.Path) -> None:
-  if reason := why_not_writable(data_dir):
-    raise DatasetError(
-      f'data_dir {data_dir} does not contain the data set and cannot be written to prepare the data set ({reason}); '
-      'give a data_dir that contains the data set or that can be written'
-    )
-
-
-def _find(archives: pathlib.Path, name: str) -> pathlib.Path:
-  if not archives.is_dir():
-    raise DatasetError(f'the directory of archives {archives} does not exist')
-  path = archives / name
-  if not path.is_file():
-    raise DatasetError(f'{archives} has no {name}; put all of the archives there, under their own names')
-  return path
-
-
-def _check(builder, url: str, path: pathlib.Path, verify: bool) -> Any:
-  """Returns the size and the checksum of an archive, which tfds calls UrlInfo, after a check of the archive."""
-  import tensorflow_datasets as tfds
-
-  kind = 'zip' if path.suffix == '.zip' else 'tar'
-  if not is_archive(path):
-    raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
-  found = tfds.core.download.checksums.compute_url_info(path)
-  if verify and found != builder.url_infos[url]:
-    raise DatasetError(
-      f'{path} is not the registered file: its sha256 is {found.checksum}, expected '
-      f'{builder.url_infos[url].checksum}; get it from {url}, or if you trust the file, turn verify_archives off '
-      '(--noverify_archives)'
-    )
-  return found
-
-
-def _download(builder, download_dir: pathlib.Path, urls: list[str], report: Report) -> list[pathlib.Path]:
+def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[str, pathlib.Path]:
+  """Returns the downloaded archives by their URLs."""
   import requests
   import tensorflow_datasets as tfds
-  from tensorflow_datasets.core.download import download_manager
 
   report(f'downloading {builder.name} to {download_dir}')
-  manager = tfds.download.DownloadManager(
-    download_dir=download_dir, url_infos=dict(builder.url_infos), dataset_name=builder.name
-  )
+  urls = list(builder.url_infos)
   try:
     requests.head(urls[0], timeout=20)  # Without a network, tfds would try for minutes before it fails.
-    return [pathlib.Path(os.fspath(path)) for path in manager.download(urls)]
-  except (
-    requests.RequestException,
-    tfds.download.DownloadError,
-    download_manager.NonMatchingChecksumError,
-    OSError,
-  ) as e:
+    manager = builder._make_download_manager(download_dir, tfds.download.DownloadConfig())
+    return {url: pathlib.Path(path) for url, path in zip(urls, manager.download(urls), strict=True)}
+  except Exception as e:  # tfds raises several kinds of errors.
     raise DatasetError(
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
       f'check data_dir, or get {", ".join(urls)} in another way and give their directory as archives'
     ) from e
 
 
-@contextlib.contextmanager
-def _registered(url_infos: dict[str, Any], found: dict[str, Any]) -> Iterator[None]:
-  """Gives the builder the checksums of files that the user trusts.
+def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathlib.Path]:
+  """Returns the archives in a directory by their URLs, after a check of each archive."""
+  import tensorflow_datasets as tfds
 
-  All builders share one table of checksums, so the original table is restored at the end.
+  if not archives.is_dir():
+    raise DatasetError(f'the directory of archives {archives} does not exist')
+  paths = {url: archives / registered.filename for url, registered in builder.url_infos.items()}
+  if missing := [path.name for path in paths.values() if not path.is_file()]:
+    raise DatasetError(f'{archives} has no {missing[0]}; put all of the archives there, under their own names')
+  for url, path in paths.items():
+    if not is_archive(path):
+      kind = path.suffixes[0][1:]
+      raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
+    expected = builder.url_infos[url].checksum
+    if verify and (found := tfds.core.download.checksums.compute_url_info(path).checksum) != expected:
+      raise DatasetError(
+        f'{path} is not the registered file: its sha256 is {found}, expected {expected}; get it from {url}, or if you '
+        'trust the file, turn verify_archives off (--noverify_archives)'
+      )
+  return paths
+
+
+class _UnpackedArchives(NamedTuple):
+  """Takes the place of tfds' download manager, because the archives are already unpacked.
+
+  Attributes:
+    folders: Folder with the contents of the archive from each URL.
+    downloaded_size: Size of all archives in bytes, which tfds writes down.
   """
-  original = dict(url_infos)
-  url_infos.update(found)
-  try:
-    yield
-  finally:
-    url_infos.update(original)
+
+  folders: dict[str, str]
+  downloaded_size: int
+
+  def download_and_extract(self, urls: Any) -> Any:
+    """Returns the folders in the structure of `urls`, which is a URL or a dictionary of URLs."""
+    return jax.tree.map(self.folders.__getitem__, urls)
 
 
-@contextlib.contextmanager
-def _without_tensorflow(builder) -> Iterator[None]:
-  """Replaces `tf` in the builder's module for a while, if TensorFlow is not installed.
+def _write_records(builder: Any, folders: dict[str, str], archives_size: int) -> None:
+  """Makes a builder write array_record files from unpacked archives, and replaces TensorFlow for that time."""
+  generate_examples = builder._generate_examples
 
-  The replacement can list directories and open files.
-  """
+  def with_pillow_images(*args, **kwargs):
+    for key, example in generate_examples(*args, **kwargs):
+      if isinstance(example['image'], np.ndarray):
+        example['image'] = Image.fromarray(example['image'])
+      yield key, example
+
+  def download_manager(**_options):
+    return _UnpackedArchives(folders, archives_size)
+
+  builder._generate_examples, builder._make_download_manager = with_pillow_images, download_manager
   module: Any = sys.modules[type(builder).__module__]
-  if importlib.util.find_spec('tensorflow') is not None:
-    yield
-    return
-  original = module.tf
+  tensorflow = module.tf
   gfile = types.SimpleNamespace(listdir=os.listdir, GFile=open)
   module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
   try:
-    yield
+    builder.download_and_prepare(file_format='array_record')
   finally:
-    module.tf = original
+    module.tf = tensorflow

@@ -4,16 +4,19 @@ A split begins as names of classes, `ClassNames`, which can be inspected and sav
 by these names.
 """
 
+import collections
 import importlib.resources
+import itertools
 import math
 import numbers
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, at_home
+from metasgd_jax.datasets.messages import DatasetError, at_home, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -27,8 +30,8 @@ class Splits(NamedTuple):
 
   Example:
     >>> from metasgd_jax.datasets import Splits
-    >>> bank = lambda classes: ms.tasks.class_bank(np.zeros((classes, 10, 28, 28, 1), np.uint8))
-    >>> splits = Splits(train=bank(20), validation=bank(0), test=bank(5))
+    >>> images = np.zeros((25, 10, 28, 28, 1), np.uint8)
+    >>> splits = Splits(*(ms.tasks.class_bank(part) for part in (images[:20], images[:0], images[20:])))
     >>> tasks = ms.tasks.few_shot(splits.train, way=5, shot=1, query=3)
     >>> [len(part.sizes) for part in splits]
     [20, 0, 5]
@@ -84,12 +87,10 @@ def split_by_seed(
     (16, 4, 5)
   """
   _check_unique(names, 'the names of the classes')
-  shares = dict(train=train, validation=validation, test=test)
-  counts = _counts(shares, len(names))
-  order = [sorted(names)[i] for i in np.random.default_rng(seed).permutation(len(names))]
-  ends = np.cumsum(counts)
-  parts = (order[end - count : end] for count, end in zip(counts, ends, strict=True))
-  return ClassNames(*(tuple(sorted(part)) for part in parts))
+  ends = _ends(dict(train=train, validation=validation, test=test), len(names))
+  order = np.random.default_rng(seed).permutation(len(names))
+  by_name = sorted(names)
+  return ClassNames(*(tuple(by_name[i] for i in sorted(part)) for part in np.split(order, ends)[:3]))
 
 
 def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
@@ -132,16 +133,25 @@ def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
     ...   read_list(path)
     ('cat',)
   """
+  return _names(read_text(at_home(path), 'the list of classes, which is UTF-8 text with one class name a line'))
+
+
+def read_text(path: pathlib.Path, what: str) -> str:
+  """Returns the text of a file.
+
+  Args:
+    path: Path of a file in UTF-8.
+    what: What the file should be, in messages.
+
+  Raises:
+    DatasetError: if the file is missing, is not a regular file, or is not UTF-8 text.
+  """
   try:
-    file = at_home(path)
-    if file.exists() and not file.is_file():  # Reading a pipe would wait forever.
-      raise DatasetError(f'the list of classes {path} is not a file; give a text file')
-    text = file.read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError as e:
-    raise DatasetError(f'the list of classes {path} is not UTF-8 text; save it in UTF-8, one class name a line') from e
+    if os.path.lexists(path) and not path.is_file():  # Reading a pipe would wait forever.
+      raise DatasetError(f'{path} is not a file; replace it by {what}')
+    return path.read_text(encoding='utf-8-sig')
   except (OSError, ValueError) as e:
-    raise DatasetError(f'the list of classes {path} cannot be read ({getattr(e, "strerror", None) or e})') from e
-  return _names(text)
+    raise DatasetError(f'{path} cannot be read as {what} ({getattr(e, "strerror", None) or first_line(e)})') from e
 
 
 def published_split(dataset: str) -> ClassNames:
@@ -161,8 +171,12 @@ def published_split(dataset: str) -> ClassNames:
   """
   if dataset not in ('mini_imagenet', 'cifar_fs'):
     raise ValueError(f"dataset must be 'mini_imagenet' or 'cifar_fs', got {dataset!r}")
-  folder = importlib.resources.files('metasgd_jax.datasets') / 'class_lists'
-  return ClassNames(*(_names((folder / f'{dataset}_{part}.txt').read_text('utf-8')) for part in ClassNames._fields))
+  return ClassNames(*(class_list(f'{dataset}_{part}') for part in ClassNames._fields))
+
+
+def class_list(name: str) -> tuple[str, ...]:
+  """Returns the names in one of the lists of classes that this package has in `class_lists`."""
+  return _names((importlib.resources.files('metasgd_jax.datasets') / 'class_lists' / f'{name}.txt').read_text('utf-8'))
 
 
 def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Splits:
@@ -205,29 +219,25 @@ def _take(bank, classes) -> ClassBank:
   return ClassBank(bank.images[np.concatenate([np.array([], int), *rows])], sizes[classes])
 
 
-def _counts(shares: dict[str, float], classes: int) -> list[int]:
-  values = list(shares.values())
+def _ends(shares: dict[str, float], classes: int) -> list[int]:
+  """Returns how many of the classes are in the parts up to and including each part."""
+  ends = list(itertools.accumulate(shares.values()))
   text = ', '.join(f'{name}={value}' for name, value in shares.items())
-  if all(isinstance(value, numbers.Integral) for value in values):
-    if min(values) < 0 or sum(values) > classes:
+  if all(isinstance(value, numbers.Integral) for value in shares.values()):
+    if min(shares.values()) < 0 or ends[-1] > classes:
       raise ValueError(f'numbers of classes must be 0 or more and sum to {classes} or less, got {text}')
-    return [int(value) for value in values]
-  if not (all(0 <= value <= 1 for value in values) and math.isclose(sum(values), 1, abs_tol=1e-6)):
+    return [int(end) for end in ends]
+  if not (all(0 <= value <= 1 for value in shares.values()) and math.isclose(ends[-1], 1, abs_tol=1e-6)):
     raise ValueError(f'fractions of classes must be 0 or more and sum to 1, got {text}')
-  ends = [round(classes * end) for end in np.cumsum(values)]
-  counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-  for (name, value), count in zip(shares.items(), counts, strict=True):
+  rounded = [round(classes * end) for end in ends]
+  for (name, value), count in zip(shares.items(), np.diff(rounded, prepend=0), strict=True):
     if value > 0 and count == 0:
-      raise ValueError(
-        f'{name}={value} of {classes} classes rounds to none; give numbers of classes instead of fractions'
-      )
-  return counts
+      raise ValueError(f'{name}={value} of {classes} classes rounds to none; give numbers of classes, not fractions')
+  return rounded
 
 
 def _check_unique(names: Iterable[str], what: str) -> None:
-  seen: set[str] = set()
-  twice = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
-  if twice:
+  if twice := sorted(name for name, count in collections.Counter(names).items() if count > 1):
     raise ValueError(f'{what} have {some(twice, "class", "classes")} more than once; list each class only once')
 
 

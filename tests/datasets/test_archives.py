@@ -18,9 +18,9 @@ class TestArchives:
     (tmp_path / name).write_bytes(data)
     return refused(lambda: archives.unpack(tmp_path / name, tmp_path / 'out'), tmp_path, DatasetError)
 
-  def tar(self, *members, mode='w:gz'):
+  def tar(self, *members):
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as archive:
+    with tarfile.open(fileobj=file, mode='w:gz') as archive:
       for name, changes in members:
         info = tarfile.TarInfo(name)
         for field, value in changes.items():
@@ -83,17 +83,15 @@ class TestArchives:
     squeeze = zlib.compressobj(1, wbits=31)
     assert 'unpacks to more than 4 MiB' in self.unpack(tmp_path, squeeze.compress(data) + squeeze.flush())
 
-  @pytest.mark.parametrize('mode', ['w:gz', 'w:bz2', 'w:xz', 'w'])
-  def test_each_compression_unpacks_and_breaks_in_a_sentence(self, tmp_path, mode):
-    data = self.tar(('a/b', dict(size=3000)), ('c', dict(size=5)), mode=mode)
+  def test_a_tar_file_unpacks_and_breaks_in_a_sentence(self, tmp_path):
+    data = self.tar(('a/b', dict(size=3000)), ('c', dict(size=5)))
     (tmp_path / 'whole.tar.gz').write_bytes(data)
     assert archives.is_archive(tmp_path / 'whole.tar.gz')
     archives.unpack(tmp_path / 'whole.tar.gz', tmp_path / 'whole')
     assert (tmp_path / 'whole' / 'a' / 'b').read_bytes() == bytes(3000)
-    if mode != 'w':
-      broken = bytearray(data)
-      broken[len(data) // 2] ^= 0xFF
-      assert 'a.tar.gz is broken' in self.unpack(tmp_path, bytes(broken))
+    broken = bytearray(data)
+    broken[len(data) // 2] ^= 0xFF
+    assert 'a.tar.gz is broken' in self.unpack(tmp_path, bytes(broken))
 
   def test_a_broken_zip_file_in_lzma(self, tmp_path):
     with zipfile.ZipFile(file := io.BytesIO(), 'w', zipfile.ZIP_LZMA) as archive:

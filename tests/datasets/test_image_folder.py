@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from problems import saying
 
-from metasgd_jax.datasets import DatasetError, image_files, image_folder
+from metasgd_jax.datasets import DatasetError, image_folder, messages
 from metasgd_jax.datasets.image_folder import read_image
 
 RED, BLUE, GREY = (200, 0, 0), (0, 0, 200), (90, 90, 90)
@@ -297,7 +297,7 @@ class TestLoad:
     assert len(image_folder.read_images('~/data', size=8).paths) == 1
 
   def test_progress_of_a_long_read(self, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, 'SECONDS_BETWEEN_REPORTS', 0.0)
+    monkeypatch.setattr(messages, 'SECONDS_BETWEEN_REPORTS', 0.0)
     for i in range(3):
       save(tmp_path / 'cat' / f'{i}.png')
     lines = []

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from problems import saying
 
-from metasgd_jax.datasets import DatasetError, omniglot
+from metasgd_jax.datasets import DatasetError, omniglot, preparing
 
 DRAWINGS = 2
 ALPHABETS = [f'Alphabet_{i:02d}' for i in range(50)]
@@ -92,7 +92,7 @@ def test_prepares_from_archives(prepared):
 
 
 def test_what_is_prepared_is_not_prepared_again(prepared, monkeypatch):
-  monkeypatch.setattr(omniglot, 'prepare', lambda *a, **k: pytest.fail('prepared again'))
+  monkeypatch.setattr(preparing, '_prepare', lambda *a, **k: pytest.fail('prepared again'))
   monkeypatch.setattr(omniglot, '_read', lambda builder, size, report: builder.info.splits['train'].num_examples)
   assert omniglot.load(prepared[0]) == 964 * DRAWINGS
 
@@ -256,9 +256,13 @@ def test_the_whole_is_20_drawings_of_each_of_1623_characters(tmp_path, monkeypat
   assert characters.numbers.tolist() == [label // 50 for label in range(1623)]
 
 
-def test_drawings_are_missing(tmp_path):
+def test_drawings_are_missing(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  builder = builder_of(tmp_path, train=[example(0)], test=[example(0)])
+  monkeypatch.setattr(tfds, 'builder', lambda *args, **options: builder)
   with pytest.raises(DatasetError, match=saying('not the whole of Omniglot', 'character 0 has 2 drawings', 'be 20')):
-    omniglot._read(builder_of(tmp_path, train=[example(0)], test=[example(0)]), 28, print)
+    omniglot.load(tmp_path)
 
 
 def test_a_prepared_file_is_broken(prepared, tmp_path):

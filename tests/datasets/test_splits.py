@@ -39,6 +39,23 @@ class TestBySeed:
     assert split_by_seed(NAMES[::-1], seed=3) == split
     assert split_by_seed(NAMES, seed=4) != split
 
+  def test_a_seed_gives_the_split_that_it_has_always_given(self):
+    split = split_by_seed(NAMES, seed=3)
+    assert [int(name[6:]) for name in split.validation] == [14, 16, 17, 18, 33, 35, 47, 49]
+    assert [int(name[6:]) for name in split.test] == [13, 15, 21, 23, 26, 32, 39, 4, 41, 7]
+
+  def test_names_are_sorted_once_and_not_once_for_each_name(self):
+    compared = []
+
+    class Name(str):
+      def __lt__(self, other):
+        compared.append(other)
+        return str.__lt__(self, other)
+
+    names = [Name(f'class {i}') for i in np.random.default_rng(0).permutation(200)]
+    assert split_by_seed(names) == split_by_seed([str(name) for name in names])
+    assert len(compared) < 2 * 200 * np.log2(200)
+
   @pytest.mark.parametrize(
     ('shares', 'parts'),
     [

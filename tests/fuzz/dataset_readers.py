@@ -15,8 +15,7 @@ from PIL import Image
 
 from metasgd_jax.datasets import DatasetError, cifar_fs, omniglot, published_split
 
-from .mutations import in_json
-from .reader import Reader, in_folder
+from .reader import Reader
 from .trees import Tree
 
 _ALPHABETS, _CHARACTERS, _DRAWINGS = 2, 4, 3
@@ -80,19 +79,6 @@ def _load(module: Any, folder: pathlib.Path, rng: random.Random) -> None:
     module.load(folder / 'data', archives=folder / 'archives', verify_archives=False)
 
 
-def _prepared(module: Any, archives: Tree) -> Tree:
-  def prepare(folder):
-    (folder / 'archives').mkdir()
-    for name, data in archives.items():
-      assert isinstance(data, bytes)
-      (folder / name).write_bytes(data)
-    _load(module, folder, random.Random(0))
-    for name in archives:
-      (folder / name).unlink()
-
-  return in_folder(prepare)
-
-
 DATASET_READERS = [
   Reader(
     'omniglot.load, archives',
@@ -102,26 +88,10 @@ DATASET_READERS = [
     0.1,
   ),
   Reader(
-    'omniglot.load, prepared',
-    lambda: [_prepared(omniglot, _omniglot_archives())],
-    lambda folder, rng: _load(omniglot, folder, rng),
-    (DatasetError,),
-    0.5,
-    {'.json': (in_json,)},
-  ),
-  Reader(
     'cifar_fs.load, archives',
     lambda: [_cifar_archives()],
     lambda folder, rng: _load(cifar_fs, folder, rng),
     (DatasetError,),
     0.1,
-  ),
-  Reader(
-    'cifar_fs.load, prepared',
-    lambda: [_prepared(cifar_fs, _cifar_archives())],
-    lambda folder, rng: _load(cifar_fs, folder, rng),
-    (DatasetError,),
-    0.5,
-    {'.json': (in_json,)},
   ),
 ]
