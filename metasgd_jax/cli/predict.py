@@ -7,128 +7,78 @@ import os
 import pathlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from metasgd_jax.cli.telling import how_many, load_model, say
+from metasgd_jax.cli.telling import say
+from metasgd_jax.datasets import image_folder
+from metasgd_jax.datasets.messages import at_home, printable
+from metasgd_jax.deploy.classifier import FewShotClassifier
+from metasgd_jax.deploy.model_file import ModelConfig, load_model
+from metasgd_jax.io import files
 
 
-def add(commands: Any) -> None:
-  """Adds this command to the subparsers `commands`."""
-  parser = commands.add_parser(
-    'predict',
-    help='sort a folder of pictures by a few examples',
-    usage='%(prog)s --support=DIR --query=DIR --out=DIR [options]',
-    description='Adapts to the classes of --support in one step, and sorts the pictures of --query among them.',
-  )
-  parser.add_argument('--model', default='omniglot', help="a model's file or name (default: omniglot)")
-  parser.add_argument('--support', metavar='DIR', required=True, help='examples: a sub-folder for each class')
-  parser.add_argument('--query', metavar='DIR', required=True, help='the pictures to sort')
-  parser.add_argument('--out', metavar='DIR', required=True, help='gets predictions.csv and predictions.png')
-  mode = parser.add_mutually_exclusive_group()
-  mode.add_argument('--inductive', action='store_true', help='each answer depends on its own picture alone (default)')
-  mode.add_argument(
-    '--transductive',
-    dest='inductive',
-    action='store_false',
-    help='normalise all of --query together: better where it has dozens of pictures, with all classes among them',
-  )
-  parser.add_argument(
-    '--invert',
-    choices=('auto', 'yes', 'no'),
-    default='auto',
-    help='turn light into dark; auto: of each picture with a light background, where the model wants dark ones',
-  )
-  parser.set_defaults(inductive=True, prepare=prepare, parser=parser)
-
-
-def prepare(args: argparse.Namespace) -> Callable[[], None]:
-  """Reads and checks all inputs, and adapts the model. Returns a function that predicts and writes the results."""
-  from metasgd_jax.datasets import image_folder
-  from metasgd_jax.datasets.messages import at_home
-  from metasgd_jax.deploy.classifier import FewShotClassifier
-
-  out, query_dir = at_home(args.out), at_home(args.query)
-  model = load_model(args.model)
-  *size, channels = model.config.image_shape
-  fit = 'pad' if model.config.background == 'dark' else 'crop'  # Cropping could cut off strokes.
-  how: dict[str, Any] = dict(size=tuple(size), channels=channels, fit=fit, report=say)
-  support = image_folder.load(args.support, **how)
-  if not 2 <= len(support.names) <= model.config.way:
-    raise ValueError(
-      f'--support={args.support} has {len(support.names)} class(es), but the model supports '
-      f'{how_many(model.config)}; make a sub-folder for each class'
-    )
-  query = image_folder.read_images(query_dir, **how)
+def run(args: argparse.Namespace) -> None:
+  """Reads and checks all inputs, adapts the model, predicts, and writes and reports the results."""
+  model, out, query_dir = load_model(args.model), at_home(args.out), at_home(args.query)
+  support, query = _read(args, model.config)
   _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
-  invert: Any = {'auto': 'auto', 'yes': True, 'no': False}[args.invert]
-  classifier = FewShotClassifier(model, inductive=args.inductive, invert=invert)
-  sizes = [int(n) for n in support.bank.sizes]
   say('adapting, and compiling for it first, which takes some seconds')
-  classifier.fit(support.bank.images, np.repeat(np.arange(len(sizes)), sizes))
-  names = [path.relative_to(query_dir) for path in query.paths]
-  examples = {path.resolve() for path in support.paths}
-  seen = [path.resolve() in examples for path in query.paths]
-  return lambda: _predict(classifier, support, sizes, query, names, seen, out)
-
-
-def _predict(classifier, support, sizes, query, names: list[pathlib.Path], seen: list[bool], out: pathlib.Path) -> None:
-  """Predicts, draws, writes and reports. Images that were `seen` among the examples do not count for the accuracy."""
-  from metasgd_jax.io import files
-
-  say(f'answering {len(names)} pictures')
+  classifier = FewShotClassifier(model, inductive=args.inductive, invert=args.invert)
+  classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
+  say(f'answering {len(query.paths)} pictures')
   probabilities = classifier.predict_proba(query.images)
+  names = [path.relative_to(query_dir) for path in query.paths]
+  folders = _folders(names, support.names)
+  truth = _unseen(folders, support, query)
   answers = [support.names[i] for i in probabilities.argmax(1)]
-  known = [len(name.parts) > 1 and name.parts[0] in support.names for name in names]
-  truth = [name.parts[0] if k and not s else None for name, k, s in zip(names, known, seen, strict=True)]
-  examples = np.split(support.bank.images, np.cumsum(sizes)[:-1])
-  picture = _draw(support.names, examples, query.images, probabilities, [str(name) for name in names], truth)
-  results = {'predictions.csv': _table(support.names, names, answers, probabilities)}
-  if picture is not None:
-    results['predictions.png'] = picture
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in results.items():
-      with files.atomic(out / name, 'give another --out') as file:
-        file.write(data)
-    if picture is None:  # A file of an earlier run would look like a result of this run.
-      (out / 'predictions.png').unlink(missing_ok=True)
-  except OSError as e:
-    raise files.WriterError(f'{out} cannot be written ({e.strerror}); give another --out') from e
+  table = _table(support.names, names, answers, probabilities)
+  picture = _picture(support, query, names, probabilities, truth)
+  results = {'predictions.csv': table, 'predictions.png': picture}
+  _write(out, results)
+  _report_images(support, query, answers, classifier.inverted_)
+  _report_accuracy(answers, truth, left_out=truth.count(None) - folders.count(None))
+  say(f'results: {" and ".join(str(out / name) for name, data in results.items() if data)}')
 
-  say()
-  say(f'classes: {_counted(dict(zip(support.names, sizes, strict=True)))}')
-  say(f'answers: {_counted(Counter(answers))}')
-  if classifier.inverted_:
-    say('light and dark were exchanged, as the model wants')
-  if skipped := len(support.skipped) + len(query.skipped):
-    say(f'skipped: {skipped} that cannot be read, named above')
-  if left_out := sum(k and s for k, s in zip(known, seen, strict=True)):
-    are, them = ('picture is', 'it') if left_out == 1 else ('pictures are', 'them')
-    say(f'{left_out} {are} among the examples too; the accuracy leaves {them} out')
-  if right := [a == t for a, t in zip(answers, truth, strict=True) if t is not None]:
-    say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class')
-  say(f'results: {" and ".join(str(out / name) for name in results)}')
-  if picture is None:
-    say("there is no predictions.png, for want of matplotlib; pip install 'metasgd_jax[plots]'")
+
+def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
+  """Returns the support and the query. Raises ValueError if the model does not support the number of classes."""
+  height, width, channels = config.image_shape
+  fit = 'pad' if config.background == 'dark' else 'crop'  # Cropping could cut off strokes.
+  form: dict[str, Any] = dict(size=(height, width), channels=channels, fit=fit, report=say)
+  support = image_folder.load(args.support, **form)
+  if not 2 <= len(support.names) <= config.way:
+    supports = f'the model supports 2 to {config.way} classes; make a sub-folder for each class'
+    raise ValueError(f'--support={args.support} has {len(support.names)} class(es), but {supports}')
+  return support, image_folder.read_images(args.query, **form)
 
 
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Raises WriterError if the results cannot be written, or if the next run would read them as images."""
-  from metasgd_jax.io.files import WriterError
-
   for flag, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
-      raise WriterError(f'--out={out} lies in {flag}, so results would mix with images there; give another --out')
+      raise files.WriterError(f'--out={out} lies in {flag}, so results would mix with images there; give another --out')
   there = next(path for path in (out, *out.absolute().parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    why = 'cannot be written' if there.is_dir() else 'is a file'
-    raise WriterError(f'--out={out} cannot be written, because {there} {why}; give another --out')
+  if not there.is_dir():
+    raise files.WriterError(f'--out={out} cannot be written, because {there} is a file; give another --out')
 
 
-def _table(classes: Sequence[str], names: Iterable[pathlib.Path], answers, probabilities: np.ndarray) -> bytes:
+def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str | None]:
+  """Returns the class that has the name of each image's folder, or None if there is no such class."""
+  folders = [name.parts[0] if len(name.parts) > 1 else None for name in names]
+  return [folder if folder in classes else None for folder in folders]
+
+
+def _unseen(folders: Sequence[str | None], support, query) -> list[str | None]:
+  """Returns the folders' classes, with None for images that are also examples: they do not count for the accuracy."""
+  examples = {path.resolve() for path in support.paths}
+  seen = [path.resolve() in examples for path in query.paths]
+  return [None if s else folder for s, folder in zip(seen, folders, strict=True)]
+
+
+def _table(classes: Sequence[str], names: Sequence[pathlib.Path], answers, probabilities: np.ndarray) -> bytes:
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(['file', 'prediction', *classes])
@@ -137,21 +87,18 @@ def _table(classes: Sequence[str], names: Iterable[pathlib.Path], answers, proba
   return text.getvalue().encode(errors='surrogateescape')
 
 
-def _draw(classes, examples, query, probabilities, names, truth) -> bytes | None:
+def _picture(support, query, names, probabilities, truth) -> bytes | None:
   """Returns the sheet of predictions as PNG, or None if matplotlib is not installed."""
   try:
-    from metasgd_jax import plotting
+    from metasgd_jax.plotting import prediction_sheet
   except ImportError:
+    say("there is no predictions.png, for want of matplotlib; pip install 'metasgd_jax[plots]'")
     return None
-  shown = lambda text: text.encode(errors='replace').decode()  # A file name that is not valid text has surrogates.
-  figure = plotting.prediction_sheet(
-    [shown(name) for name in classes],
-    [part / 255 for part in examples],
-    query / 255,
-    probabilities,
-    [shown(name) for name in names],
-    [shown(name) if name else None for name in truth],
-  )
+  classes = [printable(name) for name in support.names]
+  examples = np.split(support.bank.images / 255, np.cumsum(support.bank.sizes)[:-1])
+  names = [printable(str(name)) for name in names]
+  truth = [name and printable(name) for name in truth]
+  figure = prediction_sheet(classes, examples, query.images / 255, probabilities, names, truth)
   file = io.BytesIO()
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing')  # Characters that the font lacks are shown as boxes.
@@ -159,5 +106,33 @@ def _draw(classes, examples, query, probabilities, names, truth) -> bytes | None
   return file.getvalue()
 
 
+def _write(out: pathlib.Path, results: Mapping[str, bytes | None]) -> None:
+  with files.told(out, 'give another --out'):
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in results.items():
+      if data is None:  # A file of an earlier run would look like a result of this run.
+        (out / name).unlink(missing_ok=True)
+      else:
+        with files.atomic(out / name, 'give another --out') as file:
+          file.write(data)
+
+
+def _report_images(support, query, answers: Sequence[str], inverted: bool) -> None:
+  say('', f'classes: {_counted(dict(zip(support.names, support.bank.sizes, strict=True)))}')
+  say(f'answers: {_counted(Counter(answers))}')
+  if inverted:
+    say('light and dark were exchanged, as the model wants')
+  if skipped := len(support.skipped) + len(query.skipped):
+    say(f'skipped: {skipped} that cannot be read, named above')
+
+
 def _counted(counts: Mapping[str, int]) -> str:
   return ', '.join(f'{name} {count}' for name, count in sorted(counts.items()))
+
+
+def _report_accuracy(answers: Sequence[str], truth: Sequence[str | None], left_out: int) -> None:
+  if left_out:
+    are, them = ('picture is', 'it') if left_out == 1 else ('pictures are', 'them')
+    say(f'{left_out} {are} among the examples too; the accuracy leaves {them} out')
+  if right := [answer == true for answer, true in zip(answers, truth, strict=True) if true is not None]:
+    say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class')

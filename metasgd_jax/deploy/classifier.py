@@ -23,6 +23,7 @@ class NotFittedError(ValueError, AttributeError):
   """A classifier was used before `fit`. The error of this name in scikit-learn has the same base classes."""
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class FewShotClassifier:
   """Classifies images into N new classes, after it has adapted a trained model to one or more examples of each class.
 
@@ -72,18 +73,11 @@ class FewShotClassifier:
     1.0
   """
 
-  def __init__(
-    self,
-    model: PathLike | FewShotModel = 'omniglot',
-    *,
-    inductive: bool = True,
-    steps: int | None = None,
-    invert: bool | Literal['auto'] = 'auto',
-  ):
-    self.model = model
-    self.inductive = inductive
-    self.steps = steps
-    self.invert = invert
+  model: PathLike | FewShotModel = 'omniglot'
+  _: dataclasses.KW_ONLY
+  inductive: bool = True
+  steps: int | None = None
+  invert: bool | Literal['auto'] = 'auto'
 
   def fit(self, images: Any, labels: Any) -> 'FewShotClassifier':
     """Adapts the model to the classes of the support, and returns self.
@@ -100,16 +94,15 @@ class FewShotClassifier:
     if not (self.invert == 'auto' or isinstance(self.invert, bool)):
       raise ValueError(f"invert must be 'auto', True or False, got {self.invert!r}")
     model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
+    steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. Facts about the training do not change them.
-    config = dataclasses.replace(model.config, training={})
-    if self.steps is not None:
-      config = dataclasses.replace(config, inner_steps=self.steps)
+    config = dataclasses.replace(model.config, training={}, inner_steps=steps)
     x = _as_images(images, config.image_shape)
     classes, y = _as_classes(labels, len(x), config.way)
     light = _light(x, self.invert, config)
     x, y = _balanced(np.where(light, 1 - x, x), y)
     inductive = bool(self.inductive)
-    adapted = _adapt(model.meta, x, y, config=config, way=len(classes), inductive=inductive)
+    adapted = _adapt((config, len(classes), inductive), model.meta, x, y)
     self.classes_ = classes
     self.image_shape_ = config.image_shape
     self.n_features_in_ = int(np.prod(config.image_shape))
@@ -173,39 +166,28 @@ class FewShotClassifier:
 
   def get_params(self, deep: bool = True) -> dict[str, Any]:
     """Returns the constructor's arguments by name. `deep` has no effect; scikit-learn passes it."""
-    return {name: getattr(self, name) for name in ('model', 'inductive', 'steps', 'invert')}
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
   def set_params(self, **params: Any) -> 'FewShotClassifier':
     """Sets the constructor's arguments that `params` names, and returns self. Raises ValueError for an unknown name."""
     known = self.get_params()
-    for name in params:
-      if name not in known:
-        raise ValueError(f'{type(self).__name__} has no parameter {name!r}; it has {", ".join(known)}')
-    for name, value in params.items():
-      setattr(self, name, value)
+    if unknown := sorted(params.keys() - known.keys()):
+      raise ValueError(f'{type(self).__name__} has no parameter {unknown[0]!r}; it has {", ".join(known)}')
+    vars(self).update(params)
     return self
 
   def __repr__(self) -> str:
     """Shows the arguments that differ from their defaults."""
-    defaults = type(self)().get_params()
-    changed = lambda v, default: type(v) is not type(default) or v != default
-    shown = {k: v for k, v in self.get_params().items() if changed(v, defaults[k])}
-    texts = (f'{k}=FewShotModel(…)' if isinstance(v, FewShotModel) else f'{k}={v!r}' for k, v in shown.items())
+    changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+    texts = [f'{k}=FewShotModel(…)' if isinstance(v, FewShotModel) else f'{k}={v!r}' for k, v in changed.items()]
     return f'{type(self).__name__}({", ".join(texts)})'
-
-  def __sklearn_is_fitted__(self) -> bool:
-    return hasattr(self, '_fitted')
 
   def __sklearn_tags__(self) -> Any:
     """Tells scikit-learn, its only caller, that this is a classifier of arrays with two or more dimensions."""
     from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
-    return Tags(
-      estimator_type='classifier',
-      target_tags=TargetTags(required=True),
-      classifier_tags=ClassifierTags(),
-      input_tags=InputTags(two_d_array=True, three_d_array=True),
-    )
+    inputs = InputTags(three_d_array=True)
+    return Tags('classifier', TargetTags(required=True), classifier_tags=ClassifierTags(), input_tags=inputs)
 
   def _logits(self, images) -> np.ndarray:
     if not hasattr(self, '_fitted'):
@@ -213,25 +195,23 @@ class FewShotClassifier:
     config, inductive, adapted = self._fitted
     x = _as_images(images, config.image_shape)
     x = np.where(_light(x, self.invert, config), 1 - x, x)
-    how = dict(config=config, way=len(self.classes_), inductive=inductive)
+    options = config, len(self.classes_), inductive
     if not inductive:
-      return np.asarray(_predict(adapted, x, **how))
+      return np.asarray(_predict(options, adapted, x))
     padded = np.concatenate([x, np.zeros((-len(x) % AT_ONCE, *x.shape[1:]), x.dtype)])
-    parts = [_predict(adapted, padded[i : i + AT_ONCE], **how) for i in range(0, len(x), AT_ONCE)]
+    parts = [_predict(options, adapted, padded[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
     return np.concatenate(parts)[: len(x)]
 
 
-_static = functools.partial(jax.jit, static_argnames=('config', 'way', 'inductive'))
+@functools.partial(jax.jit, static_argnums=0)
+def _adapt(options: tuple[ModelConfig, int, bool], meta, x, y):
+  """Returns the adapted parameters. The options are the arguments of `build_learner`."""
+  return build_learner(*options).adapt(meta, Batch(x, y), jax.random.key(0))
 
 
-@_static
-def _adapt(meta, x, y, *, config: ModelConfig, way: int, inductive: bool):
-  return build_learner(config, way, inductive).adapt(meta, Batch(x, y), jax.random.key(0))
-
-
-@_static
-def _predict(adapted, x, *, config: ModelConfig, way: int, inductive: bool):
-  return build_learner(config, way, inductive).predict(adapted, x)
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
+  return build_learner(*options).predict(adapted, x)
 
 
 def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
@@ -241,14 +221,12 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
   except ValueError as e:
     raise ValueError('images must all have one shape, got a list of several shapes; resize them') from e
   height, width, channels = shape
+  flat = height * width * channels
   if x.ndim and not len(x):
     raise ValueError(f'there must be at least one image, got an array of shape {x.shape}')
-  taken = {shape, (height * width * channels,), (height, width) if channels == 1 else shape}
-  if x.ndim < 2 or x.shape[1:] not in taken:
-    raise ValueError(
-      f'the model takes images [n, {height}, {width}, {channels}], or flat [n, {height * width * channels}], '
-      f'got shape {x.shape}; resize them, and pass a single image as images[None]'
-    )
+  if x.ndim < 2 or x.shape[1:] not in {shape, (flat,), (height, width) if channels == 1 else shape}:
+    takes = f'[n, {height}, {width}, {channels}], or flat [n, {flat}]'
+    raise ValueError(f'images must be {takes}, got shape {x.shape}; resize them, and pass one image as images[None]')
   x = x.reshape(-1, *shape)
   if x.dtype == np.uint8:
     return x.astype(np.float32) / np.float32(255)
@@ -257,9 +235,7 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
   if not np.all(np.isfinite(x)):
     raise ValueError('images must be finite numbers, got NaN or infinity; leave those pictures out')
   if x.min() < 0 or x.max() > 1:
-    raise ValueError(
-      f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
-    )
+    raise ValueError(f'float images must be 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8')
   return x.astype(np.float32)
 
 
@@ -275,9 +251,7 @@ def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
   except TypeError as e:
     raise ValueError(f'labels must be of one kind, such as strings, to be sortable ({e}); convert them') from e
   if len(classes) < 2:
-    raise ValueError(
-      f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add images of another class'
-    )
+    raise ValueError(f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add another class')
   if len(classes) > most:
     raise ValueError(f'the model supports at most {most} classes, got {len(classes)}; give it fewer')
   return classes, y.astype(np.int32)

@@ -5,29 +5,27 @@ The file is a zip archive without compression. `adapt.bin` and `predict.bin` are
 code that reads the file with jax and numpy alone.
 """
 
-import contextlib
+import functools
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import InconclusiveDimensionOperation
 
-from metasgd_jax.deploy import export_checks
-from metasgd_jax.deploy.exported_file import FORMAT_VERSION, Exported, as_npy, described, load_exported, member
+from metasgd_jax.deploy import checks
+from metasgd_jax.deploy.exported_file import FORMAT_VERSION, Exported, described, load_exported, member
 from metasgd_jax.deploy.model_file import FewShotModel, build_learner
-from metasgd_jax.io.files import PathLike, WriterError, atomic
+from metasgd_jax.io.files import PathLike, atomic
 from metasgd_jax.outer import sharding
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
 from metasgd_jax.version import __version__
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-_CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner step round differently in float32.
 
 
 def export_model(
@@ -72,13 +70,13 @@ def export_model(
     >>> exported.about['predict']['takes'][1], exported.about['says']['pixels']
     ('float32[Q,28,28,1]', '0 to 1, light on dark')
   """
-  if shot is not None and (isinstance(shot, bool) or not isinstance(shot, int) or not 1 <= shot <= 10_000):
+  if shot is not None and not (checks.is_int(shot) and 1 <= shot <= 10_000):
     raise ValueError(f'shot must be an integer from 1 to 10,000, got {shot!r}')
   config = model.config
   learner = build_learner(config, way, inductive)
   n = config.way if way is None else way
   y = np.arange(n * (shot or 1), dtype=np.int32) % n
-  draw = lambda count: np.random.default_rng(0).uniform(size=(count, *config.image_shape)).astype(np.float32)
+  x = np.random.default_rng(0).uniform(size=(len(y), *config.image_shape)).astype(np.float32)
   says = {
     'learner': config.learner,
     'classes': n,
@@ -89,10 +87,9 @@ def export_model(
     'outputs': 'logits',
     'training': dict(config.training),
   }
-  episode = Episode(Batch(draw(len(y)), y), Batch(draw(3), y[:3]))
-  return export_learner(
-    path, learner, model.meta, episode, any_support=shot is None, platforms=platforms, says=says, report=report
-  )  # fmt: skip
+  episode = Episode(Batch(x, y), Batch(x[:3], y[:3]))
+  options: dict[str, Any] = dict(any_support=shot is None, platforms=platforms, says=says, report=report)
+  return export_learner(path, learner, model.meta, episode, **options)
 
 
 def export_learner(
@@ -143,105 +140,104 @@ def export_learner(
     >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # Of any number of query items.
     (7, 1)
   """
-  path, platforms = export_checks.place(path), export_checks.known_platforms(platforms)
-  meta, (support, query) = export_checks.as_arrays(meta), episode
-  if not isinstance(support, Batch) or not isinstance(query, Batch):
-    raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__} and {type(query).__name__}')
-  export_checks.check_items(support, 'support')
-  export_checks.check_items(Batch(query.x, None), 'query')
-  facts = export_checks.as_json(says or {})
-  parameters, whole_meta = _by_name(meta)
-
-  def adapt(parameters, x, y):
-    return _by_name(learner.adapt(whole_meta(parameters), Batch(x, y), jax.random.key(0)))[0]
-
-  def predict(adapted, x):
-    return learner.predict(whole_adapted(adapted), x)
-
-  of_key = lambda meta, support: learner.adapt(meta, support, jax.random.key(0))
-  like = jax.eval_shape(of_key, _shapes(meta), _shapes(support))
-  if any(map(is_key, jax.tree.leaves(like))):
-    raise ValueError(
-      'what adapt returns contains a key of jax.random, which no file can hold; return jax.random.key_data(key) instead'
-    )
-  # If this line passes, later errors are due to the open numbers of items.
-  jax.eval_shape(learner.predict, like, _shapes(query.x))
-  whole_adapted = _by_name(like)[1]
+  path, platforms = checks.writable(path), checks.known_platforms(platforms)
+  meta, facts = checks.as_arrays(meta), checks.as_json(says or {})
+  checks.check_episode(episode)
   if report:
     report('exporting, and comparing what was written with the learner, which may take half a minute')
-  scope = jax.export.SymbolicScope()  # The scope of S and Q, which JAX assumes to be at least 1.
-  open_ = lambda tree, name: _shapes(tree, jax.export.symbolic_shape(name, scope=scope)[0])
-  x, y = open_(support, 'S') if any_support else _shapes(support)
-  programs = {'adapt': _program(adapt, platforms, any_support, _shapes(parameters), x, y)}
-  out = programs['adapt']
-  adapted = jax.tree.unflatten(out.out_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in out.out_avals])
-  programs['predict'] = _program(predict, platforms, any_support, adapted, open_(query.x, 'Q'))
+  programs = _programs(learner, meta, episode, any_support, platforms)
   checked_on, device = _where_to_check(platforms)
   about = {
     'format_version': FORMAT_VERSION,
     'made_with': {'metasgd_jax': __version__, 'jax': jax.__version__},
     'platforms': list(platforms),
     'checked_on': checked_on,
-    'parameters': list(parameters),
+    'parameters': [name for name, _ in named(meta)],
     **{name: described(program) for name, program in programs.items()},
     'says': facts,
   }
-  members = {'about.json': json.dumps(about, indent=2).encode()}
-  members |= {f'{name}.bin': _serialized(program) for name, program in programs.items()}
-  members |= {member(name): as_npy(array) for name, array in parameters.items()}
   with atomic(path, 'give another path') as file:
-    with zipfile.ZipFile(file, 'w') as archive:
-      for name, data in members.items():
-        archive.writestr(zipfile.ZipInfo(name), data)
+    _write(file, about, programs, meta)
     file.flush()
     found = load_exported(file.name)
-    if checked_on:
-      with jax.default_device(device), jax.default_matmul_precision('highest'):
-        _check_numbers(found, learner, meta, support, query.x)
-        if any_support:
-          _check_numbers(found, learner, meta, jax.tree.map(lambda a: np.concatenate([a, a]), support), query.x)
+    if device:
+      _check_numbers(found, learner, meta, episode, device)
   return found
 
 
-def _by_name(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], PyTree]]:
-  """Returns the leaves of a tree by name, and a function that rebuilds the tree from such leaves."""
-  pairs, structure = named(tree), jax.tree.structure(tree)
-  leaves = dict(pairs)
-  if len(leaves) < len(pairs):
-    raise ValueError(f'two leaves have the same name, among {", ".join(name for name, _ in pairs)[:200]}; rename one')
-  return leaves, lambda found: jax.tree.unflatten(structure, [found[name] for name in leaves])
+def _adapt(learner: Learner, meta: PyTree, support: Batch) -> PyTree:
+  return learner.adapt(meta, support, jax.random.key(0))
 
 
-def _shapes(tree: PyTree, items: Any = None) -> PyTree:
-  """Returns the shapes and dtypes of a tree. If `items` is given, it replaces the first dimension of each leaf."""
-  front = lambda shape: shape if items is None else (items, *shape[1:])
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(front(jnp.shape(a)), jnp.result_type(a)), tree)
+def _programs(learner: Learner, meta, episode: Episode, any_support: bool, platforms) -> dict[str, jax.export.Exported]:
+  """Returns the two programs by name. They take and return the leaves of meta and of the adapted parameters by name."""
+  adapted = _trace(learner, meta, episode)
+
+  def adapt(parameters, x, y):
+    return dict(named(_adapt(learner, _like(meta, parameters), Batch(x, y))))
+
+  def predict(leaves, x):
+    return learner.predict(_like(adapted, leaves), x)
+
+  specs = functools.partial(jax.export.symbolic_args_specs, scope=jax.export.SymbolicScope())
+  support = specs(episode.support, 'S, ...' if any_support else None)
+  parameters = specs(dict(named(meta)), None)
+  first = _program(adapt, platforms, any_support, parameters, *support)
+  leaves = jax.eval_shape(adapt, parameters, *support)
+  second = _program(predict, platforms, any_support, leaves, specs(episode.query.x, 'Q, ...'))
+  return {'adapt': first, 'predict': second}
+
+
+def _trace(learner: Learner, meta: PyTree, episode: Episode) -> PyTree:
+  """Returns the shapes of what adapt returns. The learner's own errors show here, before the sizes are left open."""
+  adapted = jax.eval_shape(functools.partial(_adapt, learner), meta, episode.support)
+  if any(map(is_key, jax.tree.leaves(adapted))):
+    raise ValueError('what adapt returns contains a key of jax.random; return jax.random.key_data(key) in its place')
+  jax.eval_shape(learner.predict, adapted, episode.query.x)
+  return adapted
+
+
+def _like(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+  """Returns a pytree with the structure of `tree` and with these leaves, given by name."""
+  return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name, _ in named(tree)])
 
 
 def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Exported:
-  """Returns the exported program of a function that is known to work with fixed numbers of items."""
+  """Returns the exported program of a function that is known to work with fixed numbers of items.
+
+  The program stores the names of source files without their folders, because the folders are private. JAX has no scoped
+  form of this setting, so it applies to all threads meanwhile.
+  """
+  setting = 'jax_hlo_source_file_canonicalization_regex'
+  before = getattr(jax.config, setting)
+  jax.config.update(setting, r'^.*[/\\]')
   try:
-    with _without_folders(), jax.default_matmul_precision('highest'):
+    with jax.default_matmul_precision('highest'):
       return jax.export.export(jax.jit(function), platforms=platforms)(*inputs)
   except (NotImplementedError, TypeError, ValueError, IndexError, InconclusiveDimensionOperation) as e:
-    why = export_checks.first(e)
-    if 'callback' in why:
-      raise ValueError(f'the file cannot hold an operation that calls back into Python ({why}); remove it') from e
-    if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
-      raise ValueError(f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out') from e
-    advice = 'any_support=False fixes the number of support items; ' if any_support else ''
-    raise ValueError(
-      f'the number of items cannot be left open ({why}); {advice}predict must take any number of query items'
-    ) from e
+    raise ValueError(_why_not(e, platforms, any_support)) from e
+  finally:
+    jax.config.update(setting, before)
 
 
-def _serialized(program: jax.export.Exported) -> bytes:
-  try:
-    return bytes(program.serialize())
-  except Exception as e:  # ValueError for a kind of pytree node, RuntimeError for an effect, and errors of flatbuffers.
-    raise ValueError(
-      f'the file cannot hold this program ({export_checks.first(e)}); its inputs must be arrays in dicts and lists'
-    ) from e
+def _why_not(e: Exception, platforms: Sequence[str], any_support: bool) -> str:
+  why = checks.one_line(e)
+  if 'callback' in why:
+    return f'the file cannot hold an operation that calls back into Python ({why}); remove it'
+  if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
+    return f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out'
+  advice = 'any_support=False fixes the number of support items; ' if any_support else ''
+  return f'the number of items cannot be left open ({why}); {advice}predict must take any number of query items'
+
+
+def _write(file: IO[bytes], about: Any, programs: Mapping[str, jax.export.Exported], meta: PyTree) -> None:
+  with zipfile.ZipFile(file, 'w') as archive:
+    archive.writestr(zipfile.ZipInfo('about.json'), json.dumps(about, indent=2))
+    for name, program in programs.items():
+      archive.writestr(zipfile.ZipInfo(f'{name}.bin'), program.serialize())
+    for name, array in named(jax.device_get(meta)):
+      with archive.open(zipfile.ZipInfo(member(name)), 'w', force_zip64=array.nbytes > 2**31) as part:
+        np.save(part, array, allow_pickle=False)
 
 
 def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | None]:
@@ -256,34 +252,10 @@ def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | 
   return ('cpu', host) if 'cpu' in platforms and host.platform == 'cpu' else (None, None)
 
 
-@contextlib.contextmanager
-def _without_folders() -> Iterator[None]:
-  """Makes programs store the names of source files without their folders, because the folders are private.
-
-  JAX has no scoped form of this setting. It applies to all threads while a program is traced and lowered.
-  """
-  setting = 'jax_hlo_source_file_canonicalization_regex'
-  before = getattr(jax.config, setting)
-  jax.config.update(setting, r'^.*[/\\]')
-  try:
-    yield
-  finally:
-    jax.config.update(setting, before)
-
-
-def _check_numbers(found: Exported, learner: Learner, meta: PyTree, support: Batch, x: Any) -> None:
+def _check_numbers(found: Exported, learner: Learner, meta: PyTree, episode: Episode, device: jax.Device) -> None:
   """Raises WriterError unless the programs of the file give the numbers of the learner, to float32 rounding."""
-
-  @jax.jit
-  def ours(meta, support, x):
-    return learner.predict(learner.adapt(meta, support, jax.random.key(0)), x)
-
-  meta, support, x = jax.device_get((meta, support, x))  # They may be on different devices.
-  theirs = found.predict(found.adapt(found.parameters, *support), x)
-  for a, b in zip(jax.tree.leaves(ours(meta, support, x)), jax.tree.leaves(theirs), strict=True):
-    a, b = np.asarray(a), np.asarray(b)
-    finite = np.isfinite(a) & np.isfinite(b)  # Logits of absent classes may be -inf.
-    size = np.max(np.abs(a[finite]), initial=1e-30)
-    if not np.allclose(a, b, rtol=0, atol=_CLOSE * size, equal_nan=True):
-      off = np.max(np.abs(a[finite] - b[finite]), initial=0)
-      raise WriterError(f'the exported programs differ from the learner by {off:.3g} where both are finite; report it')
+  meta, support, x = jax.device_get((meta, episode.support, episode.query.x))  # They may be on different devices.
+  with jax.default_device(device), jax.default_matmul_precision('highest'):
+    ours = jax.jit(learner.predict)(jax.jit(functools.partial(_adapt, learner))(meta, support), x)
+    theirs = found.predict(found.adapt(found.parameters, *support), x)
+  checks.check_close(ours, theirs)

@@ -3,7 +3,6 @@
 export.py writes the file. docs/export.md has the code that reads it with jax and numpy alone.
 """
 
-import io
 import json
 import math
 import pathlib
@@ -15,12 +14,12 @@ import jax
 import jax.export
 import numpy as np
 
+from metasgd_jax.deploy.checks import one_line
 from metasgd_jax.io.files import PathLike
 
 FORMAT_VERSION = 1
 PROGRAMS = ('adapt', 'predict')
-_MOST_BYTES = 2**32  # Largest size of a file. It also limits the data that is read, since no member is compressed.
-_MOST_ABOUT = 2**20
+_MOST_ABOUT = 2**20  # Largest size of about.json in bytes.
 
 
 class Exported(NamedTuple):
@@ -79,31 +78,29 @@ def load_exported(path: PathLike) -> Exported:
   """
   try:
     path = pathlib.Path(path).expanduser()
-    if not path.is_file():
-      raise ValueError('there is no such file')
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-      raise ValueError(f'it has more than {_MOST_BYTES:,} bytes')
-    with zipfile.ZipFile(path) as archive:
-      exported = _read(archive, size)
+    about, parameters, programs = _read(path)
   except Exception as e:  # zipfile, json and jax.export raise errors of many types for a broken file.
-    reason = ''.join(c if c.isprintable() else ' ' for c in (str(e) or type(e).__name__)[:300])
-    raise ValueError(f'{path} is not an exported learner, or only a part of one: {reason}; export it again') from e
-  dtypes = {text.partition('[')[0] for text in jax.tree.leaves([exported.about[name] for name in PROGRAMS])}
-  if wide := {name for name in dtypes if jax.dtypes.canonicalize_dtype(name) != name}:
-    raise ValueError(
-      f"{path} uses {min(wide)}, but JAX is limited to 32 bits; call jax.config.update('jax_enable_x64', True) first"
-    )
-  return exported
+    raise ValueError(f'{path} is not an exported learner, or only a part of one: {one_line(e)}; export it again') from e
+  for program in programs:
+    _check_bits(path, program)
+  return Exported(about, parameters, *(jax.jit(program.call) for program in programs))
+
+
+def _check_bits(path: pathlib.Path, program: jax.export.Exported) -> None:
+  for dtype in {aval.dtype for aval in (*program.in_avals, *program.out_avals)}:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+      raise ValueError(f"{path} uses {dtype}; call jax.config.update('jax_enable_x64', True), which allows 64 bits")
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
   """Returns the inputs and outputs of a program as JSON: trees of strings such as 'float32[S,28,28,1]'."""
-  takes, by_keyword = jax.tree.unflatten(program.in_tree, [_text(a.shape, a.dtype) for a in program.in_avals])
-  if by_keyword:
-    raise ValueError('its programs take keyword arguments')
-  gives = jax.tree.unflatten(program.out_tree, [_text(a.shape, a.dtype) for a in program.out_avals])
+  takes, _ = jax.tree.unflatten(program.in_tree, map(_text, program.in_avals))
+  gives = jax.tree.unflatten(program.out_tree, map(_text, program.out_avals))
   return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # JSON turns tuples into lists.
+
+
+def _text(aval: Any) -> str:
+  return f'{np.dtype(aval.dtype).name}[{",".join(map(str, aval.shape))}]'
 
 
 def member(name: str) -> str:
@@ -111,56 +108,71 @@ def member(name: str) -> str:
   return f'parameters/{name}.npy'
 
 
-def as_npy(array: Any) -> bytes:
-  """Returns the bytes that `numpy.save` writes for an array."""
-  file = io.BytesIO()
-  np.save(file, np.asarray(jax.device_get(array)), allow_pickle=False)
-  return file.getvalue()
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], list[jax.export.Exported]]:
+  if not path.is_file():
+    raise ValueError('there is no such file')
+  with zipfile.ZipFile(path) as archive:
+    _check_sizes(archive, path.stat().st_size)
+    about = _read_about(archive)
+    _check_members(archive, about)
+    programs = [_read_program(archive, name, about) for name in PROGRAMS]
+    return about, _read_parameters(archive, about['parameters'], programs[0]), programs
 
 
-def _read(archive: zipfile.ZipFile, size: int) -> Exported:
-  sizes = {info.filename: info.file_size for info in archive.infolist()}
-  if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+  """Raises ValueError unless the size of the file limits the size of the data that is read."""
+  infos = archive.infolist()
+  if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
     raise ValueError('its members are compressed')
-  if 'about.json' not in sizes or len(sizes) < len(archive.infolist()):
-    raise ValueError('it has no about.json, or two members of the same name')
-  if sizes['about.json'] > _MOST_ABOUT or sum(sizes.values()) > size:  # A larger sum means that members overlap.
+  if sum(info.file_size for info in infos) > size:  # Members overlap.
     raise ValueError('its members are too large')
+
+
+def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
+  if 'about.json' not in archive.namelist():
+    raise ValueError('it has no about.json')
+  if archive.getinfo('about.json').file_size > _MOST_ABOUT:
+    raise ValueError('its about.json is too large')
   about = json.loads(archive.read('about.json'))
-  if not isinstance(about, dict) or type(about.get('format_version')) is not int or about['format_version'] < 1:
+  version = about.get('format_version') if isinstance(about, dict) else None
+  if not isinstance(version, int) or version < 1:
     raise ValueError('about.json has no format_version, which is 1 or more')
-  if about['format_version'] > FORMAT_VERSION:
-    raise ValueError(f'it is of format version {about["format_version"]}, newer than {FORMAT_VERSION}')
+  if version > FORMAT_VERSION:
+    raise ValueError(f'it is of format version {version}, newer than {FORMAT_VERSION}')
+  return about
+
+
+def _check_members(archive: zipfile.ZipFile, about: dict[str, Any]) -> None:
   names = about.get('parameters')
   if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
     raise ValueError('about.json does not name the parameters')
   wanted = {'about.json', *(f'{name}.bin' for name in PROGRAMS), *map(member, names)}
-  if set(sizes) != wanted:
-    raise ValueError(f'{min(wanted ^ set(sizes))} is {"missing" if wanted - set(sizes) else "more than belongs there"}')
-  programs = {}
-  for name in PROGRAMS:
-    programs[name] = jax.export.deserialize(bytearray(archive.read(f'{name}.bin')))
-    if about.get(name) != described(programs[name]) or about.get('platforms') != list(programs[name].platforms):
-      raise ValueError(f'about.json describes another program than {name}.bin')
-  takes = about['adapt']['takes'][0]
+  if odd := sorted(wanted ^ set(archive.namelist())):
+    raise ValueError(f'{odd[0]} is {"missing" if odd[0] in wanted else "more than belongs there"}')
+
+
+def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) -> jax.export.Exported:
+  program = jax.export.deserialize(bytearray(archive.read(f'{name}.bin')))
+  if about.get(name) != described(program) or about.get('platforms') != list(program.platforms):
+    raise ValueError(f'about.json describes another program than {name}.bin')
+  return program
+
+
+def _read_parameters(archive: zipfile.ZipFile, names: list[str], adapt: jax.export.Exported) -> dict[str, np.ndarray]:
+  (takes, *_), _ = jax.tree.unflatten(adapt.in_tree, adapt.in_avals)
   if not isinstance(takes, dict) or set(takes) != set(names):
     raise ValueError('the parameters are not those that adapt.bin takes')
-  parameters = {name: _read_npy(archive, name, takes[name]) for name in names}
-  return Exported(about, parameters, *(jax.jit(programs[name].call) for name in PROGRAMS))
+  return {name: _read_npy(archive, name, takes[name]) for name in names}
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str, wanted: str) -> np.ndarray:
-  """Returns a parameter. Checks its header first, because NumPy allocates the array that the header describes."""
+def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
+  """Returns a parameter, whose data is read only if the header describes the array that the program takes."""
   with archive.open(member(name)) as file:
-    if np.lib.format.read_magic(file) != (1, 0):
-      raise ValueError('a parameter is not in the format of numpy.save')
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if _text(shape, dtype) != wanted or dtype.kind not in 'biufc' or not dtype.isnative:
-      raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {wanted}')
-    if math.prod(shape) * dtype.itemsize != archive.getinfo(member(name)).file_size - file.tell():
-      raise ValueError('a parameter has another size than it says')
-  return np.load(io.BytesIO(archive.read(member(name))), allow_pickle=False)
-
-
-def _text(shape: Any, dtype: Any) -> str:
-  return f'{np.dtype(dtype).name}[{",".join(map(str, shape))}]'
+    np.lib.format.read_magic(file)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if (shape, dtype) != (wanted.shape, wanted.dtype):
+      raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {_text(wanted)}')
+    data = bytearray(file.read())
+  if len(data) != math.prod(shape) * dtype.itemsize:
+    raise ValueError('a parameter has another size than it says')
+  return np.ndarray(shape, dtype, data, order='F' if fortran_order else 'C')

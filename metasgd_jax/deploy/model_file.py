@@ -1,11 +1,13 @@
 """The file of a trained few-shot classifier: a safetensors file with the configuration as JSON in its metadata."""
 
-import contextlib
 import dataclasses
-import importlib.resources
+import difflib
+import functools
 import json
-import math
+import os
 import pathlib
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +18,8 @@ import safetensors
 import safetensors.numpy
 
 from metasgd_jax import losses, nn
-from metasgd_jax.io.files import PathLike, WriterError, atomic
+from metasgd_jax.deploy.checks import is_int, one_line, writable
+from metasgd_jax.io.files import PathLike, atomic
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams
 
@@ -26,8 +29,8 @@ LearnerName = Literal['meta_sgd', 'maml']
 Background = Literal['dark', 'any']
 """Background of the training images. `dark` means light ink on black, like Omniglot in this package."""
 
-_MOST = {'way': 10_000, 'filters': 10_000, 'hidden': 100_000, 'inner_steps': 1000}
-_MOST_LEVELS = 10  # Depth to which facts may be nested.
+_RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
+_SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,28 +68,27 @@ class ModelConfig:
   training: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
   def __post_init__(self):
-    _check_choice('learner', self.learner, get_args(LearnerName))
-    _check_choice('background', self.background, get_args(Background))
-    for name, least in (('way', 2), ('filters', 1), ('hidden', 0), ('inner_steps', 0)):
+    for name, choices in (('learner', get_args(LearnerName)), ('background', get_args(Background))):
+      if getattr(self, name) not in choices:
+        raise ValueError(f'{name} must be one of {choices}, got {getattr(self, name)!r}')
+    for name, (least, most) in _RANGES.items():
       value = getattr(self, name)
-      if not _is_int(value) or not least <= value <= _MOST[name]:
-        raise ValueError(f'{name} must be an integer from {least} to {_MOST[name]:,}, got {value!r}')
+      if not is_int(value) or not least <= value <= most:
+        raise ValueError(f'{name} must be an integer from {least} to {most:,}, got {value!r}')
     shape = self.image_shape
-    if not isinstance(shape, tuple) or len(shape) != 3 or not all(_is_int(v) and 1 <= v <= 4096 for v in shape):
+    if not isinstance(shape, tuple) or len(shape) != 3 or not all(is_int(v) and 1 <= v <= 4096 for v in shape):
       raise ValueError(f'image_shape must be a tuple (height, width, channels) of integers 1 to 4096, got {shape!r}')
     if min(shape[:2]) < 16:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves it four times, got {shape!r}')
-    if self.learner == 'maml' and not _is_finite(self.alpha):
-      raise ValueError(f"alpha must be MAML's rate, a finite number, got {self.alpha!r}")
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
-    if not isinstance(self.training, dict) or not all(isinstance(k, str) for k in self.training):
+    if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= sys.float_info.max):
+      raise ValueError(f"alpha must be MAML's rate, a finite number, got {self.alpha!r}")
+    if not isinstance(self.training, dict):
       raise ValueError(f'training must be a dict of facts by name, got {self.training!r}')
-    if not _is_shallow(self.training, _MOST_LEVELS):
-      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
     try:
       json.dumps(self.training, allow_nan=False)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
 
 
@@ -125,16 +127,13 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
     ValueError: if `way` is not an integer from 2 to `config.way`.
   """
   n = config.way if way is None else way
-  if not _is_int(n) or not 2 <= n <= config.way:
+  if not is_int(n) or not 2 <= n <= config.way:
     raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; choose a way in this range')
   network = nn.from_linen(nn.Conv4(config.way, filters=config.filters, hidden=config.hidden))
   model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
-  common: dict[str, Any] = dict(
-    steps=config.inner_steps, inductive=inductive, metrics={'accuracy': losses.accuracy}
-  )  # fmt: skip
-  if config.learner == 'maml':
-    return maml(model, losses.cross_entropy, alpha=config.alpha, **common)
-  return meta_sgd(model, losses.cross_entropy, **common)
+  learner = functools.partial(maml, alpha=config.alpha) if config.learner == 'maml' else meta_sgd
+  metrics = {'accuracy': losses.accuracy}
+  return learner(model, losses.cross_entropy, steps=config.inner_steps, inductive=inductive, metrics=metrics)
 
 
 def save_model(path: PathLike, model: FewShotModel) -> None:
@@ -155,17 +154,12 @@ def save_model(path: PathLike, model: FewShotModel) -> None:
     ...   ms.load_model(f'{directory}/mine.safetensors').config.learner
     'meta_sgd'
   """
-  tensors = _by_name(jax.device_get(model.meta))
-  shapes = {name: (np.shape(t), np.asarray(t).dtype.name) for name, t in tensors.items()}
-  _check_tensors('the model', shapes, _by_name(_structure(model.config)))
+  tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _by_name(jax.device_get(model.meta)).items()}
+  _check_tensors('the model', {name: f'{t.dtype} {t.shape}' for name, t in tensors.items()}, _structure(model.config))
   _check_finite('the model', tensors)
   metadata = {'format_version': str(FORMAT_VERSION), 'config': json.dumps(dataclasses.asdict(model.config))}
-  data = safetensors.numpy.save({k: np.ascontiguousarray(t) for k, t in tensors.items()}, metadata)
-  try:
-    with atomic(pathlib.Path(path).expanduser(), 'give another path') as file:
-      file.write(data)
-  except (ValueError, RuntimeError) as e:  # A NUL in the name, or a ~ of an unknown user.
-    raise WriterError(f'the model file {path} cannot be written ({e}); give another path') from e
+  with atomic(writable(path), 'give another path') as file:
+    file.write(safetensors.numpy.save(tensors, metadata))
 
 
 def load_model(path_or_name: PathLike) -> FewShotModel:
@@ -181,26 +175,16 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
     >>> ms.load_model('omniglot').config.way
     20
   """
-  with _opened(path_or_name) as path:
-    try:
-      with safetensors.safe_open(path, framework='np') as file:
-        config = _read_config(path, file.metadata() or {})
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        shapes = {name: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()}
-        structure = _structure(config)
-        _check_tensors(str(path), shapes, _by_name(structure))
-        tensors = {name: file.get_tensor(name) for name in slices}
-    except (safetensors.SafetensorError, OSError) as e:
-      reason = _shown(str(e))
-      raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({reason}); get it again') from e
-  _check_finite(str(path), tensors)
-  leaves = [tensors[name] for name in _by_name(structure)]
-  return FewShotModel(config, jax.tree.unflatten(jax.tree.structure(structure), leaves))
+  path = _find(path_or_name)
+  try:
+    return _read(path)
+  except (safetensors.SafetensorError, OSError) as e:
+    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({one_line(e)}); get it again') from e
 
 
 def shipped_models() -> list[str]:
   """Returns the names of the models that ship with the package."""
-  return sorted(_shipped())
+  return sorted(path.stem for path in _SHIPPED.glob('*.safetensors'))
 
 
 def model_size(path_or_name: PathLike) -> int:
@@ -209,53 +193,42 @@ def model_size(path_or_name: PathLike) -> int:
   Raises:
     ValueError: if there is no such file or name.
   """
-  with _opened(path_or_name) as path:
-    return path.stat().st_size
+  return _find(path_or_name).stat().st_size
 
 
-_DTYPES = {'F32': 'float32'}  # From names of safetensors to names of NumPy.
+def _find(path_or_name: PathLike) -> pathlib.Path:
+  """Returns the path of a model's file. Raises ValueError if there is no such file or name."""
+  if path_or_name in shipped_models():
+    return _SHIPPED / f'{path_or_name}.safetensors'
+  path = pathlib.Path(os.path.expanduser(path_or_name))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
+  if os.path.isfile(path):  # noqa: PTH113  # Path.is_file may raise OSError.
+    return path
+  near = difflib.get_close_matches(str(path_or_name)[:80], shipped_models(), 1)
+  advice = f'did you mean {near[0]}?' if near else 'check the path or the name'
+  raise ValueError(f'there is no model file {path}, and no such model among {shipped_models()}; {advice}')
 
 
-def _shipped() -> dict[str, Any]:
-  folder = importlib.resources.files('metasgd_jax.deploy').joinpath('models')
-  if not folder.is_dir():
-    return {}
-  ending = '.safetensors'
-  return {f.name.removesuffix(ending): f for f in folder.iterdir() if f.name.endswith(ending)}
-
-
-def _opened(path_or_name: PathLike) -> contextlib.AbstractContextManager[pathlib.Path]:
-  """Returns a context manager for the path of a model's file.
-
-  A model that ships inside a packed installation is unpacked while the context is open.
-  """
-  shipped = _shipped()
-  if isinstance(path_or_name, str) and path_or_name in shipped:
-    return importlib.resources.as_file(shipped[path_or_name])
-  try:
-    path = pathlib.Path(path_or_name).expanduser()
-    if path.is_file():
-      return contextlib.nullcontext(path)
-  except (TypeError, ValueError, RuntimeError, OSError) as e:
-    raise ValueError(f'a model is given by its path or name, got {path_or_name!r} ({e})') from e
-  names = ', '.join(shipped) or 'none'
-  raise ValueError(
-    f'there is no model file {path}, and no model of that name ships with metasgd_jax (shipped models: {names}); '
-    'check the path or the name'
-  )
+def _read(path: pathlib.Path) -> FewShotModel:
+  """Returns the model of a file. Its tensors are read only if their names, shapes and dtypes are right."""
+  with safetensors.safe_open(path, framework='np') as file:
+    config = _read_config(path, file.metadata() or {})
+    structure = _structure(config)
+    found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    texts = {name: f'{s.get_dtype().replace("F32", "float32")} {tuple(s.get_shape())}' for name, s in found.items()}
+    _check_tensors(str(path), texts, structure)
+    tensors = {name: file.get_tensor(name) for name in _by_name(structure)}
+  _check_finite(str(path), tensors)
+  return FewShotModel(config, jax.tree.unflatten(jax.tree.structure(structure), tensors.values()))
 
 
 def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig:
   if not {'format_version', 'config'} <= set(metadata):
     raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
   version = metadata['format_version']
-  if not version.isascii() or not version.isdigit() or len(version) > 9 or int(version) < 1:
-    shown = f"'{_shown(version)}'"
-    raise ValueError(f'{path} has format version {shown}, which is no positive integer; get it again')
+  if not re.fullmatch('[1-9][0-9]{0,8}', version):
+    raise ValueError(f"{path} has format version '{one_line(version)}', which is no positive integer; get it again")
   if int(version) > FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format version {version}, but this metasgd_jax reads up to {FORMAT_VERSION}; upgrade metasgd_jax'
-    )
+    raise ValueError(f'{path} has format version {version}; this metasgd_jax reads up to {FORMAT_VERSION}: upgrade it')
   try:
     fields = json.loads(metadata['config'])
     if not isinstance(fields, dict):
@@ -264,17 +237,14 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
-    reason = _shown(str(e).replace('ModelConfig.__init__()', 'the config'))
-    raise ValueError(f'{path} does not describe a model ({reason}); get it again, or save it again') from e
+    raise ValueError(f'{path} does not describe a model ({one_line(e)}); get it again, or save it again') from e
 
 
 def _structure(config: ModelConfig) -> MetaParams:
   """Returns the shapes and dtypes of a model's parameters."""
-  learner = build_learner(config)
   x = jax.ShapeDtypeStruct((config.way, *config.image_shape), jnp.float32)
   y = jax.ShapeDtypeStruct((config.way,), jnp.int32)
-  init = lambda x, y: learner.init(jax.random.key(0), Episode(Batch(x, y), Batch(x, y)))
-  return jax.eval_shape(init, x, y)
+  return jax.eval_shape(build_learner(config).init, jax.random.key(0), Episode(Batch(x, y), Batch(x, y)))
 
 
 def _by_name(meta: MetaParams) -> dict[str, Any]:
@@ -282,50 +252,19 @@ def _by_name(meta: MetaParams) -> dict[str, Any]:
   return {jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in jax.tree_util.tree_leaves_with_path(meta)}
 
 
-def _check_tensors(whose: str, found: Mapping[str, tuple[tuple, str]], wanted: Mapping[str, Any]) -> None:
-  for names, what in ((set(wanted) - set(found), 'lacks'), (set(found) - set(wanted), 'has beside what belongs there')):
-    if names:
-      raise ValueError(
-        f'{whose} {what} the tensor {_shown(min(names))} ({len(names)} in all); was it made with its config?'
-      )
-  for name, (shape, dtype) in found.items():
-    want = wanted[name].shape, wanted[name].dtype.name
-    if (shape, dtype) != want:
-      raise ValueError(
-        f'{whose} has {dtype} {shape} for the tensor {_shown(name)}, where its config asks for {want[1]} {want[0]}; '
-        'was it made with another config?'
-      )
+def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) -> None:
+  """Raises ValueError unless the tensors found, such as 'float32 (5,)', have the names and shapes of the structure."""
+  wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
+  if odd := sorted(wanted.keys() ^ found.keys()):
+    what = 'lacks' if odd[0] in wanted else 'has beside what belongs there'
+    raise ValueError(f'{whose} {what} the tensor {one_line(odd[0])} ({len(odd)} in all); was it made with its config?')
+  for name, text in found.items():
+    if text != wanted[name]:
+      advice = f'where its config asks for {wanted[name]}; was it made with another config?'
+      raise ValueError(f'{whose} has {text} for the tensor {name}, {advice}')
 
 
 def _check_finite(whose: str, tensors: Mapping[str, Any]) -> None:
   for name, tensor in tensors.items():
     if not np.all(np.isfinite(tensor)):
-      raise ValueError(f'{whose} has values that are not finite in the tensor {_shown(name)}; did training diverge?')
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-  if value not in choices:
-    raise ValueError(f'{name} must be one of {choices}, got {value!r}')
-
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-  try:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-  except OverflowError:  # The integer is larger than any float.
-    return False
-
-
-def _is_shallow(value: Any, levels: int) -> bool:
-  if not isinstance(value, dict | list | tuple):
-    return True
-  return levels > 0 and all(_is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
-
-
-def _shown(text: str) -> str:
-  """Returns text from a file in a form that fits into a sentence: on one line and not too long."""
-  text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text[:300])
-  return text if len(text) < 300 else f'{text[:300]}…'
+      raise ValueError(f'{whose} has values that are not finite in the tensor {name}; did training diverge?')

@@ -302,10 +302,7 @@ def test_what_no_file_can_hold(adapt, message, tmp_path):
   ('meta', 'message'),
   [
     ({'k': np.zeros(2, np.uint32), 'key': 'a key'}, ['parameter key ', 'array of numbers', "got 'a key'"]),
-    ({'a/../b': 1.0}, ["parameter 'a/../b'", 'a name', 'rename it']),
-    ({'/b': 1.0}, ["parameter '/b'", 'a name', 'rename it']),
     ({'n': np.float32}, ['parameter n ', 'array of numbers', 'got <class']),
-    ({'a': {'b\0': 1.0}}, ['a name', 'rename it']),
   ],
 )
 def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
@@ -368,10 +365,10 @@ def test_classes_and_shots_that_there_are_not(model, options, message, tmp_path)
     export.export_model(tmp_path / 'a.zip', model, **options)
 
 
-@pytest.mark.parametrize('place', ['none/a.zip', '', 'a\0b', '~nobody-of-that-name/a'])
+@pytest.mark.parametrize('place', ['none/a.zip', ''])
 def test_where_nothing_can_be_written(place, tmp_path):
   with pytest.raises(WriterError, match=saying('cannot be written', 'give another path')):
-    export.export_learner(place if place.startswith('~') else f'{tmp_path}/{place}', *linear())
+    export.export_learner(f'{tmp_path}/{place}', *linear())
   assert not list(tmp_path.iterdir())
 
 

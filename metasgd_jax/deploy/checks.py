@@ -1,0 +1,95 @@
+"""Checks of what is to be written or exported: path, platforms, parameters, episode, facts, and exported numbers."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metasgd_jax.io.files import PathLike, WriterError
+from metasgd_jax.tree import is_key, named
+from metasgd_jax.types import Batch, Episode, PyTree
+
+PLATFORMS = ('cpu', 'cuda', 'tpu', 'rocm')
+_CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner step round differently in float32.
+
+
+def writable(path: PathLike) -> pathlib.Path:
+  """Returns the path of a file to write. Raises WriterError if there is no such folder, or if the path is a folder."""
+  path = pathlib.Path(path).expanduser()
+  if path.is_dir() or not path.parent.is_dir():
+    reason = 'it is a folder' if path.is_dir() else f'No such file or directory: there is no folder {path.parent}'
+    raise WriterError(f'{path} cannot be written ({reason}); give another path')
+  return path
+
+
+def known_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
+  """Returns the platforms as a tuple. Raises ValueError unless each is one of `PLATFORMS` and occurs once."""
+  if isinstance(platforms, str) or not platforms or len(set(platforms) & set(PLATFORMS)) < len(platforms):
+    raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}, each once, got {platforms!r}')
+  return tuple(platforms)
+
+
+def as_arrays(meta: PyTree) -> PyTree:
+  """Returns the parameters as arrays of JAX's dtypes. Raises ValueError if a file of NumPy cannot hold one of them."""
+  names = [name for name, _ in named(meta)]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f'two parameters have the name {twice[0]}; rename one')
+  for name, leaf in named(meta):
+    if is_key(leaf) or np.asarray(leaf).dtype.kind not in 'biufc':
+      got = str(leaf.dtype) if isinstance(leaf, jax.Array) else repr(leaf)
+      advice = 'cast it to float32, or take jax.random.key_data(key) of a key of jax.random'
+      raise ValueError(f'the parameter {name} must be an array of numbers of a NumPy dtype, got {got:.80}; {advice}')
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), meta)
+
+
+def check_episode(episode: Episode) -> None:
+  """Raises ValueError unless support and query are batches whose leaves have the items as their first dimension."""
+  support, query = episode
+  if not isinstance(support, Batch) or not isinstance(query, Batch):
+    raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__} and {type(query).__name__}')
+  used = Episode(support, Batch(query.x, None))
+  for name, leaf in named(used):
+    if is_key(leaf) or not np.shape(leaf):
+      got = 'a key of jax.random' if is_key(leaf) else f'the scalar {leaf!r:.80}'
+      raise ValueError(f'{name} must be an array of numbers with the items in front, got {got}')
+  for what, batch in used._asdict().items():
+    counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
+    if len(counts) != 1 or 0 in counts:
+      raise ValueError(f'the leaves of {what} must have one number of items in front, at least 1, got {sorted(counts)}')
+
+
+def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the facts as JSON stores them. Raises ValueError if JSON cannot store one of them."""
+  try:
+    return json.loads(json.dumps(dict(says), allow_nan=False))
+  except (TypeError, ValueError, RecursionError) as e:
+    raise ValueError(f'the file cannot hold this fact ({one_line(e)}); facts must be values of JSON') from e
+
+
+def check_close(ours: PyTree, theirs: PyTree) -> None:
+  """Raises WriterError unless outputs of the programs are those of the learner, to float32 rounding."""
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    finite = np.isfinite(a) & np.isfinite(b)  # Logits of absent classes may be -inf.
+    size = np.max(np.abs(a[finite]), initial=1e-30)
+    if not np.allclose(a, b, rtol=0, atol=_CLOSE * size, equal_nan=True):
+      off = np.max(np.abs(a[finite] - b[finite]), initial=0)
+      raise WriterError(f'the exported programs differ from the learner by {off:.3g} where both are finite; report it')
+
+
+def is_int(value: Any) -> bool:
+  """Returns whether a value is an integer and not a bool."""
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def one_line(text: object) -> str:
+  """Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
+
+  If the text of an error is empty, the result is the name of its type.
+  """
+  line = (str(text).strip().splitlines() or [type(text).__name__])[0]
+  return ''.join(c if c.isprintable() else ' ' for c in line[:300])
