@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metasgd_jax.types import equal_partial
+
 
 def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
   """Returns the mean of (outputs − targets)² over all entries. Both arrays have the same shape `[B, …]`.
@@ -19,10 +21,9 @@ def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
     >>> print(ms.losses.mean_squared_error(jnp.array([1.0, 2.0]), jnp.array([0.0, 0.0])))
     2.5
   """
-  if jnp.shape(outputs) != jnp.shape(targets):
-    raise ValueError(
-      f'outputs and targets must have one shape, got {jnp.shape(outputs)} and {jnp.shape(targets)}; reshape one of them'
-    )
+  shapes = jnp.shape(outputs), jnp.shape(targets)
+  if shapes[0] != shapes[1]:
+    raise ValueError(f'outputs and targets must have one shape, got {shapes[0]} and {shapes[1]}; reshape one of them')
   return jnp.mean(optax.losses.squared_error(outputs, targets))
 
 
@@ -71,17 +72,7 @@ def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callabl
     >>> print(ms.losses.per_token(ms.losses.accuracy)(jnp.zeros((4, 7, 3)), jnp.zeros((4, 7), int)))
     1.0
   """
-
-  def of_sequences(outputs: chex.Array, targets: Any) -> chex.Array:
-    shapes = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
-    if len(shapes[0]) < 2 or shapes[1] != {shapes[0][:-1]}:
-      raise ValueError(
-        f'targets must be one a token, of shape {shapes[0][:-1]} for outputs {shapes[0]}, '
-        f'got {", ".join(map(str, shapes[1]))}'
-      )
-    return metric(jnp.reshape(outputs, (-1, shapes[0][-1])), jax.tree.map(jnp.ravel, targets))
-
-  return of_sequences
+  return equal_partial(_of_sequences, metric=metric)
 
 
 def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
@@ -103,22 +94,28 @@ def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[.
     >>> print(ms.losses.masked(ms.losses.mean_squared_error)(outputs, (y, mask)))
     5.0
   """
+  return equal_partial(_of_items, metric=metric)
 
-  def of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array]) -> chex.Array:
-    if not isinstance(targets, tuple | list) or len(targets) != 2:
-      raise ValueError(f'targets must be a pair (y, mask), got {type(targets).__name__}; give Batch(x, (y, mask))')
-    y, mask = targets
-    if jnp.shape(mask) != jnp.shape(outputs)[:1] or not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
-      raise ValueError(
-        f'mask must be booleans of shape {jnp.shape(outputs)[:1]}, one per item, '
-        f'got {jnp.result_type(mask)} of shape {jnp.shape(mask)}'
-      )
-    values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
-    wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
-    mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
-    return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
-  return of_items
+def _of_sequences(outputs: chex.Array, targets: Any, *, metric) -> chex.Array:
+  shape, found = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
+  if len(shape) < 2 or found != {shape[:-1]}:
+    got = ', '.join(map(str, found))
+    raise ValueError(f'targets must be one a token, of shape {shape[:-1]} for outputs {shape}, got {got}')
+  return metric(jnp.reshape(outputs, (-1, shape[-1])), jax.tree.map(jnp.ravel, targets))
+
+
+def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, metric) -> chex.Array:
+  if not isinstance(targets, tuple | list) or len(targets) != 2:
+    raise ValueError(f'targets must be a pair (y, mask), got {type(targets).__name__}; give Batch(x, (y, mask))')
+  y, mask = targets
+  items, dtype = jnp.shape(outputs)[:1], jnp.result_type(mask)
+  if jnp.shape(mask) != items or not jnp.issubdtype(dtype, jnp.bool_):
+    raise ValueError(f'mask must be booleans of shape {items}, one per item, got {dtype} of shape {jnp.shape(mask)}')
+  values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
+  wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
+  mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
+  return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
 
 def _check_labels(logits, labels):

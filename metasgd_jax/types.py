@@ -10,8 +10,9 @@ Every docstring uses these letters:
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import chex
 import jax
@@ -100,6 +101,9 @@ class Model(NamedTuple):
 class Learner(NamedTuple):
   """A few-shot learner as pure functions of one task. Callers batch the functions over tasks with `jax.vmap`.
 
+  Two learners are equal, and share their compiled programs, if one function of `learners` built them from equal
+  arguments; see `equal_by_arguments`.
+
   Attributes:
     init: Function `(key, episode) → meta`, which returns the initial meta-parameters, any pytree; consumes key. Only
       the shapes of the episode are used.
@@ -164,7 +168,6 @@ class TaskDistribution:
     Args:
       keys: Not called; see `TaskStream.prepare`.
     """
-    del keys
     return self
 
   def map_episode(self, change: Callable[[Callable], Callable]) -> 'TaskDistribution':
@@ -231,7 +234,78 @@ def _changed(change, episode, task, key):
 Tasks = TaskDistribution | TaskStream
 
 
-def check_count(name: str, value: int) -> None:
-  """Raises ValueError unless `value` is an integer of at least 1. The message calls the value `name`."""
-  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-    raise ValueError(f'{name} must be an integer of at least 1, got {value!r}')
+def check_count(name: str, value: int, least: int = 1) -> None:
+  """Raises ValueError unless `value` is an integer of at least `least`. The message calls the value `name`."""
+  if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+
+
+_Arguments = ParamSpec('_Arguments')
+_Result = TypeVar('_Result')
+
+
+def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+  """Decorates a builder of functions: equal arguments then give equal functions.
+
+  JAX keeps a compiled program for each object that is a static argument, such as the learner of `train`. A function
+  equals only itself. A learner that is built anew in each round of a loop would therefore be compiled in each round,
+  and all its programs would be kept. The functions of a decorated builder are compared by the arguments that they were
+  built from, so that all rounds share one program. `jax.clear_caches()` frees the programs; nothing else is kept.
+
+  Arguments are compared as pytrees. Numbers of two types, such as 1 and 1.0, are not equal. A function among the
+  arguments equals only itself, unless a decorated builder returned it. Such a function must be pure, as for `jax.jit`:
+  if it reads a global variable, another value of the variable does not make another program. If an argument is not
+  hashable, such as an array, or a module with a list among its fields, the result equals only itself.
+
+  Args:
+    build: Function that returns a function, or a NamedTuple of functions such as a `Learner` or a `Model`.
+
+  Example:
+    >>> first, again = (ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error) for _ in range(2))
+    >>> first == again
+    True
+    >>> adam = ms.types.equal_by_arguments(optax.adam)  # Builders of other libraries can be decorated too.
+    >>> adam(1e-3) == adam(1e-3), adam(1e-3) == adam(1e-2)
+    (True, False)
+  """
+  signature = inspect.signature(build)
+
+  @functools.wraps(build)
+  def built(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Any:
+    result: Any = build(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    leaves, structure = jax.tree.flatten(bound.arguments)
+    key = build, structure, tuple((type(leaf), leaf) for leaf in leaves)
+    try:
+      hash(key)
+    except TypeError:
+      return result
+    if callable(result):
+      return _Built(result, key)
+    return result._make(_Built(part, (i, key)) if callable(part) else part for i, part in enumerate(result))
+
+  return built
+
+
+class _Built:
+  """A function that compares by its key: the builder and the arguments that it was built from."""
+
+  def __init__(self, function: Callable, key: Hashable):
+    functools.update_wrapper(self, function)
+    self.function, self.key, self.hash = function, key, hash(key)
+
+  def __call__(self, *args, **kwargs):
+    return self.function(*args, **kwargs)
+
+  def __eq__(self, other):
+    return isinstance(other, _Built) and self.key == other.key
+
+  def __hash__(self):
+    return self.hash
+
+
+@equal_by_arguments
+def equal_partial(function: Callable, **options: Any) -> Callable:
+  """Returns `functools.partial(function, **options)`. Two results are equal if function and options are equal."""
+  return functools.partial(function, **options)

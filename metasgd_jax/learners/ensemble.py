@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.types import Learner
+from metasgd_jax.types import Learner, equal_by_arguments
 
 
+@equal_by_arguments
 def ensemble(learner: Learner) -> Learner:
   """Builds an ensemble of E members. Each member adapts separately, and the class probabilities are averaged.
 
@@ -32,8 +33,7 @@ def ensemble(learner: Learner) -> Learner:
     return jax.vmap(lambda one: learner.adapt(one, support, key))(meta)
 
   def path(meta, support, key=None):
-    steps_first = jax.vmap(lambda one: learner.path(one, support, key), out_axes=1)
-    return steps_first(meta)
+    return jax.vmap(lambda one: learner.path(one, support, key), out_axes=1)(meta)  # The steps come first.
 
   def predict(adapted, x):
     logits = jax.vmap(lambda one: learner.predict(one, x))(adapted)  # [E, Q, N]

@@ -1,5 +1,6 @@
 """Common parts of the learners, which adapt to the support, predict the query, and are evaluated on the query."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,29 +8,33 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path, check_adjoint
+from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 Metric = Callable[[Any, Any], chex.Array]
 """A loss or a metric, `(outputs, targets) → scalar`."""
 
+Metrics = Mapping[str, Metric] | None
+"""Metrics by their names."""
 
-def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
-  """Returns the metrics as a dict. Raises ValueError if a metric is named 'loss'."""
-  metrics = dict(metrics or {})
-  if 'loss' in metrics:
-    raise ValueError("metrics contain the name 'loss', which info reserves for the value of loss_fn; rename the metric")
-  return metrics
+Init = Callable[[chex.PRNGKey, Episode], PyTree]
+"""Function that returns the initial meta-parameters, `(key, episode) → meta`; consumes key."""
 
+Adapt = Callable[[PyTree, Batch], PyTree]
+"""Function `(meta, support) → adapted`."""
 
-def measure(metrics: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, chex.Array]:
-  """Returns the value of each metric by its name. A learner's `loss` returns these values as info."""
-  return {name: metric(outputs, targets) for name, metric in metrics.items()}
+Predict = Callable[[PyTree, Any], chex.Array]
+"""Function `(adapted, x [Q, …]) → outputs [Q, …]`."""
 
+Objective = Callable[[PyTree, Episode], tuple[chex.Array, Any]]
+"""Function `(meta, episode) → (scalar, outputs)`: the training loss, and the outputs of the query for the metrics."""
 
-def check_way(way: int) -> None:
-  """Raises ValueError unless `way` is an integer of at least 2."""
-  if isinstance(way, bool) or not isinstance(way, int) or way < 2:
-    raise ValueError(f'way must be an integer of at least 2, got {way!r}')
+InnerLoop = tuple[Callable[..., PyTree], Callable[..., PyTree]]
+"""Functions `(θ, rates, support, loss_fn=support loss)` that return θ′, and θ after 0, 1, …, k steps, stacked."""
+
+Start = Callable[[Any], tuple[PyTree, PyTree]]
+"""Function `meta → (θ, rates)`."""
 
 
 class WithStatistics(NamedTuple):
@@ -39,72 +44,84 @@ class WithStatistics(NamedTuple):
   statistics: PyTree
 
 
+class EmbeddedSupport(NamedTuple):
+  """Embedded support: meta-parameters, batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
+
+  meta: Any
+  statistics: PyTree
+  features: chex.Array
+  labels: chex.Array
+
+
 def of_parameters(
-  model: Model,
-  loss_fn: Metric,
-  init: Callable[[chex.PRNGKey, Episode], PyTree],
-  adapt: Callable[[PyTree, Batch], PyTree],
-  path: Callable[[PyTree, Batch], PyTree],
-  *,
-  inductive: bool,
-  metrics: Mapping[str, Metric] | None,
+  model: Model, loss_fn: Metric, init: Init, inner: InnerLoop, *, start: Start = tuple, inductive: bool, **options: Any
 ) -> Learner:
   """Builds a learner whose adapted state is θ′, the parameters of the model, or with `inductive` a `WithStatistics`.
 
   Args:
     model: Network.
-    loss_fn: Loss of the query, `(outputs, targets) → scalar`.
-    init: Function that returns the initial meta-parameters, `(key, episode) → meta`; consumes key.
-    adapt: Function that returns the adapted parameters, `(meta, support) → θ′`.
-    path: Function `(meta, support) → θ` that returns θ after 0, 1, …, k inner steps, stacked: leaves `[k + 1, …]`.
+    loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
+    init: Function that returns the initial meta-parameters; see `Init`.
+    inner: Inner loop, such as that of `inner_loop`.
+    start: Function `meta → (θ, rates)`, from which the inner loop starts. By default these are the two fields of meta.
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
-    metrics: Metrics of the query; see `meta_sgd`.
+    options: Other options of `episodic`.
 
   Raises:
     ValueError: if a metric is named 'loss', or if `inductive` is set and the model has no statistics.
   """
   check_inductive(model, inductive)
+  adapt, path = inner
 
-  def adapt_(meta, support):
-    return finish(adapt(meta, support), support)
-
-  def path_(meta, support, key=None):
-    del key
-    thetas = path(meta, support)
-    return jax.vmap(lambda theta: finish(theta, support))(thetas) if inductive else thetas
+  def support_loss(theta, support: Batch):
+    return loss_fn(model.apply(theta, support.x), support.y)
 
   def finish(theta, support):
     return WithStatistics(theta, support_statistics(model, theta, support.x, inductive)) if inductive else theta
 
+  def adapt_(meta, support):
+    return finish(adapt(*start(meta), support, loss_fn=support_loss), support)
+
+  def path_(meta, support, key=None):
+    del key
+    thetas = path(*start(meta), support, loss_fn=support_loss)
+    return jax.vmap(lambda theta: finish(theta, support))(thetas) if inductive else thetas
+
   def predict(adapted, x):
     return model.apply(adapted.theta, x, adapted.statistics) if inductive else model.apply(adapted, x)
 
-  return episodic(init, adapt_, predict, loss_fn=loss_fn, metrics=metrics)._replace(path=path_)
+  return episodic(init, adapt_, predict, loss_fn=loss_fn, **options)._replace(path=path_)
+
+
+def inner_loop(steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
+  """Returns `adapt` and `adapt_path` with the given options. Raises ValueError if `steps` or `adjoint` is wrong."""
+  check_steps(steps)
+  check_adjoint(adjoint)
+  options['steps'] = steps
+  return functools.partial(adapt, adjoint=adjoint, **options), functools.partial(adapt_path, **options)
 
 
 def episodic(
-  init: Callable[[chex.PRNGKey, Episode], PyTree],
-  adapt: Callable[[PyTree, Batch], PyTree],
-  predict: Callable[[PyTree, Any], chex.Array],
-  *,
-  loss_fn: Metric,
-  metrics: Mapping[str, Metric] | None,
+  init: Init, adapt: Adapt, predict: Predict, *, loss_fn: Metric, metrics: Metrics, objective: Objective | None = None
 ) -> Learner:
   """Builds a learner with deterministic adaptation, whose training loss is `loss_fn` on the query.
 
   The learner's `path` contains a single state, the result of `adapt`: leaves `[1, …]`.
 
   Args:
-    init: Function that returns the initial meta-parameters, `(key, episode) → meta`; consumes key.
-    adapt: Function that returns the adapted state, `(meta, support) → adapted`.
-    predict: Function that predicts the query, `(adapted, x [Q, …]) → outputs [Q, …]`.
+    init: Function that returns the initial meta-parameters; see `Init`.
+    adapt: Function that returns the adapted state; see `Adapt`.
+    predict: Function that predicts the query; see `Predict`.
     loss_fn: Loss of the query, `(outputs, targets) → scalar`.
     metrics: Metrics of the query; see `meta_sgd`.
+    objective: Training loss, if it is not `loss_fn` of the query after adaptation; see `Objective`.
 
   Raises:
     ValueError: if a metric is named 'loss'.
   """
-  metrics = check_metrics(metrics)
+  metrics = dict(metrics or {})
+  if 'loss' in metrics:
+    raise ValueError("metrics contain the name 'loss', which info reserves for the value of loss_fn; rename the metric")
 
   def adapt_(meta, support, key=None):
     del key  # Adaptation is deterministic.
@@ -113,11 +130,21 @@ def episodic(
   def path(meta, support, key=None):
     return jax.tree.map(lambda a: jnp.asarray(a)[None], adapt_(meta, support, key))
 
+  def query_loss(meta, episode):
+    outputs = predict(adapt(meta, episode.support), episode.query.x)
+    return loss_fn(outputs, episode.query.y), outputs
+
   def loss(meta, episode: Episode, key=None):
-    outputs = predict(adapt_(meta, episode.support, key), episode.query.x)
-    return loss_fn(outputs, episode.query.y), measure(metrics, outputs, episode.query.y)
+    del key
+    value, outputs = (objective or query_loss)(meta, episode)
+    return value, measure(metrics, outputs, episode.query.y)
 
   return Learner(init, adapt_, path, predict, loss)
+
+
+def measure(metrics: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, chex.Array]:
+  """Returns the value of each metric by its name. A learner's `loss` returns these values as info."""
+  return {name: metric(outputs, targets) for name, metric in metrics.items()}
 
 
 def support_statistics(model: Model, theta: PyTree, x: Any, inductive: bool) -> PyTree:
@@ -125,23 +152,24 @@ def support_statistics(model: Model, theta: PyTree, x: Any, inductive: bool) -> 
   return model.statistics(theta, x) if inductive and model.statistics else None
 
 
+def embed_support(embedding: Model, meta: Any, support: Batch, inductive: bool) -> EmbeddedSupport:
+  """Returns the embedded support. The parameters of the embedding are `meta.theta`."""
+  statistics = support_statistics(embedding, meta.theta, support.x, inductive)
+  return EmbeddedSupport(meta, statistics, embedding.apply(meta.theta, support.x), support.y)
+
+
 def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
   """Returns the outputs of the model. Batch norm uses `statistics`, or the statistics of x if they are `None`."""
   return model.apply(theta, x) if statistics is None else model.apply(theta, x, statistics)
 
 
-def check_adapts_all(model: Model) -> None:
+def check_all_adapt(model: Model) -> None:
   """Raises ValueError if the model has `adapts`, because the learner cannot adapt only a part of θ."""
   if model.adapts is not None:
-    raise ValueError(
-      'this learner adapts all of theta, got a model with `adapts`; use meta_sgd or maml to adapt a part of theta'
-    )
+    raise ValueError('this learner adapts all of theta, got a model with `adapts`; use meta_sgd or maml for a part')
 
 
 def check_inductive(model: Model, inductive: bool) -> None:
   """Raises ValueError if `inductive` is set and the model has no statistics."""
   if inductive and model.statistics is None:
-    raise ValueError(
-      'inductive=True needs a Model with `statistics`, got statistics=None; build the model with nn.from_linen, '
-      'or leave inductive=False if the network has no batch norm'
-    )
+    raise ValueError('inductive=True needs a Model with `statistics`, got None; use nn.from_linen or inductive=False')

@@ -1,17 +1,13 @@
 """A baseline without meta-learning: joint training on all classes, then gradient descent on the support."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.inner.adaptation import adapt, adapt_path
-from metasgd_jax.inner.loop import check_steps
-from metasgd_jax.learners.episodic import Metric, apply, check_adapts_all, check_way, measure, of_parameters
+from metasgd_jax.learners.episodic import Metrics, apply, check_all_adapt, inner_loop, of_parameters, support_statistics
 from metasgd_jax.losses import cross_entropy
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class JointParams(NamedTuple):
@@ -24,10 +20,11 @@ class JointParams(NamedTuple):
   """
 
   theta: PyTree
-  weights: chex.Array
-  bias: chex.Array
+  weights: jax.Array
+  bias: jax.Array
 
 
+@equal_by_arguments
 def fine_tuning(
   embedding: Model,
   *,
@@ -36,7 +33,7 @@ def fine_tuning(
   alpha: float = 0.1,
   steps: int = 20,
   inductive: bool = False,
-  metrics: Mapping[str, Metric] | None = None,
+  metrics: Metrics = None,
 ) -> Learner:
   """Builds the fine-tuning learner, a baseline without meta-learning.
 
@@ -67,11 +64,9 @@ def fine_tuning(
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_way(way)
-  check_steps(steps)
-  check_adapts_all(embedding)
-  if classes < 2:
-    raise ValueError(f'classes must be at least 2, got {classes}')
+  check_count('way', way, 2)
+  check_count('classes', classes, 2)
+  check_all_adapt(embedding)
 
   def init(key, episode: Episode) -> JointParams:
     theta_key, weights_key = jax.random.split(key)
@@ -83,30 +78,16 @@ def fine_tuning(
   def classify(params: JointParams, x, statistics=None):
     return apply(embedding, params.theta, x, statistics) @ params.weights + params.bias[None]
 
-  def start(meta: JointParams) -> JointParams:
-    return JointParams(meta.theta, jnp.zeros((meta.weights.shape[0], way)), jnp.zeros(way))
+  def statistics(params: JointParams, x):
+    return support_statistics(embedding, params.theta, x, inductive)
 
-  def support_loss(params, support: Batch):
-    return cross_entropy(classify(params, support.x), support.y)
+  def start(meta: JointParams) -> tuple[JointParams, float]:
+    return JointParams(meta.theta, jnp.zeros((meta.weights.shape[0], way)), jnp.zeros(way)), alpha
 
-  def adapt_(meta, support):
-    return adapt(start(meta), alpha, support, loss_fn=support_loss, steps=steps)
-
-  def path(meta, support):
-    return adapt_path(start(meta), alpha, support, loss_fn=support_loss, steps=steps)
-
-  statistics = embedding.statistics
-  model = Model(
-    init=lambda key, x: None,
-    apply=classify,
-    statistics=None if statistics is None else lambda params, x: statistics(params.theta, x),
-  )
-  metrics = dict(metrics or {})
-  learner = of_parameters(model, cross_entropy, init, adapt_, path, inductive=inductive, metrics=metrics)
-
-  def loss(meta: JointParams, episode: Episode, key=None):
-    del key
+  def objective(meta: JointParams, episode: Episode):
     logits = classify(meta, episode.query.x)
-    return cross_entropy(logits, episode.query.y), measure(metrics, logits, episode.query.y)
+    return cross_entropy(logits, episode.query.y), logits
 
-  return learner._replace(loss=loss)
+  model = embedding._replace(apply=classify, statistics=embedding.statistics and statistics)
+  options: dict[str, Any] = dict(start=start, objective=objective, inductive=inductive, metrics=metrics)
+  return of_parameters(model, cross_entropy, init, inner_loop(steps), **options)

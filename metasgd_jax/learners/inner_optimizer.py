@@ -1,6 +1,7 @@
 """Adaptation by any optax optimiser, whose hyper-parameters are meta-learned."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -11,9 +12,9 @@ import numpy as np
 from metasgd_jax.inner.alpha import which_adapt
 from metasgd_jax.inner.loop import adapting_part, check_steps
 from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_path_with_optimizer, adapt_with_optimizer
-from metasgd_jax.learners.episodic import Metric, of_parameters
+from metasgd_jax.learners.episodic import Metric, Metrics, of_parameters
 from metasgd_jax.tree import named, strong
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Episode, Learner, Model, PyTree, equal_by_arguments
 
 
 class WithHyper(NamedTuple):
@@ -34,6 +35,7 @@ class WithHyper(NamedTuple):
   hyper: PyTree
 
 
+@equal_by_arguments
 def inner_optimizer(
   model: Model,
   loss_fn: Metric,
@@ -43,7 +45,7 @@ def inner_optimizer(
   steps: int = 1,
   first_order: bool = False,
   inductive: bool = False,
-  metrics: Mapping[str, Metric] | None = None,
+  metrics: Metrics = None,
 ) -> Learner:
   """Builds a learner that adapts by `adapt_with_optimizer`, with an optax optimiser in place of Meta-SGD's α ∘ ∇L.
 
@@ -83,39 +85,26 @@ def inner_optimizer(
     0.9
   """
   check_steps(steps)
-  inner: dict[str, Any] = dict(optimizer=optimizer, steps=steps, first_order=first_order, adapts=model.adapts)
+  # A module of parameters is callable too, but it has numbers or arrays as leaves.
+  is_function = callable(hyper) and not any(isinstance(leaf, (*_ARRAYS, int, float)) for leaf in jax.tree.leaves(hyper))
 
   def init(key, episode: Episode) -> WithHyper:
     theta_key, hyper_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
     adapting = adapting_part(theta, which_adapt(theta, model.adapts))
-    start = hyper(hyper_key, adapting) if _is_function(hyper) else hyper
+    start = hyper(hyper_key, adapting) if is_function else hyper
     for name, leaf in named(start):
       if not _is_floating(leaf):
-        raise ValueError(
-          f'hyper{name and "." + name} must be floating-point, got {leaf!r}; '
-          'put values that are not learned into the function `optimizer`'
-        )
+        where = f'hyper.{name}' if name else 'hyper'
+        raise ValueError(f'{where} must be floating-point, got {leaf!r}; put what is not learned into `optimizer`')
     return WithHyper(theta, strong(start))
 
-  def support_loss(theta, batch: Batch):
-    return loss_fn(model.apply(theta, batch.x), batch.y)
-
-  def adapt_(meta: WithHyper, support: Batch) -> PyTree:
-    return adapt_with_optimizer(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
-
-  def path(meta: WithHyper, support: Batch) -> PyTree:
-    return adapt_path_with_optimizer(meta.theta, meta.hyper, support, loss_fn=support_loss, **inner)
-
-  return of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)
+  inner: dict[str, Any] = dict(optimizer=optimizer, steps=steps, first_order=first_order, adapts=model.adapts)
+  loop = functools.partial(adapt_with_optimizer, **inner), functools.partial(adapt_path_with_optimizer, **inner)
+  return of_parameters(model, loss_fn, init, loop, inductive=inductive, metrics=metrics)
 
 
 _ARRAYS = jax.Array, np.ndarray, np.generic
-
-
-def _is_function(hyper) -> bool:
-  """Returns whether hyper is a function to call: it is callable, and no pytree leaf of it is a number or an array."""
-  return callable(hyper) and not any(isinstance(leaf, (*_ARRAYS, int, float)) for leaf in jax.tree.leaves(hyper))
 
 
 def _is_floating(leaf) -> bool:

@@ -1,16 +1,16 @@
 """MAML (Finn et al. 2017), which is Meta-SGD with fixed rates α."""
 
-from collections.abc import Mapping
+from typing import Any
 
 import jax
 
 from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.inner.alpha import broadcast_alpha
-from metasgd_jax.learners.episodic import Metric
-from metasgd_jax.learners.meta_sgd import gradient_learner
-from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree
+from metasgd_jax.learners.episodic import Metric, Metrics, inner_loop, of_parameters
+from metasgd_jax.types import Episode, Learner, MetaParams, Model, PyTree, equal_by_arguments
 
 
+@equal_by_arguments
 def maml(
   model: Model,
   loss_fn: Metric,
@@ -20,7 +20,7 @@ def maml(
   first_order: bool = False,
   adjoint: Adjoint = 'reverse',
   inductive: bool = False,
-  metrics: Mapping[str, Metric] | None = None,
+  metrics: Metrics = None,
 ) -> Learner:
   """Builds the MAML learner: θ′ = θ − α ∇L_support(θ), where only θ is learned (Finn et al. 2017, Algorithm 1).
 
@@ -57,14 +57,6 @@ def maml(
     broadcast_alpha(alpha, theta)
     return MetaParams(theta, None)
 
-  return gradient_learner(
-    model,
-    loss_fn,
-    init,
-    lambda meta: alpha,
-    steps=steps,
-    first_order=first_order,
-    adjoint=adjoint,
-    inductive=inductive,
-    metrics=metrics,
-  )
+  inner = inner_loop(steps, adjoint, first_order=first_order, adapts=model.adapts)
+  options: dict[str, Any] = dict(start=lambda meta: (meta.theta, alpha), inductive=inductive, metrics=metrics)
+  return of_parameters(model, loss_fn, init, inner, **options)

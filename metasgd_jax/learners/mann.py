@@ -1,16 +1,15 @@
 """Memory-augmented networks (Santoro et al. 2016), which learn a task by reading its items as a sequence."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+import functools
+from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.learners.episodic import Metric, check_metrics, check_way, measure
+from metasgd_jax.learners.episodic import Metrics, episodic, measure
 from metasgd_jax.losses import cross_entropy
-from metasgd_jax.types import Batch, Episode, Learner, PyTree
+from metasgd_jax.types import Batch, Episode, Learner, PyTree, check_count, equal_by_arguments
 
 
 class Memory(NamedTuple):
@@ -23,13 +22,13 @@ class Memory(NamedTuple):
     read: Vector r `[heads * width]` that the last read returned.
   """
 
-  rows: chex.Array
-  usage: chex.Array
-  weights: chex.Array
-  read: chex.Array
+  rows: jax.Array
+  usage: jax.Array
+  weights: jax.Array
+  read: jax.Array
 
 
-def access(memory: Memory, keys: chex.Array, gates: chex.Array, decay: float = 0.99) -> Memory:
+def access(memory: Memory, keys: jax.Array, gates: jax.Array, decay: float = 0.99) -> Memory:
   """Writes the keys to the slots last read or least used, then reads (Santoro et al. 2016, equations 2 to 8).
 
   For n heads, w_lu is 1 at the n least used slots and 0 elsewhere. One step computes:
@@ -49,20 +48,10 @@ def access(memory: Memory, keys: chex.Array, gates: chex.Array, decay: float = 0
   gates = jax.nn.sigmoid(gates)[:, None]
   write = gates * memory.weights + (1 - gates) * least_used[None]  # [heads, slots]
   rows = memory.rows * (1 - jax.nn.one_hot(least[0], slots))[:, None] + write.T @ keys
-  unit = lambda v: v * jax.lax.rsqrt(jnp.sum(jnp.square(v), -1, keepdims=True) + 1e-8)
-  weights = jax.nn.softmax(unit(keys) @ unit(rows).T)
+  unit_keys, unit_rows = (v * jax.lax.rsqrt(jnp.sum(jnp.square(v), -1, keepdims=True) + 1e-8) for v in (keys, rows))
+  weights = jax.nn.softmax(unit_keys @ unit_rows.T)
   usage = decay * memory.usage + jnp.sum(weights + write, 0)
   return Memory(rows, usage, weights, (weights @ rows).ravel())
-
-
-class SequenceCell(Protocol):
-  """Interface of a network that reads one item at a time. The network is a Linen module."""
-
-  def start(self) -> PyTree:
-    """Returns the state before the first item."""
-
-  def __call__(self, state: PyTree, inputs: chex.Array) -> tuple[PyTree, chex.Array]:
-    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
 
 
 class PlainCell(nn.Module):
@@ -127,13 +116,8 @@ class MemoryCell(nn.Module):
 
   def start(self):
     """Returns the zero state of the controller, and a memory whose entries are 1e-6 and whose usage is zero."""
-    heads, slots = self.heads, self.slots
-    memory = Memory(
-      jnp.full((slots, self.width), 1e-6),
-      jnp.zeros(slots),
-      jnp.zeros((heads, slots)),
-      jnp.zeros(heads * self.width),
-    )
+    rows, weights = jnp.full((self.slots, self.width), 1e-6), jnp.zeros((self.heads, self.slots))
+    memory = Memory(rows, jnp.zeros(self.slots), weights, jnp.zeros(self.heads * self.width))
     return (jnp.zeros(self.units), jnp.zeros(self.units)), memory
 
   @nn.compact
@@ -151,10 +135,11 @@ class Remembered(NamedTuple):
 
   params: PyTree
   state: PyTree
-  label: chex.Array
+  label: jax.Array
 
 
-def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[str, Metric] | None = None) -> Learner:
+@equal_by_arguments
+def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics = None) -> Learner:
   """Builds a learner that reads an episode as a sequence. Each step receives an item and the previous item's label.
 
   `loss` arranges all items of the episode, support and query together, in random order. It returns the mean
@@ -168,7 +153,8 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
 
   Args:
     way: Number N of ways (classes of a task).
-    cell: Linen module with the interface of `SequenceCell`. The default is `MemoryCell(way)`.
+    cell: Linen module that reads one item at a time. `cell.start()` returns the state before the first item, and
+      `cell(state, inputs [D])` returns the next state and logits `[N]`. The default is `MemoryCell(way)`.
     size: Height and width in pixels to which images are scaled; the paper uses 20. With `None` the inputs are not
       scaled.
     metrics: Metrics of all items of the sequence; see `meta_sgd`.
@@ -185,8 +171,8 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_way(way)
-  metrics = check_metrics(metrics)
+  check_count('way', way, 2)
+  measured = dict(metrics or {})
   cell = MemoryCell(way) if cell is None else cell
 
   def flat(x):
@@ -198,28 +184,23 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     inputs = flat(episode.support.x)[0]
     return cell.init(key, cell.start(), jnp.concatenate([inputs, jnp.zeros(way)]))['params']
 
-  def step(params, state, inputs):
-    return cell.apply({'params': params}, state, inputs)
-
   def run(params, x, labels):
     """Returns the state after the last item, and the logits at each item, `[L, N]`."""
     labels = jax.nn.one_hot(labels, way)
     before = jnp.concatenate([jnp.zeros((1, way)), labels[:-1]])
     inputs = jnp.concatenate([flat(x), before], 1)
-    state, logits = jax.lax.scan(lambda s, i: step(params, s, i), cell.start(), inputs)
+    state, logits = jax.lax.scan(functools.partial(cell.apply, {'params': params}), cell.start(), inputs)
     return Remembered(params, state, labels[-1]), logits
 
-  def adapt(meta, support: Batch, key=None) -> Remembered:
-    del key  # Adaptation is deterministic.
+  def adapt(meta, support: Batch) -> Remembered:
     return run(meta, support.x, support.y)[0]
 
-  def path(meta, support: Batch, key=None):
-    del key
-    return jax.tree.map(lambda a: a[None], adapt(meta, support))
-
   def predict(adapted: Remembered, x):
-    ask = lambda item: step(adapted.params, adapted.state, jnp.concatenate([item, adapted.label]))[1]
-    return jax.vmap(ask)(flat(x))
+    def logits(item):
+      inputs = jnp.concatenate([item, adapted.label])
+      return cell.apply({'params': adapted.params}, adapted.state, inputs)[1]
+
+    return jax.vmap(logits)(flat(x))
 
   def loss(meta, episode: Episode, key):
     if key is None:
@@ -228,15 +209,14 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Mapping[
     order = jax.random.permutation(key, y.shape[0])
     x, y = x[order], y[order]
     _, logits = run(meta, x, y)
-    info = measure(metrics, logits, y)
-    per_instance = accuracy_by_instance(logits, y, way)
-    info |= {f'instance_{n + 1}': value for n, value in enumerate(per_instance)}
+    info = measure(measured, logits, y)
+    info |= {f'instance_{n + 1}': value for n, value in enumerate(accuracy_by_instance(logits, y, way))}
     return cross_entropy(logits, y), info
 
-  return Learner(init, adapt, path, predict, loss)
+  return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)._replace(loss=loss)
 
 
-def accuracy_by_instance(logits: chex.Array, labels: chex.Array, way: int) -> chex.Array:
+def accuracy_by_instance(logits: jax.Array, labels: jax.Array, way: int) -> jax.Array:
   """Returns the accuracies `[L / N]`: at the first item of each class, at the second item of each class, and so on.
 
   Args:

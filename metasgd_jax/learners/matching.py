@@ -1,16 +1,14 @@
 """Matching Networks (Vinyals et al. 2016): support labels vote for a query label, weighted by similarity."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.learners.episodic import Metric, apply, check_inductive, check_way, episodic, support_statistics
+from metasgd_jax.learners.episodic import EmbeddedSupport, Metrics, apply, check_inductive, embed_support, episodic
 from metasgd_jax.losses import cross_entropy
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class MatchingParams(NamedTuple):
@@ -24,18 +22,9 @@ class MatchingParams(NamedTuple):
   """
 
   theta: PyTree
-  log_scale: chex.Array
-  support_context: PyTree
-  query_context: PyTree
-
-
-class Support(NamedTuple):
-  """Embedded support: the parameters, the batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
-
-  params: MatchingParams
-  statistics: PyTree
-  features: chex.Array
-  labels: chex.Array
+  log_scale: jax.Array
+  support_context: PyTree = None
+  query_context: PyTree = None
 
 
 class SupportContext(nn.Module):
@@ -78,6 +67,7 @@ class QueryContext(nn.Module):
     return h
 
 
+@equal_by_arguments
 def matching(
   embedding: Model,
   *,
@@ -86,7 +76,7 @@ def matching(
   read_steps: int = 5,
   scale: float = 10.0,
   inductive: bool = False,
-  metrics: Mapping[str, Metric] | None = None,
+  metrics: Metrics = None,
 ) -> Learner:
   """Builds the learner: p(y | x, S) = Σ_i a(x, x_i) y_i, a = softmax_i(s · cos(f(x), g(x_i))) (Vinyals et al., eq. 1).
 
@@ -116,35 +106,31 @@ def matching(
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_way(way)
+  check_count('way', way, 2)
+  check_count('read_steps', read_steps)
   check_inductive(embedding, inductive)
-  if read_steps < 1:
-    raise ValueError(f'read_steps must be at least 1, got {read_steps}')
   if not scale > 0:
     raise ValueError(f'scale must be above 0, got {scale}')
-  query_context = QueryContext(read_steps)
+  support_context, query_context = SupportContext(), QueryContext(read_steps)
 
   def init(key, episode: Episode) -> MatchingParams:
     theta_key, support_key, query_key = jax.random.split(key, 3)
-    theta = embedding.init(theta_key, episode.support.x)
-    contexts = None, None
-    if full_context:
-      features = embedding.apply(theta, episode.support.x)
-      contexts = (
-        SupportContext().init(support_key, features)['params'],
-        query_context.init(query_key, features, features)['params'],
-      )
-    return MatchingParams(theta, jnp.log(jnp.float32(scale)), *contexts)
+    meta = MatchingParams(embedding.init(theta_key, episode.support.x), jnp.log(jnp.float32(scale)))
+    if not full_context:
+      return meta
+    features = embedding.apply(meta.theta, episode.support.x)
+    of_support = support_context.init(support_key, features)['params']
+    of_query = query_context.init(query_key, features, features)['params']
+    return meta._replace(support_context=of_support, query_context=of_query)
 
-  def adapt(meta: MatchingParams, support: Batch) -> Support:
-    statistics = support_statistics(embedding, meta.theta, support.x, inductive)
-    features = embedding.apply(meta.theta, support.x)
-    if full_context:
-      features = SupportContext().apply({'params': meta.support_context}, features)
-    return Support(meta, statistics, features, support.y)
+  def adapt(meta: MatchingParams, support: Batch) -> EmbeddedSupport:
+    embedded = embed_support(embedding, meta, support, inductive)
+    if not full_context:
+      return embedded
+    return embedded._replace(features=support_context.apply({'params': meta.support_context}, embedded.features))
 
-  def predict(adapted: Support, x: Any):
-    meta = adapted.params
+  def predict(adapted: EmbeddedSupport, x: Any):
+    meta = adapted.meta
     features = apply(embedding, meta.theta, x, adapted.statistics)
     if full_context:
       features = query_context.apply({'params': meta.query_context}, features, adapted.features)
@@ -154,13 +140,14 @@ def matching(
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)
 
 
-def cosine(a: chex.Array, b: chex.Array, epsilon: float = 1e-12) -> chex.Array:
+def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
   """Returns the cosines `[Q, S]` between the rows of a `[Q, D]` and the rows of b `[S, D]`; 0 if a row is zero."""
-  unit = lambda v: v * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(v), -1, keepdims=True), epsilon))
-  return unit(a) @ unit(b).T
+  # Each row is scaled to length 1.
+  a, b = (v * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(v), -1, keepdims=True), epsilon)) for v in (a, b))
+  return a @ b.T
 
 
-def by_class(values: chex.Array, labels: chex.Array, way: int, reduce) -> chex.Array:
+def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
   """Applies `reduce` to each class's columns: values `[Q, S]`, labels `[S]` → `[Q, N]`; −∞ for a class without any."""
   mine = labels[None] == jnp.arange(way)[:, None]  # [N, S]
   return reduce(jnp.where(mine[None], values[:, None], -jnp.inf), -1)

@@ -1,17 +1,15 @@
 """The LSTM meta-learner (Ravi and Larochelle 2017), whose inner update has gates that an LSTM computes."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from metasgd_jax.inner.loop import check_steps
-from metasgd_jax.learners.episodic import Metric, check_adapts_all, of_parameters
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.inner.loop import LossFn, check_steps
+from metasgd_jax.learners.episodic import Metric, Metrics, check_all_adapt, of_parameters
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, equal_by_arguments
 
 
 class MetaLstmParams(NamedTuple):
@@ -26,7 +24,7 @@ class MetaLstmParams(NamedTuple):
   optimizer: PyTree
 
 
-def preprocess(x: chex.Array, p: float = 10.0) -> chex.Array:
+def preprocess(x: jax.Array, p: float = 10.0) -> jax.Array:
   """Maps each entry to two numbers of moderate size: `[…]` → `[…, 2]` (Ravi and Larochelle, section 3.2).
 
   The two numbers are `(log|x| / p, sgn x)` if `|x| ≥ e^−p`, and `(−1, e^p x)` otherwise.
@@ -63,25 +61,16 @@ class Gates(nn.Module):
     lstm, h = nn.OptimizedLSTMCell(self.units)(lstm, inputs)
 
     def gate(name, before, low, high):
-      weights = self.param(f'{name}_weights', _uniform(-0.01, 0.01), (self.units + 2,))
-      bias = self.param(f'{name}_bias', _uniform(low, high), ())
+      weights = self.param(f'{name}_weights', jax.random.uniform, (self.units + 2,), float, -0.01, 0.01)
+      bias = self.param(f'{name}_bias', jax.random.uniform, (), float, low, high)
       return jax.nn.sigmoid(h @ weights[:-2] + weights[-2] * theta + weights[-1] * before + bias)
 
     return lstm, gate('forget', f, 4.0, 6.0), gate('input', i, -5.0, -4.0)
 
 
-def _uniform(low, high):
-  return lambda key, shape: jax.random.uniform(key, shape, minval=low, maxval=high)
-
-
+@equal_by_arguments
 def meta_lstm(
-  model: Model,
-  loss_fn: Metric,
-  *,
-  steps: int = 12,
-  units: int = 20,
-  inductive: bool = False,
-  metrics: Mapping[str, Metric] | None = None,
+  model: Model, loss_fn: Metric, *, steps: int = 12, units: int = 20, inductive: bool = False, metrics: Metrics = None
 ) -> Learner:
   """Builds the learner: θ ← f ∘ θ − i ∘ ∇L_support(θ), repeated `steps` times, with gates from an LSTM (section 3.1).
 
@@ -111,7 +100,7 @@ def meta_lstm(
     (4, 3)
   """
   check_steps(steps)
-  check_adapts_all(model)
+  check_all_adapt(model)
   gates = Gates(units)
 
   def init(key, episode: Episode) -> MetaLstmParams:
@@ -120,29 +109,23 @@ def meta_lstm(
     some = jnp.zeros(2)
     return MetaLstmParams(theta, gates.init(gates_key, gates.start(2), some, jnp.zeros(()), some)['params'])
 
-  def states(meta: MetaLstmParams, support: Batch):
-    """Returns the flattened θ after 0, 1, …, k steps, `[k + 1, P]`, and the function that undoes the flattening."""
-    flat, unravel = ravel_pytree(meta.theta)
+  def path(theta: PyTree, optimizer: PyTree, support: Batch, loss_fn: LossFn) -> PyTree:
+    flat, unravel = ravel_pytree(theta)
+    value_and_grad = jax.value_and_grad(lambda flat: loss_fn(unravel(flat), support))
 
     @jax.checkpoint
     def step(carry, _):
       theta, state = carry
-      seen = jax.lax.stop_gradient(theta)
-      loss, grad = jax.value_and_grad(lambda t: loss_fn(model.apply(unravel(t), support.x), support.y))(seen)
-      state = gates.apply({'params': meta.optimizer}, state, theta, loss, grad)
+      loss, grad = value_and_grad(jax.lax.stop_gradient(theta))
+      state = gates.apply({'params': optimizer}, state, theta, loss, grad)
       _, f, i = state  # type: ignore[misc]
       theta = f * theta - i * grad
       return (theta, state), theta
 
     _, later = jax.lax.scan(step, (flat, gates.start(flat.size)), length=int(steps))
-    return jnp.concatenate([flat[None], later]), unravel
+    return jax.vmap(unravel)(jnp.concatenate([flat[None], later]))
 
-  def adapt(meta, support):
-    thetas, unravel = states(meta, support)
-    return unravel(thetas[-1])
+  def adapt(theta: PyTree, optimizer: PyTree, support: Batch, loss_fn: LossFn) -> PyTree:
+    return jax.tree.map(lambda thetas: thetas[-1], path(theta, optimizer, support, loss_fn))
 
-  def path(meta, support):
-    thetas, unravel = states(meta, support)
-    return jax.vmap(unravel)(thetas)
-
-  return of_parameters(model, loss_fn, init, adapt, path, inductive=inductive, metrics=metrics)
+  return of_parameters(model, loss_fn, init, (adapt, path), inductive=inductive, metrics=metrics)

@@ -1,20 +1,19 @@
 """Meta-SGD (Li et al. 2017), which learns both the initialisation θ and the rates α."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path, check_adjoint
+from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.inner.alpha import Per, check_alpha_range, init_alpha
-from metasgd_jax.inner.loop import check_steps
-from metasgd_jax.learners.episodic import Metric, measure, of_parameters
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams, Model, PyTree
+from metasgd_jax.learners.episodic import Metric, Metrics, inner_loop, measure, of_parameters
+from metasgd_jax.types import Episode, Learner, MetaParams, Model, equal_by_arguments
 
 
+@equal_by_arguments
 def meta_sgd(
   model: Model,
   loss_fn: Metric,
@@ -27,7 +26,7 @@ def meta_sgd(
   alpha_per: Per = 'entry',
   alpha_by_step: bool = False,
   step_weights: Sequence[float] | None = None,
-  metrics: Mapping[str, Metric] | None = None,
+  metrics: Metrics = None,
 ) -> Learner:
   """Builds the Meta-SGD learner (Li et al. 2017, Algorithm 1).
 
@@ -77,88 +76,29 @@ def meta_sgd(
   check_alpha_range(low, high)
   if alpha_per not in get_args(Per):
     raise ValueError(f'alpha_per must be one of {get_args(Per)}, got {alpha_per!r}')
+  start: dict[str, Any] = dict(low=low, high=high, per=alpha_per, steps=steps if alpha_by_step else None)
+  inner = inner_loop(steps, adjoint, first_order=first_order, alpha_by_step=alpha_by_step, adapts=model.adapts)
 
   def init(key, episode: Episode) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    start: dict[str, Any] = dict(low=low, high=high, per=alpha_per, steps=steps if alpha_by_step else None)
     return MetaParams(theta, init_alpha(alpha_key, theta, adapts=model.adapts, **start))
 
-  return gradient_learner(
-    model,
-    loss_fn,
-    init,
-    lambda meta: meta.alpha,
-    steps=steps,
-    first_order=first_order,
-    adjoint=adjoint,
-    inductive=inductive,
-    alpha_by_step=alpha_by_step,
-    step_weights=step_weights,
-    metrics=metrics,
-  )
+  learner = of_parameters(model, loss_fn, init, inner, inductive=inductive, metrics=metrics)
+  return learner if step_weights is None else _multi_step(learner, loss_fn, steps, step_weights, metrics)
 
 
-def gradient_learner(
-  model: Model,
-  loss_fn: Metric,
-  init: Callable[[chex.PRNGKey, Episode], MetaParams],
-  alpha_of: Callable[[MetaParams], PyTree],
-  *,
-  steps: int,
-  first_order: bool,
-  adjoint: Adjoint,
-  inductive: bool,
-  alpha_by_step: bool = False,
-  step_weights: Sequence[float] | None = None,
-  metrics: Mapping[str, Metric] | None,
-) -> Learner:
-  """Builds a learner that adapts by `adapt`. Both `meta_sgd` and `maml` use it, with α from different sources.
-
-  Args:
-    model: Network.
-    loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
-    init: Function that returns the initial meta-parameters, `(key, episode) → MetaParams`; consumes key.
-    alpha_of: Function that returns the rates, `meta → α`.
-    steps: Number of inner steps.
-    first_order: Whether second derivatives are dropped.
-    adjoint: How the outer gradient goes back through the inner steps; see `Adjoint`.
-    inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
-    alpha_by_step: Whether each inner step has its own rates.
-    step_weights: Weights of the query losses after each inner step; see `meta_sgd`.
-    metrics: Metrics of the query; see `meta_sgd`.
-
-  Raises:
-    ValueError: if `steps` is not a count, if `adjoint` is unknown, or if `step_weights` is not one finite number per
-      step. The errors of `of_parameters` are raised too.
-  """
-  check_steps(steps)
-  check_adjoint(adjoint)
-  if step_weights is not None and not (
-    np.shape(step_weights) == (steps,) and steps and np.all(np.isfinite(step_weights))
-  ):
-    raise ValueError(f'step_weights must be {steps} finite numbers, one per inner step, got {step_weights!r}')
-  inner: dict[str, Any] = dict(steps=steps, first_order=first_order, alpha_by_step=alpha_by_step, adapts=model.adapts)
-
-  def support_loss(theta, batch: Batch):
-    return loss_fn(model.apply(theta, batch.x), batch.y)
-
-  def adapt_(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt(meta.theta, alpha_of(meta), support, loss_fn=support_loss, adjoint=adjoint, **inner)
-
-  def path(meta: MetaParams, support: Batch) -> PyTree:
-    return adapt_path(meta.theta, alpha_of(meta), support, loss_fn=support_loss, **inner)
-
-  metrics = dict(metrics or {})
-  learner = of_parameters(model, loss_fn, init, adapt_, path, inductive=inductive, metrics=metrics)
-  if step_weights is None:
-    return learner
+def _multi_step(learner: Learner, loss_fn: Metric, steps: int, weights: Sequence[float], metrics: Metrics) -> Learner:
+  """Returns the learner with the loss Σ_t w_t L_query(θ_t), and the metrics of the last step."""
+  if np.shape(weights) != (steps,) or not steps or not np.all(np.isfinite(weights)):
+    raise ValueError(f'step_weights must be {steps} finite numbers, one per inner step, got {weights!r}')
+  measured = dict(metrics or {})
 
   def loss(meta: MetaParams, episode: Episode, key=None):
     later = jax.tree.map(lambda a: a[1:], learner.path(meta, episode.support, key))
     outputs = jax.lax.map(lambda adapted: learner.predict(adapted, episode.query.x), later)
     losses = jax.vmap(loss_fn, (0, None))(outputs, episode.query.y)
-    info = measure(metrics, outputs[-1], episode.query.y)
-    return jnp.dot(jnp.asarray(step_weights, losses.dtype), losses), info
+    info = measure(measured, outputs[-1], episode.query.y)
+    return jnp.dot(jnp.asarray(weights, losses.dtype), losses), info
 
   return learner._replace(loss=loss)

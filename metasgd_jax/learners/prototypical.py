@@ -1,15 +1,13 @@
 """Prototypical Networks (Snell et al. 2017), which assign a query item to the class with the nearest mean embedding."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.learners.episodic import Metric, apply, check_inductive, check_way, episodic, support_statistics
+from metasgd_jax.learners.episodic import Metrics, apply, check_inductive, episodic, support_statistics
 from metasgd_jax.losses import cross_entropy
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class Prototypes(NamedTuple):
@@ -23,12 +21,11 @@ class Prototypes(NamedTuple):
 
   theta: PyTree
   statistics: PyTree
-  means: chex.Array
+  means: jax.Array
 
 
-def prototypical(
-  embedding: Model, *, way: int, inductive: bool = False, metrics: Mapping[str, Metric] | None = None
-) -> Learner:
+@equal_by_arguments
+def prototypical(embedding: Model, *, way: int, inductive: bool = False, metrics: Metrics = None) -> Learner:
   """Builds the learner: logits_n = −‖f(x) − c_n‖² (Snell et al. 2017, equations 1 and 2).
 
   The prototype c_n is the mean of the embedding f over the support items of class n. The loss is the cross-entropy of
@@ -52,7 +49,7 @@ def prototypical(
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_way(way)
+  check_count('way', way, 2)
   check_inductive(embedding, inductive)
 
   def init(key, episode: Episode) -> PyTree:

@@ -1,26 +1,15 @@
 """Siamese networks (Koch et al. 2015), which give a query item the label of the most similar support item."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from metasgd_jax.learners.episodic import (
-  Metric,
-  apply,
-  check_inductive,
-  check_metrics,
-  check_way,
-  episodic,
-  measure,
-  support_statistics,
-)
+from metasgd_jax.learners.episodic import EmbeddedSupport, Metrics, apply, check_inductive, embed_support, episodic
 from metasgd_jax.learners.matching import by_class
 from metasgd_jax.losses import cross_entropy
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class SiameseParams(NamedTuple):
@@ -33,22 +22,12 @@ class SiameseParams(NamedTuple):
   """
 
   theta: PyTree
-  weights: chex.Array
-  bias: chex.Array
+  weights: jax.Array
+  bias: jax.Array
 
 
-class Twins(NamedTuple):
-  """Embedded support: the parameters, the batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
-
-  params: SiameseParams
-  statistics: PyTree
-  features: chex.Array
-  labels: chex.Array
-
-
-def siamese(
-  embedding: Model, *, way: int, inductive: bool = False, metrics: Mapping[str, Metric] | None = None
-) -> Learner:
+@equal_by_arguments
+def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Metrics = None) -> Learner:
   """Builds the learner: `p(same | x, x′) = σ(Σ_j w_j |f(x)_j − f(x′)_j| + b)` (Koch et al. 2015, section 3.1).
 
   The loss is the binary cross-entropy over all pairs of a query item and a support item of the episode. The pairs of
@@ -75,9 +54,8 @@ def siamese(
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_way(way)
+  check_count('way', way, 2)
   check_inductive(embedding, inductive)
-  metrics = check_metrics(metrics)
 
   def init(key, episode: Episode) -> SiameseParams:
     theta = embedding.init(key, episode.support.x)
@@ -85,33 +63,27 @@ def siamese(
     # Negative weights, so that distant pairs are dissimilar from the start; this initialisation is not the paper's.
     return SiameseParams(theta, jnp.full(units, -(units**-0.5)), jnp.zeros(()))
 
-  def adapt(meta: SiameseParams, support: Batch) -> Twins:
-    statistics = support_statistics(embedding, meta.theta, support.x, inductive)
-    return Twins(meta, statistics, embedding.apply(meta.theta, support.x), support.y)
+  def adapt(meta: SiameseParams, support: Batch) -> EmbeddedSupport:
+    return embed_support(embedding, meta, support, inductive)
 
-  def similarities(adapted: Twins, x: Any):
-    theta, weights, bias = adapted.params
+  def similarities(adapted: EmbeddedSupport, x: Any):
+    theta, weights, bias = adapted.meta
     features = apply(embedding, theta, x, adapted.statistics)
     return jnp.abs(features[:, None] - adapted.features[None]) @ weights + bias  # [Q, S]
 
-  def nearest(similar, labels):
-    return by_class(similar, labels, way, jnp.max)
+  def predict(adapted: EmbeddedSupport, x: Any):
+    return by_class(similarities(adapted, x), adapted.labels, way, jnp.max)
 
-  def predict(adapted: Twins, x: Any):
-    return nearest(similarities(adapted, x), adapted.labels)
-
-  def loss(meta: SiameseParams, episode: Episode, key=None):
-    del key
+  def objective(meta: SiameseParams, episode: Episode):
     adapted = adapt(meta, episode.support)
     similar = similarities(adapted, episode.query.x)
-    outputs = nearest(similar, adapted.labels)
-    info = measure(metrics, outputs, episode.query.y)
-    return pair_loss(similar, episode.query.y[:, None] == adapted.labels[None]), info
+    same = episode.query.y[:, None] == adapted.labels[None]
+    return pair_loss(similar, same), by_class(similar, adapted.labels, way, jnp.max)
 
-  return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)._replace(loss=loss)
+  return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics, objective=objective)
 
 
-def pair_loss(logits: chex.Array, same: chex.Array) -> chex.Array:
+def pair_loss(logits: jax.Array, same: jax.Array) -> jax.Array:
   """Returns ½ (mean over pairs of one class + mean over pairs of two classes) of the binary cross-entropy, in nats.
 
   Args:
@@ -119,5 +91,8 @@ def pair_loss(logits: chex.Array, same: chex.Array) -> chex.Array:
     same: Whether a pair is of one class, bool `[Q, S]`.
   """
   losses = optax.losses.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))
-  mean = lambda chosen: jnp.sum(jnp.where(chosen, losses, 0)) / jnp.maximum(jnp.sum(chosen), 1)
+
+  def mean(chosen):
+    return jnp.sum(jnp.where(chosen, losses, 0)) / jnp.maximum(jnp.sum(chosen), 1)
+
   return (mean(same) + mean(~same)) / 2

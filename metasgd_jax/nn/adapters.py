@@ -1,4 +1,4 @@
-"""Functions that return a `Model` of a flax NNX module or of an Equinox module.
+"""Functions that return a `Model` of a module of flax Linen, flax NNX or Equinox.
 
 Haiku needs no such function: `ms.Model(*hk.without_apply_rng(hk.transform(f)))` is a `Model`. The page
 docs/composition.md shows how to use modules that have state besides their parameters.
@@ -8,11 +8,43 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.types import Model
+from metasgd_jax.types import Model, equal_by_arguments
+
+
+@equal_by_arguments
+def from_linen(module: nn.Module) -> Model:
+  """Returns a `Model` of a Linen module whose only variables are parameters.
+
+  θ is the 'params' collection of the module. `Model.statistics` returns the collection 'statistics', which the layers
+  `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives that collection, these layers normalise by it.
+
+  Raises (from `init`):
+    ValueError: if the module has other collections, such as running averages.
+
+  Example:
+    >>> model = ms.nn.from_linen(ms.nn.MLP())
+    >>> list(model.init(jax.random.key(0), jnp.zeros((1, 1))))
+    ['Dense_0', 'Dense_1', 'Dense_2']
+  """
+
+  def init(key, x):
+    variables = module.init(key, jax.tree.map(jnp.asarray, x))
+    if others := sorted(set(variables) - {'params'}):
+      raise _not_pure(module, f"the collections {others} besides 'params'")
+    return variables['params']
+
+  def apply(theta, x, statistics=None):
+    return module.apply({'params': theta, 'statistics': statistics or {}}, x)
+
+  def statistics(theta, x):
+    return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
+
+  return Model(init, apply, statistics)
 
 
 def from_nnx(build: Callable[[Any], Any]) -> Model:
@@ -50,20 +82,14 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
     _check_returned(module, nnx.Module, 'nnx.Module')
     for path, node in nnx.iter_graph(module):
       if any(map(_is_array, jax.tree.leaves(node, is_leaf=lambda n: isinstance(n, nnx.Variable | nnx.Pytree)))):
-        raise ValueError(
-          f'{type(module).__name__}.{".".join(map(str, path))} is an array, but not an nnx.Variable; '
-          'wrap it in nnx.Variable, or close over it'
-        )
+        name = '.'.join([type(module).__name__, *map(str, path)])
+        raise ValueError(f'{name} is an array, but not an nnx.Variable; wrap it in nnx.Variable, or close over it')
     return module
 
   abstract = nnx.eval_shape(lambda: checked(build(nnx.Rngs(0))))
   graphdef, rest = nnx.graphdef(abstract), nnx.state(abstract, nnx.Not(nnx.Param))
-  others = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)})
-  if others:
-    raise ValueError(
-      f'{type(abstract).__name__} has variables of the types {others} besides nnx.Param, but a Model is a pure '
-      'function of its parameters; docs/composition.md shows how to use batch norm and dropout'
-    )
+  if others := sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)}):
+    raise _not_pure(abstract, f'variables of the types {others} besides nnx.Param')
   _check_floating(type(abstract).__name__, jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
   def init(key: chex.PRNGKey, x: Any):
@@ -107,52 +133,53 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   given: Any = build
   holds_arrays = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
   _check_function(build, 'key → eqx.Module', 'key', holds_arrays)
-  statics: list[Any] = []
+  module = eqx.filter_eval_shape(build, jax.random.key(0))  # Its JAX arrays are abstract.
+  _check_returned(module, eqx.Module, 'eqx.Module')
+  leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, eqx.nn.StateIndex))
+  if any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
+    raise _not_pure(module, 'state (eqx.nn.StateIndex)')
+  name, parameters = type(module).__name__, jax.tree.leaves(eqx.filter(module, _is_parameter))
+  _check_floating(name, parameters)
+  if not parameters:
+    raise ValueError(f'{name} has no parameters, that is, no floating-point JAX arrays; convert them with jnp.asarray')
 
-  def arrays(key):
-    """Returns the JAX arrays of the module, and appends the rest of the module to `statics`.
+  @jax.jit  # The compiler removes the parameters, so that none is created.
+  def constants_of(key):
+    return eqx.filter(build(key), _is_constant)
 
-    Inside `eval_shape` the arrays are abstract, while the rest of the module is concrete.
-    """
-    module = build(key)
-    _check_returned(module, eqx.Module, 'eqx.Module')
-    if any(is_state(leaf) for leaf in jax.tree.leaves(module, is_leaf=is_state)):
-      raise ValueError(
-        f'{type(module).__name__} has state (eqx.nn.StateIndex), but a Model is a pure function of its parameters; '
-        'docs/composition.md shows how to use such a module without from_equinox'
-      )
-    of_jax, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.Array))
-    statics.append(static)
-    return of_jax
-
-  is_state = lambda leaf: isinstance(leaf, eqx.nn.StateIndex)
-  shapes, name = jax.eval_shape(arrays, jax.random.key(0)), type(statics[0]).__name__
-  is_constant = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.bool_) or jnp.issubdtype(leaf.dtype, jnp.integer)
-  constants, parameters = eqx.partition(shapes, is_constant)
-  _check_floating(name, jax.tree.leaves(parameters))
-  if not jax.tree.leaves(parameters):
-    raise ValueError(
-      f'{name} has no parameters, that is, no floating-point JAX arrays; convert NumPy arrays with jnp.asarray'
-    )
-  if jax.tree.leaves(constants):
-    # The function is compiled, because the compiler removes the parameters and so creates none.
-    constants_of = jax.jit(lambda key: eqx.filter(arrays(key), is_constant))
+  static = eqx.filter(module, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+  if any(map(_is_constant, leaves)):
     constants, others = (constants_of(jax.random.key(seed)) for seed in (0, 1))
     if not all(map(np.array_equal, jax.tree.leaves(constants), jax.tree.leaves(others))):
-      raise ValueError(
-        f'{name} has arrays of integers or Booleans that depend on the key; create them outside of `build`'
-      )
-  static = eqx.combine(constants, statics[0])
+      raise ValueError(f'{name} has arrays of integers or Booleans that depend on the key; create them outside `build`')
+    static = eqx.combine(constants, static)
 
   def init(key: chex.PRNGKey, x: Any):
     del x  # The parameter shapes of an Equinox module do not depend on the input.
-    return eqx.filter(build(key), lambda leaf: isinstance(leaf, jax.Array) and not is_constant(leaf))
+    return eqx.filter(build(key), _is_parameter)
 
   return Model(init, lambda theta, x: jax.vmap(eqx.combine(theta, static))(x))
 
 
 def _is_array(leaf) -> bool:
   return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def _is_constant(leaf) -> bool:
+  """Returns whether a leaf is a JAX array of integers or Booleans, which may be abstract."""
+  is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+  return is_jax and (jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_))
+
+
+def _is_parameter(leaf) -> bool:
+  """Returns whether a leaf is any other JAX array, which may be abstract."""
+  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not _is_constant(leaf)
+
+
+def _not_pure(module, what: str) -> ValueError:
+  """Returns the error for a module that has something besides its parameters."""
+  has = f'{type(module).__name__} has {what}'
+  return ValueError(f'{has}, but a Model is a pure function of its parameters; see docs/composition.md')
 
 
 def _check_function(build, kind: str, argument: str, is_module: bool) -> None:
@@ -166,9 +193,6 @@ def _check_returned(module, kind: type, name: str) -> None:
 
 
 def _check_floating(name: str, leaves) -> None:
-  wrong = sorted({str(leaf.dtype) for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating)})
-  if wrong:
-    raise ValueError(
-      f'{name} has parameters of dtype {", ".join(wrong)}, which cannot be learned; make them floating-point, and '
-      'split each complex parameter into two real arrays'
-    )
+  if wrong := sorted({str(leaf.dtype) for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating)}):
+    has = f'{name} has parameters of dtype {", ".join(wrong)}, which cannot be learned'
+    raise ValueError(f'{has}; make them floating-point, and split a complex parameter into two real arrays')

@@ -88,17 +88,15 @@ def _dilated(n, dilation):
 # x [T, B, H, W, D], kernel [T, h, w, D, F], y [T, B, H', W', F].
 
 
-def _conv_shape(x, kernel, *, window, precision):
-  del precision
+def _conv_shape(x, kernel, *, window, **_):
   return x.update(shape=(*x.shape[:2], *window.outputs(x.shape[2:4], kernel.shape[1:3]), kernel.shape[-1]))
 
 
-def _kernel_gradient_shape(x, y, *, window, size, precision):
-  del window, precision
+def _gradient_shape(x, y, *, size, **_):
   return x.update(shape=(x.shape[0], *size, x.shape[-1], y.shape[-1]))
 
 
-def _input_gradient(y, kernel, x, window, precision):
+def _conv_to_x(y, x, kernel, *, window, precision):
   """Returns the convolution of ȳ with the kernel rotated by 180 degrees, which has the height and width of x."""
   padding = []
   sizes = zip(x.aval.shape[2:4], kernel.shape[1:3], y.shape[2:4], *window, strict=True)
@@ -110,22 +108,15 @@ def _input_gradient(y, kernel, x, window, precision):
   return conv_p.bind(y, turned, window=back, precision=precision)
 
 
-def _conv_to_x(y, x, kernel, *, window, precision):
-  return _input_gradient(y, kernel, x, window, precision)
-
-
 def _conv_to_kernel(y, x, kernel, *, window, precision):
-  size = kernel.aval.shape[1:3]
-  return kernel_gradient_p.bind(x, y, window=window, size=size, precision=precision)
+  return kernel_gradient_p.bind(x, y, window=window, size=kernel.aval.shape[1:3], precision=precision)
 
 
-def _kernel_gradient_to_x(kernel, x, y, *, window, size, precision):
-  del size
-  return _input_gradient(y, kernel, x, window, precision)
+def _gradient_to_x(kernel, x, y, *, window, precision, **_):
+  return _conv_to_x(y, x, kernel, window=window, precision=precision)
 
 
-def _kernel_gradient_to_y(kernel, x, y, *, window, size, precision):
-  del y, size
+def _gradient_to_y(kernel, x, _y, *, window, precision, **_):
   return conv_p.bind(x, kernel, window=window, precision=precision)
 
 
@@ -153,12 +144,9 @@ def _sums(x):
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _lax_conv(x, kernel, window, precision):
+def _lax_conv(x, kernel, window: Window, precision):
   """Returns the convolution of one task, in float32 or a wider type."""
-  return lax.conv_general_dilated(
-    x, kernel, window.strides, window.padding, window.x_dilation, window.kernel_dilation, LAYOUT,
-    precision=precision, preferred_element_type=_sums(x),
-  )  # fmt: skip
+  return lax.conv_general_dilated(x, kernel, *window, LAYOUT, precision=precision, preferred_element_type=_sums(x))
 
 
 def _lax_kernel_gradient(x, y, window, size, precision):
@@ -187,10 +175,9 @@ def _kernel_gradient_by_one_product(x, y, window, size, precision):
 
 def _kernel_gradient_in_parts(x, y, window, size, precision):
   gradient = functools.partial(_lax_kernel_gradient, window=window, size=size, precision=precision)
-  images = x.shape[0]
-  if not _more_than(images, IMAGES_AT_ONCE):
+  if not _more_than(x.shape[0], IMAGES_AT_ONCE):
     return gradient(x, y)
-  rest = -images % IMAGES_AT_ONCE  # Number of images of zeros to append; they do not change the sum.
+  rest = -x.shape[0] % IMAGES_AT_ONCE  # Number of images of zeros to append; they do not change the sum.
   parts = [jnp.pad(a, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(-1, IMAGES_AT_ONCE, *a.shape[1:]) for a in (x, y)]
   total = jnp.zeros((*size, x.shape[-1], y.shape[-1]), _sums(x))
   return lax.scan(lambda total, part: (total + gradient(*part), None), total, tuple(parts))[0]
@@ -201,10 +188,11 @@ def _over_tasks(form, *operands):
 
   A single task is computed without a loop.
   """
-  rounded = lambda task: form(*task).astype(operands[0].dtype)
-  if operands[0].shape[0] == 1:
-    return rounded([a[0] for a in operands])[None]
-  return lax.map(rounded, operands)
+
+  def rounded(task):
+    return form(*task).astype(operands[0].dtype)
+
+  return rounded([a[0] for a in operands])[None] if operands[0].shape[0] == 1 else lax.map(rounded, operands)
 
 
 def _conv_on_cpu(x, kernel, *, window, precision):
@@ -276,29 +264,32 @@ def _kernel_gradient_by_patches(x, y, *, window, size, precision):
   return out.astype(x.dtype).reshape(tasks, *size, x.shape[-1], features)
 
 
-def _primitive(name, shape, to_first, to_second, on_cpu, elsewhere):
+def _primitive(name, shape, to_first, to_second):
+  """Returns a bilinear primitive, given its output shape and the rules for the derivatives by its two operands."""
   primitive = Primitive(name)
   primitive.def_abstract_eval(shape)
+  ad.defbilinear(primitive, to_first, to_second)
+  batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+  return primitive
 
-  @functools.partial(jax.jit, static_argnums=2)
-  def compiled(first, second, options):
-    return primitive.bind(first, second, **dict(options))
+
+def _compute(primitive, on_cpu, elsewhere):
+  """Sets the algorithms of a primitive for a CPU and for other platforms, inside of jit and outside."""
+  mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
+  mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
+
+  @functools.partial(jax.jit, static_argnames=('window', 'size', 'precision'))
+  def compiled(first, second, **options):
+    return primitive.bind(first, second, **options)
 
   @primitive.def_impl
   def run(first, second, **options):
     if getattr(jax.config, 'jax_disable_jit'):  # noqa: B009
       return (on_cpu if jax.default_backend() == 'cpu' else elsewhere)(first, second, **options)
-    return compiled(first, second, tuple(sorted(options.items())))
-
-  ad.defbilinear(primitive, to_first, to_second)
-  batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-  mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
-  mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
-  return primitive
+    return compiled(first, second, **options)
 
 
-conv_p = _primitive('metasgd_conv', _conv_shape, _conv_to_x, _conv_to_kernel, _conv_on_cpu, _conv_by_patches)
-kernel_gradient_p = _primitive(
-  'metasgd_conv_kernel_gradient', _kernel_gradient_shape, _kernel_gradient_to_x, _kernel_gradient_to_y,
-  _kernel_gradient_on_cpu, _kernel_gradient_by_patches,
-)  # fmt: skip
+conv_p = _primitive('metasgd_conv', _conv_shape, _conv_to_x, _conv_to_kernel)
+kernel_gradient_p = _primitive('metasgd_conv_kernel_gradient', _gradient_shape, _gradient_to_x, _gradient_to_y)
+_compute(conv_p, _conv_on_cpu, _conv_by_patches)
+_compute(kernel_gradient_p, _kernel_gradient_on_cpu, _kernel_gradient_by_patches)

@@ -59,10 +59,8 @@ def conv_block(
   return conv_block_and_statistics(x, kernel, scale, bias, epsilon=epsilon, parts=parts, statistics=statistics)[0]
 
 
-def conv_block_and_statistics(
-  x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None
-) -> tuple[chex.Array, tuple[chex.Array, chex.Array]]:
-  """Returns the output of `conv_block`, and the mean and variance by which batch norm normalised."""
+def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None) -> tuple:
+  """Returns the output of `conv_block`, and the pair (mean, variance) by which batch norm normalised."""
   parts = default_parts(x.shape, kernel.shape) if parts is None else parts
   if parts < 1 or x.shape[0] % parts:
     raise ValueError(f'parts must be a divisor of the number of images ({x.shape[0]}), got {parts}')
@@ -92,9 +90,8 @@ def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
   cases it is 1. It is also 1 if B has no suitable divisor, is 0, or is not known yet.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
-  if jax.export.is_symbolic_dim(batch):  # An exported program may leave the number of images open.
-    return 1
-  if jax.default_backend() != 'cpu' or h * w * depth > CHEAP or batch == 0:
+  is_open = jax.export.is_symbolic_dim(batch)  # An exported program may leave the number of images open.
+  if is_open or batch == 0 or jax.default_backend() != 'cpu' or h * w * depth > CHEAP:
     return 1
   least = -(-batch * height * width * features * 4 // PART_BYTES)
   return next((n for n in range(least, min(2 * least + 2, batch + 1)) if batch % n == 0), 1)

@@ -64,53 +64,50 @@ def conv_general_dilated(
     >>> ms.nn.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')).shape
     (2, 28, 28, 8)
   """
+  steps = {'window_strides': window_strides, 'lhs_dilation': lhs_dilation, 'rhs_dilation': rhs_dilation}
+  for name, values in steps.items():
+    if values is not None and any(value < 1 for value in values):
+      raise ValueError(f'{name} must be at least 1 along each dimension, got {tuple(values)}')
+  window = window_strides, padding, lhs_dilation, rhs_dilation
+  others = feature_group_count, batch_group_count, precision, preferred_element_type
 
   def by_lax(lhs, rhs):
-    return lax.conv_general_dilated(
-      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-      feature_group_count, batch_group_count, precision, preferred_element_type,
-    )  # fmt: skip
+    return lax.conv_general_dilated(lhs, rhs, *window, dimension_numbers, *others)
 
-  for name, steps in (
-    ('window_strides', window_strides),
-    ('lhs_dilation', lhs_dilation),
-    ('rhs_dilation', rhs_dilation),
-  ):
-    if steps is not None and any(step < 1 for step in steps):
-      raise ValueError(f'{name} must be at least 1 along each dimension, got {tuple(steps)}')
   out = jax.eval_shape(by_lax, lhs, rhs)  # This also runs the checks of lax.
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not all(out.shape[i] for i in numbers.out_spec[2:]):
-    raise ValueError(
-      f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad more, or give larger images'
-    )
-  spatial = lhs.ndim - 2
+    raise ValueError(f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad or enlarge the images')
   grouped = feature_group_count != 1 or batch_group_count != 1
-  inexact = jnp.issubdtype(out.dtype, jnp.inexact) and out.dtype.itemsize > 1 and preferred_element_type is None
-  empty = not all((*lhs.shape, *rhs.shape))
-  if grouped or not inexact or spatial not in (1, 2) or empty or _explicitly_sharded(lhs) or _explicitly_sharded(rhs):
+  if grouped or preferred_element_type is not None or not _suits_bilinear(lhs, rhs, out.dtype):
     return by_lax(lhs, rhs)
-  (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
-  x, k = jnp.transpose(lhs, (batch, *image, depth)), jnp.transpose(rhs, (*kernel, inputs, features))
-  strides, x_dilation = tuple(window_strides), tuple(lhs_dilation or (1,) * spatial)
-  kernel_dilation = tuple(rhs_dilation or (1,) * spatial)
-  if isinstance(padding, str):
-    reach = [(n - 1) * d + 1 for n, d in zip(k.shape[:-2], kernel_dilation, strict=True)]
-    padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
-  edges = tuple((int(low), int(high)) for low, high in padding)
-  if spatial == 1:
-    x, k = x[:, None], k[None]
-    strides, x_dilation, kernel_dilation = (1, *strides), (1, *x_dilation), (1, *kernel_dilation)
-    edges = ((0, 0), *edges)
-  y = bilinear.conv(x, k, bilinear.Window(strides, edges, x_dilation, kernel_dilation), precision)
-  if spatial == 1:
-    y = y[:, 0]
+  y = _by_bilinear(lhs, rhs, numbers, window, precision)
   place = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])  # Axes of B, H, W and F.
   return jnp.transpose(y, tuple(place.index(i) for i in range(y.ndim)))
 
 
-def _explicitly_sharded(a) -> bool:
-  return any(axis is not None for axis in jax.typeof(a).sharding.spec)
+def _suits_bilinear(lhs, rhs, dtype) -> bool:
+  """Returns whether images and kernel have a form that `bilinear.conv` takes, for an output of the given dtype."""
+  inexact = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
+  sharded = any(axis is not None for a in (lhs, rhs) for axis in jax.typeof(a).sharding.spec)
+  return inexact and not sharded and lhs.ndim in (3, 4) and all((*lhs.shape, *rhs.shape))
+
+
+def _by_bilinear(lhs, rhs, numbers, window, precision):
+  """Returns the convolution with the layout `[B, H', W', F]`, or `[B, W', F]` for one-dimensional images."""
+  (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
+  x, k = jnp.transpose(lhs, (batch, *image, depth)), jnp.transpose(rhs, (*kernel, inputs, features))
+  strides, padding, x_dilation, kernel_dilation = window
+  ones = (1,) * len(image)
+  strides, x_dilation, kernel_dilation = tuple(strides), tuple(x_dilation or ones), tuple(kernel_dilation or ones)
+  if isinstance(padding, str):
+    reach = [(n - 1) * d + 1 for n, d in zip(k.shape[:-2], kernel_dilation, strict=True)]
+    padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
+  edges = tuple((int(low), int(high)) for low, high in padding)
+  if len(image) == 2:
+    return bilinear.conv(x, k, bilinear.Window(strides, edges, x_dilation, kernel_dilation), precision)
+  flat = bilinear.Window((1, *strides), ((0, 0), *edges), (1, *x_dilation), (1, *kernel_dilation))
+  return bilinear.conv(x[:, None], k[None], flat, precision)[:, 0]
 
 
 class Conv(nn.Conv):
@@ -166,13 +163,16 @@ def max_pool(
   if inputs.ndim != 4 or len(window) != 2 or padding != 'VALID' or strides is None or tuple(strides) != window:
     return nn.max_pool(inputs, window, strides, padding)
   (batch, height, width, depth), (h, w) = inputs.shape, window
-  if height < h or width < w:
-    raise ValueError(
-      f'max_pool with this window takes images [B, H, W, D] of at least {h}x{w}, got {inputs.shape}; '
-      'use larger images or a smaller window'
-    )
+  check_images(f'max_pool with the window {window}', inputs, h, w)
   rows, columns = height // h, width // w
   return _pool(inputs[:, : rows * h, : columns * w].reshape(batch, rows, h, columns, w, depth))
+
+
+def check_images(name: str, x: chex.Array, height: int, width: int) -> None:
+  """Raises ValueError unless x has the shape `[B, H, W, D]`, with at least the given height and width."""
+  if x.ndim != 4 or x.shape[1] < height or x.shape[2] < width:
+    least = f'{height}x{width}'
+    raise ValueError(f'{name} takes images [B, H, W, D] of at least {least}, got {x.shape}; reshape or resize them')
 
 
 @jax.custom_jvp

@@ -1,4 +1,4 @@
-"""The networks of Li et al. 2017 and Koch et al. 2015, and `from_linen`, which returns a `Model` of a Linen module."""
+"""The networks of Li et al. 2017 and Koch et al. 2015."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.nn.block import ConvBlock
-from metasgd_jax.nn.conv import Conv, max_pool
-from metasgd_jax.types import Model
+from metasgd_jax.nn.conv import Conv, check_images, max_pool
 
 
 class MLP(nn.Module):
@@ -81,11 +80,7 @@ class Conv4(nn.Module):
     Raises:
       ValueError: if the images have another rank, or are smaller than 16×16.
     """
-    if x.ndim != 4 or min(x.shape[1:3]) < 16:
-      raise ValueError(
-        'Conv4 takes images [B, H, W, D] of at least 16x16, because it halves them four times, '
-        f'got {x.shape}; reshape or resize the images'
-      )
+    check_images('Conv4', x, 16, 16)  # It halves them four times.
     for _ in range(4):
       x = ConvBlock(self.filters, dtype=self.dtype)(x)
     x = x.reshape(x.shape[0], -1)
@@ -117,50 +112,14 @@ class KochNet(nn.Module):
     Raises:
       ValueError: if the images have another rank, or are smaller than 65×65 and so leave no output.
     """
-    if x.ndim != 4 or min(x.shape[1:3]) < 65:
-      raise ValueError(
-        'KochNet takes images [B, H, W, D] of at least 65x65 (the paper uses 105x105), '
-        f'got {x.shape}; reshape or resize the images'
-      )
-    bias = lambda key, shape, dtype=jnp.float32: 0.5 + 0.01 * jax.random.normal(key, shape, dtype)
+    check_images('KochNet', x, 65, 65)
+    kernel = nn.initializers.normal(0.01)
     for i, (filters, size) in enumerate(((64, 10), (128, 7), (128, 4), (256, 4))):
-      kernel = nn.initializers.normal(0.01)
-      x = nn.relu(Conv(filters, (size, size), padding='VALID', kernel_init=kernel, bias_init=bias)(x))
+      x = nn.relu(Conv(filters, (size, size), padding='VALID', kernel_init=kernel, bias_init=_koch_bias)(x))
       x = max_pool(x, (2, 2), (2, 2)) if i < 3 else x
-    x = nn.Dense(4096, kernel_init=nn.initializers.normal(0.2), bias_init=bias)(x.reshape(x.shape[0], -1))
+    x = nn.Dense(4096, kernel_init=nn.initializers.normal(0.2), bias_init=_koch_bias)(x.reshape(x.shape[0], -1))
     return nn.sigmoid(x)
 
 
-def from_linen(module: nn.Module) -> Model:
-  """Returns a `Model` of a Linen module whose only variables are parameters.
-
-  θ is the 'params' collection of the module. `Model.statistics` returns the collection 'statistics', which the layers
-  `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives that collection, these layers normalise by it.
-
-  Raises (from `init`):
-    ValueError: if the module has other collections, such as running averages.
-
-  Example:
-    >>> model = ms.nn.from_linen(ms.nn.MLP())
-    >>> list(model.init(jax.random.key(0), jnp.zeros((1, 1))))
-    ['Dense_0', 'Dense_1', 'Dense_2']
-  """
-
-  def init(key, x):
-    variables = module.init(key, jnp.asarray(x))
-    others = sorted(set(variables) - {'params'})
-    if others:
-      raise ValueError(
-        f"{type(module).__name__} has the collections {others} besides 'params', "
-        'but a Model is a pure function of its parameters; use metasgd_jax.nn.BatchNorm for batch norm'
-      )
-    return variables['params']
-
-  def apply(theta, x, statistics=None):
-    given = {} if statistics is None else {'statistics': statistics}
-    return module.apply({'params': theta, **given}, x)
-
-  def statistics(theta, x):
-    return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
-
-  return Model(init, apply, statistics)
+def _koch_bias(key, shape, dtype=jnp.float32):
+  return 0.5 + 0.01 * jax.random.normal(key, shape, dtype)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from metasgd_jax.nn.block import BatchNorm
-from metasgd_jax.nn.conv import Conv, max_pool
+from metasgd_jax.nn.conv import Conv, check_images, max_pool
 
 SLOPE = 0.1
 """Slope of leaky ReLU for negative inputs (Lee et al. 2019, section 4.1)."""
@@ -80,12 +80,8 @@ class ResNet12(nn.Module):
     Raises:
       ValueError: if the images have another rank, or are too small to be halved by each block.
     """
-    least = 2 ** len(self.widths)
-    if x.ndim != 4 or min(x.shape[1:3]) < least:
-      raise ValueError(
-        f'ResNet12 takes images [B, H, W, D] of at least {least}x{least}, because it halves them {len(self.widths)} '
-        f'times, got {x.shape}; reshape or resize the images'
-      )
+    least = 2 ** len(self.widths)  # Each block halves the images.
+    check_images('ResNet12', x, least, least)
     for width in self.widths:
       x = ResidualBlock(width, dtype=self.dtype)(x)
     x = jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), (1, 2))

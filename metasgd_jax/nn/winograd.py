@@ -26,7 +26,7 @@ def conv(x, kernel, padding, precision=None):
   """
   images, features = x.shape[0], kernel.shape[-1]
   out_h, out_w = (n + sum(p) - 2 for n, p in zip(x.shape[1:3], padding, strict=True))
-  rows, columns = _tiles(out_h, out_w)
+  rows, columns = -(-out_h // 2), -(-out_w // 2)  # Numbers of tiles.
   turned = _stack(_twice(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)]))
 
   def part(x):
@@ -46,7 +46,7 @@ def kernel_gradient(x, y, padding, precision=None):
   κ̄ is the derivative of the sum of ȳ ⊙ `conv(x, κ, padding)` with respect to κ. The argument `y` is ȳ.
   """
   out_h, out_w, features = y.shape[1:]
-  rows, columns = _tiles(out_h, out_w)
+  rows, columns = -(-out_h // 2), -(-out_w // 2)
 
   def part(total, parts):
     x, y = parts
@@ -70,10 +70,6 @@ def _in_parts(x, parts):
   """Reshapes `[B, …]` to `[parts, ⌈B / parts⌉, …]`, padded with images of zeros if B is not a multiple of `parts`."""
   rest = -x.shape[0] % parts
   return jnp.pad(x, ((0, rest), (0, 0), (0, 0), (0, 0))).reshape(parts, -1, *x.shape[1:])
-
-
-def _tiles(height, width):
-  return -(-height // 2), -(-width // 2)
 
 
 def _inputs(x, rows, columns, padding):

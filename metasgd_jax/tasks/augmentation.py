@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from metasgd_jax.types import Episode, Tasks
+from metasgd_jax.types import Episode, Tasks, equal_partial
 
 Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
 """Function `(key, image [H, W, D] from 0 to 1) → image`; consumes key."""
@@ -36,13 +36,7 @@ def augmented(tasks: Tasks, augment: Augment) -> Tasks:
 
 def chain(*augments: Augment) -> Augment:
   """Returns an augmentation that applies the given ones in order, each with a separate key."""
-
-  def all_of_them(key, image):
-    for i, augment in enumerate(augments):
-      image = augment(jax.random.fold_in(key, i), image)
-    return image
-
-  return all_of_them
+  return equal_partial(_chained, augments=augments)
 
 
 def flip(key: chex.PRNGKey, image: chex.Array) -> chex.Array:
@@ -60,13 +54,7 @@ def shift(pixels: int) -> Augment:
   """
   if pixels < 0:
     raise ValueError(f'pixels must be at least 0, got {pixels}')
-
-  def moved(key, image):
-    padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode='edge')
-    down, right = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
-    return jax.lax.dynamic_slice(padded, (down, right, jnp.zeros_like(down)), image.shape)
-
-  return moved
+  return equal_partial(_shifted, pixels=pixels)
 
 
 def light(strength: float) -> Augment:
@@ -79,14 +67,26 @@ def light(strength: float) -> Augment:
   """
   if not 0 <= strength <= 1:
     raise ValueError(f'strength must be from 0 to 1, got {strength}')
+  return equal_partial(_lit, strength=strength)
 
-  def lit(key, image):
-    brightness, contrast = jax.random.uniform(key, (2,), image.dtype, 1 - strength, 1 + strength)
-    image = image * brightness
-    mean = jnp.mean(image)
-    return jnp.clip((image - mean) * contrast + mean, 0, 1)
 
-  return lit
+def _chained(key, image, *, augments):
+  for i, augment in enumerate(augments):
+    image = augment(jax.random.fold_in(key, i), image)
+  return image
+
+
+def _shifted(key, image, *, pixels):
+  padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode='edge')
+  down, right = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+  return jax.lax.dynamic_slice(padded, (down, right, jnp.zeros_like(down)), image.shape)
+
+
+def _lit(key, image, *, strength):
+  brightness, contrast = jax.random.uniform(key, (2,), image.dtype, 1 - strength, 1 + strength)
+  image = image * brightness
+  mean = jnp.mean(image)
+  return jnp.clip((image - mean) * contrast + mean, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

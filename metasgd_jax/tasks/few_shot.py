@@ -1,6 +1,5 @@
 """N-way K-shot episodes, which are drawn on the device from a bank of classes."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metasgd_jax.types import Batch, Episode, TaskDistribution
+from metasgd_jax.types import Batch, Episode, TaskDistribution, check_count, equal_partial
 
 
 class ClassBank(NamedTuple):
@@ -42,17 +41,12 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
   """
   if isinstance(images, np.ndarray | jax.Array):
     if images.ndim != 5:
-      raise ValueError(
-        f'class_bank takes images [C, I, H, W, D], got shape {images.shape}; reshape them, or give a list of classes'
-      )
+      raise ValueError(f'class_bank takes images [C, I, H, W, D] or a list of classes, got shape {images.shape}')
     bank = ClassBank(images.reshape(-1, *images.shape[2:]), np.full(images.shape[0], images.shape[1]))
   else:
-    shapes = {np.shape(one)[1:] for one in images}
-    if len(shapes) != 1 or np.ndim(images[0]) != 4:
-      raise ValueError(
-        'classes must have images [I, H, W, D] with the same H, W, D for all classes, '
-        f'got shapes {sorted({np.shape(one) for one in images})}; resize the images'
-      )
+    shapes = sorted({np.shape(one) for one in images})
+    if len({shape[1:] for shape in shapes}) != 1 or len(shapes[0]) != 4:
+      raise ValueError(f'classes must have images [I, H, W, D] of one size, got shapes {shapes}; resize the images')
     bank = ClassBank(np.concatenate(images), np.array([len(one) for one in images]))
   check_bank(bank)
   return bank
@@ -112,16 +106,12 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
   if way > len(sizes):
     raise ValueError(f'way={way} is more than the number of classes in the bank ({len(sizes)}); lower way')
   if shot + query > sizes.min():
-    raise ValueError(
-      f'shot + query = {shot} + {query} = {shot + query} is more than the {sizes.min()} images of class '
-      f'{int(sizes.argmin())}; lower one of the two, or leave the class out'
-    )
-  sample = functools.partial(_sample_classes, classes=len(sizes), way=way)
-  episode = functools.partial(_episode_of_indices, most=int(sizes.max()), shot=shot, query=query)
-  firsts = np.cumsum(sizes) - sizes
-  return TaskDistribution(
-    Partial(sample), Partial(episode, jnp.asarray(firsts, jnp.int32), jnp.asarray(sizes, jnp.int32))
-  )
+    limit, advice = f'the {sizes.min()} images of class {int(sizes.argmin())}', 'lower one, or leave the class out'
+    raise ValueError(f'shot + query = {shot} + {query} = {shot + query} is more than {limit}; {advice}')
+  sample = equal_partial(_sample_classes, classes=len(sizes), way=way)
+  episode = equal_partial(_episode_of_indices, most=int(sizes.max()), shot=shot, query=query)
+  firsts = jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32)
+  return TaskDistribution(sample, Partial(episode, firsts, jnp.asarray(sizes, jnp.int32)))
 
 
 def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
@@ -143,20 +133,19 @@ def check_bank(bank: ClassBank) -> None:
   """Raises ValueError unless `bank` is a `ClassBank` of uint8 images `[M, H, W, D]` with sizes that add up to M."""
   if not isinstance(bank, ClassBank):
     raise ValueError(f'bank must be a ClassBank, got {type(bank).__name__}; class_bank creates one from images')
-  if np.ndim(bank.images) != 4 or np.ndim(bank.sizes) != 1 or bank.images.shape[0] != np.sum(bank.sizes):
-    raise ValueError(
-      f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got images of shape {np.shape(bank.images)} and '
-      f'sizes of shape {np.shape(bank.sizes)} with sum {np.sum(bank.sizes)}; create it with class_bank'
-    )
+  images, sizes, total = np.shape(bank.images), np.shape(bank.sizes), np.sum(bank.sizes)
+  if len(images) != 4 or len(sizes) != 1 or images[0] != total:
+    got = f'images of shape {images} and sizes of shape {sizes} with sum {total}'
+    raise ValueError(f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got {got}; use class_bank')
   if bank.images.dtype != np.uint8:
     raise ValueError(f'a ClassBank has uint8 images (0 to 255), got {bank.images.dtype}; convert the images')
 
 
 def check_episode(way: int, shot: int, query: int) -> None:
   """Raises ValueError unless way ≥ 2, shot ≥ 1 and query ≥ 1."""
-  for name, value, least in (('way', way, 2), ('shot', shot, 1), ('query', query, 1)):
-    if value < least:
-      raise ValueError(f'{name} must be at least {least}, got {value}')
+  check_count('way', way, 2)
+  check_count('shot', shot)
+  check_count('query', query)
 
 
 def split_labels(key: chex.PRNGKey, way: int, shot: int, query: int) -> tuple[tuple, tuple]:
@@ -231,11 +220,10 @@ def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
     True
   """
   check_bank(bank)
-  if batch < 1:
-    raise ValueError(f'batch must be at least 1, got {batch}')
+  check_count('batch', batch)
   labels = np.repeat(np.arange(len(bank.sizes)), bank.sizes)
-  episode = functools.partial(_any_images, batch=batch)
-  return TaskDistribution(Partial(_no_task), Partial(episode, jnp.asarray(labels, jnp.int32)))
+  episode = equal_partial(_any_images, batch=batch)
+  return TaskDistribution(_no_task, Partial(episode, jnp.asarray(labels, jnp.int32)))
 
 
 def _sample_classes(key, *, classes, way):
@@ -261,8 +249,7 @@ def _episode_of_indices(firsts, sizes, task, key, *, most, shot, query) -> Episo
 
 
 def _look_up(indices, images, task, key) -> Episode:
-  as_floats = lambda rows: images[rows].astype(jnp.float32) / 255.0
-  return Episode(*(Batch(as_floats(part.x), part.y) for part in indices(task, key)))
+  return Episode(*(Batch(images[x].astype(jnp.float32) / 255.0, y) for x, y in indices(task, key)))
 
 
 def _no_task(key):

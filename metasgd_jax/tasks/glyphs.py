@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
 from metasgd_jax.tasks.few_shot import check_episode, split_labels
-from metasgd_jax.types import Batch, Episode, TaskDistribution
+from metasgd_jax.types import Batch, Episode, TaskDistribution, check_count, equal_partial
 
 _CURVE_POINTS = 12  # Number of points on a stroke, joined by straight lines. More points look the same at 28 pixels.
 
@@ -46,9 +44,8 @@ class GlyphConfig:
   pen: tuple[float, float] = (0.022, 0.038)
 
   def __post_init__(self):
-    for name in ('size', 'strokes'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}')
+    check_count('size', self.size)
+    check_count('strokes', self.strokes)
     if not 0 < self.pen[0] <= self.pen[1]:
       raise ValueError(f'pen must be a range (low, high) with 0 < low <= high, got {self.pen}')
 
@@ -76,12 +73,11 @@ def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: i
     ((10, 28, 28, 1), (15, 28, 28, 1))
   """
   check_episode(way, shot, query)
-  sample = functools.partial(_sample_characters, config=config, way=way)
-  episode = functools.partial(_episode, config=config, way=way, shot=shot, query=query)
-  return TaskDistribution(Partial(sample), Partial(episode))
+  sample = equal_partial(_sample_characters, config=config, way=way)
+  return TaskDistribution(sample, equal_partial(_episode, config=config, way=way, shot=shot, query=query))
 
 
-def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
+def render(points: jax.Array, pen: jax.Array, size: int) -> jax.Array:
   """Returns the image of strokes, `[size, size]`: 1 under the pen, falling to 0 over one pixel at the pen's edge.
 
   Args:
@@ -89,7 +85,6 @@ def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
     pen: Half-width of the pen, `[]`.
     size: Height and width of the image, in pixels.
   """
-  chex.assert_shape(points, (None, 4, 2))
   t = jnp.linspace(0.0, 1.0, _CURVE_POINTS)[:, None]
   bernstein = jnp.concatenate([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1)
   curve = jnp.einsum('pc,scd->spd', bernstein, points)
@@ -107,8 +102,7 @@ def render(points: chex.Array, pen: chex.Array, size: int) -> chex.Array:
 
 
 def _sample_characters(key, *, config, way):
-  low, high = config.margin, 1.0 - config.margin
-  return jax.random.uniform(key, (way, config.strokes, 4, 2), jnp.float32, low, high)
+  return jax.random.uniform(key, (way, config.strokes, 4, 2), jnp.float32, config.margin, 1.0 - config.margin)
 
 
 def _draw(points, key, config):
@@ -129,7 +123,7 @@ def _episode(task, key, *, config, way, shot, query) -> Episode:
   order_key, *draw_keys = jax.random.split(key, 3)
   batches = []
   for (labels, _), draw_key in zip(split_labels(order_key, way, shot, query), draw_keys, strict=True):
-    draw = functools.partial(_draw, config=config)
-    x = jax.vmap(draw)(task[labels], jax.random.split(draw_key, labels.shape[0]))
+    draw = jax.vmap(functools.partial(_draw, config=config))
+    x = draw(task[labels], jax.random.split(draw_key, labels.shape[0]))
     batches.append(Batch(x, labels.astype(jnp.int32)))
   return Episode(*batches)

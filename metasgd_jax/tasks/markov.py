@@ -3,11 +3,10 @@
 import dataclasses
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.types import Batch, Episode, TaskDistribution
+from metasgd_jax.types import Batch, Episode, TaskDistribution, check_count, equal_partial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +30,8 @@ class MarkovConfig:
   concentration: float = 0.2
 
   def __post_init__(self):
-    for name, least in (('tokens', 2), ('length', 1)):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < least:
-        raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+    check_count('tokens', self.tokens, 2)
+    check_count('length', self.length)
     if not 0 < self.concentration < float('inf'):
       raise ValueError(f'concentration must be a finite number above 0, got {self.concentration}')
 
@@ -51,9 +48,9 @@ class MarkovChain(NamedTuple):
     [1. 0.]
   """
 
-  log_transitions: chex.Array
+  log_transitions: jax.Array
 
-  def __call__(self, x: chex.Array) -> chex.Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the best possible logits, which are those of the true chain: `[…, V]` for tokens x `[…]`."""
     return self.log_transitions[x]
 
@@ -78,24 +75,25 @@ def markov_chains(config: MarkovConfig = MarkovConfig(), *, shot: int, query: in
     >>> episode.support.x.shape[0], episode.query.x.shape[0]
     (3, 2)
   """
-  for name, value in (('shot', shot), ('query', query)):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}')
+  check_count('shot', shot)
+  check_count('query', query)
+  episode = equal_partial(_episode, config=config, shot=shot, query=query)
+  return TaskDistribution(equal_partial(_sample, config=config), episode)
 
-  def sample(key) -> MarkovChain:
-    gammas = jax.random.loggamma(key, config.concentration, (config.tokens, config.tokens), jnp.float32)
-    return MarkovChain(jax.nn.log_softmax(gammas))
 
-  def episode(task: MarkovChain, key) -> Episode:
-    first_key, step_key = jax.random.split(key)
-    first = jax.random.randint(first_key, (shot + query,), 0, config.tokens)
+def _sample(key, *, config) -> MarkovChain:
+  gammas = jax.random.loggamma(key, config.concentration, (config.tokens, config.tokens), jnp.float32)
+  return MarkovChain(jax.nn.log_softmax(gammas))
 
-    def step(now, key):
-      return jax.random.categorical(key, task(now)).astype(first.dtype), now
 
-    last, before = jax.lax.scan(step, first, jax.random.split(step_key, config.length))
-    x = before.T
-    y = jnp.concatenate([x[:, 1:], last[:, None]], 1)
-    return Episode(Batch(x[:shot], y[:shot]), Batch(x[shot:], y[shot:]))
+def _episode(task: MarkovChain, key, *, config, shot, query) -> Episode:
+  first_key, step_key = jax.random.split(key)
+  first = jax.random.randint(first_key, (shot + query,), 0, config.tokens)
 
-  return TaskDistribution(sample, episode)
+  def step(now, key):
+    return jax.random.categorical(key, task(now)).astype(first.dtype), now
+
+  last, before = jax.lax.scan(step, first, jax.random.split(step_key, config.length))
+  x = before.T
+  y = jnp.concatenate([x[:, 1:], last[:, None]], 1)
+  return Episode(Batch(x[:shot], y[:shot]), Batch(x[shot:], y[shot:]))

@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from metasgd_jax.types import Batch, Episode, TaskDistribution
+from metasgd_jax.types import Batch, Episode, TaskDistribution, check_count, equal_partial
 
 Range = tuple[float, float]
 
@@ -66,11 +66,11 @@ class Sinusoid(NamedTuple):
     [0. 2.]
   """
 
-  amplitude: chex.Array
-  frequency: chex.Array
-  phase: chex.Array
+  amplitude: jax.Array
+  frequency: jax.Array
+  phase: jax.Array
 
-  def __call__(self, x: chex.Array) -> chex.Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
     """Returns A sin(ωx + b)."""
     return self.amplitude * jnp.sin(self.frequency * x + self.phase)
 
@@ -95,20 +95,19 @@ def sinusoid(config: SinusoidConfig = META_SGD_SINUSOIDS, *, shot: int = 5, quer
     >>> episode.support.x.shape, episode.query.y.shape
     ((5, 1), (10, 1))
   """
-  for name, value in (('shot', shot), ('query', query)):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}')
-  curve = [config.amplitude, config.frequency, config.phase]
-  low = jnp.asarray([r[0] for r in curve], jnp.float32)
-  high = jnp.asarray([r[1] for r in curve], jnp.float32)
+  check_count('shot', shot)
+  check_count('query', query)
+  episode = equal_partial(_episode, config=config, shot=shot, query=query)
+  return TaskDistribution(equal_partial(_sample, config=config), episode)
 
-  def sample(key) -> Sinusoid:
-    drawn = jax.random.uniform(key, (3,), jnp.float32, low, high)
-    return Sinusoid(drawn[0], drawn[1], drawn[2])
 
-  def episode(task: Sinusoid, key) -> Episode:
-    x = jax.random.uniform(key, (shot + query, 1), jnp.float32, *config.x)
-    y = task(x)
-    return Episode(Batch(x[:shot], y[:shot]), Batch(x[shot:], y[shot:]))
+def _sample(key, *, config) -> Sinusoid:
+  low, high = np.asarray([config.amplitude, config.frequency, config.phase], np.float32).T
+  drawn = jax.random.uniform(key, (3,), jnp.float32, low, high)
+  return Sinusoid(drawn[0], drawn[1], drawn[2])
 
-  return TaskDistribution(sample, episode)
+
+def _episode(task: Sinusoid, key, *, config, shot, query) -> Episode:
+  x = jax.random.uniform(key, (shot + query, 1), jnp.float32, *config.x)
+  y = task(x)
+  return Episode(Batch(x[:shot], y[:shot]), Batch(x[shot:], y[shot:]))

@@ -29,12 +29,11 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
     >>> type(tasks).__name__  # What `train` and `evaluate` take.
     'TaskStream'
   """
-  host = host_device()
   indices = jax.device_get(indices)
   total = bank.images.shape[0]
 
   def send(sample_keys, episode_keys) -> TaskDistribution:
-    found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host)))
+    found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host_device())))
     rows = np.unique(found)
     images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # The same shape for all chunks.
     images[: len(rows)] = bank.images[rows]

@@ -277,10 +277,14 @@ class TestInductive:
   @pytest.mark.parametrize(
     'name',
     [
-      'meta_sgd', pytest.param('meta_lstm', marks=pytest.mark.slow), 'prototypical', 'matching', 'siamese',
+      'meta_sgd',
+      pytest.param('meta_lstm', marks=pytest.mark.slow),
+      'prototypical',
+      'matching',
+      'siamese',
       'fine_tuning',
     ],
-  )  # fmt: skip
+  )
   def test_an_answer_depends_on_no_other_query(self, name):
     build = {'meta_sgd': ms.meta_sgd, **vars(ms.learners)}[name]
     options = dict(classes=8) if name == 'fine_tuning' else {}

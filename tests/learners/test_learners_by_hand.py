@@ -213,9 +213,9 @@ class TestMann:
       for slot in range(slots):
         for head in range(heads):
           rows[slot] += write[head, slot] * keys[head]
-      read_weights = np.array([
-        softmax(np.array([key @ row / np.linalg.norm(key) / np.linalg.norm(row) for row in rows])) for key in keys
-      ])  # fmt: skip
+      read_weights = np.array(
+        [softmax(np.array([key @ row / np.linalg.norm(key) / np.linalg.norm(row) for row in rows])) for key in keys]
+      )
       usage = 0.99 * usage + read_weights.sum(0) + write.sum(0)
       assert_close(state.rows, rows, **LOOSE)
       assert_close(state.weights, read_weights, **LOOSE)
@@ -227,8 +227,9 @@ class TestMann:
   def test_the_sequence_is_label_shifted(self, kind, query):
     """An item's answer depends on earlier labels, not on its own or later ones."""
     cell = {
-      'memory': ms.learners.MemoryCell(WAY, units=8, slots=8, width=4, heads=2), 'plain': ms.learners.PlainCell(WAY, 8)
-    }[kind]  # fmt: skip
+      'memory': ms.learners.MemoryCell(WAY, units=8, slots=8, width=4, heads=2),
+      'plain': ms.learners.PlainCell(WAY, 8),
+    }[kind]
     learner = ms.learners.mann(way=WAY, cell=cell, size=None)
     tasks = ms.tasks.few_shot(random_bank(size=4), way=WAY, shot=1, query=query)
     items = WAY * (1 + query)
@@ -282,9 +283,7 @@ class TestMann:
 class TestMetaLstm:
   def test_preprocessing(self):
     x = np.array([2.0, -0.5, 1e-6, 0.0, -1e-5])
-    expected = [
-      [np.log(abs(v)) / 10, np.sign(v)] if abs(v) >= np.exp(-10) else [-1, np.exp(10) * v] for v in x
-    ]  # fmt: skip
+    expected = [[np.log(abs(v)) / 10, np.sign(v)] if abs(v) >= np.exp(-10) else [-1, np.exp(10) * v] for v in x]
     assert_close(jax.jit(preprocess)(np.float32(x)), expected, rtol=1e-5, atol=1e-5)
 
   def test_two_updates(self, episode):

@@ -30,9 +30,12 @@ NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 def options(strides, padding, x_dilation, kernel_dilation):
   return dict(
-    window_strides=strides, padding=padding, lhs_dilation=x_dilation, rhs_dilation=kernel_dilation,
+    window_strides=strides,
+    padding=padding,
+    lhs_dilation=x_dilation,
+    rhs_dilation=kernel_dilation,
     dimension_numbers=NHWC,
-  )  # fmt: skip
+  )
 
 
 def to_second_order(f):

@@ -1,5 +1,6 @@
 """ResNet-12, the transformer, and the sequences that it is meta-trained on."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,22 @@ class TestTransformer:
   def test_what_does_not_suit(self, x, options, parts):
     with pytest.raises(ValueError, match=saying(*parts)):
       ms.nn.from_linen(ms.nn.Transformer(**{**SMALL, **options})).init(jax.random.key(0), x)
+
+
+class Masked(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    features = nn.Embed(5, 3)(x['tokens']) * x['mask'][..., None]
+    return nn.Dense(2)(features.sum(1))
+
+
+def test_a_linen_module_takes_a_pytree_of_unlike_arrays():
+  x = {'tokens': np.array([[0, 1, 4], [2, 3, 0]]), 'mask': np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], np.float32)}
+  model = ms.nn.from_linen(Masked())
+  theta = model.init(jax.random.key(0), x)
+  other = x | {'tokens': np.array([[0, 1, 0], [2, 3, 0]])}
+  assert np.array_equal(model.apply(theta, x), model.apply(theta, other))
+  assert model.apply(theta, x).shape == (2, 2)
 
 
 class TestMarkovChains:

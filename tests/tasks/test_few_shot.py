@@ -137,10 +137,12 @@ class TestUnequalClasses:
 
   def bank(self):
     """Image i of class c has the value 20·c + i throughout."""
-    return class_bank([
-      np.full((n, 4, 4, 1), 20 * c, np.uint8) + np.arange(n, dtype=np.uint8).reshape(-1, 1, 1, 1)
-      for c, n in enumerate(self.SIZES)
-    ])  # fmt: skip
+    return class_bank(
+      [
+        np.full((n, 4, 4, 1), 20 * c, np.uint8) + np.arange(n, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        for c, n in enumerate(self.SIZES)
+      ]
+    )
 
   def test_every_image_is_as_likely_within_its_class_and_none_is_made_up(self):
     batch = episodes(few_shot(self.bank(), way=2, shot=1, query=2), 2000)
