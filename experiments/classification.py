@@ -291,8 +291,8 @@ def _prepare() -> Callable[[], object]:
   devices = options.from_flags(Machines).devices
   workdir = processes.open_workdir(flags.FLAGS.workdir)
   if config.table2 or config.table3:
-    if keeping.debug_task is not None or keeping.check_determinism:
-      raise ValueError("debug_task and check_determinism look into one cell; give its flags and workdir, not a table's")
+    if keeping.debug_task is not None:
+      raise ValueError("debug_task looks into one cell; give its flags and workdir, not a table's")
     of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping)
     return few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
   setup = build(config, devices=devices)

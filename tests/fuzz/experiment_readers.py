@@ -1,4 +1,4 @@
-"""What experiments read of earlier runs: settings, the cells of a table, and the metrics of a run that goes on."""
+"""What experiments read of earlier runs: settings, and the cells of a table."""
 
 import contextlib
 import dataclasses
@@ -7,13 +7,11 @@ import json
 import pathlib
 import random
 
-import numpy as np
+from experiments import classification, command, few_shot_table, regression
+from metasgd_jax.io import files
 
-from experiments import classification, command, few_shot_table, regression, reporting
-from metasgd_jax.io import files, writers
-
-from .mutations import in_json, in_json_lines, text
-from .reader import Reader, in_folder
+from .mutations import in_json
+from .reader import Reader
 from .trees import Tree
 
 _CELL = few_shot_table.cells(classification.Config(learner=('maml',), table2=True, data_dir='somewhere'))[0]
@@ -57,31 +55,7 @@ def _read_cells(folder: pathlib.Path, rng: random.Random) -> None:
   json.loads((folder / 'table_omniglot.json').read_bytes())
 
 
-def _metrics() -> list[Tree]:
-  def run(folder):
-    writer = writers.MetricsWriter(folder / 'metrics.jsonl')
-    for step in range(10, 60, 10):
-      loss = np.array([0.5, np.nan if step == 30 else 0.25])
-      writer.write('a', step, {'seconds': 1.0, 'loss': loss, 'accuracy': loss, 'alpha_negative': 0.1})
-      writer.write('a', step, {'validation': 0.5})
-      writer.write('b', step, {'loss': 0.5})
-
-  return [in_folder(run)]
-
-
-def _go_on(folder: pathlib.Path, rng: random.Random) -> None:
-  metrics = writers.MetricsWriter(folder / 'metrics.jsonl', go_on=True)
-  recorder = reporting.Recorder('a', [metrics], metrics.cut('a', 30))
-  for steps, values in recorder.curves.values():
-    assert steps.shape == values.shape[:1]
-    assert values.dtype == float
-
-
 EXPERIMENT_READERS = [
   Reader('--config', _settings, _read_settings, (ValueError,), 0.5, {'': (in_json,)}),
   Reader('cells of a table', _cells, _read_cells, (files.WriterError,), 0.5, {'': (in_json,)}),
-  Reader(
-    'metrics of a run', _metrics, _go_on, (reporting.TrainingError, files.WriterError), 0.5,
-    {'': (in_json_lines, text)},
-  ),
-]  # fmt: skip
+]
