@@ -238,8 +238,8 @@ def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
 
 def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> running.Prepared:
   if config.table2 or config.table3:
-    if keeping.plan or keeping.debug_task is not None or keeping.check_determinism:
-      raise ValueError('plan, debug_task and check_determinism are for one cell; give its flags and workdir instead')
+    if keeping.plan or keeping.debug_task is not None:
+      raise ValueError('plan and debug_task are for one cell; give its flags and workdir instead')
     of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping)
     return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
   setup = build(config, devices=devices)

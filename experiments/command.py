@@ -38,7 +38,7 @@ TOPICS = {  # title → flags with a line of their own, flags that are only name
   'Seeds and tests': ('seeds eval_tasks', 'seed eval_seed eval_shots eval_query eval_repeats eval_updates'),
   'The run': (
     'workdir config',
-    'restart checkpoint_every keep_checkpoints tensorboard profile plan debug_task check_determinism compilation_cache',
+    'restart checkpoint_every keep_checkpoints tensorboard profile plan debug_task compilation_cache',
   ),
   'Devices and processes': ('', 'devices distributed coordinator num_processes process_id'),
 }

@@ -176,6 +176,7 @@ def train(name: str, config: Config, setup: Setup, run: Run):
   They are trained one after the other; a network as large as this gains nothing from running them side by side.
   """
   if name in UNTRAINED:
+    run.begin()
     metas = [_as_members([_first_state(name, r, config, setup).meta], config) for r in range(config.seeds)]
     return _stacked(metas), None, {}
   metas, curves, skipped = [], [], []

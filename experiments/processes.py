@@ -1,7 +1,7 @@
-"""One run by several processes, on one host or on many: they find each other, the first alone writes and prints.
+"""One run by several processes, on one host or on many. The first process alone writes files and prints.
 
-All run the same program on the same numbers, so they take the same turns. What only the first can know, such as where a
-checkpoint left off, it tells the others.
+All processes run the same program on the same numbers, and so take the same branches. What only the first process
+knows, such as the newest checkpoint, it sends to the others.
 """
 
 import atexit
@@ -34,26 +34,23 @@ from metasgd_jax.types import PyTree
 PATIENCE = 300
 """Seconds to wait for the other processes at the start."""
 FAREWELL = 20
-"""Seconds that a process which ends by an error waits for the others; then they are ended too."""
+"""Seconds that a process which ends by an error waits for the others. Then they are ended too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-  """Where a run is computed; it changes nothing but rounding, so none of it is in the configuration."""
+  """Where a run is computed. These options change nothing but rounding, and so are no part of a `Config`."""
 
   devices: int | None = option(
-    None, 'Of each process, to share the tasks of a meta-iteration evenly; if not given one for regression, for '
-    'the others as many as can.', low=1, high=100_000, kind=int,
-  )  # fmt: skip
-  distributed: bool = option(
-    False, 'One of several processes that the cluster started (SLURM, Cloud TPU, Open MPI), which says who they are.'
+    None, 'Devices per process; by default as many as share the tasks, in regression 1.', low=1, high=100_000, kind=int
   )
+  distributed: bool = option(False, 'Ask the cluster (SLURM, Cloud TPU, Open MPI) which of its processes this is.')
   coordinator: str | None = option(
-    None, 'One of several processes, by hand: HOST:PORT of the first, the same for all.', kind=str
+    None, 'Without a cluster: HOST:PORT of the first process, the same for all.', kind=str
   )
-  num_processes: int | None = option(None, 'With coordinator: how many there are.', low=1, high=100_000, kind=int)
+  num_processes: int | None = option(None, 'With coordinator: number of processes.', low=1, high=100_000, kind=int)
   process_id: int | None = option(
-    None, 'With coordinator: which of them this is, from 0, the first.', low=0, high=99_999, kind=int
+    None, 'With coordinator: number of this process. The first is 0.', low=0, high=99_999, kind=int
   )
 
   def __post_init__(self):
@@ -72,27 +69,21 @@ class Machines:
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
       raise ValueError(f'coordinator must be HOST:PORT, such as node1:1234, got {self.coordinator!r}')
     if self.process_id >= self.num_processes:
-      raise ValueError(
-        f'process_id must be less than num_processes={self.num_processes}, got {self.process_id}; they count from 0'
-      )
-
-  @property
-  def several(self) -> bool:
-    """Whether this is one of several processes, or is said to be."""
-    return self.distributed or self.coordinator is not None
+      most = f'num_processes={self.num_processes}'
+      raise ValueError(f'process_id must be less than {most}, got {self.process_id}; they count from 0')
 
 
 def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
-  """Runs an experiment from the command line as `options.main` does, where the flags of `Machines` say.
+  """Runs an experiment from the command line, in the processes that the flags of `Machines` describe.
 
   Args:
-    prepare: as there.
-    config_class: as there.
+    prepare: Function as for `options.main`.
+    config_class: Class of the configuration, as for `options.main`.
   """
 
   def prepare_all():
     machines = options.from_flags(Machines)
-    if machines.several:
+    if machines.distributed or machines.coordinator is not None:
       start(machines)
     with together():
       return prepare()
@@ -101,39 +92,35 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
 
 
 def start(machines: Machines) -> None:
-  """Joins the other processes; from here on the first alone prints, errors excepted.
+  """Joins the other processes. Afterwards the first process alone prints, except for errors.
 
-  To be called before JAX is used.
+  It must be called before JAX is used.
 
   Raises:
-    ValueError: there is no cluster to ask; or of a coordinator, the others do not come. A cluster's processes find each
-      other by JAX, which aborts if one does not come.
+    ValueError: if there is no cluster to ask, or if the other processes do not come to the coordinator. The processes
+      of a cluster find each other by JAX, which aborts if one of them does not come.
   """
   if machines.process_id:
     _greet(str(machines.coordinator), machines.process_id)
   elif machines.coordinator is not None:
     _gather(machines.coordinator, int(machines.num_processes or 1))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.config.update('jax_enable_preemption_service', False)  # It takes SIGTERM for itself; see resuming.Stop.
+  jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Stop.
+  timeouts: Any = dict(initialization_timeout=PATIENCE, shutdown_timeout_seconds=FAREWELL)
   try:
-    jax.distributed.initialize(
-      machines.coordinator, machines.num_processes, machines.process_id, initialization_timeout=PATIENCE,
-      shutdown_timeout_seconds=FAREWELL,
-    )  # fmt: skip
+    jax.distributed.initialize(machines.coordinator, machines.num_processes, machines.process_id, **timeouts)
   except (RuntimeError, ValueError) as e:
-    reason = str(e).strip().splitlines()[0][:300]
-    if machines.distributed:
-      raise ValueError(
-        f'no cluster tells of its processes ({reason}); give --coordinator=HOST:PORT, --num_processes and --process_id'
-      ) from e
-    raise ValueError(f'the processes cannot meet at {machines.coordinator} ({reason}); give another port') from e
+    if not machines.distributed:
+      raise
+    advice = 'give --coordinator=HOST:PORT, --num_processes and --process_id'
+    raise ValueError(f'no cluster tells of its processes ({str(e).strip():.300}); {advice}') from e
   _keep_stdout(first())
   if not first():
     logging.set_verbosity(logging.WARNING)
 
 
 def _keep_stdout(ours: bool) -> None:
-  """Leaves stdout to the first process's `print`; what libraries write there (Gloo greets its peers) goes to stderr."""
+  """Keeps stdout for what the first process prints. What libraries print there, such as Gloo, goes to stderr."""
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
   os.dup2(2, 1)
@@ -141,74 +128,67 @@ def _keep_stdout(ours: bool) -> None:
 
 
 def _greet(coordinator: str, process_id: int) -> None:
-  """Tells the first process who is there, and waits until it has all; JAX would wait as well, but end with an abort.
+  """Sends the number of this process to the first process, and waits until all have done so.
+
+  JAX would wait too, but it aborts the program if a process does not come, and does not say which.
 
   Raises:
-    ValueError: the first process does not answer.
+    ValueError: if the first process does not answer.
   """
   host, _, port = coordinator.rpartition(':')
-  end = time.monotonic() + PATIENCE
+  end, reason = time.monotonic() + PATIENCE, 'it ended before all had come'
   while True:
     try:
-      with socket.create_connection((host.strip('[]'), int(port)), timeout=5) as peer:
-        peer.sendall(process_id.to_bytes(4, 'big'))
-        peer.settimeout(max(1.0, end - time.monotonic()))
-        if peer.recv(1):
+      with socket.create_connection((host.strip('[]'), int(port)), timeout=max(1, PATIENCE)) as first:
+        first.sendall(process_id.to_bytes(4))
+        if first.recv(1):
           return
-      raise OSError('it ended before all were there')
     except OSError as e:
-      if time.monotonic() > end or isinstance(e, socket.gaierror):
-        raise ValueError(
-          f'nobody answers at {coordinator} ({e.strerror or e}); start process 0 there, and let its port be reached'
-        ) from e
-      time.sleep(0.2)
+      reason = e.strerror or str(e)
+    if time.monotonic() > end:
+      advice = 'start process 0 there, and let its port be reached'
+      raise ValueError(f'nobody answers at {coordinator} ({reason}); {advice}')
+    time.sleep(0.2)
 
 
 def _gather(coordinator: str, num_processes: int) -> None:
-  """Waits at the first process until all others have greeted, then lets them go on, and the port free for JAX.
+  """Waits in the first process until all others have sent their numbers, and answers. Then the port is free for JAX.
 
   Raises:
-    ValueError: they do not come, or the port is taken.
+    ValueError: if a process does not come, or if the port is taken. The message names the processes that are missing.
   """
-  port, end = int(coordinator.rpartition(':')[2]), time.monotonic() + PATIENCE
+  end = time.monotonic() + PATIENCE
+  there: dict[int, socket.socket] = {}
   both = socket.has_dualstack_ipv6()
+  address, family = ('', int(coordinator.rpartition(':')[2])), socket.AF_INET6 if both else socket.AF_INET
   with contextlib.ExitStack() as opened:
     try:
-      door = socket.create_server(
-        ('', port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=128, dualstack_ipv6=both
-      )
+      server = opened.enter_context(socket.create_server(address, family=family, dualstack_ipv6=both))
+      while missing := sorted(set(range(1, num_processes)) - there.keys()):
+        server.settimeout(max(0.01, end - time.monotonic()))
+        other = opened.enter_context(server.accept()[0])
+        other.settimeout(5)
+        with contextlib.suppress(OSError):  # A stranger may connect and send nothing.
+          there[int.from_bytes(other.recv(4))] = other
+      for process_id in range(1, num_processes):
+        there[process_id].sendall(b'!')
+    except TimeoutError:
+      names = f'processes {", ".join(map(str, missing))} of {num_processes} are missing after {PATIENCE} s'
+      advice = 'start them, and let the port be reached'
+      raise ValueError(f'the others do not come to {coordinator}: {names}; {advice}') from None
     except OSError as e:
-      raise ValueError(f'the processes cannot meet at {coordinator} ({e.strerror or e}); give another port') from e
-    opened.enter_context(door)
-    there: dict[int, socket.socket] = {}
-    while missing := sorted(set(range(1, num_processes)) - set(there)):
-      door.settimeout(max(0.01, end - time.monotonic()))
-      try:
-        peer = opened.enter_context(door.accept()[0])
-      except TimeoutError:
-        raise ValueError(
-          f'the others do not come to {coordinator}: processes {", ".join(map(str, missing))} of {num_processes} are '
-          f'missing after {PATIENCE} s; start them, and let the port be reached'
-        ) from None
-      peer.settimeout(5)
-      with contextlib.suppress(OSError):  # Whoever says nothing, or too little, is none of them.
-        who = peer.recv(4, socket.MSG_WAITALL)
-        if len(who) == 4:
-          there[int.from_bytes(who, 'big')] = peer
-    for peer in there.values():
-      with contextlib.suppress(OSError):
-        peer.sendall(b'!')
+      raise ValueError(f'the processes cannot meet at {coordinator} ({e.strerror}); give another port') from e
 
 
 def first() -> bool:
-  """Whether this process is the one that writes and prints; the only one is."""
+  """Returns whether this process is the first, which writes and prints. A single process is the first."""
   return jax.process_index() == 0
 
 
 def open_workdir(path: files.PathLike) -> pathlib.Path:
-  """Returns the first process's directory as `files.open_workdir` does; of others one of their own, soon gone.
+  """Returns the work directory in the first process, and a temporary directory in the others.
 
-  So nothing is written twice, whatever is written; and only what the first sees must last.
+  No file is therefore written twice, and only what the first process writes is kept.
   """
   if first():
     return files.open_workdir(path)
@@ -218,9 +198,9 @@ def open_workdir(path: files.PathLike) -> pathlib.Path:
 
 
 def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
-  """Returns devices to test on: as many of each process, up to `devices`, as share the tasks evenly.
+  """Returns the devices that share `num_tasks` test tasks evenly: as many of each process as possible, up to `devices`.
 
-  Where the processes cannot share them each tests on all of them, on one device: `None`.
+  If the processes cannot share the tasks evenly, the result is `None`: each process tests on all tasks, on one device.
   """
   processes = jax.process_count()
   most = min(devices or jax.local_device_count(), jax.local_device_count())
@@ -229,33 +209,36 @@ def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
 
 
 def from_first(tree: PyTree) -> PyTree:
-  """Returns the first process's tree in all, to the bit; elsewhere only shapes and dtypes are looked at."""
+  """Returns the first process's tree in all processes, equal to the bit.
+
+  The trees of the other processes only give the structure, the shapes and the dtypes.
+  """
   if jax.process_count() == 1:
     return tree
   data = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
-  arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(data)]
-  sent = multihost_utils.broadcast_one_to_all([np.frombuffer(array.tobytes(), np.uint8) for array in arrays])
-  found = []
-  for leaf, array, received in zip(jax.tree.leaves(tree), arrays, sent, strict=True):
-    value: Any = np.frombuffer(np.asarray(received).tobytes(), array.dtype).reshape(array.shape)
-    if isinstance(leaf, jax.Array):
-      value = jax.numpy.asarray(value)
-    found.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value)
-  return jax.tree.unflatten(jax.tree.structure(tree), found)
+  gathered = multihost_utils.process_allgather(data)  # broadcast_one_to_all adds zeros, and so would change -0.0.
+  return jax.tree.map(_from_first, tree, gathered)
+
+
+def _from_first(leaf: Any, gathered: np.ndarray) -> Any:
+  """Returns the first of the gathered values as a key, an array of JAX or an array of NumPy, whichever `leaf` is."""
+  if is_key(leaf):
+    return jax.random.wrap_key_data(gathered[0], impl=jax.random.key_impl(leaf))
+  return jax.numpy.asarray(gathered[0]) if isinstance(leaf, jax.Array) else gathered[0]
 
 
 def json_from_first(value: Any) -> Any:
-  """Returns the first process's value, of which JSON has the kinds, in all."""
+  """Returns the first process's value in all processes. JSON must be able to store the value."""
   if jax.process_count() == 1:
     return value
   text = json.dumps(value).encode()
   size = int(from_first(np.int32(len(text))))
-  sent = np.frombuffer(text, np.uint8) if first() else np.zeros(size, np.uint8)
-  return json.loads(np.asarray(from_first(sent)).tobytes())
+  sent = from_first(np.frombuffer(text.ljust(size)[:size], np.uint8))
+  return json.loads(sent.tobytes())
 
 
 def any_of(here: bool) -> bool:
-  """Whether it is so in any process."""
+  """Returns whether `here` is true in any process. All processes must call this."""
   if jax.process_count() == 1:
     return here
   return bool(multihost_utils.process_allgather(np.uint8(here)).any())
@@ -263,10 +246,10 @@ def any_of(here: bool) -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Of a block that may fail in one process: ends the others too, with a sentence, where they would wait for it.
+  """Ends all processes if the block fails in one of them. Without this, the others would wait for it.
 
   Raises:
-    SystemExit: another process has failed here.
+    SystemExit: if the block has failed in another process.
   """
   try:
     yield

@@ -1,8 +1,7 @@
-"""A run in its work directory: alone there, begun or gone on with, and left in order when it is told to stop."""
+"""A run in its work directory: it works there alone, begins or continues, and saves its state when it is stopped."""
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -10,12 +9,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 
-from experiments import options, processes, reporting
+from experiments import options, processes
 from experiments.options import option
 from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -23,82 +22,77 @@ from metasgd_jax.io.checkpoint import CheckpointError
 flags.disclaim_key_flags()  # As in options.
 
 STOPPED = 128 + signal.SIGTERM
-"""The exit code of a run that SIGTERM stopped, as shells give it."""
+"""Exit code of a run that SIGTERM stopped. Shells give this code to a program that the signal ended."""
+
+RECORD = 'metasgd_run.json'
+"""Marks a directory as the directory of a run, and lists the files that the run has written."""
+
+OWN_FILES = (RECORD, 'config.json', 'metrics.jsonl', 'timings.jsonl', 'results.json', 'checkpoints', 'profile')
+"""What runs write: these files, and pictures, parameters and values with names of these patterns."""
+OWN_PATTERNS = (
+  *('per_task_*.npy', 'params_*.safetensors', 'model_*.safetensors', 'events.out.tfevents.*', 'learning_curves.png'),
+  *('curves_*.png', 'alpha_*.png', 'task_*.png', 'instances_*.png', 'paths_*.png', 'adaptation_*.gif'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-  """How a run is kept and looked into; none of it changes what is computed, so none of it is in the configuration."""
+  """How a run is kept and inspected. These options do not change what is computed, and so are no part of a `Config`."""
 
   checkpoint_every: int = option(
-    0, 'Meta-iterations between checkpoints, in whole chunks; 0 for one about every 15 seconds.', low=0
+    0, 'Meta-iterations between checkpoints, rounded up to whole chunks; 0 saves one about every 15 seconds.', low=0
   )
-  keep_checkpoints: bool = option(False, 'Leave the checkpoints where they are when the run has ended.')
-  restart: bool = option(False, 'Begin anew where workdir holds an unfinished run, or this one finished.')
-  profile: bool = option(False, 'Trace a few meta-iterations of each training, compiled, to WORKDIR/profile.')
+  keep_checkpoints: bool = option(False, 'Keep the checkpoints after the run has ended.')
+  restart: bool = option(False, 'Replace the run that the work directory holds.')
+  profile: bool = option(False, 'Write a trace of a few meta-iterations of each training to WORKDIR/profile.')
   debug_task: int | None = option(
-    None, 'Replay this meta-iteration, from 0, of the training under way, and show its tasks; nothing else is done.',
-    low=0, high=2**31 - 1, kind=int,
-  )  # fmt: skip
-  plan: bool = option(False, 'Print what memory each training will take, and whether it fits; nothing else is done.')
-  check_determinism: bool = option(
-    False, 'Begin each training twice, and compare to the bit; nothing else is done. The exit code is 1 if they differ.'
+    None, 'Replay this meta-iteration (from 0) and show its tasks; nothing is trained.', low=0, high=2**31 - 1, kind=int
   )
+  plan: bool = option(False, 'Print the memory that each training needs; nothing is trained.')
 
   def __post_init__(self):
     options.check(self)
 
 
 def define_flags(*configs: type, workdir: str) -> None:
-  """Defines the flags of an experiment: those of its configurations, and where it writes, `workdir` if not given."""
+  """Defines the flags of an experiment: those of its configurations, --config, and --workdir with this default."""
   for config in configs:
     options.define_flags(config)
-  flags.DEFINE_string(
-    'workdir',
-    workdir,
-    'Where config.json, metrics, results and pictures go. This run goes on there if it is unfinished, and stays if '
-    'it is finished; another that is finished is replaced.',
-  )
+  about = 'Directory of the run, which continues there if it is unfinished. Another run there is kept: see --restart.'
+  flags.DEFINE_string('workdir', workdir, about)
   flags.DEFINE_string('config', None, "Settings, from a run's results.json or config.json; other flags override them.")
 
 
 class Stop:
-  """Whether SIGTERM came. While `held`, whoever holds it leaves when its state is saved; else it leaves at once.
+  """Whether SIGTERM has come. During training, the program ends after a chunk, when its state is saved.
 
-  Of several processes none leaves by itself, as the others would wait for it: they leave together, where all `ask`.
+  Outside of training, a single process ends at once. Several processes end together, at the next point where all of
+  them `ask`, because otherwise some would wait for the others.
+
+  Attributes:
+    asked: Whether the signal has come.
+    idle: Whether nothing is under way that must be saved.
   """
 
   def __init__(self, restart: bool = False):
-    """Starts with no signal.
+    """Starts without a signal.
 
     Args:
-      restart: whether the command has --restart, which would delete what it saved if it were given again.
+      restart: Whether the command has --restart. Given again, that command would delete what was saved.
     """
-    self.asked = False
-    self.finished = False
-    self._holds = 0
+    self.asked, self.idle = False, True
     self._command = 'the same command without --restart' if restart else 'the same command'
 
-  @contextlib.contextmanager
-  def held(self) -> Iterator[None]:
-    """Puts the leaving off while there is something to be saved."""
-    self._holds += 1
-    try:
-      yield
-    finally:
-      self._holds -= 1
-    self.ask()
+  def come(self, *_) -> None:
+    """Handles the signal."""
+    self.asked = True
+    if self.idle and jax.process_count() == 1:
+      self.leave('what was trained is saved')
 
   def ask(self) -> None:
-    """Leaves if the signal has come, to any process; all must come here, when what was trained is saved."""
-    if processes.any_of(self.asked) and not self._holds:
+    """Ends the program if the signal has come to any process. All processes must call this when all is saved."""
+    if processes.any_of(self.asked):
       self.leave('all that was trained is saved')
-
-  def come(self, *_) -> None:
-    """Takes the signal; of a run that is finished it changes nothing."""
-    self.asked = True
-    if not self._holds and not self.finished and jax.process_count() == 1:
-      self.leave('what was trained is saved')
 
   def leave(self, what: str) -> None:
     """Ends the program with a sentence."""
@@ -106,170 +100,211 @@ class Stop:
     raise SystemExit(STOPPED)
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass
+class Run:
   """A run that is open.
 
   Attributes:
-    workdir: where it keeps everything.
-    config: as the checkpoints have it.
-    keeping: how it is kept.
-    metrics: where metrics go; the first is the file that a resumed run cuts.
-    stop: whether it is to stop.
-    rows: of results.json, where the run is finished already and nothing is to be done; else `None`.
+    workdir: Directory of the run.
+    config: Configuration, as values that JSON can store.
+    keeping: Options that do not change what is computed.
+    stop: Whether the run has been told to stop.
+    metrics: Writers of metrics. The first is the `MetricsWriter`.
+    rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
+    begun: Whether the directory is marked as this run's. If it is not, an earlier run is still there.
+    files: Names of the files that the run in the directory has written.
+    others: Names of files that no run has written, although runs write files with such names.
   """
 
   workdir: pathlib.Path
   config: dict[str, Any]
   keeping: Keeping
-  metrics: list[Any]
   stop: Stop
+  metrics: list[Any]
   rows: list[dict[str, Any]] | None = None
+  begun: bool = False
+  files: set[str] = dataclasses.field(default_factory=set)
+  others: set[str] = dataclasses.field(default_factory=set)
 
-  @property
-  def file(self) -> writers.MetricsWriter:
-    """Returns the writer of metrics.jsonl."""
-    return self.metrics[0]
+  def begin(self) -> None:
+    """Removes the files of an earlier run, and marks the directory as this run's. It must precede the first file.
 
-  def directory(self, training: str) -> pathlib.Path:
-    """Returns where a training's checkpoints are."""
-    return _checkpoints(self.workdir) / training
+    `trainings.train` calls it after the first meta-iteration.
+    """
+    if self.begun:
+      return
+    old = self.files & _own_files(self.workdir) - {RECORD}
+    _remove(self.workdir / 'checkpoints')
+    self.note()  # A kill from here on leaves an unfinished run without checkpoints, which the next run replaces.
+    for name in old:
+      _remove(self.workdir / name)
+    self.files.clear()
+    files.write_json(self.workdir / 'config.json', self.config)
+    self.begun = True
+
+  def note(self, finished: bool = False) -> None:
+    """Writes the record of the run, with the files that it has written so far."""
+    self.files |= _own_files(self.workdir).union(OWN_FILES) - self.others
+    record = {'finished': finished, 'config': self.config, 'versions': provenance.collect()['versions']}
+    record |= {'files': sorted(self.files), 'others': sorted(self.others)}
+    files.write_json(self.workdir / RECORD, record)
+
+  def close(self) -> None:
+    """Closes the event file of TensorBoard, and records which files the run has written."""
+    for writer in self.metrics[1:]:
+      writer.close()
+    if self.begun:
+      self.note()
+
+  def finish(self) -> None:
+    """Marks the run as finished. Its checkpoints are removed afterwards, so that a kill at any moment loses nothing."""
+    for pattern in OWN_FILES + OWN_PATTERNS:
+      for half in self.workdir.glob(f'.{pattern}-????????'):  # Half of a file that was being written at a kill.
+        half.unlink()
+    self.note(finished=True)
+    if not self.keeping.keep_checkpoints:
+      _remove(self.workdir / 'checkpoints')
 
 
 @contextlib.contextmanager
 def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = None) -> Iterator[Run]:
-  """Opens a work directory for a run: one of the same configuration that was not finished goes on.
+  """Opens a work directory for a run. The run is finished when the block ends without an error.
 
-  One of the same configuration and versions that is finished stays as it is, with its rows in `Run.rows`, unless
-  `keeping.restart` is set. When the block ends without an error the run is finished; it is marked so before its
-  checkpoints go, unless they are to be kept, so a kill at any moment loses nothing.
+  An unfinished run of the same configuration continues. A finished run of the same configuration stays as it is, and
+  its rows are in `Run.rows`. With `keeping.restart`, an earlier run is replaced when the new run calls `Run.begin`, and
+  only files that the record of the earlier run lists are removed.
 
   Raises:
-    WriterError: another program runs there, or it cannot be written.
-    CheckpointError: it holds an unfinished run of another configuration, and `keeping.restart` is not set.
+    WriterError: if another program trains in the directory, if the directory cannot be written, or if it holds files
+      with the names that runs write and is not marked as the directory of a run.
+    CheckpointError: if the directory holds a run of another configuration, and `keeping.restart` is not set.
   """
+  keeping = keeping or Keeping()
   with contextlib.ExitStack() as held:
     with processes.together():
-      workdir, keeping = files.open_workdir(workdir), keeping or Keeping()
-      held.enter_context(_alone(workdir))
-      stop = held.enter_context(_sigterm(keeping.restart))
-      reporting.clear_leftovers(workdir)
-      rows = None if keeping.restart else _finished_rows(workdir, config)
-      metrics: list[Any] = []
-      if rows is not None:
-        print(f'{workdir} holds this run, finished; --restart makes it again')
-      elif unfinished(workdir) and not keeping.restart:
-        check(workdir, config)
-        print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
-        metrics = reporting.go_on(workdir, config)
-      else:
-        _remove(_checkpoints(workdir))
-        _finished(workdir).unlink(missing_ok=True)
-        metrics = reporting.start(workdir, config)
-    rows = processes.json_from_first(rows)
-    with contextlib.ExitStack() as written:
-      for writer in metrics:
-        if isinstance(writer, writers.TensorBoardWriter):
-          written.callback(writer.close)
-      yield Run(workdir, dataclasses.asdict(config), keeping, metrics, stop, rows)
-    stop.finished = True
-    if rows is None:
-      files.write_json(_finished(workdir), _mark(workdir))
-      if not keeping.keep_checkpoints:
-        _remove(_checkpoints(workdir))
-    processes.any_of(False)  # The first has drawn its pictures; the others wait for it, lest it be taken for lost.
+      workdir = files.open_workdir(workdir)
+      _lock(workdir, held)
+      metrics: list[Any] = [writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True)]
+      run = Run(workdir, _plain(config), keeping, Stop(keeping.restart), metrics)
+      if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, run.stop.come)
+        held.callback(signal.signal, signal.SIGTERM, before)
+      _enter(run, config)
+      if run.rows is None and config.tensorboard:
+        metrics.append(writers.TensorBoardWriter(workdir))
+    run.rows = processes.json_from_first(run.rows)
+    with contextlib.closing(run):
+      yield run
+      run.stop.idle = False  # A run that is finished ignores the signal.
+    if run.begun:
+      run.finish()
+    processes.any_of(False)  # The others wait until the first has drawn its pictures.
+
+
+def _enter(run: Run, config: Any) -> None:
+  """Decides whether the run begins, continues or is finished already, and says so."""
+  workdir, record = run.workdir, _read_record(run.workdir)
+  there = _own_files(workdir)
+  if record is None and there:
+    names = ', '.join(sorted(there))
+    raise files.WriterError(f'{workdir} holds {names}, which no run has written; give another --workdir')
+  if record is not None:
+    run.files = set(record['files'])
+    run.others = there - run.files
+    if run.keeping.restart:
+      return  # The earlier run stays until the new one begins to write.
+    check(workdir, config)
+  if record is not None and record['finished']:
+    run.rows = _read_rows(workdir)
+    changed = changed_versions(record['versions'])
+    versions = f' with other versions ({changed})' if changed else ''
+    print(f'{workdir} holds this run, finished{versions}; --restart makes it again')
+  elif record is not None and trainings(workdir):
+    run.others, run.begun = set(record['others']), True
+    print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
+  else:
+    run.begin()
+
+
+def check(workdir: files.PathLike, config: Any) -> None:
+  """Raises CheckpointError if a directory holds a run of another configuration. The message names the fields.
+
+  A run that is not finished and has no checkpoints is ignored.
+  """
+  record = _read_record(workdir)
+  if record is None or not (record['finished'] or trainings(workdir)):
+    return
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}  # For options newer than the run.
+  there, here = files.plain(defaults) | record['config'], _plain(config)
+  names = [name for name in there | here if there.get(name) != here.get(name)]
+  if names:
+    kind = 'a finished' if record['finished'] else 'an unfinished'
+    fields = '; '.join(f'{name}: {there.get(name)!r} there, {here.get(name)!r} asked for' for name in names)
+    advice = 'give another --workdir, the configuration of that run, or --restart to replace it'
+    raise CheckpointError(f'{workdir} holds {kind} run of another configuration ({fields}); {advice}')
 
 
 def unfinished(workdir: files.PathLike) -> bool:
-  """Whether a directory holds checkpoints of a run that did not end."""
-  workdir = pathlib.Path(workdir)
-  return bool(trainings(workdir)) and not _finished(workdir).exists()
+  """Returns whether a directory holds checkpoints of a run that is not finished."""
+  record = _read_record(workdir)
+  return record is not None and not record['finished'] and bool(trainings(workdir))
 
 
 def trainings(workdir: files.PathLike) -> list[str]:
   """Returns the names of the trainings that have checkpoints."""
-  found = _checkpoints(pathlib.Path(workdir))
-  return [path.name for path in sorted(found.iterdir()) if checkpoint.steps(path)] if found.is_dir() else []
+  found = sorted(pathlib.Path(workdir, 'checkpoints').glob('*'))
+  return [path.name for path in found if checkpoint.steps(path)]
 
 
-def check(workdir: files.PathLike, config: Any) -> None:
-  """Raises CheckpointError if the directory holds an unfinished run of another configuration, naming the fields."""
-  if not unfinished(workdir):
-    return
-  for name in trainings(workdir):
-    found = checkpoint.read_config(_checkpoints(pathlib.Path(workdir)) / name)
-    if found is not None:
-      checkpoint.check_config(found, dataclasses.asdict(config), workdir)
-      return
-  raise CheckpointError(f'none of the checkpoints in {workdir} can be read; give --restart to begin anew')
+def changed_versions(before: dict[str, str]) -> str:
+  """Returns the versions that differ from those of an earlier run, as text; '' if all are the same."""
+  now = provenance.collect()['versions']
+  return ', '.join(f'{name} {old} → {now.get(name, "none")}' for name, old in before.items() if now.get(name) != old)
 
 
-def _checkpoints(workdir: pathlib.Path) -> pathlib.Path:
-  return workdir / 'checkpoints'
+def _plain(config: Any) -> dict[str, Any]:
+  return files.plain(dataclasses.asdict(config))
 
 
-def _finished(workdir: pathlib.Path) -> pathlib.Path:
-  return workdir / 'finished.json'
+def _read_record(workdir: files.PathLike) -> dict[str, Any] | None:
+  path = pathlib.Path(workdir, RECORD)
+  return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def _mark(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns what finished.json holds: the versions, and the digest of the results, which tells them from others."""
-  results = workdir / 'results.json'
-  digest = hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
-  return {'versions': provenance.collect()['versions'], 'results_sha256': digest}
-
-
-def _finished_rows(workdir: pathlib.Path, config: Any) -> list[dict[str, Any]] | None:
-  """Returns the rows of a finished run of this configuration with these versions; `None` if there is none."""
+def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   try:
-    config_there, mark, results = (
-      json.loads((workdir / name).read_bytes()) for name in ('config.json', _finished(workdir).name, 'results.json')
-    )
-    same = config_there == json.loads(json.dumps(dataclasses.asdict(config))) and mark == _mark(workdir)
-    return (results['rows'] or None) if same else None
-  except (OSError, ValueError, RecursionError):
-    return None  # Not there, or damaged.
+    return json.loads((workdir / 'results.json').read_bytes())['rows']
+  except (OSError, ValueError) as e:
+    reason = f'its results.json cannot be read ({e})'
+    raise CheckpointError(f'{workdir} holds this run, finished, but {reason}; --restart makes it again') from e
+
+
+def _own_files(workdir: pathlib.Path) -> set[str]:
+  """Returns the names of the files in a directory that runs may have written."""
+  return {path.name for pattern in OWN_FILES + OWN_PATTERNS for path in workdir.glob(pattern)}
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Deletes a directory so that half of it is never taken for a run."""
+  """Deletes a file or a directory. Half of a directory is never left under its name."""
   aside = path.with_name(f'.{path.name}-removed')
   shutil.rmtree(aside, ignore_errors=True)
-  if path.exists():
+  if path.is_dir():
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _alone(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds a lock on the directory, which goes with the process, however that ends."""
+def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+  """Locks the directory until `held` is closed or the process ends."""
   try:
     import fcntl
-  except ImportError:  # Windows.
-    yield
-    return
-  directory = os.open(workdir, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):  # Some network file systems have no locks.
-      try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as e:
-        raise files.WriterError(
-          f'another program trains in {workdir}; wait until it has ended, or give another --workdir'
-        ) from e
-    yield
-  finally:
-    os.close(directory)
 
-
-@contextlib.contextmanager
-def _sigterm(restart: bool) -> Iterator[Stop]:
-  """Has SIGTERM noted, where this is the main thread; afterwards it does what it did before."""
-  stop = Stop(restart)
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
+    directory = os.open(workdir, os.O_RDONLY)
+    held.callback(os.close, directory)
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    advice = 'wait until it has ended, or give another --workdir'
+    raise files.WriterError(f'another program trains in {workdir}; {advice}') from e
+  except (ImportError, OSError):  # Windows and some network file systems have no such locks.
     return
-  before = signal.signal(signal.SIGTERM, stop.come)
-  try:
-    yield stop
-  finally:
-    signal.signal(signal.SIGTERM, before)

@@ -1,1 +1,1 @@
-"""Input and output: files, checkpoints, metrics, progress, and the versions that produced a result."""
+"""Input and output: files, checkpoints, metrics, and the versions that produced a result."""

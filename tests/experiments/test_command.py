@@ -24,7 +24,6 @@ from experiments import (
   options,
   processes,
   regression,
-  reporting,
   resuming,
   trainings,
 )
@@ -224,15 +223,6 @@ def test_help_is_given_where_it_is_asked_for(parse, given):
 @pytest.mark.parametrize('given', ['--workdir -h', '--workdir=-h', '--help=false', '-- -h'])
 def test_a_value_or_an_argument_is_no_question(parse, given):
   assert 'HELP' not in parse(*given.split())
-
-
-def test_a_trace_goes_with_the_run_that_it_is_of(tmp_path):
-  config = regression.Config(tensorboard=False)
-  (tmp_path / 'profile' / 'maml').mkdir(parents=True)
-  reporting.start(tmp_path, config)
-  assert (tmp_path / 'profile' / 'maml').is_dir(), 'of nobody, since there was no run'
-  reporting.start(tmp_path, config)
-  assert not (tmp_path / 'profile').exists()
 
 
 @pytest.mark.parametrize(('first', 'said'), [(True, 'MAML: the profiler wrote no trace to '), (False, '')])

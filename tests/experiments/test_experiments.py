@@ -117,17 +117,6 @@ def test_pictures_are_drawn(kind, request):
     assert (workdir / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_an_earlier_run_leaves_nothing_in_a_later_ones_results(tmp_path):
-  old = {'results.json', 'per_task_x.npy', 'params_x.msgpack', 'alpha_x.png', 'learning_curves.png'}
-  old |= {'events.out.tfevents.1.a'}
-  for name in (*old, 'holiday.png'):
-    (tmp_path / name).write_text('old')
-  reporting.start(tmp_path, regression.Config())
-  assert old <= {p.name for p in tmp_path.iterdir()}, 'a directory that is no run was cleared'
-  reporting.start(tmp_path, regression.Config())
-  assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'metrics.jsonl', 'holiday.png'}
-
-
 def test_pictures_show_draws_of_the_task_distribution(monkeypatch):
   """With a key used twice, the points' places would be functions of the curve."""
   drawn = []

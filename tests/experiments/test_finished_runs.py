@@ -1,9 +1,11 @@
 """A directory's runs that are finished, or another program's; cells of a table."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
+import types
 
 import jax
 import numpy as np
@@ -30,12 +32,18 @@ def crash():
 ROWS = [{'mean': 0.5}]
 
 
+def contents(workdir):
+  """All files of a directory."""
+  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
+
+
 def finished(workdir, config=MAML, keeping=None):
   """A run that trains nothing and has results; returns all its files."""
   with resuming.open_run(workdir, config, keeping) as opened:
     assert opened.rows is None
+    opened.begin()  # As `trainings.train` does.
     files.write_json(workdir / 'results.json', {'rows': ROWS})
-  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
+  return contents(workdir)
 
 
 def test_a_finished_run_of_this_configuration_stays(tmp_path, monkeypatch, capsys):
@@ -45,18 +53,129 @@ def test_a_finished_run_of_this_configuration_stays(tmp_path, monkeypatch, capsy
   assert regression.run(MAML, tmp_path) == ROWS
   (said,) = capsys.readouterr().out.splitlines()
   assert re.match(saying(f'{tmp_path} holds this run', 'finished', '--restart'), said)
-  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+  assert contents(tmp_path) == before
 
 
-def test_a_finished_run_is_made_again_if_it_is_asked_for_or_not_this_one(tmp_path, monkeypatch):
+def test_a_finished_run_is_made_again_if_it_is_asked_for(tmp_path):
   finished(tmp_path)
   finished(tmp_path, keeping=Keeping(restart=True))
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
-  (tmp_path / 'results.json').write_text('{"rows": [{"mean": 0.6}]}')
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
+  finished(tmp_path, dataclasses.replace(MAML, shot=3), Keeping(restart=True))
+
+
+def test_a_finished_run_of_another_configuration_is_refused(tmp_path):
+  before = finished(tmp_path)
+  fields = '(shot: 5 there, 3 asked for; eval_tasks: 3 there, 4 asked for)'
+  advice = ('give another --workdir', '--restart')
+  with pytest.raises(CheckpointError, match=saying(tmp_path, 'a finished run', fields, *advice)):
+    finished(tmp_path, dataclasses.replace(MAML, shot=3, eval_tasks=4))
+  assert contents(tmp_path) == before
+
+
+def test_a_finished_run_of_other_versions_is_told_of_and_stays(tmp_path, monkeypatch, capsys):
+  before = finished(tmp_path)
   now = provenance.collect()
   monkeypatch.setattr(provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
-  finished(tmp_path, dataclasses.replace(MAML, shot=3))
+  assert regression.run(MAML, tmp_path) == ROWS
+  said = capsys.readouterr().out
+  assert re.match(saying('holds this run, finished with other versions', f'jax {jax.__version__} → 99', '--rest'), said)
+  assert contents(tmp_path) == before
+
+
+def test_a_finished_run_that_is_older_than_an_option_stays(tmp_path):
+  finished(tmp_path)
+  record = json.loads((tmp_path / resuming.RECORD).read_text())
+  del record['config']['bad_steps']
+  (tmp_path / resuming.RECORD).write_text(json.dumps(record))
+  assert regression.run(MAML, tmp_path) == ROWS
+  with pytest.raises(CheckpointError, match='bad_steps: .stop. there, .skip. asked for'):
+    regression.run(dataclasses.replace(MAML, bad_steps='skip'), tmp_path)
+
+
+@pytest.mark.parametrize('damage', [lambda path: path.unlink(), lambda path: path.write_text('{')])
+def test_a_finished_run_whose_results_are_lost_is_not_made_again_in_silence(tmp_path, damage):
+  finished(tmp_path)
+  damage(tmp_path / 'results.json')
+  before = contents(tmp_path)
+  with pytest.raises(CheckpointError, match=saying(tmp_path, 'results.json cannot be read', '--restart')):
+    regression.run(MAML, tmp_path)
+  assert contents(tmp_path) == before
+
+
+OWN = (
+  *('config.json', 'results.json', 'metrics.jsonl', 'timings.jsonl', 'per_task_x.npy', 'params_x.safetensors'),
+  *('model_x.safetensors', 'alpha_x.png', 'learning_curves.png', 'events.out.tfevents.1.a', 'profile/maml/trace'),
+  'checkpoints/maml_5shot/3/state',
+)
+
+
+def write(workdir, *names):
+  """Leaves files with these names."""
+  for name in names:
+    (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+    (workdir / name).write_text(name)
+
+
+@pytest.mark.parametrize('restart', [False, True])
+@pytest.mark.parametrize('names', [OWN, *((name,) for name in OWN)])
+def test_files_of_another_program_are_neither_removed_nor_overwritten(tmp_path, names, restart):
+  write(tmp_path, *names, 'holiday.png')
+  before = contents(tmp_path)
+  with pytest.raises(files.WriterError, match=saying(tmp_path, names[0].split('/')[0], 'give another --workdir')):
+    finished(tmp_path, keeping=Keeping(restart=restart))
+  assert contents(tmp_path) == before
+
+
+def test_only_files_that_the_record_lists_are_removed(tmp_path):
+  write(tmp_path, 'holiday.png', 'cells/a/config.json')
+  with resuming.open_run(tmp_path, MAML) as opened:
+    write(tmp_path, *OWN)
+  assert set(opened.files) >= {name.split('/')[0] for name in OWN}
+  mine = ('model_mine.safetensors', 'notes.txt')
+  write(tmp_path, *mine)
+  others = {'holiday.png', 'cells', *mine}
+  for shot in (3, 2, 1):  # What is not listed is not listed later either.
+    finished(tmp_path, dataclasses.replace(MAML, shot=shot), Keeping(restart=True))
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == others | {'config.json', 'results.json', resuming.RECORD}
+  assert all((tmp_path / name).read_text() == name for name in mine)
+
+
+def test_event_files_are_those_of_the_new_run(tmp_path):
+  with resuming.open_run(tmp_path, MAML):
+    write(tmp_path, 'events.out.tfevents.1.a')
+  finished(tmp_path, dataclasses.replace(MAML, tensorboard=True), Keeping(restart=True))
+  (found,) = tmp_path.glob('events.out.tfevents.*')
+  assert found.name != 'events.out.tfevents.1.a'
+
+
+def test_what_a_run_that_fails_has_written_is_listed(tmp_path):
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML):
+    write(tmp_path, 'params_x.safetensors')
+    crash()
+  finished(tmp_path, keeping=Keeping(restart=True))
+  assert not (tmp_path / 'params_x.safetensors').exists()
+
+
+def test_a_kill_while_an_earlier_run_is_removed_leaves_a_run_that_begins_anew(tmp_path, monkeypatch):
+  finished(tmp_path)
+  remove = resuming._remove
+  monkeypatch.setattr(resuming, '_remove', lambda path: crash() if path.name == 'results.json' else remove(path))
+  other = dataclasses.replace(MAML, shot=3)
+  with pytest.raises(CrashError):
+    finished(tmp_path, other, Keeping(restart=True))
+  monkeypatch.undo()
+  assert (tmp_path / 'results.json').exists()
+  with resuming.open_run(tmp_path, MAML) as opened:
+    assert opened.begun
+    assert not (tmp_path / 'results.json').exists()
+
+
+def test_a_learner_that_is_not_trained_begins_too(tmp_path, monkeypatch):
+  begun = []
+  monkeypatch.setattr(few_shot_training, '_first_state', lambda *_: types.SimpleNamespace(meta=np.zeros(2)))
+  run = types.SimpleNamespace(begin=lambda: begun.append(1))
+  few_shot_training.train('random', classification.Config(learner=('random',)), None, run)
+  assert begun == [1]
 
 
 @pytest.mark.parametrize('keep', [True, False])
@@ -80,32 +199,31 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
 
 def test_sigterm_when_all_is_done_changes_nothing(tmp_path, monkeypatch, capsys):
   remove = resuming._remove
-  monkeypatch.setattr(resuming, '_remove', lambda path: (os.kill(os.getpid(), signal.SIGTERM), remove(path)))
-  stop = resuming.Stop.leave
-  monkeypatch.setattr(resuming.Stop, 'leave', lambda self, what: stop(self, what) if self.finished else None)
-  finished(tmp_path)
+  with resuming.open_run(tmp_path, MAML):
+    files.write_json(tmp_path / 'results.json', {'rows': ROWS})
+    monkeypatch.setattr(resuming, '_remove', lambda path: (os.kill(os.getpid(), signal.SIGTERM), remove(path)))
   assert 'stopped' not in capsys.readouterr().out
-  assert (tmp_path / 'finished.json').exists()
+  assert json.loads((tmp_path / resuming.RECORD).read_text())['finished']
 
 
 def test_a_command_with_restart_is_told_to_go_on_without(tmp_path, capsys):
-  with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, Keeping(restart=True)):
+  with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, Keeping(restart=True)) as opened:
     os.kill(os.getpid(), signal.SIGTERM)
+    opened.stop.ask()
   said = saying('stopped by SIGTERM: ', 'is saved', 'the same command without --restart goes on')
   assert re.match(said, capsys.readouterr().out)
 
 
 def test_of_several_processes_none_leaves_by_itself(monkeypatch, capsys):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  others = [False]
+  others = [True, False]
   monkeypatch.setattr(processes, 'any_of', lambda here: here or others.pop())
   told, other = resuming.Stop(), resuming.Stop()
   told.come()
   other.ask()
-  others.append(True)
   for stop in (told, other):
-    with pytest.raises(SystemExit), stop.held():
-      pass
+    with pytest.raises(SystemExit):
+      stop.ask()
   assert capsys.readouterr().out.count('stopped by SIGTERM: all that was trained') == 2
 
 
@@ -113,7 +231,7 @@ def test_two_programs_do_not_train_in_one_directory(tmp_path):
   said = saying('another program trains in', tmp_path)
   with resuming.open_run(tmp_path, MAML), pytest.raises(files.WriterError, match=said):
     regression.run(MAML, tmp_path)
-  with resuming.open_run(tmp_path, MAML):
+  with resuming.open_run(tmp_path, MAML, Keeping(restart=True)):
     pass
 
 
@@ -122,14 +240,26 @@ def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_beg
   cell = few_shot_table.cells(config)[1]
   state = ms.TrainState(np.int32(3), jax.random.key(0), {'w': np.zeros(2)}, ())
   directory = tmp_path / 'cells' / 'omniglot_lstm_20way_1shot'
-  there = dataclasses.asdict(dataclasses.replace(cell, meta_iterations=7))
-  with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=there) as kept:
-    kept.save(state)
-  files.write_json(directory / 'config.json', dataclasses.asdict(cell))
-  files.write_json(directory / 'results.json', {'rows': []})
+  other = dataclasses.replace(cell, meta_iterations=7)
+  with pytest.raises(CrashError), resuming.open_run(directory, other) as opened:
+    with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=opened.config) as kept:
+      kept.save(state)
+    files.write_json(directory / 'config.json', dataclasses.asdict(cell))
+    files.write_json(directory / 'results.json', {'rows': []})
+    crash()
   assert not few_shot_table._done(cell, directory)
   with pytest.raises(CheckpointError, match=saying(directory, 'meta_iterations: 7 there, 500 asked for')):
     few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
+
+
+def test_a_table_refuses_finished_cells_of_another_configuration_before_it_begins(tmp_path):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  other = dataclasses.replace(few_shot_table.cells(config)[1], meta_iterations=7)
+  directory = tmp_path / 'cells' / 'omniglot_lstm_20way_1shot'
+  before = finished(directory, other)
+  with pytest.raises(CheckpointError, match=saying(directory, 'finished', 'meta_iterations: 7 there, 500 asked for')):
+    few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
+  assert contents(directory) == before
 
 
 def test_a_cell_that_is_older_than_an_option_stays(tmp_path):

@@ -27,9 +27,14 @@ from experiments.resuming import Keeping
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = regression.Config(learner=('meta_sgd',), seeds=2, meta_iterations=200, eval_tasks=6, eval_repeats=2)
 FLAGS = (
-  '--learner=meta_sgd', '--seeds=2', '--meta_iterations=200', '--eval_tasks=6', '--eval_repeats=2',
-  '--checkpoint_every=20', '--keep_checkpoints',
-)  # fmt: skip
+  '--learner=meta_sgd',
+  '--seeds=2',
+  '--meta_iterations=200',
+  '--eval_tasks=6',
+  '--eval_repeats=2',
+  '--checkpoint_every=20',
+  '--keep_checkpoints',
+)
 
 
 def free_port():
@@ -45,13 +50,22 @@ def two(module, workdir, *flags):
   running = [
     subprocess.Popen(
       [
-        sys.executable, '-m', f'experiments.{module}', f'--workdir={workdir}', meeting, '--num_processes=2',
-        f'--process_id={i}', *flags,
+        sys.executable,
+        '-m',
+        f'experiments.{module}',
+        f'--workdir={workdir}',
+        meeting,
+        '--num_processes=2',
+        f'--process_id={i}',
+        *flags,
       ],
-      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for i in range(2)
-  ]  # fmt: skip
+  ]
   try:
     yield running
   finally:
@@ -96,7 +110,7 @@ def no_pictures(tmp_path, monkeypatch):
 
 
 def params(workdir):
-  return serialization.msgpack_restore((workdir / 'params_meta_sgd_5shot.msgpack').read_bytes())
+  return serialization.msgpack_restore((workdir / 'params_meta_sgd_5shot.safetensors').read_bytes())
 
 
 @pytest.mark.slow
@@ -188,7 +202,7 @@ def test_a_signal_to_one_while_both_test_stops_both(tmp_path):
   workdir = tmp_path / 'stopped'
   with two('regression', workdir, *FLAGS, '--meta_iterations=20') as running:
     end = time.monotonic() + 240
-    while not (workdir / 'params_meta_sgd_5shot.msgpack').exists():
+    while not (workdir / 'params_meta_sgd_5shot.safetensors').exists():
       assert time.monotonic() < end
       assert running[0].poll() is None, running[0].communicate()
       time.sleep(0.01)
@@ -212,9 +226,16 @@ def test_a_mistake_of_one_ends_both_with_a_sentence(tmp_path):
 @pytest.mark.slow
 def test_classification_by_two_processes(tmp_path, no_pictures):
   config = dict(
-    learner='prototypical', way=2, query=1, filters=2, meta_batch=2, meta_iterations=4, validate_every=2, eval_tasks=3,
+    learner='prototypical',
+    way=2,
+    query=1,
+    filters=2,
+    meta_batch=2,
+    meta_iterations=4,
+    validate_every=2,
+    eval_tasks=3,
     eval_query=1,
-  )  # fmt: skip
+  )
   workdir = tmp_path / 'two'
   with two('classification', workdir, *(f'--{name}={value}' for name, value in config.items())) as running:
     printed = ended(running)
@@ -227,9 +248,14 @@ def test_classification_by_two_processes(tmp_path, no_pictures):
 
 
 NAVIGATION = navigation.Config(
-  learner=('meta_sgd',), trajectories=2, meta_batch=4, curvature_tasks=2, meta_iterations=1, eval_tasks=4,
+  learner=('meta_sgd',),
+  trajectories=2,
+  meta_batch=4,
+  curvature_tasks=2,
+  meta_iterations=1,
+  eval_tasks=4,
   eval_updates=1,
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow

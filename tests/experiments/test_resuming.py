@@ -16,12 +16,10 @@ import pytest
 import torture
 from problems import poisoned, saying
 
-import metasgd_jax as ms
 from experiments import (
   classification,
   few_shot_training,
   navigation,
-  processes,
   regression,
   reporting,
   resuming,
@@ -37,9 +35,17 @@ CONFIG = regression.Config(meta_iterations=40, seeds=2, eval_tasks=3, eval_repea
 MAML = dataclasses.replace(CONFIG, learner=('maml',), meta_iterations=20)
 KEEPING = Keeping(checkpoint_every=4, keep_checkpoints=True)
 VALIDATION = classification.Config(
-  learner=('prototypical',), way=3, query=1, filters=2, meta_batch=1, meta_iterations=40, validate_every=4, ensemble=2,
-  eval_tasks=3, eval_query=1,
-)  # fmt: skip
+  learner=('prototypical',),
+  way=3,
+  query=1,
+  filters=2,
+  meta_batch=1,
+  meta_iterations=40,
+  validate_every=4,
+  ensemble=2,
+  eval_tasks=3,
+  eval_query=1,
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -184,11 +190,24 @@ def test_a_finished_run_is_replaced(tmp_path, keep, capsys):
   regression.run(dataclasses.replace(MAML, shot=3), tmp_path, Keeping(keep_checkpoints=keep))
   assert (tmp_path / 'checkpoints').exists() == keep
   assert not resuming.unfinished(tmp_path)
-  regression.run(MAML, tmp_path)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  with pytest.raises(CheckpointError, match=saying(tmp_path, 'finished run', 'shot: 3 there, 5 asked', '--restart')):
+    regression.run(MAML, tmp_path)
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+  regression.run(MAML, tmp_path, Keeping(restart=True))
   assert 'goes on' not in capsys.readouterr().out
   assert not (tmp_path / 'checkpoints').exists()
   assert not list(tmp_path.glob('*_3shot*'))
   assert not list(tmp_path.glob('.*'))
+
+
+def test_a_run_that_is_replaced_stays_until_the_new_one_trains(tmp_path, monkeypatch):
+  regression.run(dataclasses.replace(MAML, shot=3), tmp_path, KEEPING)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  with monkeypatch.context() as patch, pytest.raises(CrashError):
+    patch.setattr(trainings.ms, 'train', lambda *args, **options: crash())  # As if the memory did not suffice.
+    regression.run(MAML, tmp_path, Keeping(restart=True))
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
 def test_metrics_that_were_lost_are_missed(tmp_path, at):
@@ -202,7 +221,7 @@ def test_metrics_that_were_lost_are_missed(tmp_path, at):
 def test_other_versions_are_told_of(tmp_path, at, monkeypatch, capsys):
   crashed(at, tmp_path)
   now = provenance.collect()
-  monkeypatch.setattr(trainings.provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
+  monkeypatch.setattr(provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
   regression.run(MAML, tmp_path, KEEPING)
   assert f'versions have changed (jax {jax.__version__} → 99)' in capsys.readouterr().out
 
@@ -264,10 +283,16 @@ def test_a_bad_number_stops_the_run_with_the_last_good_state_saved(tmp_path, mon
   monkeypatch.setattr(regression, 'sinusoid', lambda *args, **options: poisoned([13], task=3))
   config = dataclasses.replace(MAML, seeds=1, meta_iterations=40)
   sentence = saying(
-    'MAML 5-shot: the loss of run 0 (from 0) is not finite', 'meta-iteration 13 (from 0)', 'task 3 of 4 (from 0)',
-    'loss nan', 'gradient of theta.Dense_0.bias', 'jax.random.wrap_key_data(jax.numpy.uint32([',
-    'meta-iteration 12 is saved', tmp_path / 'checkpoints' / 'maml_5shot', '--debug_task=13',
-  )  # fmt: skip
+    'MAML 5-shot: the loss of run 0 (from 0) is not finite',
+    'meta-iteration 13 (from 0)',
+    'task 3 of 4 (from 0)',
+    'loss nan',
+    'gradient of theta.Dense_0.bias',
+    'jax.random.wrap_key_data(jax.numpy.uint32([',
+    'meta-iteration 12 is saved',
+    tmp_path / 'checkpoints' / 'maml_5shot',
+    '--debug_task=13',
+  )
   with pytest.raises(TrainingError, match=sentence):
     regression.run(config, tmp_path)
   assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [12]
@@ -335,9 +360,14 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
   for name in ('build_environments', 'build_inner'):
     monkeypatch.setattr(navigation, name, functools.cache(getattr(navigation, name)))
   config = navigation.Config(
-    learner=('meta_sgd',), trajectories=2, meta_batch=2, curvature_tasks=2, meta_iterations=3, eval_tasks=2,
+    learner=('meta_sgd',),
+    trajectories=2,
+    meta_batch=2,
+    curvature_tasks=2,
+    meta_iterations=3,
+    eval_tasks=2,
     eval_updates=1,
-  )  # fmt: skip
+  )
   keeping = dataclasses.replace(KEEPING, checkpoint_every=1)
   navigation.run(config, tmp_path / 'whole', keeping)
   at('Meta-SGD, fixed start', 3, crash)
@@ -351,13 +381,15 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
 
 def test_only_the_first_process_says_where_the_state_is_saved(tmp_path, monkeypatch):
   training = dataclasses.replace(regression.plan(MAML)[0][0], inspect=None)
-  run = resuming.Run(tmp_path, {}, Keeping(), [], resuming.Stop())
+  run = resuming.Run(tmp_path, {}, Keeping(), resuming.Stop(), [])
   bad = bad_numbers.BadStep(13, 0, float('nan'), training, [])
-  assert f'is saved in {tmp_path}' in trainings._what_is_bad(training, bad, run, 12)
-  monkeypatch.setattr(processes, 'first', lambda: False)
-  said = trainings._what_is_bad(training, bad, run, 12)
-  assert str(tmp_path) not in said
-  assert re.search(saying('meta-iteration 13', 'the first process says where'), said)
+  monkeypatch.setattr(bad_numbers, 'find', lambda *_: bad)
+  kept = types.SimpleNamespace(save=lambda state: None, wait=lambda: None, last=12)
+  with pytest.raises(TrainingError, match=saying('is saved in', tmp_path)):
+    trainings._AfterChunk(training, run, kept, None, None, None)(None)
+  with pytest.raises(TrainingError, match=saying('meta-iteration 13', 'the first process says where')) as e:
+    trainings._AfterChunk(training, run, None, None, None, None)(None)
+  assert str(tmp_path) not in str(e.value)
 
 
 def last_line(capsys):
@@ -389,52 +421,18 @@ def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, cap
   assert out.count('0 of 4 tasks are not finite') == 2
   state = plan[0].go(plan[0].start(), 5, ())
   report = bad_numbers.inspect_step(
-    reporting.one_run(state, 1), regression.sinusoid(regression.META_SGD_SINUSOIDS, shot=5, query=10),
-    learner=regression.build_learner('maml', config), meta_batch=4,
-  )  # fmt: skip
+    reporting.one_run(state, 1),
+    regression.sinusoid(regression.META_SGD_SINUSOIDS, shot=5, query=10),
+    learner=regression.build_learner('maml', config),
+    meta_batch=4,
+  )
   assert f'task 2: loss {report.losses[2]:.6g}' in out
-
-
-def test_the_same_beginning_twice(capsys):
-  """Each time compiled anew; where the state or what was reported differs the program says so, and ends with 1."""
-  traced = []
-  moved = jax.jit(lambda a, step: traced.append(1) or a + step)
-
-  def training(metas, losses):
-    """Begins with the next of these, and reports the next of those, each time that it is taken."""
-    metas, losses = iter(metas), iter(losses)
-
-    def go(state, step, callbacks):
-      for callback in callbacks:
-        callback(types.SimpleNamespace(info={'loss': np.float32(next(losses))}))
-      return state._replace(step=np.int32(step), meta=moved(state.meta, step))
-
-    start = lambda: ms.TrainState(np.int32(0), jax.random.key(0), np.float32(next(metas)), ())
-    return trainings.Training('maml', 'MAML 5-shot', 20, 1, start, go)
-
-  trainings.check_determinism([training([1, 1], [0.5, 0.5])])
-  assert re.match(saying('MAML 5-shot: the beginning, 2 meta-iterations', 'is the same'), capsys.readouterr().out)
-  assert len(traced) == 2
-  for name, other in (('state', training([1, 2], [0.5, 0.5])), ('reported', training([1, 1], [0.5, 0.25]))):
-    with pytest.raises(SystemExit) as e:
-      trainings.check_determinism([other, training([1, 1], [0.5, 0.5])])
-    assert e.value.code == 1
-    first, second = capsys.readouterr().out.splitlines()
-    assert f'differs in {name}' in first
-    assert 'is the same' in second
-
-
-@pytest.mark.slow
-def test_a_training_begins_the_same_twice(tmp_path, capsys):
-  plan = [t for t, _ in regression.plan(MAML)]
-  trainings.look(plan, MAML, tmp_path, Keeping(check_determinism=True))()
-  assert re.match(saying('MAML 5-shot: the beginning, 2 meta-iterations', 'is the same'), capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
   ('keeping', 'said'),
   [
-    (dict(debug_task=3, check_determinism=True), ('debug_task and check_determinism', 'give one')),
+    (dict(debug_task=3, plan=True), ('plan and debug_task', 'give one')),
     (dict(debug_task=20), ('debug_task', 'less than meta_iterations=20', 'got 20')),
   ],
 )

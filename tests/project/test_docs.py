@@ -37,7 +37,7 @@ MODULES = sorted(
   if path.name != '__main__.py'
 )
 PACKAGES = [f'metasgd_jax{part}' for part in ('', '.learners', '.nn', '.rl', '.tasks', '.datasets', '.plotting')]
-OF_OUTPUT = [f'metasgd_jax.io.{name}' for name in ('files', 'progress', 'provenance', 'writers')]
+OF_OUTPUT = [f'metasgd_jax.io.{name}' for name in ('files', 'provenance', 'writers')]
 ON_PAGES = set(re.findall(r'automodule:: (\S+)', ''.join(path.read_text() for path in (DOCS / 'api').glob('*.md'))))
 
 
