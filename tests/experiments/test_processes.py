@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 import torture
-from flax import serialization
 from problems import saying
+from safetensors.numpy import load_file
 
 from experiments import classification, few_shot_training, navigation, processes, regression, reporting
 from experiments.processes import Machines
@@ -110,7 +110,7 @@ def no_pictures(tmp_path, monkeypatch):
 
 
 def params(workdir):
-  return serialization.msgpack_restore((workdir / 'params_meta_sgd_5shot.safetensors').read_bytes())
+  return load_file(workdir / 'params_meta_sgd_5shot.safetensors')
 
 
 @pytest.mark.slow
