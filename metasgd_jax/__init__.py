@@ -1,6 +1,6 @@
 """Meta-SGD (Li et al. 2017) and its kin as pure functions in JAX."""
 
-import pkgutil
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from metasgd_jax import losses as losses, rl as rl, tasks as tasks
@@ -66,7 +66,9 @@ _LATER = {
 def __getattr__(name: str) -> Any:
   if name not in _LATER:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  globals()[name] = pkgutil.resolve_name(f'{__name__}.{_LATER[name]}')
+  module, _, attribute = _LATER[name].partition(':')
+  found = importlib.import_module(f'{__name__}.{module}')
+  globals()[name] = getattr(found, attribute) if attribute else found
   return globals()[name]
 
 

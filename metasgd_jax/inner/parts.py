@@ -101,8 +101,9 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     return jax.tree.unflatten(jax.tree.structure(theta['base']), leaves)
 
   def adapts(name: str) -> bool:
-    part, _, rest = name.partition('.')
-    return part == 'factors' or (model.adapts is not None and model.adapts(rest))
+    if name.startswith(('factors.', "['factors']")):
+      return True
+    return model.adapts is not None and model.adapts(name.removeprefix('base.').removeprefix("['base']"))
 
   def apply(theta, x, *statistics):
     return model.apply(merged(theta), x, *statistics)

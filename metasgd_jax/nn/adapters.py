@@ -105,8 +105,8 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   θ is the module with `None` in place of everything that is not a parameter. `eqx.combine(θ, module)` is a module
   again. The parameters are the floating-point JAX arrays of the module. NumPy arrays, and JAX arrays of integers or
   Booleans, are constants, which must be the same for every key. The names that `adapt_only` receives are paths of
-  attributes, such as 'layers.0.weight'. `checkpoint` and `eqx.tree_serialise_leaves` can save such a θ, but
-  `io.files.write_params` cannot, because it takes only the containers of flax.
+  attributes, such as 'layers.0.weight'. `checkpoint`, `io.files.write_params` and `eqx.tree_serialise_leaves` can save
+  such a θ.
 
   Args:
     build: Function `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. `init` calls

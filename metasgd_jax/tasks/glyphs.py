@@ -89,7 +89,7 @@ def render(points: jax.Array, pen: jax.Array, size: int) -> jax.Array:
   bernstein = jnp.concatenate([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1)
   curve = jnp.einsum('pc,scd->spd', bernstein, points)
   start, along = curve[:, :-1].reshape(-1, 2), jnp.diff(curve, axis=1).reshape(-1, 2)
-  centres = (jnp.arange(size) + 0.5) / size
+  centres = (jnp.arange(size, dtype=points.dtype) + 0.5) / size
   # Distances from each pixel to each straight piece. The coordinates x and y are computed in separate arrays, because
   # one array [size, size, pieces, 2] would be written to memory.
   (start_x, start_y), (along_x, along_y) = start.T[:, None, None], along.T[:, None, None]
