@@ -204,7 +204,7 @@ def _add_hostile(archive: zipfile.ZipFile) -> None:
 
 def _tars() -> list[Tree]:
   trees: list[Tree] = []
-  for mode in ('gz', 'gz', '', 'bz2', 'xz'):
+  for mode in ('gz', 'gz'):
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
       file = io.BytesIO()
       with tarfile.open(fileobj=file, mode=f'w:{mode}', format=form) as archive:

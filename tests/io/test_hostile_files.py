@@ -138,12 +138,6 @@ class TestNoFiles:
     make(tmp_path / 'train.csv', kind)
     assert 'train.csv is not a file' in refused(lambda: mini_imagenet.load(tmp_path), tmp_path, DatasetError)
 
-  @pytest.mark.parametrize(('module', 'name'), [(omniglot, 'omniglot/3.0.0'), (cifar_fs, 'cifar100/3.0.2')])
-  def test_prepared(self, tmp_path, kind, module, name):
-    (tmp_path / name).mkdir(parents=True)
-    make(tmp_path / name / 'dataset_info.json', kind)
-    assert 'prepare' in refused(lambda: module.load(tmp_path), tmp_path, DatasetError)
-
   @pytest.mark.parametrize('ending', ['npy', 'json'])
   def test_cache(self, tmp_path, kind, ending):
     kept(tmp_path)
