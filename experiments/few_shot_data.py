@@ -1,6 +1,5 @@
-"""Data sets of few-shot classification by name, as banks to train, validate and test on."""
+"""Loads data sets for few-shot classification, and draws tasks from them."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,19 +9,23 @@ import numpy as np
 
 import metasgd_jax as ms
 from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot, splits
-from metasgd_jax.tasks import augmentation
+from metasgd_jax.tasks.augmentation import Augment, chain, flip, light, shift
 from metasgd_jax.types import Tasks
 
 DATASETS = ('glyphs', 'omniglot', 'mini_imagenet', 'cifar_fs', 'folder')
-AUGMENTATIONS: dict[str, augmentation.Augment | None] = {
+AUGMENTATIONS: dict[str, Augment | None] = {
   'none': None,
-  'shift': augmentation.shift(2),
-  'natural': augmentation.chain(augmentation.flip, augmentation.shift(4), augmentation.light(0.4)),
+  'shift': shift(2),
+  'natural': chain(flip, shift(4), light(0.4)),
 }
 
 
 class Data(NamedTuple):
-  """Banks of classes that have none in common; `None` for glyphs, which have no bank, and for no validation."""
+  """Class banks to train, validate and test on. The banks have no class in common.
+
+  A bank is `None` if the data set has no such classes. All banks of glyphs are `None`, because glyphs are drawn without
+  a bank.
+  """
 
   train: ms.tasks.ClassBank | None
   validation: ms.tasks.ClassBank | None
@@ -33,94 +36,88 @@ def load(config: Any) -> Data:
   """Returns the banks of `config.dataset`.
 
   Raises:
-    ValueError: settings that do not fit the data.
-    DatasetError: the data set cannot be had.
+    ValueError: if settings do not fit the data.
+    DatasetError: if the data set cannot be loaded.
   """
   if config.dataset == 'glyphs':
     return Data(None, None, None)
-  where, archives = config.data_dir, dict(archives=config.archives, verify_archives=config.verify_archives)
-  if config.dataset == 'omniglot':
-    characters = omniglot.load(where, size=config.image_size or 28, **archives, report=print)
-    if config.split == 'vinyals':
-      found = omniglot.vinyals_split(characters)
-    else:
-      found = omniglot.random_split(characters, seed=config.split_seed, validation=config.validation_classes)
-    found = found._replace(train=ms.tasks.rotate_classes(found.train))
-  elif config.dataset == 'mini_imagenet':
-    found = mini_imagenet.load(where, size=config.image_size or 84, cache=config.cache, report=print)
-  elif config.dataset == 'cifar_fs':
-    found = cifar_fs.load(where, **archives, report=print)
+  if config.dataset == 'mini_imagenet':
+    found = mini_imagenet.load(config.data_dir, size=config.image_size or 84, cache=config.cache, report=print)
+  elif config.dataset == 'folder':
+    found = load_folder(config)
   else:
-    found = folder(config)
+    found = load_archived(config)
   return Data(found.train, found.validation if len(found.validation.sizes) else None, found.test)
 
 
-def folder(config: Any) -> splits.Splits:
-  """Returns the classes of any folder of images, by lists or by seed: 64% to train, 16% to validate, 20% to test."""
+def load_archived(config: Any) -> splits.Splits:
+  """Returns the classes of CIFAR-FS or Omniglot, which tfds prepares. Omniglot's training classes are also rotated."""
+  source = {'archives': config.archives, 'verify_archives': config.verify_archives, 'report': print}
+  if config.dataset == 'cifar_fs':
+    return cifar_fs.load(config.data_dir, **source)
+  characters = omniglot.load(config.data_dir, size=config.image_size or 28, **source)
+  if config.split == 'vinyals':
+    found = omniglot.vinyals_split(characters)
+  else:
+    found = omniglot.random_split(characters, seed=config.split_seed, validation=config.validation_classes)
+  return found._replace(train=ms.tasks.rotate_classes(found.train))
+
+
+def load_folder(config: Any) -> splits.Splits:
+  """Returns the classes of a folder of images, split by lists, or at random into 64% / 16% / 20%."""
   images = image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
   if config.class_lists:
-    directory = pathlib.Path(config.class_lists).expanduser()
-    names = splits.ClassNames(*(splits.read_list(directory / f'{part}.txt') for part in splits.ClassNames._fields))
+    parts = splits.ClassNames._fields
+    names = splits.ClassNames(*(splits.read_list(f'{config.class_lists}/{part}.txt') for part in parts))
   else:
     names = splits.split_by_seed(images.names, seed=config.split_seed)
   found = splits.split_bank(images.bank, images.names, names)
-  parts = zip(splits.ClassNames._fields, names, found, strict=True)
-  for part, those, bank in parts:
-    if part != 'validation' or config.validate_every:
-      check_part(part, those, bank, config)
+  check_part('train', names.train, found.train, config.way, config.shot, config.query)
+  check_part('test', names.test, found.test, config.way, max(config.test_shots), config.eval_query)
+  if config.validate_every:
+    check_part('validation', names.validation, found.validation, config.way, max(config.test_shots), config.eval_query)
   return found
 
 
-def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, config: Any) -> None:
-  """Raises ValueError, naming the class and the flags, unless a part's classes suffice for its tasks."""
-  if config.way > len(names):
-    raise ValueError(
-      f'way={config.way} asks for more classes than there are in the {part} part ({len(names)}); add classes, '
-      'lower way, or share them out otherwise by class_lists'
-    )
-  shot, flag, query = config.shot, 'query', config.query
-  if part != 'train':
-    shot, flag, query = max(config.test_shots), 'eval_query', config.eval_query
+def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, way: int, shot: int, query: int) -> None:
+  """Raises ValueError, with the name of the class, if a part of a folder has too few classes or images."""
+  if way > len(names):
+    raise ValueError(f'way={way} is more than the classes of the {part} part ({len(names)}); add classes, or lower way')
   least = int(np.argmin(bank.sizes))
   if shot + query > bank.sizes[least]:
     raise ValueError(
-      f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images where '
-      f'shot + {flag} = {shot} + {query} are wanted; add images, lower {flag}, or leave the class out'
+      f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images, but a task needs '
+      f'shot + query = {shot} + {query}; add images, lower query (eval_query in testing), or leave the class out'
     )
 
 
 def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:
-  """Returns few-shot tasks of a bank, streamed where it is too large; of glyphs where there is none."""
+  """Returns few-shot tasks from the classes of a bank, or tasks of glyphs if there is no bank."""
   if bank is None:
     return ms.tasks.glyphs(way=config.way, shot=shot, query=query)
-  return _of_indices(bank, ms.tasks.image_indices(bank, way=config.way, shot=shot, query=query))
+  return from_indices(bank, ms.tasks.image_indices(bank, way=config.way, shot=shot, query=query))
 
 
-def supervised(bank: ms.tasks.ClassBank, *, batch: int) -> Tasks:
-  """Returns batches of all classes of a bank."""
-  return _of_indices(bank, ms.tasks.class_indices(bank, batch=batch))
-
-
-def augmented(found: Tasks, config: Any) -> Tasks:
-  """Returns the tasks, their images augmented as the configuration says."""
-  augment = AUGMENTATIONS[config.augmentation]
-  return ms.tasks.augmented(found, augment) if augment else found
-
-
-def placed(found: Data, choice: str) -> Data:
-  """Returns the data with banks on the device, once for all learners, but for those that are to be streamed."""
-  on_device = lambda bank: bank._replace(images=jnp.asarray(bank.images))
-  return Data(*(bank if bank is None or streamed(bank, choice) else on_device(bank) for bank in found))
-
-
-def _of_indices(bank, indices) -> Tasks:
+def from_indices(bank: ms.tasks.ClassBank, indices: ms.TaskDistribution) -> Tasks:
+  """Returns tasks whose images the indices select. The tasks are streamed if the bank's images are on the host."""
   if isinstance(bank.images, jax.Array):
     return ms.tasks.few_shot_from(indices, bank.images)
   return ms.tasks.stream(bank, indices)
 
 
+def placed(data: Data, choice: str) -> Data:
+  """Returns the data with all images on the device, except for the banks that are to be streamed."""
+  for part, bank in data._asdict().items():
+    if bank is not None and not streamed(bank, choice):
+      data = data._replace(**{part: bank._replace(images=jnp.asarray(bank.images))})
+  return data
+
+
 def streamed(bank: ms.tasks.ClassBank, choice: str) -> bool:
-  """Returns whether images stay on the host: 'yes', 'no', or with 'auto' where they would fill half of the device."""
+  """Returns whether the images stay in host memory and are streamed to the device.
+
+  `choice` is 'yes', 'no' or 'auto', which streams images that would fill more than half of the device's memory.
+  """
   if choice != 'auto':
     return choice == 'yes'
   statistics: dict[str, int] = jax.local_devices()[0].memory_stats() or {}

@@ -1,4 +1,4 @@
-"""The comparison's systems by name: the learner, its outer optimiser, and what it is trained on."""
+"""Builds the learners of the comparison, their outer optimisers and their training tasks."""
 
 from typing import Any
 
@@ -29,73 +29,86 @@ NAMES = {
 }
 LEARNERS = tuple(NAMES)
 SEQUENTIAL = ('mann', 'lstm')
-"""Those that read an episode as a sequence; they have no batch norm."""
+"""Learners that read an episode as a sequence. Their networks have no batch norm."""
 UNTRAINED = ('random',)
 DRAWINGS = 10
-"""Of each class in a sequence (Santoro et al. 2016, section 4.1)."""
+"""Number of images of each class in a sequence (Santoro et al. 2016, section 4.1)."""
 JOINT_BATCHES, JOINT_BATCH = 2, 64
-"""Of a supervised step, so that two devices have one each, and images in each; batch norm is of one batch."""
+"""Number of batches in a step of joint training, and of images in a batch.
+
+There are two batches so that two devices can share them. Batch norm uses the statistics of a single batch.
+"""
 FLOOR_STEPS = 20
-"""Of plain SGD on the support: the last of the comparison, so given more steps than the others."""
+"""Number of SGD steps on the support for the learners 'joint' and 'random', the baselines of the comparison."""
 
 
 def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = False, inductive: bool | None = None):
-  """Returns the learner.
+  """Returns a learner.
 
   Args:
-    name: one of `LEARNERS`.
-    config: of the experiment.
-    classes: to train on, for the one that is trained on all of them jointly.
-    test: as it is tested, which for MAML of 5 steps means 10 (Finn et al. 2017) and leaves out a multi-step loss.
-    inductive: of batch norm; the configuration's where left out.
+    name: One of `LEARNERS`.
+    config: Configuration of the experiment.
+    classes: Number of training classes, which the learner 'joint' distinguishes.
+    test: Whether the learner is for testing. MAML with 5 steps then takes 10 (Finn et al. 2017).
+    inductive: Whether batch norm is inductive. The default is `config.inductive`.
   """
-  filters, hidden = config.sizes
-  dtype = jnp.bfloat16 if config.precision == 'bfloat16' else None
-  network = lambda way, hidden: ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden, dtype=dtype))
-  classifier = network(config.way, hidden)
-  embedding = network(None, 0) if config.network == 'conv4' else ms.nn.from_linen(ms.nn.KochNet())
-  shared: dict[str, Any] = dict(
-    inductive=config.inductive if inductive is None else inductive, metrics={'accuracy': accuracy}
-  )
-  steps, adjoint = config.inner_steps, config.adjoint
+  metrics = {'accuracy': accuracy}
+  if name in SEQUENTIAL:
+    cell = ms.learners.MemoryCell if name == 'mann' else ms.learners.PlainCell
+    return ms.learners.mann(way=config.way, cell=cell(config.way), metrics=metrics)
+  shared = {'inductive': config.inductive if inductive is None else inductive, 'metrics': metrics}
+  if name in ('meta_sgd', 'layer_rates', 'maml', 'maml_5', 'fomaml', 'anil', 'meta_lstm'):
+    return _adapting_learner(name, config, test, shared)
+  return _embedding_learner(name, config, classes, shared)
+
+
+def _adapting_learner(name: str, config: Any, test: bool, shared: dict[str, Any]) -> ms.Learner:
+  """Returns a learner that adapts a classifier by inner steps."""
+  network = _conv4(config.way, config)
+  if name == 'meta_lstm':
+    return ms.learners.meta_lstm(network, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)
+  steps = config.inner_steps
+  if name == 'maml_5':
+    steps = 10 if test else 5
+  inner = {'steps': steps, 'adjoint': config.adjoint, **shared}
   if name in ('meta_sgd', 'layer_rates'):
     start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
-    weights = None
-    if config.multi_step_loss and not test:
-      weights = (1 / steps,) * steps
-    return ms.meta_sgd(
-      classifier, cross_entropy, steps=steps, alpha_range=start, alpha_by_step=config.alpha_by_step,
-      alpha_per='layer' if name == 'layer_rates' else 'entry', step_weights=weights, adjoint=adjoint, **shared,
-    )  # fmt: skip
-  if name in ('maml', 'fomaml', 'anil', 'maml_5'):
-    if name == 'maml_5':
-      steps = 10 if test else 5
-    rate = maml_rate(name, config)
-    alpha = head_alone(config, rate) if name == 'anil' else rate
-    return ms.maml(
-      classifier, cross_entropy, alpha=alpha, steps=steps, first_order=name == 'fomaml', adjoint=adjoint, **shared
-    )
-  if name == 'meta_lstm':
-    return ms.learners.meta_lstm(classifier, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)
-  if name in ('matching', 'matching_fce'):
-    return ms.learners.matching(embedding, way=config.way, full_context=name == 'matching_fce', **shared)
+    per = 'layer' if name == 'layer_rates' else 'entry'
+    rates = {'alpha_range': start, 'alpha_per': per, 'alpha_by_step': config.alpha_by_step}
+    weights = (1 / steps,) * steps if config.multi_step_loss else None
+    return ms.meta_sgd(network, cross_entropy, step_weights=weights, **rates, **inner)
+  if name == 'anil':  # Only the last layer adapts (Raghu et al. 2020).
+    head = 'Dense_1' if config.sizes[1] else 'Dense_0'
+    network = ms.adapt_only(network, lambda leaf: leaf.startswith(head))
+  return ms.maml(network, cross_entropy, alpha=maml_rate(name, config), first_order=name == 'fomaml', **inner)
+
+
+def _embedding_learner(name: str, config: Any, classes: int, shared: dict[str, Any]) -> ms.Learner:
+  """Returns a learner that compares embeddings, or that trains a classifier on top of an embedding."""
+  embedding = _conv4(None, config) if config.network == 'conv4' else ms.nn.from_linen(ms.nn.KochNet())
   if name == 'siamese':
     return ms.learners.siamese(embedding, way=config.way, **shared)
   if name == 'prototypical':
     return ms.learners.prototypical(embedding, way=config.way, **shared)
-  if name in SEQUENTIAL:
-    cell = ms.learners.MemoryCell if name == 'mann' else ms.learners.PlainCell
-    return ms.learners.mann(way=config.way, cell=cell(config.way), metrics=shared['metrics'])
-  return ms.learners.fine_tuning(
-    embedding, classes=classes, way=config.way, alpha=config.floor_rate, steps=FLOOR_STEPS, **shared
-  )
+  if name in ('matching', 'matching_fce'):
+    return ms.learners.matching(embedding, way=config.way, full_context=name == 'matching_fce', **shared)
+  sgd = {'alpha': config.floor_rate, 'steps': FLOOR_STEPS}
+  return ms.learners.fine_tuning(embedding, classes=classes, way=config.way, **sgd, **shared)
+
+
+def _conv4(way: int | None, config: Any) -> ms.Model:
+  """Returns Conv4 as a classifier, or as an embedding if `way` is `None`."""
+  filters, hidden = config.sizes
+  dtype = jnp.bfloat16 if config.precision == 'bfloat16' else None
+  return ms.nn.from_linen(ms.nn.Conv4(way, filters=filters, hidden=hidden if way else 0, dtype=dtype))
 
 
 def maml_rate(name: str, config: Any) -> float:
-  """Returns the inner rate of MAML and its kin, that of its paper where the configuration gives none.
+  """Returns the inner rate of MAML and its variants: `config.alpha`, or the rate of their paper if that is `None`.
 
-  Finn et al. 2017, appendix A.1: on Omniglot 0.4 with one step, for 5 ways, and 0.1 with five, for 20; on mini-ImageNet
-  0.01. One step for 20 ways is not in the paper; 0.4 stays. Other photographs take mini-ImageNet's.
+  Finn et al. 2017, appendix A.1, use on Omniglot 0.4 with one step for 5 ways, and 0.1 with five steps for 20 ways. On
+  mini-ImageNet they use 0.01. The paper has no rate for one step and 20 ways, for which 0.4 is kept. Other data sets of
+  photographs have the rate of mini-ImageNet.
   """
   if config.alpha is not None:
     return config.alpha
@@ -104,21 +117,8 @@ def maml_rate(name: str, config: Any) -> float:
   return 0.1 if name == 'maml_5' else 0.4
 
 
-def head_alone(config: Any, rate: float) -> dict[str, float | None]:
-  """Returns ANIL's α: the body of Conv4 keeps still, its last layer alone adapts (Raghu et al. 2020)."""
-  last = f'Dense_{1 if config.sizes[1] else 0}'
-  body = [f'ConvBlock_{i}' for i in range(4)] + (['Dense_0'] if config.sizes[1] else [])
-  return {**dict.fromkeys(body, None), last: rate}
-
-
-_NOT_FINITE_IS_NAN = optax.stateless(
-  lambda grads, _: jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.nan), grads)
-)
-"""So that clipping does not make an infinite gradient one that goes unseen."""
-
-
 def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
-  """Returns Adam, its gradient clipped where the learner's paper or the configuration says so."""
+  """Returns Adam. The gradient is clipped first if the learner's paper or the configuration says so."""
   rate: Any = config.learning_rate
   if config.schedule == 'cosine':
     rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
@@ -126,31 +126,37 @@ def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
   if name == 'meta_lstm':
     before.append(optax.clip_by_global_norm(0.25))  # Ravi and Larochelle 2017, section 5.1.1.
   if config.clip:
-    before += [_NOT_FINITE_IS_NAN, optax.clip(config.clip)]
+    before += [optax.stateless(_infinite_to_nan), optax.clip(config.clip)]
   return optax.chain(*before, optax.adam(rate))
 
 
+def _infinite_to_nan(grads: Any, _: Any) -> Any:
+  """Makes infinite entries NaN. Clipping would make them finite, and the bad step would go unnoticed."""
+  return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.nan), grads)
+
+
 def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> Any:
-  """Returns the tasks that a learner is trained on.
+  """Returns the tasks that a learner is trained on, with augmented images if `config.augmentation` says so.
 
   Raises:
-    ValueError: joint training on tasks that have no classes in common; more shots than a sequence has items.
+    ValueError: if joint training has a data set without training classes, or if there are more shots than a sequence
+      has items.
   """
-  if name == 'joint':
-    if data.train is None:
-      raise ValueError(
-        'learner joint needs a data set with classes to train on; glyphs have none, take --dataset=omniglot'
-      )
-    return few_shot_data.augmented(few_shot_data.supervised(data.train, batch=JOINT_BATCH), config)
-  found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
-  return few_shot_data.augmented(found, config)
+  if name != 'joint':
+    found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
+  elif data.train is None:
+    raise ValueError('learner joint needs training classes, which glyphs do not have; give --dataset=omniglot')
+  else:
+    found = few_shot_data.from_indices(data.train, ms.tasks.class_indices(data.train, batch=JOINT_BATCH))
+  augment = few_shot_data.AUGMENTATIONS[config.augmentation]
+  return ms.tasks.augmented(found, augment) if augment else found
 
 
 def query_images(name: str, config: Any) -> int:
-  """Returns the query images of a class in training.
+  """Returns the number of query images per class in training.
 
   Raises:
-    ValueError: more shots than a sequence has items.
+    ValueError: if there are more shots than a sequence has items.
   """
   if name not in SEQUENTIAL:
     return config.query
@@ -160,5 +166,5 @@ def query_images(name: str, config: Any) -> int:
 
 
 def meta_batch(name: str, config: Any) -> int:
-  """Returns how many tasks a meta-iteration has."""
+  """Returns the number of tasks in a meta-iteration."""
   return JOINT_BATCHES if name == 'joint' else config.meta_batch

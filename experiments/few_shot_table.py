@@ -1,6 +1,7 @@
-"""Tables 2 and 3 of Li et al. 2017: all learners in four settings, one training after the other, cells kept on disk."""
+"""Makes Tables 2 and 3 of Li et al. 2017: trains all learners in four settings, and keeps each cell on disk."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -16,50 +17,35 @@ from metasgd_jax.io import files
 WAYS, SHOTS = (5, 20), (1, 5)
 SETTINGS = tuple((way, shot) for way in WAYS for shot in SHOTS)
 
-# Data set → learner → accuracy and half-width in percent in the four settings; Li et al. 2017, Tables 2 and 3.
-PAPER: dict[str, dict[str, tuple]] = {
-  'omniglot': {
-    'siamese': ((97.3, None), (98.4, None), (88.2, None), (97.0, None)),
-    'matching': ((98.1, None), (98.9, None), (93.8, None), (98.5, None)),
-    'maml': ((98.7, 0.4), (99.9, 0.1), (95.8, 0.3), (98.9, 0.2)),
-    'meta_sgd': ((99.53, 0.26), (99.93, 0.09), (95.93, 0.38), (98.97, 0.19)),
-  },
-  'mini_imagenet': {
-    'matching': ((43.56, 0.84), (55.31, 0.73), (17.31, 0.22), (22.69, 0.20)),
-    'meta_lstm': ((43.44, 0.77), (60.60, 0.71), (16.70, 0.23), (26.06, 0.25)),
-    'maml': ((48.70, 1.84), (63.11, 0.92), (16.49, 0.58), (19.29, 0.29)),
-    'meta_sgd': ((50.47, 1.87), (64.03, 0.94), (17.56, 0.64), (28.92, 0.35)),
-  },
-}  # fmt: skip
-MAML_STEPS = {('omniglot', 5): 1, ('omniglot', 20): 5, ('mini_imagenet', 5): 5, ('mini_imagenet', 20): 1}
-"""(data set, way) → inner steps in training of the MAML that the paper cites or ran: Finn et al. 2017, A.1; Table 3."""
+PAPER = {
+  ('omniglot', 'siamese'): ('97.3', '98.4', '88.2', '97.0'),
+  ('omniglot', 'matching'): ('98.1', '98.9', '93.8', '98.5'),
+  ('omniglot', 'maml'): ('98.7 ± 0.4', '99.9 ± 0.1', None, None),
+  ('omniglot', 'maml_5'): (None, None, '95.8 ± 0.3', '98.9 ± 0.2'),
+  ('omniglot', 'meta_sgd'): ('99.53 ± 0.26', '99.93 ± 0.09', '95.93 ± 0.38', '98.97 ± 0.19'),
+  ('mini_imagenet', 'matching'): ('43.56 ± 0.84', '55.31 ± 0.73', '17.31 ± 0.22', '22.69 ± 0.2'),
+  ('mini_imagenet', 'meta_lstm'): ('43.44 ± 0.77', '60.6 ± 0.71', '16.7 ± 0.23', '26.06 ± 0.25'),
+  ('mini_imagenet', 'maml'): (None, None, '16.49 ± 0.58', '19.29 ± 0.29'),
+  ('mini_imagenet', 'maml_5'): ('48.7 ± 1.84', '63.11 ± 0.92', None, None),
+  ('mini_imagenet', 'meta_sgd'): ('50.47 ± 1.87', '64.03 ± 0.94', '17.56 ± 0.64', '28.92 ± 0.35'),
+}
+"""Accuracy in percent and half-width of its interval in the four settings, from Li et al. 2017, Tables 2 and 3.
 
-OF_A_ROW: dict[str, Any] = {
-  'learner': str, 'way': int, 'shot': int, 'test_shot': int, 'batch_norm': str, 'mean': int | float,
-  'ci95': int | float, 'mean_by_step': list, 'meta_iterations': int, 'meta_batch': int, 'seeds': int, 'tasks': int,
-  'dataset': str, 'query': int, 'eval_query': int,
-}  # fmt: skip
-"""What the table takes from a row of results.json."""
-_LARGEST = 1e18
-"""No figure of a row is larger; a JSON number may be larger than any float."""
+The MAML that the paper cites or ran took 1 inner step in training for 5-way Omniglot and 20-way mini-ImageNet, and 5
+inner steps for 20-way Omniglot and 5-way mini-ImageNet (Finn et al. 2017, A.1; Li et al. 2017, Table 3).
+"""
 
 
 def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
-  """Returns the paper's figure as text, in percent; `None` where it has none."""
-  if learner in ('maml', 'maml_5'):
-    if MAML_STEPS.get((dataset, way)) != (5 if learner == 'maml_5' else 1):
-      return None
-    learner = 'maml'
-  if (way, shot) not in SETTINGS or learner not in PAPER.get(dataset, {}):
-    return None
-  mean, ci95 = PAPER[dataset][learner][SETTINGS.index((way, shot))]
-  return f'{mean}' if ci95 is None else f'{mean} ± {ci95}'
+  """Returns the paper's accuracy in percent as text, or `None` if the paper reports none."""
+  figures = PAPER.get((dataset, learner), ())
+  return dict(zip(SETTINGS, figures, strict=False)).get((way, shot))
 
 
 def cells(config: Any) -> list[Any]:
   """Returns the configurations of all trainings of a table.
 
-  Table 2's 5-shot figures come from 1-shot training, as in the paper; Table 3's from 5-shot training.
+  The 5-shot figures of Table 2 come from 1-shot training, as in the paper. The figures of Table 3 come from 5-shot training.
   """
   shots = [(1, SHOTS)] if config.table2 else [(shot, (shot,)) for shot in SHOTS]
   return [
@@ -73,22 +59,23 @@ def cells(config: Any) -> list[Any]:
 def prepare(
   config: Any, workdir: pathlib.Path, build: Callable, run: Callable, restart: bool = False
 ) -> Callable[[], object]:
-  """Checks that the table can be made, and returns what makes it.
+  """Checks that the table can be made, and returns the function that makes it.
 
   Args:
-    config: of the experiment, with table2 or table3.
-    workdir: where the cells go.
-    build: `(cell's config, data) → Setup`.
-    run: `(cell's config, directory, Setup) → rows`.
-    restart: whether unfinished cells are begun anew; else those of another configuration are refused.
+    config: Configuration of the experiment, with table2 or table3.
+    workdir: Directory of the table and its cells.
+    build: Function `(configuration of a cell, data) → Setup`.
+    run: Function `(configuration of a cell, directory, Setup) → rows`.
+    restart: Whether an unfinished cell with another configuration is trained from the start. Otherwise it is refused.
   """
   todo = cells(config)
-  for cell in () if restart else todo:
-    resuming.check(_directory(workdir, cell), cell)
-  data = few_shot_data.placed(few_shot_data.load(todo[0]), todo[0].stream)  # Once for all cells.
+  if not restart:
+    for cell in todo:
+      resuming.check(_directory(workdir, cell), cell)
+  data = few_shot_data.placed(few_shot_data.load(todo[0]), todo[0].stream)  # All cells share the data.
   for cell in todo:
-    build(cell, data)  # Raises what is wrong with it.
-  return lambda: _make(todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)))
+    build(cell, data)  # Raises ValueError if the settings of the cell do not fit the data.
+  return functools.partial(_make, todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)))
 
 
 def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
@@ -96,19 +83,18 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
   for i, cell in enumerate(todo):
     directory = _directory(workdir, cell)
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
-    if processes.from_first(np.bool_(_done(cell, directory))):
-      logging.info('%s: is there already', about)
-    else:
-      logging.info('%s', about)
-      try:
+    done = processes.from_first(np.bool_(_done(cell, directory)))
+    logging.info('%s%s', about, ': is there already' if done else '')
+    try:
+      if not done:
         run(cell, directory)
-      except reporting.TrainingError as e:  # The other cells need not wait for it.
-        print(f'error: {e}', flush=True)
-        failed.append(about)
-    write(workdir, dataset)
-  print((workdir / f'table_{dataset}.md').read_text(), end='')
-  if rows_of(workdir, dataset):
-    reporting.save_pictures(workdir, {f'table_{dataset}': lambda plotting: draw(rows_of(workdir, dataset), plotting)})
+    except reporting.TrainingError as e:  # The other cells can still be trained.
+      print(f'error: {e}', flush=True)
+      failed.append(about)
+    rows = write(workdir, dataset)
+  print(markdown(rows), end='')
+  if rows:
+    reporting.save_pictures(workdir, {f'table_{dataset}': functools.partial(draw, rows)})
   if failed:
     raise reporting.TrainingError(f'{len(failed)} of {len(todo)} cells are missing: {"; ".join(failed)}')
 
@@ -118,130 +104,106 @@ def _directory(workdir: pathlib.Path, cell: Any) -> pathlib.Path:
 
 
 def _done(cell: Any, directory: pathlib.Path) -> bool:
-  """Whether a cell was made with this configuration, to the end."""
+  """Returns whether the directory has the results of a finished training with the configuration of this cell."""
   if resuming.unfinished(directory):
     return False
   try:
-    found = _read_json(directory / 'config.json')
+    found = json.loads((directory / 'config.json').read_bytes())
     _read_rows(directory / 'results.json')
-  except (OSError, ValueError, RecursionError):
+  except (OSError, ValueError):
     return False
-  if not isinstance(found, dict):
-    return False
-  defaults = {field.name: field.default for field in dataclasses.fields(cell)}  # Of options newer than the cell.
-  return json.loads(json.dumps({**defaults, **found})) == json.loads(json.dumps(dataclasses.asdict(cell)))
+  defaults = {field.name: field.default for field in dataclasses.fields(cell)}  # For options newer than the cell.
+  return json.dumps({**defaults, **found}) == json.dumps(dataclasses.asdict(cell))
 
 
 def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
-  """Returns the results of a data set's cells in a work directory, whichever command made them, in the table's order.
+  """Returns the results of all cells of a data set in the work directory, in the order of the table.
 
-  So cells may have budgets of their own, which the table states. A file that is no cell's is told of, and left out.
+  The cells may come from different commands and have different budgets, which the table states. A file that cannot be
+  read is reported and left out.
   """
   rows = []
   for path in sorted((workdir / 'cells').glob(f'{dataset}_*/results.json')):
     try:
       rows += _read_rows(path)
-    except (OSError, ValueError, RecursionError) as e:
-      print(f'{path} is no results of a cell and not in the table ({e}); the same command makes them again')
-  return sorted(
-    rows,
-    key=lambda row: (LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm'] == 'inductive'),
-  )
+    except (OSError, ValueError) as e:
+      print(f'{path} has no results of a cell and is not in the table ({e}); the same command makes the cell again')
+  return sorted(rows, key=_place)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+  return LEARNERS.index(row['learner']), row['way'], row['test_shot'], row['batch_norm'] == 'inductive'
 
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the rows of a cell's results.json. Raises OSError, RecursionError or ValueError where there are none."""
-  found = _read_json(path)
-  rows = found.get('rows') if isinstance(found, dict) else None
-  if not isinstance(rows, list) or not rows:
+  """Returns the rows of a cell's results.json. Raises OSError or ValueError if the file has none."""
+  found = json.loads(path.read_bytes())
+  if not isinstance(found, dict) or not found.get('rows'):
     raise ValueError('it has no rows')
-  for row in rows:
-    for name, kind in OF_A_ROW.items():
-      value = row.get(name) if isinstance(row, dict) else None
-      if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f'a row has {name}={value!r:.80}')
-      fits = value.isprintable() if isinstance(value, str) else isinstance(value, list) or abs(value) <= _LARGEST
-      if not fits:
-        raise ValueError(f'a row has {name}={value!r:.80}')
-    if row['learner'] not in LEARNERS:
-      raise ValueError(f'a row has learner={row["learner"]!r:.80}')
-  return rows
+  return found['rows']
 
 
-def _read_json(path: pathlib.Path) -> Any:
-  """Returns what a file holds. Raises OSError, RecursionError or ValueError where there is none."""
-  if not path.is_file():  # To read a pipe would wait for ever.
-    raise ValueError('it is not a file')
-  return json.loads(path.read_bytes())
-
-
-def write(workdir: pathlib.Path, dataset: str) -> None:
-  """Writes the table of a data set's cells so far, as Markdown and as JSON."""
+def write(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
+  """Writes the table of a data set's cells so far, as Markdown and as JSON, and returns its rows."""
   rows = rows_of(workdir, dataset)
   files.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
   with files.atomic(workdir / f'table_{dataset}.md') as file:
     file.write(markdown(rows).encode())
+  return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-  """Returns the table: a line for each learner and way of batch norm, the paper's figures in brackets."""
+  """Returns the table: a line for each learner and kind of batch norm, with the paper's figures in brackets."""
   if not rows:
     return ''
-  settings = [s for s in SETTINGS if any((row['way'], row['test_shot']) == s for row in rows)]
+  settings = sorted({(row['way'], row['test_shot']) for row in rows})
   columns = [f'{way}-way {shot}-shot' for way, shot in settings]
-  lines = [
-    '| learner | batch norm | ' + ' | '.join(columns) + ' | inner steps | meta-iterations × tasks | seeds |',
-    '| --- | --- |' + ' --- |' * (len(columns) + 3),
-  ]
-  for learner, mode in _unique((row['learner'], row['batch_norm']) for row in rows):
-    mine = {
-      (r['way'], r['test_shot']): r for r in rows if (r['learner'], r['batch_norm']) == (learner, mode)
-    }  # fmt: skip
-    figures = [_figure(mine[s]) if s in mine else '' for s in settings]
-    steps = _unique(len(row['mean_by_step']) - 1 for row in mine.values())
-    budgets = _unique(f'{row["meta_iterations"]:,} × {row["meta_batch"]}' for row in mine.values())
-    seeds = _unique(row['seeds'] for row in mine.values())
-    cells = [NAMES[learner], mode, *figures, _joined(steps), ', '.join(budgets), _joined(seeds)]
-    lines.append('| ' + ' | '.join(cells) + ' |')
-  every = lambda name: _joined(_unique(row[name] for row in rows))
-  trained = 'trained on 1 shot' if {row['shot'] for row in rows} == {1} else 'trained on as many shots'
-  lines += [
-    '',
-    f'Accuracy in percent on {every("tasks")} unseen tasks of {every("dataset")}, ± 95% interval over tasks; query '
-    f'images of a class in training: {every("query")}, in testing: {every("eval_query")}; {trained}. In brackets the '
-    "paper's figures, after 60,000 meta-iterations, batch norm by the batch at hand (transductive). "
-    "Inductive: by the support's statistics, each query image by itself.",
-  ]
-  return '\n'.join(lines) + '\n'
+  table = [['learner', 'batch norm', *columns, 'inner steps', 'meta-iterations × tasks', 'seeds']]
+  table.append(['---'] * len(table[0]))
+  for learner, mode in dict.fromkeys((row['learner'], row['batch_norm']) for row in rows):
+    line = [row for row in rows if (row['learner'], row['batch_norm']) == (learner, mode)]
+    figures = {(row['way'], row['test_shot']): _figure(row) for row in line}
+    steps = _distinct(len(row['mean_by_step']) - 1 for row in line)
+    budgets = _distinct(f'{row["meta_iterations"]:,} × {row["meta_batch"]}' for row in line)
+    cells = [figures.get(setting, '') for setting in settings]
+    table.append([NAMES[learner], mode, *cells, steps, budgets, _distinct(row['seeds'] for row in line)])
+  return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in table) + f'\n\n{_caption(rows)}\n'
 
 
-def draw(rows: list[dict[str, Any]], plotting):
-  """Draws the table's figures, transductive, beside the paper's."""
-  rows = [row for row in rows if row['batch_norm'] != 'inductive']
-  panels = {}
-  for way, shot in SETTINGS:
-    found = [row for row in rows if (row['way'], row['test_shot']) == (way, shot)]
-    if found:
-      panels[f'{way}-way {shot}-shot'] = [
-        plotting.Accuracy(NAMES[row['learner']], row['mean'], row['ci95'], _paper_mean(row)) for row in found
-      ]
+def _caption(rows: list[dict[str, Any]]) -> str:
+  shown = {name: _distinct(row[name] for row in rows) for name in ('tasks', 'dataset', 'query', 'eval_query')}
+  trained = 'on 1 shot' if {row['shot'] for row in rows} == {1} else 'on as many shots as in testing'
+  return (
+    f'Accuracy in percent on {shown["tasks"]} unseen tasks of {shown["dataset"]}, ± 95% interval over tasks. The '
+    f'learners were trained {trained}, with {shown["query"]} query images per class, and tested with '
+    f"{shown['eval_query']}. In brackets are the paper's figures, after 60,000 meta-iterations and with transductive "
+    'batch norm, which uses the statistics of the batch. Inductive batch norm uses the statistics of the support, so '
+    'that each query image is classified separately.'
+  )
+
+
+def draw(rows: list[dict[str, Any]], plotting) -> Any:
+  """Draws the table's figures, without those of inductive batch norm, beside the paper's."""
+  panels: dict[str, list[Any]] = {}
+  for row in sorted(rows, key=lambda row: (row['way'], row['test_shot'])):
+    if row['batch_norm'] != 'inductive':
+      paper = _paper_figure(row)
+      published = float(paper.split()[0]) / 100 if paper else None
+      accuracy = plotting.Accuracy(NAMES[row['learner']], row['mean'], row['ci95'], published)
+      panels.setdefault(f'{row["way"]}-way {row["test_shot"]}-shot', []).append(accuracy)
   return plotting.accuracies(panels)
 
 
-def _figure(row) -> str:
-  ours = f'{100 * row["mean"]:.2f} ± {100 * row["ci95"]:.2f}'
-  paper = paper_figure(row['learner'], row['dataset'], row['way'], row['test_shot'])
-  return f'{ours} ({paper})' if paper and row['batch_norm'] == 'transductive' else ours
+def _figure(row: dict[str, Any]) -> str:
+  paper = _paper_figure(row)
+  return f'{100 * row["mean"]:.2f} ± {100 * row["ci95"]:.2f}' + (f' ({paper})' if paper else '')
 
 
-def _paper_mean(row) -> float | None:
-  paper = paper_figure(row['learner'], row['dataset'], row['way'], row['test_shot'])
-  return float(paper.split()[0]) / 100 if paper else None
+def _paper_figure(row: dict[str, Any]) -> str | None:
+  if row['batch_norm'] != 'transductive':
+    return None
+  return paper_figure(row['learner'], row['dataset'], row['way'], row['test_shot'])
 
 
-def _unique(items: Iterable[Any]) -> list[Any]:
-  return list(dict.fromkeys(items))
-
-
-def _joined(items: Iterable[Any]) -> str:
-  return ', '.join(str(item) for item in items)
+def _distinct(items: Iterable[Any]) -> str:
+  return ', '.join(dict.fromkeys(str(item) for item in items))

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 
 import jax
 import numpy as np
@@ -279,7 +278,7 @@ def test_the_best_checkpoints_answer_together(folder_run):
 
 def test_checkpoints_are_kept_by_their_accuracy():
   accuracies = iter([0.5, 0.9, 0.7, 0.8, 0.6])
-  best = few_shot_training.Best(lambda meta: next(accuracies), every=10, keep=3, writer=lambda step, accuracy: None)
+  best = few_shot_training.Best(lambda step, meta: next(accuracies), every=10, keep=3)
   for step in range(5, 51, 5):
     state = ms.TrainState(np.int32(step), None, {'w': np.float32(step)}, None)
     best(ms.Progress(state, step, 50, {}, 1.0, 1.0))
@@ -357,13 +356,8 @@ def test_a_table_is_of_one_data_set(tmp_path):
 
 @pytest.mark.parametrize(
   'text',
-  [
-    '', '{"rows"', '[]', '{}', '{"rows": []}', '{"rows": [1]}', '[' * 100_000, '\xff',
-    json.dumps({'rows': [table_row(learner='nobody')]}), json.dumps({'rows': [table_row(mean='1')]}),
-    json.dumps({'rows': [table_row(seeds=True)]}), json.dumps({'rows': [table_row(mean=10**400)]}),
-    json.dumps({'rows': [table_row(batch_norm='\ud800')]}),
-  ],
-)  # fmt: skip
+  ['', '{"rows"', '[]', '{}', '{"rows": []}', '\xff'],
+)
 def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path, capsys):
   config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
   cell = few_shot_table.cells(config)[0]
@@ -380,20 +374,6 @@ def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path,
   assert f'{broken}/results.json' in out
   assert 'not in the table' in out
   assert len(json.loads((tmp_path / 'table_omniglot.json').read_text())['rows']) == 1
-
-
-def test_a_pipe_for_a_cell_is_not_waited_for(tmp_path, capsys):
-  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
-  cell = few_shot_table.cells(config)[0]
-  directory = tmp_path / 'cells' / 'omniglot_lstm_5way_1shot'
-  directory.mkdir(parents=True)
-  os.mkfifo(directory / 'config.json')
-  assert not few_shot_table._done(cell, directory)
-  os.mkfifo(directory / 'results.json')
-  assert few_shot_table.rows_of(tmp_path, 'omniglot') == []
-  out = capsys.readouterr().out
-  assert f'{directory}/results.json' in out
-  assert 'not in the table (it is not a file)' in out
 
 
 def test_a_sequence_has_ten_images_of_a_class():

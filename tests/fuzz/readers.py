@@ -23,7 +23,6 @@ from metasgd_jax.io import files
 from metasgd_jax.tasks.few_shot import ClassBank
 
 from .dataset_readers import DATASET_READERS
-from .experiment_readers import EXPERIMENT_READERS
 from .mutations import in_json, in_numpy, in_png, in_safetensors, text
 from .reader import Reader, in_folder
 from .trees import Tree
@@ -273,5 +272,4 @@ READERS = [
   Reader('unpack a zip file', _zips, functools.partial(_unpack, 'a.zip'), (DatasetError,)),
   Reader('unpack a tar file', _tars, functools.partial(_unpack, 'a.tar.gz'), (DatasetError,), 1.0, {'': (_in_tar,)}),
   *DATASET_READERS,
-  *EXPERIMENT_READERS,
 ]
