@@ -1,119 +1,128 @@
-"""Configuration in frozen dataclasses; the command line's flags are made from their fields."""
+"""Settings of an experiment: the fields of a frozen dataclass, which are also the flags of a command line."""
 
 import dataclasses
-import functools
+import difflib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from logging import WARNING, Formatter
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 from absl import app, flags, logging
 
-from experiments import command
-from experiments.reporting import TrainingError
+from experiments import command, reporting
+from experiments.command import flag_texts
+from metasgd_jax import datasets
 from metasgd_jax.cli.telling import cut
-from metasgd_jax.datasets import DatasetError
-from metasgd_jax.io.checkpoint import CheckpointError
-from metasgd_jax.io.files import WriterError
+from metasgd_jax.io import checkpoint, files
 from metasgd_jax.outer import sharding
 
+Bound = float | None
+Names = Sequence[str]
 C = TypeVar('C')
-_PARTS = ('experiments', 'metasgd_jax')
 
-flags.DEFINE_string(
-  'compilation_cache',
-  str(pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'metasgd_jax'),
-  'Where compiled programs are kept for the next run; empty for nowhere.',
-)
-flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment that defines them.
+_CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'metasgd_jax'
+_FAILURES = (checkpoint.CheckpointError, datasets.DatasetError, files.WriterError, reporting.TrainingError)
+
+flags.DEFINE_string('compilation_cache', str(_CACHE), 'Directory that keeps compiled programs; empty to keep none.')
+flags.disclaim_key_flags()  # The flags that this module defines for an experiment are listed as the experiment's.
+
+
+class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
+  """Converts the value of an option from text and to text. The items of a tuple have commas between them."""
+
+  def __init__(self, kind: type, low: Bound, high: Bound, choices: Names):
+    bounds: Any = dict(lower_bound=low, upper_bound=high)
+    parsers: Any = {bool: flags.BooleanParser(), str: flags.ArgumentParser(), float: flags.FloatParser(**bounds)}
+    self.kind, self.choices = kind, choices
+    self.item = flags.EnumParser(choices) if choices else parsers.get(kind, flags.IntegerParser(**bounds))
+    self.syntactic_help = _description(kind, low, high, choices)
+
+  def parse(self, argument: str) -> Any:
+    """Returns the value of a text. Raises ValueError, which says what the value must be."""
+    parts = [part.strip() for part in argument.split(',') if part] if self.kind is tuple else [argument]
+    hint = ''.join(near(part, self.choices) for part in parts)
+    mistake = ValueError(f'it must be {self.syntactic_help}{hint}')
+    try:
+      items = tuple(self.item.parse(part) for part in parts)
+    except ValueError as e:
+      raise mistake from e
+    if len(set(items)) < len(items):
+      raise mistake
+    return items if self.kind is tuple else items[0]
+
+  def serialize(self, value: Any) -> str:
+    """Returns the text of a value."""
+    return ','.join(map(str, value)) if self.kind is tuple else str(value)
+
+  def allows(self, value: Any) -> bool:
+    """Returns whether a value has the right type and is not empty, and whether `parse` gives it again from its text."""
+    types = (int, float) if self.kind is float else self.kind
+    if not isinstance(value, types) or (self.kind is tuple and not value):
+      return False
+    try:
+      return self.parse(self.serialize(value)) == value
+    except ValueError:
+      return False
+
+
+def near(word: str, known: Names) -> str:
+  """Returns a question that suggests the known word nearest to `word`, or an empty string if none is near."""
+  found = difflib.get_close_matches(cut(word), known, 1)
+  return f'; did you mean {found[0]}?' if found and found[0] != word else ''
+
+
+def _description(kind: type, low: Bound, high: Bound, choices: Names) -> str:
+  """Returns the words that follow "must be" in a message."""
+  if kind is tuple:
+    items = f'some of {", ".join(choices)}' if choices else f'whole numbers of at least {low}'
+    return f'of type tuple, {items}, each once, with commas between'
+  if choices:
+    return f'one of {", ".join(choices)}'
+  bounds = '' if low is None else f', at least {low}' if high is None else f', from {low} to {high}'
+  return f'of type {kind.__name__}{bounds}'
 
 
 def option(
-  default: Any,
-  about: str,
-  *,
-  low: float | None = None,
-  high: float | None = None,
-  choices: Sequence[str] | None = None,
-  kind: type | None = None,
+  default: Any, about: str, *, low: Bound = None, high: Bound = None, choices: Names = (), kind: type | None = None
 ) -> Any:
-  """Returns a dataclass field that is a flag as well.
+  """Returns a dataclass field that is also a flag.
 
   Args:
-    default: its value when not given. A tuple makes a flag of names with commas between; without choices, of numbers.
-      An empty one may be given.
-    about: what `--help` says of it.
-    low: the least value allowed.
-    high: the greatest.
-    choices: the names allowed.
-    kind: bool, int, float or str; the default's type where left out.
+    default: value if the flag is not given. A tuple makes a flag that takes several names, or several whole numbers
+      if there are no `choices`.
+    about: text for `--help`.
+    low: smallest value allowed.
+    high: largest value allowed.
+    choices: names allowed.
+    kind: bool, int, float, str or tuple. By default, it is the type of `default`.
   """
-  meta = dict(about=about, low=low, high=high, choices=choices, kind=kind or type(default))
-  return dataclasses.field(default=default, metadata=meta)
+  parser = Parser(kind or type(default), low, high, choices)
+  return dataclasses.field(default=default, metadata=dict(about=about, choices=choices, parser=parser))
 
 
 def check(config: Any) -> None:
-  """Raises ValueError where a value is out of its option's bounds; for `__post_init__`."""
-  shown = lambda value: cut(repr(value))
+  """Raises ValueError if an option does not allow its value; for `__post_init__`."""
   for field in dataclasses.fields(config):
-    name, meta = field.name, field.metadata
-    value: Any = getattr(config, name)
-    if value is None and field.default is None:
-      continue
-    kind, low, high, choices = meta['kind'], meta['low'], meta['high'], meta['choices']
-    kinds: Any = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-      raise ValueError(f'{name} must be of type {kind.__name__}, got {shown(value)}')
-    if kind is not tuple and ((low is not None and not value >= low) or (high is not None and not value <= high)):
-      bounds = f'at least {low}' if high is None else f'from {low} to {high}'
-      raise ValueError(f'{name} must be {bounds}, got {shown(value)}')
-    if kind is tuple and ((not value and field.default) or len(set(value)) < len(value)):
-      raise ValueError(f'{name} must be some of {", ".join(choices or ["numbers"])}, each once, got {shown(value)}')
-    if kind is tuple and not choices and not all(type(item) is int and item >= low for item in value):
-      raise ValueError(f'{name} must be whole numbers of at least {low}, got {shown(value)}')
-    for item in (value if kind is tuple else (value,)) if choices else ():
-      if item not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {shown(item)}')
+    value, parser = getattr(config, field.name), field.metadata['parser']
+    if value is not field.default and not parser.allows(value):
+      raise ValueError(f'{field.name} must be {parser.syntactic_help}, got {cut(repr(value))}')
 
 
 def define_flags(config_class: type) -> None:
   """Defines a flag for each field of the dataclass."""
   for field in dataclasses.fields(config_class):
-    meta, default = field.metadata, cast(Any, field.default)
-    kind, choices, text = meta['kind'], meta['choices'], meta['about']
-    bounds = dict(lower_bound=meta['low'], upper_bound=meta['high'])
-    if kind is bool:
-      flags.DEFINE_bool(field.name, default, text)
-    elif kind is int:
-      flags.DEFINE_integer(field.name, default, text, **bounds)
-    elif kind is float:
-      flags.DEFINE_float(field.name, default, text, **bounds)
-    elif kind is tuple and not choices:
-      flags.DEFINE_list(field.name, [str(item) for item in default], f'{text} Numbers, with commas between.')
-      message = f'must be whole numbers of at least {meta["low"]}'
-      flags.register_validator(field.name, lambda items: all(item.isdecimal() for item in items), message=message)
-    elif kind is tuple:
-      flags.DEFINE_list(field.name, list(default), f'{text} One or more of {", ".join(choices)}, with commas between.')
-      known = set(choices)
-      flags.register_validator(field.name, known.issuperset, message=f'each must be one of {", ".join(choices)}')
-    elif choices:
-      flags.DEFINE_enum(field.name, default, list(choices), text)
-    else:
-      flags.DEFINE_string(field.name, default, text)
+    parser, default = field.metadata['parser'], field.default
+    text = None if default is None else parser.serialize(default)
+    flags.DEFINE(parser, field.name, text, field.metadata['about'], serializer=parser, boolean=parser.kind is bool)
 
 
 def from_flags(config_class: type[C]) -> C:
-  """Returns the configuration that the command line asks for."""
-  values = {}
-  for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-    value = flags.FLAGS[field.name].value
-    if isinstance(value, list):
-      value = tuple(value) if field.metadata['choices'] else tuple(int(item) for item in value)
-    values[field.name] = value
-  return config_class(**values)
+  """Returns the configuration that the command line gives."""
+  names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+  return config_class(**{name: flags.FLAGS[name].value for name in names})
 
 
 def as_flags(config: Any) -> str:
@@ -121,64 +130,47 @@ def as_flags(config: Any) -> str:
   return ' '.join(flag_texts(config))
 
 
-def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
-  """Returns the flags that give this configuration, or those of these names: where values are not the defaults."""
-  texts = []
-  for field in dataclasses.fields(config):
-    value, default = getattr(config, field.name), cast(Any, field.default)
-    if value == default or (names is not None and field.name not in names):
-      continue
-    if isinstance(value, bool):
-      texts.append(f'--{"" if value else "no"}{field.name}')
-    else:
-      texts.append(f'--{field.name}={",".join(map(str, value)) if isinstance(value, tuple) else value}')
-  return texts
-
-
 def recipe(experiment: str, config: Any) -> dict[str, Any]:
-  """Returns what is needed to run it again, for results.json beside the rows, which have versions and device."""
-  flags_text = as_flags(config)
-  command = f'python -m experiments.{experiment}' + (f' {flags_text}' if flags_text else '')
-  return {'command': command, 'config': dataclasses.asdict(config)}
+  """Returns the command and the settings of a run, which are written to results.json."""
+  text = f'python -m experiments.{experiment} {as_flags(config)}'
+  return {'command': text.rstrip(), 'config': dataclasses.asdict(config)}
 
 
 def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
   """Runs an experiment from the command line.
 
   Args:
-    config_class: of its configuration; see `command.parse`.
-    prepare: reads the flags, builds and checks everything, and returns the run itself. A mistake of the user's ends
-      it in one sentence; an error in the run is ours and keeps its traceback.
+    prepare: reads the flags, builds and checks everything, and returns a function that does the run. A ValueError
+      from `prepare` is a mistake of the user and ends the program with one sentence. A ValueError from the run is a
+      defect of the program and keeps its traceback.
+    config_class: class of the experiment's configuration; see `command.parse`.
   """
 
-  def start(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-      print(f'error: unknown argument {cut(argv[1])!r}; options look like --name=value', file=sys.stderr)
-      sys.exit(2)
+  def start(_: Sequence[str]) -> None:
     logging.get_absl_handler().addFilter(_is_ours)
     logging.get_absl_handler().setFormatter(Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
     _start_jax(flags.FLAGS['compilation_cache'].value)
     try:
-      try:
-        run = prepare()
-      except ValueError as e:
-        sys.exit(f'error: {e}')
+      run = prepare()
+    except (ValueError, *_FAILURES) as e:
+      sys.exit(f'error: {e}')
+    try:
       run()
-    except (CheckpointError, DatasetError, TrainingError, WriterError) as e:
+    except _FAILURES as e:
       sys.exit(f'error: {e}')
 
   logging.set_verbosity(logging.INFO)
-  app.run(start, flags_parser=functools.partial(command.parse, config_class))
+  app.run(start, flags_parser=lambda argv: command.parse(config_class, argv))
 
 
 def _is_ours(record: Any) -> bool:
-  """Whether a line of the log is a warning, or comes from here: JAX and orbax tell of much that nobody asked for."""
-  here = pathlib.Path(__file__).parents[1]
-  return record.levelno >= WARNING or any(here / part in pathlib.Path(record.pathname).parents for part in _PARTS)
+  """Whether a log record is a warning or comes from this project. JAX and orbax log much at level INFO."""
+  root, path = pathlib.Path(__file__).parents[1], pathlib.Path(record.pathname)
+  return record.levelno >= WARNING or any(path.is_relative_to(root / part) for part in ('experiments', 'metasgd_jax'))
 
 
 def _start_jax(cache: str | None) -> None:
-  """All cores of a CPU, and compiled programs kept, unless JAX's own settings say otherwise."""
+  """Uses all cores of a CPU and keeps compiled programs, unless JAX's own settings say otherwise."""
   sharding.cpu_cores_as_devices()
   if cache and not getattr(jax.config, 'jax_compilation_cache_dir', None):
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(cache).expanduser()))
