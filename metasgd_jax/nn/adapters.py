@@ -133,22 +133,30 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   given: Any = build
   holds_arrays = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
   _check_function(build, 'key → eqx.Module', 'key', holds_arrays)
-  module = eqx.filter_eval_shape(build, jax.random.key(0))  # Its JAX arrays are abstract.
-  _check_returned(module, eqx.Module, 'eqx.Module')
-  leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, eqx.nn.StateIndex))
-  if any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
-    raise _not_pure(module, 'state (eqx.nn.StateIndex)')
-  name, parameters = type(module).__name__, jax.tree.leaves(eqx.filter(module, _is_parameter))
-  _check_floating(name, parameters)
-  if not parameters:
+  statics: list[Any] = []
+
+  def arrays(key):
+    """Returns the JAX arrays of the module, and appends the rest of the module to `statics`.
+
+    Inside `eval_shape` the arrays are abstract, while the rest of the module is concrete.
+    """
+    module = build(key)
+    _check_returned(module, eqx.Module, 'eqx.Module')
+    leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, eqx.nn.StateIndex))
+    if any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
+      raise _not_pure(module, 'state (eqx.nn.StateIndex)')
+    of_jax, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.Array))
+    statics.append(static)
+    return of_jax
+
+  parameters, constants = eqx.partition(jax.eval_shape(arrays, jax.random.key(0)), _is_parameter)
+  static, name = statics[0], type(statics[0]).__name__
+  _check_floating(name, jax.tree.leaves(parameters))
+  if not jax.tree.leaves(parameters):
     raise ValueError(f'{name} has no parameters, that is, no floating-point JAX arrays; convert them with jnp.asarray')
-
-  @jax.jit  # The compiler removes the parameters, so that none is created.
-  def constants_of(key):
-    return eqx.filter(build(key), _is_constant)
-
-  static = eqx.filter(module, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
-  if any(map(_is_constant, leaves)):
+  if jax.tree.leaves(constants):
+    # The function is compiled, because the compiler removes the parameters and so creates none.
+    constants_of = jax.jit(lambda key: eqx.filter(arrays(key), _is_parameter, inverse=True))
     constants, others = (constants_of(jax.random.key(seed)) for seed in (0, 1))
     if not all(map(np.array_equal, jax.tree.leaves(constants), jax.tree.leaves(others))):
       raise ValueError(f'{name} has arrays of integers or Booleans that depend on the key; create them outside `build`')
@@ -165,15 +173,10 @@ def _is_array(leaf) -> bool:
   return isinstance(leaf, jax.Array | np.ndarray)
 
 
-def _is_constant(leaf) -> bool:
-  """Returns whether a leaf is a JAX array of integers or Booleans, which may be abstract."""
-  is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-  return is_jax and (jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_))
-
-
 def _is_parameter(leaf) -> bool:
-  """Returns whether a leaf is any other JAX array, which may be abstract."""
-  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not _is_constant(leaf)
+  """Returns whether a leaf is a JAX array, which may be abstract, but not one of integers or Booleans."""
+  is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+  return is_jax and not (jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_))
 
 
 def _not_pure(module, what: str) -> ValueError:
