@@ -45,7 +45,8 @@ def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
 def cells(config: Any) -> list[Any]:
   """Returns the configurations of all trainings of a table.
 
-  The 5-shot figures of Table 2 come from 1-shot training, as in the paper, and those of Table 3 from 5-shot training.
+  The 5-shot figures of Table 2 come from 1-shot training, as in the paper, and the 5-shot figures of Table 3 come from
+  5-shot training.
   """
   shots = [(1, SHOTS)] if config.table2 else [(shot, (shot,)) for shot in SHOTS]
   return [
