@@ -109,7 +109,9 @@ class Config:
       where = 'the directory of the images, or of tfds for omniglot and cifar_fs, such as ~/tensorflow_datasets'
       raise ValueError(f'dataset {self.dataset} needs data_dir, {where}')
     if self.ensemble > 1 and not self.validate_every:
-      raise ValueError(f'ensemble={self.ensemble} is of checkpoints that are validated; give --validate_every=N')
+      raise ValueError(
+        f'ensemble={self.ensemble} needs validated checkpoints, got validate_every=0; give --validate_every=N'
+      )
     if self.channels == 2:
       raise ValueError('channels must be 1 or 3, got 2')
     for name in ('multi_step_loss', 'alpha_by_step'):
@@ -123,7 +125,9 @@ class Config:
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
       raise ValueError(f'start is a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave it out')
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
-      raise ValueError("a table is of real images, got dataset=glyphs; leave dataset out for the paper's own")
+      raise ValueError(
+        "table2 and table3 need real images, got dataset=glyphs; leave dataset out to use the table's own data set"
+      )
     if self.class_lists and self.dataset != 'folder':
       raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave it out')
 
@@ -145,9 +149,9 @@ class Config:
 
 
 def run(config: Config, workdir: PathLike, setup: Setup | None = None, keeping: Keeping | None = None) -> list[dict]:
-  """Trains, tests, prints, draws and writes. Returns the rows of results.json.
+  """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  `setup` is `build(config)`, which is called if it is left out.
+  If `setup` is left out, `build(config)` creates the setup.
   """
   setup = setup or build(config)
   with resuming.open_run(workdir, config, keeping) as opened:

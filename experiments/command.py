@@ -21,13 +21,14 @@ MOST_USED = (
 
 
 def parse(config_class: type, argv: Sequence[str]) -> list[str]:
-  """Sets all flags, for `app.run`, and returns the program's name.
+  """Sets all flags for `app.run`, and returns a list of the program's name only.
 
-  `--help` and `--helpfull` end the program with exit code 0, a mistake with a sentence and exit code 2.
+  `--help` and `--helpfull` end the program with exit code 0. A mistake in the arguments prints one sentence, and ends
+  the program with exit code 2.
 
   Args:
-    config_class: class of the experiment's configuration, whose fields the file of `--config` gives.
-    argv: the program's name and the arguments.
+    config_class: Class of the experiment's configuration. The file of `--config` contains values of its fields.
+    argv: The program's name and the arguments.
   """
   if {'-h', '--help', '--helpfull'} & set(argv):
     print(flags.FLAGS.main_module_help() if '--helpfull' in argv else help_text())

@@ -104,11 +104,12 @@ def _conv4(way: int | None, config: Any) -> ms.Model:
 
 
 def maml_rate(name: str, config: Any) -> float:
-  """Returns the inner rate of MAML and its variants: `config.alpha`, or the rate of their paper if that is `None`.
+  """Returns the inner rate of MAML and its variants: `config.alpha`, or the paper's rate if `config.alpha` is `None`.
 
-  Finn et al. 2017, appendix A.1, use on Omniglot 0.4 with one step for 5 ways, and 0.1 with five steps for 20 ways. On
-  mini-ImageNet they use 0.01. The paper has no rate for one step and 20 ways, for which 0.4 is kept. Other data sets of
-  photographs have the rate of mini-ImageNet.
+  The paper is Finn et al. 2017, appendix A.1. On Omniglot, the paper's rate for 5 ways is 0.4, with one inner step. The
+  rate for 20 ways is 0.1, with five inner steps. The paper has no rate for 20 ways with one inner step: this function
+  then returns 0.4. On mini-ImageNet, the paper's rate is 0.01. The function also returns 0.01 for other data sets of
+  photographs.
   """
   if config.alpha is not None:
     return config.alpha
@@ -161,7 +162,10 @@ def query_images(name: str, config: Any) -> int:
   if name not in SEQUENTIAL:
     return config.query
   if config.shot >= DRAWINGS:
-    raise ValueError(f'learner {name} reads {DRAWINGS} images of a class, got shot={config.shot}; give a lower shot')
+    raise ValueError(
+      f'learner {name} reads {DRAWINGS} images of a class, as support and query together, got shot={config.shot}; '
+      f'give a lower shot, at most {DRAWINGS - 1}'
+    )
   return DRAWINGS - config.shot
 
 

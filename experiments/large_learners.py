@@ -100,7 +100,7 @@ class Setup(NamedTuple):
 
 
 def build_model(config: Config) -> ms.Model:
-  """Returns the network, restricted to the part that adapts."""
+  """Returns the network `config.network` as a model in which only the part `config.adapts` adapts."""
   if config.network == 'resnet12':
     network: Any = ms.nn.ResNet12(config.way, config.widths)
   else:

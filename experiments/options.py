@@ -41,7 +41,7 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
     self.syntactic_help = _description(kind, low, high, choices)
 
   def parse(self, argument: str) -> Any:
-    """Returns the value of a text. Raises ValueError, which says what the value must be."""
+    """Converts a text from the command line to a value. Raises ValueError, which says what the value must be."""
     parts = [part.strip() for part in argument.split(',') if part] if self.kind is tuple else [argument]
     hint = ''.join(near(part, self.choices) for part in parts)
     mistake = ValueError(f'it must be {self.syntactic_help}{hint}')
@@ -54,7 +54,7 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
     return items if self.kind is tuple else items[0]
 
   def serialize(self, value: Any) -> str:
-    """Returns the text of a value."""
+    """Returns the text of a value for the command line. `parse` converts the text back to the value."""
     return ','.join(map(str, value)) if self.kind is tuple else str(value)
 
   def allows(self, value: Any) -> bool:

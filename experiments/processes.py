@@ -113,14 +113,16 @@ def start(machines: Machines) -> None:
     if not machines.distributed:
       raise
     advice = 'give --coordinator=HOST:PORT, --num_processes and --process_id'
-    raise ValueError(f'no cluster tells of its processes ({str(e).strip():.300}); {advice}') from e
+    raise ValueError(
+      f'no cluster tells of its processes ({str(e).strip():.300}), so JAX cannot connect them; {advice}'
+    ) from e
   _keep_stdout(first())
   if not first():
     logging.set_verbosity(logging.WARNING)
 
 
 def _keep_stdout(ours: bool) -> None:
-  """Keeps stdout for what the first process prints. What libraries print there, such as Gloo, goes to stderr."""
+  """Keeps stdout for the output of the first process. The output of libraries such as Gloo goes to stderr."""
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
   os.dup2(2, 1)
@@ -152,10 +154,13 @@ def _greet(coordinator: str, process_id: int) -> None:
 
 
 def _gather(coordinator: str, num_processes: int) -> None:
-  """Waits in the first process until all others have sent their numbers, and answers. Then the port is free for JAX.
+  """Waits in the first process until every other process has sent its process id.
+
+  The first process then answers the other processes. When the function returns, the port is free for JAX.
 
   Raises:
-    ValueError: if a process does not come, or if the port is taken. The message names the processes that are missing.
+    ValueError: if a process does not connect in time, or if the port is taken. The message names the missing
+      processes.
   """
   end = time.monotonic() + PATIENCE
   there: dict[int, socket.socket] = {}

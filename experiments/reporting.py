@@ -144,12 +144,12 @@ class Result:
 
   @property
   def over_runs(self) -> Interval:
-    """Returns the mean after the last step, and its interval over training runs."""
+    """Returns the mean of the metric after the last inner step, and its confidence interval over training runs."""
     return confidence_interval(self.values[..., -1].mean(1))
 
   @property
   def estimate(self) -> Interval:
-    """Returns the mean after the last step, and its interval over tasks."""
+    """Returns the mean of the metric after the last inner step, and its confidence interval over tasks."""
     return confidence_interval(self.values[..., -1].mean(0))
 
   def row(self, directory: pathlib.Path, about_run: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class Trained(NamedTuple):
 
   @property
   def skipped(self) -> dict[str, Any]:
-    """Returns the number of skipped steps for a row of results; an empty dict if no step can be skipped."""
+    """Returns a dict with the number of skipped steps, for a row of results.
+
+    If no step can be skipped, the dict is empty.
+    """
     count = bad_numbers.skipped(self.state)
     return {} if count is None else {'skipped_steps': count}
 
@@ -83,7 +86,7 @@ class Trained(NamedTuple):
 def by_gradient(
   name: str, label: str, start: Callable[[], ms.TrainState], tasks: Any, *, meta_iterations: int, chunk: int, **options
 ) -> Training:
-  """Returns a training by `ms.train`, which receives `options`, such as the learner and the optimiser."""
+  """Returns a `Training` that calls `ms.train` with `options`, such as the learner and the optimiser."""
 
   def go(state, step, callbacks=()):
     if step == np.max(state.step):

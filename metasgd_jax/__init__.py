@@ -1,4 +1,4 @@
-"""Meta-SGD (Li et al. 2017) and its kin as pure functions in JAX."""
+"""Meta-SGD (Li et al. 2017) and related meta-learning methods as pure functions in JAX."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

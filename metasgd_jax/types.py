@@ -207,10 +207,10 @@ class TaskStream:
   changes: tuple[Callable, ...] = ()
 
   def prepare(self, keys: Callable[[], Keys]) -> TaskDistribution:
-    """Returns the tasks and episodes of some pairs of keys, with their data on the device.
+    """Sends the data of some tasks and episodes to the device, and returns their distribution.
 
     Args:
-      keys: Function that returns the pairs, `(sample keys [B], episode keys [B])`.
+      keys: Function that returns the pairs of keys of the tasks and episodes, `(sample keys [B], episode keys [B])`.
     """
     return self.send(*keys())
 
@@ -250,12 +250,14 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
   JAX keeps a compiled program for each object that is a static argument, such as the learner of `train`. A function
   equals only itself. A learner that is built anew in each round of a loop would therefore be compiled in each round,
   and all its programs would be kept. The functions of a decorated builder are compared by the arguments that they were
-  built from, so that all rounds share one program. `jax.clear_caches()` frees the programs; nothing else is kept.
+  built from, so that all rounds share one program. `jax.clear_caches()` frees the programs. The decorator itself keeps
+  no objects.
 
   Arguments are compared as pytrees. Numbers of two types, such as 1 and 1.0, are not equal. A function among the
-  arguments equals only itself, unless a decorated builder returned it. Such a function must be pure, as for `jax.jit`:
-  if it reads a global variable, another value of the variable does not make another program. If an argument is not
-  hashable, such as an array, or a module with a list among its fields, the result equals only itself.
+  arguments equals only itself, unless a decorated builder returned it. The functions of a decorated builder must be
+  pure, as for `jax.jit`: if a function reads a global variable, a new value of the variable does not cause a new
+  compilation. If an argument is not hashable, such as an array, or a module with a list among its fields, the result
+  equals only itself.
 
   Args:
     build: Function that returns a function, or a NamedTuple of functions such as a `Learner` or a `Model`.

@@ -1,4 +1,4 @@
-"""Text that the commands print: lines, and words of the command line cut short."""
+"""Functions that print the output of the commands, and that shorten long text from the command line for messages."""
 
 
 def say(*lines: str) -> None:

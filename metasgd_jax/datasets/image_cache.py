@@ -39,8 +39,8 @@ class Cache(NamedTuple):
 def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, Any]:
   """Returns a fingerprint of a set of files, which distinguishes the set from other sets.
 
-  The fingerprint has the version of the decoding, the number of files, their size in bytes, and a hash of their names
-  and sizes.
+  The fingerprint has the version of the decoder, the number of files, their total size in bytes, and a hash of the
+  names and sizes of the files.
   """
   digest, total = hashlib.sha256(), 0
   for path in paths:

@@ -272,7 +272,9 @@ def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
   scale = max(image.height / height, image.width / width)
   full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
   if _are_too_many(full[0] * full[1]):
-    raise OSError(f'it is too thin, {image.width}x{image.height}, to be padded to the aspect ratio {height}:{width}')
+    raise OSError(
+      f"it is too thin, {image.width}x{image.height}, to be padded to the aspect ratio {height}:{width}; use fit='crop'"
+    )
   pixels = np.asarray(image).reshape(image.height, image.width, -1)
   border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
   colour = tuple(int(v) for v in np.median(border, 0))

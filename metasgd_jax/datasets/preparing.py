@@ -34,7 +34,7 @@ Path = str | os.PathLike[str]
 def prepared(
   name: str, what: str, data_dir: Path, archives: Path | None, verify: bool, report: Report
 ) -> Iterator[Any]:
-  """Yields the builder of a data set that is in a data directory. If it is not there yet, it is first prepared.
+  """Yields the builder of a data set in a data directory, and first prepares the data set if the directory lacks it.
 
   An error that is raised in the `with` block becomes a DatasetError, because tfds raises many kinds of errors for files
   that it did not write.
@@ -91,8 +91,8 @@ def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images
 def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, verify: bool, report: Report) -> None:
   if reason := why_not_writable(data_dir):
     raise DatasetError(
-      f'data_dir {data_dir} does not contain the data set and cannot be written to prepare the data set ({reason}); '
-      'give a data_dir that contains the data set or that can be written'
+      f'data_dir {data_dir} does not contain the data set, and the data set cannot be prepared there because the '
+      f'directory cannot be written ({reason}); give a data_dir that contains the data set or that can be written'
     )
   paths = _download(builder, data_dir / 'downloads', report) if archives is None else _find(builder, archives, verify)
   report(f'preparing {builder.name} in {data_dir}; this is done only once and takes about a minute')

@@ -151,7 +151,9 @@ def read_text(path: pathlib.Path, what: str) -> str:
       raise DatasetError(f'{path} is not a file; replace it by {what}')
     return path.read_text(encoding='utf-8-sig')
   except (OSError, ValueError) as e:
-    raise DatasetError(f'{path} cannot be read as {what} ({getattr(e, "strerror", None) or first_line(e)})') from e
+    raise DatasetError(
+      f'{path} cannot be read as {what} ({getattr(e, "strerror", None) or first_line(e)}); provide such a file'
+    ) from e
 
 
 def published_split(dataset: str) -> ClassNames:
@@ -206,7 +208,7 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
 
 
 def some(names: Sequence[str], one: str, many: str) -> str:
-  """Returns the number of names and the first five names, as words for a sentence."""
+  """Returns a phrase such as "6 classes (a, b, c, d, e, …)": the number of names, and at most the first five names."""
   rest = ', …' if len(names) > 5 else ''
   return f'{len(names)} {one if len(names) == 1 else many} ({", ".join(names[:5])}{rest})'
 

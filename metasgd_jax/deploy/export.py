@@ -203,10 +203,10 @@ def _like(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 
 def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Exported:
-  """Returns the exported program of a function that is known to work with fixed numbers of items.
+  """Returns the exported program of a function that has already been traced with fixed numbers of items.
 
-  The program stores the names of source files without their folders, because the folders are private. JAX has no scoped
-  form of this setting, so it applies to all threads meanwhile.
+  The program stores the names of source files without their folders, because the names of folders are private. The
+  setting of JAX that removes the folders has no scoped form, so the setting applies to all threads during the export.
   """
   setting = 'jax_hlo_source_file_canonicalization_regex'
   before = getattr(jax.config, setting)

@@ -136,7 +136,7 @@ def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
   about = json.loads(archive.read('about.json'))
   version = about.get('format_version') if isinstance(about, dict) else None
   if not isinstance(version, int) or version < 1:
-    raise ValueError('about.json has no format_version, which is 1 or more')
+    raise ValueError(f'about.json has no format_version that is an integer of at least 1, got {version!r:.80}')
   if version > FORMAT_VERSION:
     raise ValueError(f'it is of format version {version}, newer than {FORMAT_VERSION}')
   return about

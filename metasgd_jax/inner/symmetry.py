@@ -61,7 +61,10 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
 
 
 def _derivatives(function: Callable[..., list], shapes: list) -> list:
-  """Returns the cotangents of a function, and their directional derivatives, at random inputs of each of `SCALES`."""
+  """Returns the cotangents of a function's inputs, and the directional derivatives of the cotangents.
+
+  The inputs are random. They are drawn once for each scale in `SCALES`.
+  """
   smooth = [i for i, shape in enumerate(shapes) if jnp.issubdtype(shape.dtype, jnp.floating)]
 
   def of_smooth(*values):

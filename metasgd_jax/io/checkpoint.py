@@ -1,4 +1,6 @@
-"""Checkpoints of a training run by orbax: the latest and the best, written in the background, never half-written.
+"""Writes and reads the latest and the best checkpoints of a training run with orbax.
+
+The checkpoints are written in the background. A checkpoint is never half-written.
 
 With several processes, one of them reads and writes the checkpoints, and does not wait for the others. This is possible
 because each process has the whole arrays.
@@ -249,7 +251,7 @@ def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Repo
 
 
 def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
-  """Returns a checkpoint in the structure of `like`. If it is damaged, some exception is raised.
+  """Returns a checkpoint in the structure of `like`. A damaged checkpoint raises an exception of any type.
 
   Raises:
     CheckpointError: if the configuration is not `config`, or if the arrays do not fit `like`.
@@ -257,7 +259,7 @@ def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
   about = _read_about(path)
   check_config(about['config'], config, path.parent)
   if difference := first_difference(about['leaves'], leaf_types(like)):
-    raise CheckpointError(f'{path} does not fit what is trained: {difference}; give another directory')
+    raise CheckpointError(f'checkpoint {path} does not fit what is trained: {difference}; give another directory')
   arrays = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     for name, leaf in named(like):
@@ -267,12 +269,12 @@ def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
       empty = np.size(leaf) == 0  # It was not stored.
       arrays[name] = np.zeros(leaf.shape, leaf.dtype) if empty else reader.restore(path / 'state', args=only)[name]
       if zlib.crc32(arrays[name].tobytes()) != about['crc32'][name]:
-        raise ValueError(f'{name} has changed since it was written')
+        raise ValueError(f'the array {name} has changed since the checkpoint was written')
   return Checkpoint(int(path.name), from_named_arrays(arrays, like), about['metric'], about['versions'])
 
 
 def _read_about(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the description of a checkpoint. If it is damaged, some exception is raised."""
+  """Returns the description of a checkpoint. A damaged description raises an exception of any type."""
   about = json.loads((path / 'about' / 'metadata').read_bytes())
   if about.pop('checksum') != _checksum(about):
     raise ValueError('its description has changed since it was written')

@@ -165,7 +165,7 @@ class TensorBoardWriter:
     self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Adds a scalar LABEL/NAME for each value, which is the mean over the runs.
+    """Adds a scalar LABEL/NAME for each value. The scalar is the mean of the value over the runs.
 
     Args:
       label: Name of the run.

@@ -96,7 +96,9 @@ def inner_optimizer(
     for name, leaf in named(start):
       if not _is_floating(leaf):
         where = f'hyper.{name}' if name else 'hyper'
-        raise ValueError(f'{where} must be floating-point, got {leaf!r}; put what is not learned into `optimizer`')
+        raise ValueError(
+          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer`'
+        )
     return WithHyper(theta, strong(start))
 
   inner: dict[str, Any] = dict(optimizer=optimizer, steps=steps, first_order=first_order, adapts=model.adapts)

@@ -32,7 +32,7 @@ class SupportContext(nn.Module):
 
   @nn.compact
   def __call__(self, features):
-    """Returns the features `[S, D]` in the context of the whole support, `[S, D]`."""
+    """Maps the support's features `[S, D]` to features `[S, D]` in the context of the whole support."""
     units = features.shape[-1]
     forward = nn.RNN(nn.OptimizedLSTMCell(units))
     backward = nn.RNN(nn.OptimizedLSTMCell(units), reverse=True, keep_order=True)
@@ -57,7 +57,7 @@ class QueryContext(nn.Module):
 
   @nn.compact
   def __call__(self, features, support):
-    """Returns the features `[Q, D]` of the query in the context of the support's features `[S, D]`, `[Q, D]`."""
+    """Maps the query's features `[Q, D]` to features `[Q, D]` in the context of the support's features `[S, D]`."""
     cell = nn.OptimizedLSTMCell(features.shape[-1])
     h = c = jnp.zeros_like(features)
     for _ in range(self.steps):

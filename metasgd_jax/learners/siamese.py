@@ -31,13 +31,13 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
   """Builds the learner: `p(same | x, x′) = σ(Σ_j w_j |f(x)_j − f(x′)_j| + b)` (Koch et al. 2015, section 3.1).
 
   The loss is the binary cross-entropy over all pairs of a query item and a support item of the episode. The pairs of
-  one class together have the same weight as the pairs of two classes together. This is the expected loss of the batches
-  of Koch et al., in which half of the pairs are of one class. The logit of a query item for a class is the pair logit
-  of the most similar support item of this class. `meta` is a `SiameseParams`.
+  items from the same class and the pairs of items from different classes have equal total weight. The loss is thus the
+  expected loss of the batches of Koch et al., in which half of the pairs are from the same class. The logit of a query
+  item for a class is the pair logit of the most similar support item of this class. `meta` is a `SiameseParams`.
 
   Args:
-    embedding: Network f of both twins, `[B, …]` → `[B, D]`, such as the features of `nn.Conv4`, which the comparison of
-      learners in docs/results.md uses, or `nn.KochNet`.
+    embedding: Network f of both twins, `[B, …]` → `[B, D]`, such as `nn.KochNet` or the features of `nn.Conv4`. The
+      comparison of learners in docs/results.md uses the features of `nn.Conv4`.
     way: Number N of ways (classes of a task).
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
     metrics: Metrics of the query; see `meta_sgd`.

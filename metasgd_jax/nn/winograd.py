@@ -82,29 +82,29 @@ def _inputs(x, rows, columns, padding):
 
 
 def _of_inputs(d):
-  """Returns Bᵀ d."""
+  """Transforms input tiles d along one axis: returns Bᵀ d."""
   return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
 def _of_kernel(k):
-  """Returns G k."""
+  """Transforms a kernel k along one axis: returns G k."""
   outer = (k[0] + k[2]) / 2
   return [k[0], outer + k[1] / 2, outer - k[1] / 2, k[2]]
 
 
 def _to_kernel(m):
-  """Returns Gᵀ m."""
+  """Transforms products m to a gradient of the kernel along one axis: returns Gᵀ m."""
   middle = (m[1] + m[2]) / 2
   return [m[0] + middle, (m[1] - m[2]) / 2, middle + m[3]]
 
 
 def _of_outputs(y):
-  """Returns A y."""
+  """Transforms tiles y of the output's gradient along one axis: returns A y."""
   return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
 def _to_outputs(m):
-  """Returns Aᵀ m."""
+  """Transforms products m to outputs along one axis: returns Aᵀ m."""
   return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 

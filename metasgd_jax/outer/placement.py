@@ -96,7 +96,8 @@ class Placement:
     group = self.at_once(num_tasks, large=is_large(meta))
     if group > num_tasks or num_tasks % group:
       raise ValueError(
-        f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; give a divisor'
+        f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; '
+        f'give a divisor of {num_tasks}'
       )
     return group
 

@@ -175,7 +175,7 @@ def gathered(tree: PyTree) -> PyTree:
 
 
 def mean_over(tree: PyTree, axis: str) -> PyTree:
-  """Returns the mean of each array over the devices of a mesh axis. For use inside `jax.shard_map`.
+  """Returns the mean of each array over the devices of a mesh axis. Call this function inside `jax.shard_map`.
 
   All arrays of the same dtype are averaged by a single collective operation.
 

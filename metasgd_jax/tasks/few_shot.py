@@ -29,7 +29,11 @@ class ClassBank(NamedTuple):
 
 
 def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
-  """Returns a bank of images `[C, I, H, W, D]`, or of a sequence of C classes `[I_c, H, W, D]` of different sizes.
+  """Returns a bank of C classes. Each class may have a different number of images.
+
+  Args:
+    images: Images of all classes, uint8. They are one array `[C, I, H, W, D]` if each class has I images, or a sequence
+      of C arrays `[I_c, H, W, D]`, one for each class.
 
   Raises:
     ValueError: if the images have another rank or dtype, or if the images of two classes have different shapes.
@@ -115,10 +119,13 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
 
 
 def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribution:
-  """Returns a distribution whose episodes have images, which the indices of another distribution select.
+  """Returns a distribution of episodes with images, from a distribution of episodes with indices of images.
 
-  The argument `indices` is a distribution such as that of `image_indices`, and `images` is the array `[M, H, W, D]` of
-  its bank. The images of an episode are float32 from 0 to 1.
+  The images of an episode are float32 from 0 to 1.
+
+  Args:
+    indices: Distribution whose episodes contain indices of images, such as the result of `image_indices`.
+    images: Array `[M, H, W, D]` of all images of the bank that the indices refer to.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
