@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import socket
 import sys
 import tempfile
@@ -197,9 +196,9 @@ def open_workdir(path: files.PathLike) -> pathlib.Path:
   """
   if first():
     return files.open_workdir(path)
-  scratch = tempfile.mkdtemp(prefix='metasgd-')
-  atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-  return pathlib.Path(scratch)
+  scratch = tempfile.TemporaryDirectory(prefix='metasgd-', ignore_cleanup_errors=True)
+  atexit.register(scratch.cleanup)
+  return pathlib.Path(scratch.name)
 
 
 def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:

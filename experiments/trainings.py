@@ -291,12 +291,10 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
 def print_memory(plan: Sequence[Training]) -> None:
   """Prints the memory that each training needs. If R runs are trained side by side, the plan is that of one run."""
   for training in plan:
-    if training.memory is None:
-      print(f'{training.label}: its memory cannot be planned', flush=True)
-      continue
-    print(f'{training.label}: {training.memory()}', flush=True)
+    planned = 'its memory cannot be planned' if training.memory is None else training.memory()
+    print(f'{training.label}: {planned}', flush=True)
     runs = math.prod(jax.eval_shape(training.start).step.shape)
-    if runs > 1:
+    if training.memory is not None and runs > 1:
       print(f'this is of one run; {runs} are trained side by side and take about {runs} times as much', flush=True)
 
 
