@@ -93,11 +93,11 @@ def of_parameters(
   return episodic(init, adapt_, predict, loss_fn=loss_fn, **options)._replace(path=path_)
 
 
-def inner_loop(steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
-  """Returns `adapt` and `adapt_path` with the given options. Raises ValueError if `steps` or `adjoint` is wrong."""
+def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
+  """Returns `adapt` and `adapt_path` for a model and options. Raises ValueError if `steps` or `adjoint` is wrong."""
   check_steps(steps)
   check_adjoint(adjoint)
-  options['steps'] = steps
+  options |= dict(steps=steps, adapts=model.adapts)
   return functools.partial(adapt, adjoint=adjoint, **options), functools.partial(adapt_path, **options)
 
 

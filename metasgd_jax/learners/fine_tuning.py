@@ -90,4 +90,4 @@ def fine_tuning(
 
   model = embedding._replace(apply=classify, statistics=embedding.statistics and statistics)
   options: dict[str, Any] = dict(start=start, objective=objective, inductive=inductive, metrics=metrics)
-  return of_parameters(model, cross_entropy, init, inner_loop(steps), **options)
+  return of_parameters(model, cross_entropy, init, inner_loop(embedding, steps), **options)

@@ -57,6 +57,6 @@ def maml(
     broadcast_alpha(alpha, theta)
     return MetaParams(theta, None)
 
-  inner = inner_loop(steps, adjoint, first_order=first_order, adapts=model.adapts)
+  inner = inner_loop(model, steps, adjoint, first_order=first_order)
   options: dict[str, Any] = dict(start=lambda meta: (meta.theta, alpha), inductive=inductive, metrics=metrics)
   return of_parameters(model, loss_fn, init, inner, **options)

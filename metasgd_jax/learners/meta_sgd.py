@@ -77,7 +77,7 @@ def meta_sgd(
   if alpha_per not in get_args(Per):
     raise ValueError(f'alpha_per must be one of {get_args(Per)}, got {alpha_per!r}')
   start: dict[str, Any] = dict(low=low, high=high, per=alpha_per, steps=steps if alpha_by_step else None)
-  inner = inner_loop(steps, adjoint, first_order=first_order, alpha_by_step=alpha_by_step, adapts=model.adapts)
+  inner = inner_loop(model, steps, adjoint, first_order=first_order, alpha_by_step=alpha_by_step)
 
   def init(key, episode: Episode) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
