@@ -19,11 +19,20 @@ _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner st
 
 def writable(path: PathLike) -> pathlib.Path:
   """Returns the path of a file to write. Raises WriterError if there is no such folder, or if the path is a folder."""
-  path = pathlib.Path(path).expanduser()
-  if path.is_dir() or not path.parent.is_dir():
-    reason = 'it is a folder' if path.is_dir() else f'No such file or directory: there is no folder {path.parent}'
-    raise WriterError(f'{path} cannot be written ({reason}); give another path')
-  return path
+  try:
+    place = pathlib.Path(path).expanduser()
+  except RuntimeError as e:
+    raise WriterError(f'{path} begins with ~ of a user without a home directory; give another path') from e
+  reason = None
+  if place.is_dir():
+    reason = 'it is a folder'
+  elif '\0' in place.name:
+    reason = 'its name has a NUL'
+  elif not place.parent.is_dir():
+    reason = f'No such file or directory: there is no folder {place.parent}'
+  if reason:
+    raise WriterError(f'{place} cannot be written ({reason}); give another path')
+  return place
 
 
 def known_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
