@@ -1,6 +1,7 @@
 """What the experiments have in common: the command line, trainings by gradient, tests on unseen tasks, and results."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ Pictures = dict[str, Callable[[Any], Any]]
 Prepared = tuple[Sequence[Training], Callable[[], object]]
 """The trainings of a command, and what the command runs."""
 
+WHAT_IS_TRAINED = ('learner', 'table1', 'table2', 'table3', 'table4', 'dataset', 'network', 'adapts', 'start')
+"""Options that the default work directory is named after."""
+
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
 """Bounds and type of an option that is an inner rate."""
 
@@ -34,7 +38,7 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   """Runs an experiment from the command line.
 
   Args:
-    experiment: Name of the experiment. By default it writes to runs/NAME.
+    experiment: Name of the experiment.
     config_class: Class of its configuration.
     prepare: `(config, workdir, keeping, devices) → (plan, run)`. It builds and checks everything. The command then
       calls `run()`, or looks into the trainings of `plan` if a flag asks for it.
@@ -43,12 +47,20 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   def prepare_from_flags():
     config: Any = options.from_flags(config_class)
     keeping, devices = options.from_flags(Keeping), options.from_flags(Machines).devices
-    workdir = processes.open_workdir(flags.FLAGS.workdir)
+    given = flags.FLAGS.workdir
+    workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
     plan, run = prepare(config, workdir, keeping, devices)
     return trainings.look(plan, config, workdir, keeping) or run
 
-  resuming.define_flags(config_class, Keeping, Machines, workdir=f'runs/{experiment}')
+  resuming.define_flags(config_class, Keeping, Machines)
   processes.main(prepare_from_flags, config_class)
+
+
+def default_workdir(experiment: str, config: Any) -> str:
+  """Returns runs/NAME with what a command trains, such as runs/classification_omniglot or runs/regression_table1."""
+  texts = options.flag_texts(config, WHAT_IS_TRAINED)
+  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # A start may be a path.
+  return '_'.join([f'runs/{experiment}', *values])
 
 
 def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:

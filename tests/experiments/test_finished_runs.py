@@ -270,3 +270,17 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
   files.write_json(tmp_path / 'results.json', {'rows': [table_row()]})
   assert few_shot_table._done(cell, tmp_path)
   assert not few_shot_table._done(dataclasses.replace(cell, bad_steps='skip'), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('experiment', 'options', 'workdir'),
+  [
+    (regression, {}, 'runs/regression'),
+    (regression, dict(table1=True), 'runs/regression_table1'),
+    (regression, dict(learner=('maml',), dataset='sinusoids_maml'), 'runs/regression_maml_sinusoids_maml'),
+    (classification, dict(dataset='folder', start='a/b.safetensors'), 'runs/classification_folder_b'),
+  ],
+)
+def test_the_default_directory_is_named_after_what_is_trained(experiment, options, workdir):
+  config = experiment.Config(**options)
+  assert running.default_workdir(experiment.__name__.removeprefix('experiments.'), config) == workdir
