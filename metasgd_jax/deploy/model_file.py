@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,6 +29,7 @@ Background = Literal['dark', 'any']
 """Background of the training images. `dark` means light ink on black, like Omniglot in this package."""
 
 _RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
+_MOST_ALPHA = 1_000_000_000  # JAX cannot represent larger integers in 32 bits.
 _SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
@@ -82,8 +82,8 @@ class ModelConfig:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves it four times, got {shape!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
-    if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= sys.float_info.max):
-      raise ValueError(f"alpha must be MAML's rate, a finite number, got {self.alpha!r}")
+    if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= _MOST_ALPHA):
+      raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
       raise ValueError(f'training must be a dict of facts by name, got {self.training!r}')
     try:
