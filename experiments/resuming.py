@@ -58,9 +58,7 @@ def define_flags(*configs: type) -> None:
   """Defines the flags of an experiment: those of its configurations, --config, and --workdir."""
   for config in configs:
     options.define_flags(config)
-  about = (
-    'Directory of the run, by default in runs/. An unfinished run continues; for a finished one see --restart.'
-  )
+  about = 'Directory of the run, by default in runs/. An unfinished run continues; for a finished one see --restart.'
   flags.DEFINE_string('workdir', None, about)
   flags.DEFINE_string('config', None, "Settings, from a run's results.json or config.json; other flags override them.")
 

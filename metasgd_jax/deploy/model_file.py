@@ -88,11 +88,11 @@ class ModelConfig:
     if not isinstance(self.training, dict):
       raise ValueError(f'training must be a dict of facts by name, got {self.training!r}')
     try:
-      if _levels(self.training) > _MOST_LEVELS:
-        raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
+    if _levels(self.training) > _MOST_LEVELS:
+      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
 
 
 def _levels(facts: Any) -> int:

@@ -26,7 +26,9 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
       a key that is derived from it.
     tasks: Tasks to train on. One episode is drawn from them, for its shapes.
     learner: Learner whose meta-parameters are drawn.
-    optimizer: Outer optimiser of the whole pytree of meta-parameters.
+    optimizer: Outer optimiser of the whole pytree of meta-parameters. Build it once: JAX treats an optimiser that is
+      built anew as another one, and compiles the programs again. Learners and tasks that are built anew from equal
+      arguments are equal.
 
   Raises:
     ValueError: if `key` is a key of the old kind (`jax.random.PRNGKey`), is of the impl `rbg`, or has another rank, if

@@ -13,7 +13,7 @@ import pytest
 from problems import saying, table_row
 
 import metasgd_jax as ms
-from experiments import classification, few_shot_table, few_shot_training, processes, regression, resuming
+from experiments import classification, few_shot_table, few_shot_training, processes, regression, resuming, running
 from experiments.resuming import Keeping
 from metasgd_jax.io import checkpoint, files, provenance
 from metasgd_jax.io.checkpoint import CheckpointError
