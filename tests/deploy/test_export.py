@@ -412,7 +412,7 @@ def claims_much(parts):
     (other_shape, 'not those that adapt.bin takes'),
     (claims_much, 'not those that adapt.bin takes'),
     (lambda parts: parts | {BIAS: parts[BIAS][:-4]}, 'another size than it says'),
-    (lambda parts: changed_about(parts, format_version=0), 'no format_version, which is 1 or more'),
+    (lambda parts: changed_about(parts, format_version=0), 'no format_version that is an integer of at least 1, got 0'),
   ],
 )
 def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):

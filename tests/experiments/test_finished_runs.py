@@ -278,7 +278,7 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
     (regression, {}, 'runs/regression'),
     (regression, dict(table1=True), 'runs/regression_table1'),
     (regression, dict(learner=('maml',), dataset='sinusoids_maml'), 'runs/regression_maml_sinusoids_maml'),
-    (classification, dict(dataset='folder', start='a/b.safetensors'), 'runs/classification_folder_b'),
+    (classification, dict(dataset='folder', data_dir='a', start='a/b.safetensors'), 'runs/classification_folder_b'),
   ],
 )
 def test_the_default_directory_is_named_after_what_is_trained(experiment, options, workdir):
