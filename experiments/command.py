@@ -70,7 +70,9 @@ def from_file(path: str, config_class: type, experiment: str) -> list[str]:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return flag_texts(config_class(**values), config)
   except (OSError, RuntimeError, TypeError, ValueError) as e:
-    raise ValueError(f'--config={path} is no results.json or config.json of experiments.{experiment}: {e}') from e
+    raise ValueError(
+      f'--config={path} is no results.json or config.json of experiments.{experiment}: {e}; give another file'
+    ) from e
 
 
 def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:

@@ -85,7 +85,10 @@ def _load_start(config: Any) -> ms.MetaParams:
   theirs = (model.config.learner, model.config.way, model.config.filters, model.config.hidden)
   ours = (config.learners[0], config.way, *config.sizes)
   if len(config.learners) > 1 or theirs != ours or config.alpha_by_step:
-    raise ValueError(f'{config.start} has (learner, way, filters, hidden) = {theirs}, not {ours}; make them the same')
+    raise ValueError(
+      f'start={config.start} has (learner, way, filters, hidden) = {theirs}, but this run has {ours}; make them the '
+      'same, with a single learner and without alpha_by_step'
+    )
   return model.meta
 
 

@@ -164,7 +164,10 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
 
 
 def _is_ours(record: Any) -> bool:
-  """Whether a log record is a warning or comes from this project. JAX and orbax log much at level INFO."""
+  """Returns whether a log record is a warning or comes from this project.
+
+  Other records are dropped, because JAX and orbax write many records at level INFO.
+  """
   root, path = pathlib.Path(__file__).parents[1], pathlib.Path(record.pathname)
   return record.levelno >= WARNING or any(path.is_relative_to(root / part) for part in ('experiments', 'metasgd_jax'))
 

@@ -1,7 +1,7 @@
-"""One run by several processes, on one host or on many. The first process alone writes files and prints.
+"""Runs an experiment in several processes, on one host or on many. Only the first process writes files and prints.
 
-All processes run the same program on the same numbers, and so take the same branches. What only the first process
-knows, such as the newest checkpoint, it sends to the others.
+All processes run the same program on the same numbers, and so take the same branches. The first process sends the
+others the values that only the first process knows, such as the newest checkpoint.
 """
 
 import atexit
@@ -33,12 +33,15 @@ from metasgd_jax.types import PyTree
 PATIENCE = 300
 """Seconds to wait for the other processes at the start."""
 FAREWELL = 20
-"""Seconds that a process which ends by an error waits for the others. Then they are ended too."""
+"""Seconds that a process which fails with an error waits for the other processes. Then JAX ends these too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machines:
-  """Where a run is computed. These options change nothing but rounding, and so are no part of a `Config`."""
+  """Options that say on which devices and processes a run is computed.
+
+  These options change the results only by rounding errors, so they are not part of a `Config`.
+  """
 
   devices: int | None = option(
     None, 'Devices per process; by default as many as share the tasks, in regression 1.', low=1, high=100_000, kind=int
@@ -57,11 +60,11 @@ class Machines:
     three = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
     given = {name: value for name, value in three.items() if value is not None}
     if self.distributed and given:
-      raise ValueError(f'distributed finds {" and ".join(given)} by itself; leave out one or the other')
+      raise ValueError(f'distributed finds {" and ".join(given)} from the cluster; leave out one or the other')
     if given and len(given) < 3:
       missing = ' and '.join(f'--{name}' for name in three if name not in given)
       got = ', '.join(f'{name}={value}' for name, value in given.items())
-      raise ValueError(f'coordinator, num_processes and process_id go together, got {got}; give {missing} too')
+      raise ValueError(f'coordinator, num_processes and process_id go together, got only {got}; give {missing} too')
     if self.coordinator is None or self.num_processes is None or self.process_id is None:
       return
     host, _, port = self.coordinator.rpartition(':')
@@ -69,7 +72,7 @@ class Machines:
       raise ValueError(f'coordinator must be HOST:PORT, such as node1:1234, got {self.coordinator!r}')
     if self.process_id >= self.num_processes:
       most = f'num_processes={self.num_processes}'
-      raise ValueError(f'process_id must be less than {most}, got {self.process_id}; they count from 0')
+      raise ValueError(f'process_id must be less than {most}, got {self.process_id}; the first process is 0')
 
 
 def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
@@ -93,11 +96,11 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
 def start(machines: Machines) -> None:
   """Joins the other processes. Afterwards the first process alone prints, except for errors.
 
-  It must be called before JAX is used.
+  Call this function before JAX is used.
 
   Raises:
-    ValueError: if there is no cluster to ask, or if the other processes do not come to the coordinator. The processes
-      of a cluster find each other by JAX, which aborts if one of them does not come.
+    ValueError: if `distributed` is set and there is no cluster, or if a process does not connect to the coordinator in
+      time. JAX connects the processes of a cluster, and aborts the program if one of the processes is missing.
   """
   if machines.process_id:
     _greet(str(machines.coordinator), machines.process_id)
@@ -129,15 +132,15 @@ def _keep_stdout(ours: bool) -> None:
 
 
 def _greet(coordinator: str, process_id: int) -> None:
-  """Sends the number of this process to the first process, and waits until all have done so.
+  """Sends the number of this process to the first process, and waits until all processes have connected.
 
-  JAX would wait too, but it aborts the program if a process does not come, and does not say which.
+  JAX would wait too, but if a process is missing, JAX aborts the program and does not say which process is missing.
 
   Raises:
     ValueError: if the first process does not answer.
   """
   host, _, port = coordinator.rpartition(':')
-  end, reason = time.monotonic() + PATIENCE, 'it ended before all had come'
+  end, reason = time.monotonic() + PATIENCE, 'the first process ended before all processes had connected'
   while True:
     try:
       with socket.create_connection((host.strip('[]'), int(port)), timeout=max(1, PATIENCE)) as first:
@@ -147,8 +150,8 @@ def _greet(coordinator: str, process_id: int) -> None:
     except OSError as e:
       reason = e.strerror or str(e)
     if time.monotonic() > end:
-      advice = 'start process 0 there, and let its port be reached'
-      raise ValueError(f'nobody answers at {coordinator} ({reason}); {advice}')
+      advice = 'start process 0 on that host, and make sure that its port can be reached from this host'
+      raise ValueError(f'nobody answers at coordinator={coordinator} ({reason}); {advice}')
     time.sleep(0.2)
 
 
@@ -172,14 +175,14 @@ def _gather(coordinator: str, num_processes: int) -> None:
         server.settimeout(max(0.01, end - time.monotonic()))
         other = opened.enter_context(server.accept()[0])
         other.settimeout(5)
-        with contextlib.suppress(OSError):  # A stranger may connect and send nothing.
+        with contextlib.suppress(OSError):  # Another program may connect and send nothing.
           there[int.from_bytes(other.recv(4))] = other
       for process_id in range(1, num_processes):
         there[process_id].sendall(b'!')
     except TimeoutError:
       names = f'processes {", ".join(map(str, missing))} of {num_processes} are missing after {PATIENCE} s'
-      advice = 'start them, and let the port be reached'
-      raise ValueError(f'the others do not come to {coordinator}: {names}; {advice}') from None
+      advice = 'start them, and make sure that the port can be reached from their hosts'
+      raise ValueError(f'not all processes have connected to coordinator={coordinator}: {names}; {advice}') from None
     except OSError as e:
       raise ValueError(f'the processes cannot meet at {coordinator} ({e.strerror}); give another port') from e
 
@@ -242,7 +245,7 @@ def json_from_first(value: Any) -> Any:
 
 
 def any_of(here: bool) -> bool:
-  """Returns whether `here` is true in any process. All processes must call this."""
+  """Returns whether `here` is true in any process. All processes must call this function."""
   if jax.process_count() == 1:
     return here
   return bool(multihost_utils.process_allgather(np.uint8(here)).any())
@@ -250,7 +253,9 @@ def any_of(here: bool) -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Ends all processes if the block fails in one of them. Without this, the others would wait for it.
+  """Ends all processes if the block fails in one of them.
+
+  Otherwise the other processes would wait for the failed process.
 
   Raises:
     SystemExit: if the block has failed in another process.

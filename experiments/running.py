@@ -1,4 +1,4 @@
-"""What the experiments have in common: the command line, trainings by gradient, tests on unseen tasks, and results."""
+"""The common parts of the experiments: they read the command line, train, test on unseen tasks, and write results."""
 
 import functools
 import pathlib
@@ -22,10 +22,10 @@ from metasgd_jax.types import Tasks
 flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment.
 
 Pictures = dict[str, Callable[[Any], Any]]
-"""Figures by their names, each a function of `metasgd_jax.plotting`."""
+"""Functions `metasgd_jax.plotting → Figure` by the names of the figures."""
 
 Prepared = tuple[Sequence[Training], Callable[[], object]]
-"""The trainings of a command, and what the command runs."""
+"""The trainings of a command, and the function that runs the command."""
 
 WHAT_IS_TRAINED = ('learner', 'table1', 'table2', 'table3', 'table4', 'dataset', 'network', 'adapts', 'start')
 """Options that the default work directory is named after."""
@@ -40,8 +40,8 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   Args:
     experiment: Name of the experiment.
     config_class: Class of its configuration.
-    prepare: `(config, workdir, keeping, devices) → (plan, run)`. It builds and checks everything. The command then
-      calls `run()`, or looks into the trainings of `plan` if a flag asks for it.
+    prepare: `(config, workdir, keeping, devices) → (plan, run)`. It builds and checks everything. `main`
+      then calls `run()`, or inspects the trainings of `plan` if `--plan` or `--debug_task` is given.
   """
 
   def prepare_from_flags():
@@ -57,19 +57,22 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
 
 
 def default_workdir(experiment: str, config: Any) -> str:
-  """Returns runs/NAME with what a command trains, such as runs/classification_omniglot or runs/regression_table1."""
+  """Returns the default work directory, such as runs/classification_omniglot or runs/regression_table1.
+
+  Its name contains the name of the experiment and the values of `WHAT_IS_TRAINED` that are not defaults.
+  """
   texts = options.flag_texts(config, WHAT_IS_TRAINED)
   values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # A start may be a path.
   return '_'.join([f'runs/{experiment}', *values])
 
 
 def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:
-  """Returns a training by `ms.train` whose meta-iterations are those of the configuration.
+  """Returns a `Training` that calls `ms.train` with the `meta_iterations` and the `meta_batch` of the configuration.
 
   Args:
     config: Configuration of the experiment.
     name: Name of the training in the names of files.
-    label: Name of the training in what is printed.
+    label: Name of the training in printed text.
     keys: Random key of one run, `[]`, or of R runs side by side, `[R]`.
     tasks: Tasks to train on.
     learner: Learner that is trained.
@@ -127,12 +130,12 @@ def evaluate(
 
 
 def each_run(meta: Any) -> list[Any]:
-  """Returns the trees of R runs, `[R]` in front of each leaf, one by one."""
+  """Returns a list with the tree of each run, given one tree of R runs, whose leaves are `[R, …]`."""
   return [reporting.one_run(meta, r) for r in range(len(jax.tree.leaves(meta)[0]))]
 
 
 def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, Any]]) -> None:
-  """Writes the rows so far to results.json, and leaves if the program was told to stop."""
+  """Writes the available rows to results.json. Then ends the program if it has received a signal to stop."""
   files.write_json(run.workdir / 'results.json', {**options.recipe(experiment, config), 'rows': rows})
   run.stop.ask()
 
@@ -147,7 +150,11 @@ def difference(first: Result, second: Result, unit: str) -> str:
 
 
 def alpha_pictures(metas: dict[str, Any]) -> Pictures:
-  """Returns the picture alpha_NAME of the first run for each name whose meta-parameters have an α."""
+  """Returns a figure of α with the name alpha_NAME for each NAME in `metas` whose meta-parameters have an α.
+
+  Args:
+    metas: Meta-parameters by their names, of R runs each. The figure shows the α of the first run.
+  """
   pictures: Pictures = {}
   for name, meta in metas.items():
     if getattr(meta, 'alpha', None) is not None:

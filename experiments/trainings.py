@@ -1,4 +1,4 @@
-"""One training of an experiment: it is resumed, saved, watched for bad numbers, and inspected on request."""
+"""Runs one training of an experiment: resumes it, saves it, and stops it at numbers that are not finite."""
 
 import contextlib
 import dataclasses
@@ -47,14 +47,15 @@ class Training:
   """A training before it is run.
 
   Attributes:
-    name: Name of its directory of checkpoints.
-    label: Name in what people read and in metrics. It differs from those of the run's other trainings.
+    name: Name of the training's directory of checkpoints.
+    label: Name of the training in printed text and in metrics. Each training of a run has another label.
     total: Number of meta-iterations.
     chunk: Number of meta-iterations between callbacks. A resumed training has the same chunks, and so the same metrics.
     start: Function that returns the state before the first meta-iteration.
     go: Function `(state, step, callbacks) → state` that trains until `step`.
-    inspect: Function `state of one run → StepReport` of the next meta-iteration, or `None` if there is none.
-    memory: Function that plans the memory of one run, or `None` if there is none.
+    inspect: Function `state of one run → StepReport` of the next meta-iteration, or `None` if the training
+      cannot be inspected.
+    memory: Function that plans the memory of one run, or `None` if the memory cannot be planned.
   """
 
   name: str
@@ -68,7 +69,12 @@ class Training:
 
 
 class Trained(NamedTuple):
-  """The last state, and the curves over meta-iterations, `{name: (steps [n], values [n, R])}`."""
+  """The result of a training.
+
+  Attributes:
+    state: State after the last meta-iteration.
+    curves: Metrics over the meta-iterations, `{name: (steps [n], values [n, R])}`.
+  """
 
   state: ms.TrainState
   curves: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -109,14 +115,15 @@ def bad_steps_option() -> Any:
 
 
 def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Returns the optimiser, which skips bad steps if `config.bad_steps` says so."""
+  """Returns the optimiser, wrapped in `skip_bad_steps` if `config.bad_steps` is 'skip'."""
   return bad_numbers.skip_bad_steps(optimizer) if config.bad_steps == 'skip' else optimizer
 
 
 def train(training: Training, run: Run, best: Best | None = None) -> Trained:
-  """Trains from the newest checkpoint, if there is one, and saves checkpoints until the end or until SIGTERM comes.
+  """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a SIGTERM.
 
-  With several processes, the first reads and saves the checkpoints, and all stop after the same chunk.
+  If there are several processes, only the first process reads and saves the checkpoints. After a SIGTERM all processes
+  stop after the same chunk.
 
   Raises:
     TrainingError: if a loss or a gradient is not finite. The state before the chunk is saved.
@@ -180,13 +187,13 @@ class _AfterChunk:
 
   Attributes:
     training: The training.
-    run: The run that it is part of.
-    kept: Its checkpoints; `None` in all processes but the first.
+    run: The run that the training is part of.
+    kept: Checkpoints of the training in the first process, and `None` in the other processes.
     recorder: Receives the metrics.
-    best: Validates states, if that is wanted.
+    best: Callback that validates states, or `None` if no state is validated.
     good: The last state whose numbers are known to be finite.
     saved: Time of the last checkpoint.
-    first: Whether no chunk has come yet.
+    first: Whether the next chunk is the first one.
   """
 
   training: Training
@@ -202,7 +209,7 @@ class _AfterChunk:
     """Receives a chunk."""
     self.stop_at_bad_numbers(progress)
     if self.first:
-      host_memory.release_freed()  # The compiler has freed it.
+      host_memory.release_freed()  # The memory was freed by the compiler.
       if self.run.keeping.profile:
         profile(self.training, self.good, self.run.workdir)
       self.first = False
@@ -228,7 +235,7 @@ class _AfterChunk:
     report = None if self.training.inspect is None else self.training.inspect(bad.before)
     said = f'{self.training.label}: {bad_numbers.describe(bad, report)}'
     if self.kept is None:
-      raise TrainingError(f'{said}; the first process says where the state before is saved, and what to do')
+      raise TrainingError(f'{said}; the first process says where the state before the chunk is saved, and what to do')
     self.kept.save(self.good)
     self.kept.wait()
     directory = self.run.workdir / 'checkpoints' / self.training.name
@@ -245,7 +252,7 @@ class _AfterChunk:
 
 
 def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> pathlib.Path:
-  """Traces a few meta-iterations after `state`, and logs where the trace is. Their results are dropped.
+  """Traces a few meta-iterations after `state`, and logs where the trace is. Their results are not kept.
 
   Returns:
     The directory WORKDIR/profile/NAME, with a file for TensorBoard's profiler and one for Perfetto.
@@ -266,11 +273,11 @@ def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> 
 
 
 def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:
-  """Returns what `--plan` or `--debug_task` do instead of a run, or `None` if neither is given.
+  """Returns the function that `--plan` or `--debug_task` calls in place of a run, or `None` if neither flag is given.
 
   Raises:
-    ValueError: if both are given, if there is no such meta-iteration, if there is nothing to train, or if several
-      processes are to replay a meta-iteration.
+    ValueError: if both flags are given, if `plan` contains no training, if the training has no meta-iteration with the
+      given number, or if `--debug_task` is given to several processes.
   """
   step = keeping.debug_task
   if step is None and not keeping.plan:
@@ -278,13 +285,13 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
   if step is not None and keeping.plan:
     raise ValueError('plan and debug_task are two commands; give one')
   if not plan:
-    raise ValueError('there is nothing to look into: what is asked for is not trained')
+    raise ValueError('plan and debug_task need a training, but this command trains nothing; leave the flag out')
   if step is None:
     return functools.partial(print_memory, plan)
   if jax.process_count() > 1:
     raise ValueError('debug_task reads the checkpoints, which the first process has; give it without --coordinator')
   if step >= plan[0].total:
-    raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; they count from 0')
+    raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; the first one is 0')
   return functools.partial(debug, plan, config, workdir, step)
 
 
@@ -295,13 +302,16 @@ def print_memory(plan: Sequence[Training]) -> None:
     print(f'{training.label}: {planned}', flush=True)
     runs = math.prod(jax.eval_shape(training.start).step.shape)
     if training.memory is not None and runs > 1:
-      print(f'this is of one run; {runs} are trained side by side and take about {runs} times as much', flush=True)
+      print(
+        f'this is the memory of one run; {runs} are trained side by side and take about {runs} times as much',
+        flush=True,
+      )
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:
   """Replays a meta-iteration of the last training with checkpoints, or else of the first, and prints its tasks.
 
-  It starts at the newest checkpoint that is not past the meta-iteration, or at the beginning. No file is changed.
+  The replay starts at the newest checkpoint that is not past the meta-iteration, or at the beginning. No file changes.
 
   Raises:
     CheckpointError: if the checkpoints have another configuration.

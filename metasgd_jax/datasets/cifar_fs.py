@@ -49,7 +49,7 @@ def _read(builder, report: Report) -> Splits:
   labels = np.array([int(example['label']) for example in found])
   ids = np.array([example['id'] for example in found])
   if images.shape[1:] != (SIZE, SIZE, 3):
-    raise ValueError(f'the images have shape {images.shape[1:]}')
+    raise ValueError(f'the images have shape {images.shape[1:]}, expected ({SIZE}, {SIZE}, 3)')
   names = builder.info.features['label'].names
   lists = published_split('cifar_fs')
   if wrong := sorted(set(names) ^ {name for part in lists for name in part}):

@@ -34,7 +34,7 @@ Path = str | os.PathLike[str]
 def prepared(
   name: str, what: str, data_dir: Path, archives: Path | None, verify: bool, report: Report
 ) -> Iterator[Any]:
-  """Yields the builder of a data set in a data directory, and first prepares the data set if the directory lacks it.
+  """Yields the builder of a data set, after the data set has been prepared in its data directory if necessary.
 
   An error that is raised in the `with` block becomes a DatasetError, because tfds raises many kinds of errors for files
   that it did not write.
@@ -82,7 +82,7 @@ def examples(builder: Any, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images: str) -> None:
-  """Raises ValueError unless each class has the expected number of images. `images` is the word for them."""
+  """Raises ValueError unless each class has the expected number of images. `images` is their name in the message."""
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
     raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')
@@ -108,7 +108,8 @@ def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, ver
           f'{builder.name} cannot be prepared in {data_dir} ({first_line(e)}); free disk space or give another data_dir'
         ) from e
       raise DatasetError(
-        f'the archives do not contain the whole of {builder.name} in its layout ({first_line(e)}); get them again'
+        f'the archives do not contain the whole of {builder.name} in the layout that tfds expects ({first_line(e)}); '
+        'get them again'
       ) from e
 
 
@@ -135,7 +136,10 @@ def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathl
   import tensorflow_datasets as tfds
 
   if not archives.is_dir():
-    raise DatasetError(f'the directory of archives {archives} does not exist')
+    raise DatasetError(
+      f'the directory archives={archives} does not exist; give the directory that contains the archives, or leave '
+      'archives out to download them'
+    )
   paths = {url: archives / registered.filename for url, registered in builder.url_infos.items()}
   if missing := [path.name for path in paths.values() if not path.is_file()]:
     raise DatasetError(f'{archives} has no {missing[0]}; put all of the archives there, under their own names')

@@ -138,7 +138,9 @@ def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
   if not isinstance(version, int) or version < 1:
     raise ValueError(f'about.json has no format_version that is an integer of at least 1, got {version!r:.80}')
   if version > FORMAT_VERSION:
-    raise ValueError(f'it is of format version {version}, newer than {FORMAT_VERSION}')
+    raise ValueError(
+      f'it is of format version {version}, newer than {FORMAT_VERSION}, which this version reads: upgrade metasgd_jax'
+    )
   return about
 
 

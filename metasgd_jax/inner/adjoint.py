@@ -140,7 +140,7 @@ _descend_sparsely.defvjp(_forward_sparsely, _backward_sparsely)
 
 
 class Schedule(NamedTuple):
-  """The order of the steps forward and of the steps back.
+  """The order in which the forward steps and the backward steps are computed.
 
   Attributes:
     rooms: Number of buffers, each of which stores one θ_t. Buffer 0 stores θ_0. The last buffer is a working buffer,
@@ -201,7 +201,10 @@ def _step(grad, theta, alpha, constants):
 
 
 def _start_back(v, alpha, constants):
-  """Returns v, and zeros for the derivatives with respect to α and the constants, which are sums over the steps."""
+  """Returns the initial carry of the backward pass: v, the derivative with respect to the last θ, and zeros.
+
+  The zeros are the derivatives with respect to α and the constants, to which every step back adds a term.
+  """
   zeros = functools.partial(jax.tree.map, jnp.zeros_like)
   return v, zeros(alpha), zeros(constants[0])
 

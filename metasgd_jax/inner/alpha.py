@@ -72,7 +72,7 @@ def init_alpha(
 
 
 def which_adapt(theta: PyTree, adapts: Adapts | None) -> PyTree:
-  """Returns a boolean for each leaf of θ: whether `adapts` is true of the leaf's name, or True without `adapts`."""
+  """Returns a boolean for each leaf of θ: `adapts(name of the leaf)`, or True for all leaves if `adapts` is `None`."""
   adapting = [adapts is None or bool(adapts(name)) for name, _ in named(theta)]
   return jax.tree.unflatten(jax.tree.structure(theta), adapting)
 

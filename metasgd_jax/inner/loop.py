@@ -69,8 +69,8 @@ def repeat(
   """Returns the carry after `steps` updates.
 
   A traced loop is a `jax.lax.scan`. Outside of a trace the updates run one after another, because the scan would be
-  compiled anew at every call. An update that has a loop of its own is scanned there too, because its own loop would be
-  compiled anew at every step.
+  compiled anew at every call. An update that contains a loop is an exception: it is scanned outside of a trace
+  too, because the loop that it contains would otherwise be compiled anew at every step.
 
   Args:
     update: Function `(carry, input of the step) → carry`.

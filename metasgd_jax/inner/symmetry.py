@@ -88,7 +88,11 @@ def _derivatives(function: Callable[..., list], shapes: list) -> list:
 
 
 def _agree(by_rule: np.ndarray, by_function: np.ndarray) -> bool:
-  """Returns whether two arrays are equal to rounding where the automatic derivative is finite."""
+  """Returns whether the derivative by the rule equals the automatic derivative of the function up to rounding errors.
+
+  Only the entries whose automatic derivative is finite are compared. If there are none, the result is False, unless the
+  arrays are empty.
+  """
   there = np.isfinite(by_function)
   tolerance = 10 * float(jnp.finfo(by_function.dtype).eps) ** 0.5
   ours, theirs = (np.asarray(a, np.float64)[there] for a in (by_rule, by_function))

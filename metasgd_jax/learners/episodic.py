@@ -45,7 +45,14 @@ class WithStatistics(NamedTuple):
 
 
 class EmbeddedSupport(NamedTuple):
-  """Embedded support: meta-parameters, batch-norm statistics or `None`, features `[S, D]` and labels `[S]`."""
+  """Embedded support of a task.
+
+  Attributes:
+    meta: Meta-parameters of the learner.
+    statistics: Batch-norm statistics of the support, or `None` if the query is normalised by its own statistics.
+    features: Features of the support, `[S, D]`.
+    labels: Labels of the support, `[S]`.
+  """
 
   meta: Any
   statistics: PyTree
@@ -56,14 +63,17 @@ class EmbeddedSupport(NamedTuple):
 def of_parameters(
   model: Model, loss_fn: Metric, init: Init, inner: InnerLoop, *, start: Start = tuple, inductive: bool, **options: Any
 ) -> Learner:
-  """Builds a learner whose adapted state is θ′, the parameters of the model, or with `inductive` a `WithStatistics`.
+  """Builds a learner whose adapted state is θ′, the parameters of the model.
+
+  If `inductive` is set, the adapted state is a `WithStatistics`, which contains θ′.
 
   Args:
     model: Network.
     loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
     init: Function that returns the initial meta-parameters; see `Init`.
     inner: Inner loop, such as that of `inner_loop`.
-    start: Function `meta → (θ, rates)`, from which the inner loop starts. By default these are the two fields of meta.
+    start: Function `meta → (θ, rates)`, from which the inner loop starts. By default θ and the rates are the two
+      fields of meta.
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
     options: Other options of `episodic`.
 
@@ -159,7 +169,7 @@ def embed_support(embedding: Model, meta: Any, support: Batch, inductive: bool) 
 
 
 def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
-  """Returns the outputs of the model. Batch norm uses `statistics`, or the statistics of x if they are `None`."""
+  """Returns the outputs of the model. If `statistics` is `None`, batch norm uses the statistics of x instead."""
   return model.apply(theta, x) if statistics is None else model.apply(theta, x, statistics)
 
 

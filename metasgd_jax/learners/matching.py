@@ -148,6 +148,9 @@ def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 
 def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
-  """Applies `reduce` to each class's columns: values `[Q, S]`, labels `[S]` → `[Q, N]`; −∞ for a class without any."""
+  """Returns `reduce` of the columns of each class, `[Q, N]`, for values `[Q, S]` and the labels `[S]` of their columns.
+
+  The columns of the other classes are replaced by −∞. The result is therefore −∞ for a class that has no column.
+  """
   mine = labels[None] == jnp.arange(way)[:, None]  # [N, S]
   return reduce(jnp.where(mine[None], values[:, None], -jnp.inf), -1)

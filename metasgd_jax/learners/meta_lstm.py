@@ -35,7 +35,7 @@ def preprocess(x: jax.Array, p: float = 10.0) -> jax.Array:
 
 
 class Gates(nn.Module):
-  """The forget and input gates of every entry of θ. All entries share the same weights (section 3.2).
+  """The forget and input gates of every entry of θ. All entries share the same weights (section 3.2 of the paper).
 
   A first LSTM receives the preprocessed loss and gradient, and its output is h. The gates are then
   f = σ(W_F [h, θ, f_prev] + b_F) and i = σ(W_I [h, θ, i_prev] + b_I). The gates form the second LSTM, whose cell state
@@ -72,7 +72,9 @@ class Gates(nn.Module):
 def meta_lstm(
   model: Model, loss_fn: Metric, *, steps: int = 12, units: int = 20, inductive: bool = False, metrics: Metrics = None
 ) -> Learner:
-  """Builds the learner: θ ← f ∘ θ − i ∘ ∇L_support(θ), repeated `steps` times, with gates from an LSTM (section 3.1).
+  """Builds the learner, which adapts θ by `steps` updates θ ← f ∘ θ − i ∘ ∇L_support(θ).
+
+  An LSTM computes the gates f and i (Ravi and Larochelle 2017, section 3.1).
 
   The outer gradient treats the losses and gradients that the LSTM receives as constants, as in the paper, so no second
   derivatives are taken. For the backward pass, each step keeps θ and the LSTM's state for every entry of θ, and the

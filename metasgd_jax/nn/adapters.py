@@ -153,7 +153,9 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   static, name = statics[0], type(statics[0]).__name__
   _check_floating(name, jax.tree.leaves(parameters))
   if not jax.tree.leaves(parameters):
-    raise ValueError(f'{name} has no parameters, that is, no floating-point JAX arrays; convert them with jnp.asarray')
+    raise ValueError(
+      f'{name} has no parameters, that is, no floating-point JAX arrays; convert its arrays by jnp.asarray'
+    )
   if jax.tree.leaves(constants):
     # The function is compiled, because the compiler removes the parameters and so creates none.
     constants_of = jax.jit(lambda key: eqx.filter(arrays(key), _is_parameter, inverse=True))
@@ -174,7 +176,7 @@ def _is_array(leaf) -> bool:
 
 
 def _is_parameter(leaf) -> bool:
-  """Returns whether a leaf is a JAX array, which may be abstract, but not one of integers or Booleans."""
+  """Returns whether a leaf is a concrete or abstract JAX array whose dtype is neither an integer nor Boolean."""
   is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
   return is_jax and not (jnp.issubdtype(leaf.dtype, jnp.integer) or jnp.issubdtype(leaf.dtype, jnp.bool_))
 

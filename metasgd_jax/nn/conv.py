@@ -94,7 +94,7 @@ def _suits_bilinear(lhs, rhs, dtype) -> bool:
 
 
 def _by_bilinear(lhs, rhs, numbers, window, precision):
-  """Returns the convolution with the layout `[B, H', W', F]`, or `[B, W', F]` for one-dimensional images."""
+  """Returns the result of `bilinear.conv`: `[B, H', W', F]`, or `[B, W', F]` if there is one spatial dimension."""
   (batch, depth, *image), (features, inputs, *kernel) = numbers.lhs_spec, numbers.rhs_spec
   x, k = jnp.transpose(lhs, (batch, *image, depth)), jnp.transpose(rhs, (*kernel, inputs, features))
   strides, padding, x_dilation, kernel_dilation = window

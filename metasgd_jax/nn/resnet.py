@@ -16,9 +16,10 @@ _KERNEL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # The code
 
 
 class ResidualBlock(nn.Module):
-  """Three 3×3 convolutions, a 1×1 convolution as the shortcut, each with batch norm, and a 2×2 max-pool of their sum.
+  """A residual block: three 3×3 convolutions, plus a 1×1 convolution of the input as the shortcut.
 
-  Leaky ReLU follows the first two 3×3 convolutions, and the sum with the shortcut. The convolutions have no bias.
+  Each convolution is followed by batch norm and has no bias. Leaky ReLU follows the first two 3×3 convolutions, and the
+  sum of the third one and the shortcut. A 2×2 max-pool comes last.
 
   Attributes:
     features: Number of output channels, F.

@@ -61,7 +61,7 @@ class BadStep(NamedTuple):
 
 
 def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Returns the optimiser in `optax.apply_if_finite`: a step whose gradient is not finite is skipped and counted.
+  """Wraps an optimiser in `optax.apply_if_finite`: a step whose gradient is not finite is skipped and counted.
 
   After `MOST_SKIPPED` skipped steps in a row, the next bad step is taken, so that a diverged training becomes visible.
 

@@ -1,4 +1,7 @@
-"""The training loop: many meta-iterations in one compiled program, several runs side by side, callbacks between."""
+"""The training loop. One compiled program computes a chunk of meta-iterations of one run or of several runs.
+
+Callbacks are called between chunks.
+"""
 
 import concurrent.futures
 import functools

@@ -198,9 +198,9 @@ def share_tasks(
 ) -> Callable[[Any, Any], PyTree]:
   """Returns `function(shared, tasks)` as a function whose tasks `[T, …]` are split over the devices of the mesh.
 
-  Each device runs the function only on its own tasks, and gradients inside the function are those of these tasks. This
-  needs `check_vma=False`. With `check_vma=True` and a replicated θ, `jax.grad` inside the function would sum the inner
-  gradients over all devices, and every task would adapt to the supports of all devices.
+  Each device runs the function on its own tasks, and a gradient inside the function is computed from these tasks only.
+  `shard_map` needs `check_vma=False` for such gradients. With `check_vma=True` and a replicated θ, `jax.grad` in the
+  function would sum the inner gradients over all devices, and every task would adapt to the supports of all devices.
 
   Args:
     function: Pure function. With `average` its results must be means over its tasks. Without `average` its results must

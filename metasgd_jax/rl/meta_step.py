@@ -194,7 +194,7 @@ def _inner_step(inner, meta, i, task):
 
 
 def _map_tasks(function, tasks, tasks_at_once: int):
-  """Returns the function's results for all tasks, of which it computes `tasks_at_once` at the same time."""
+  """Maps a function over all tasks, and computes `tasks_at_once` tasks at the same time."""
   return jax.lax.map(function, tasks, batch_size=tasks_at_once if tasks_at_once > 1 else None)
 
 

@@ -62,10 +62,10 @@ def likelihood_ratio(
   estimator (Rothfuss et al. 2019).
 
   Args:
-    log_probs: As in `dice`.
-    sampled: As in `dice`.
-    advantages: As in `dice`.
-    valid: As in `dice`.
+    log_probs: Log-probabilities log π_θ of the actions, `[H]`.
+    sampled: Log-probabilities of the same actions under the policy that took the actions, `[H]`.
+    advantages: Advantages A_t, `[H]`.
+    valid: Whether each step was taken, `[H]`, bool.
 
   Example:
     >>> here = jnp.array([-1.0, -1.0])
@@ -81,10 +81,10 @@ def score(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, va
   The gradient of this surrogate is the policy gradient. The second derivatives are not those of the expected return.
 
   Args:
-    log_probs: As in `dice`.
+    log_probs: Log-probabilities log π_θ of the actions, `[H]`.
     sampled: Not used.
-    advantages: As in `dice`.
-    valid: As in `dice`.
+    advantages: Advantages A_t, `[H]`.
+    valid: Whether each step was taken, `[H]`, bool.
 
   Example:
     >>> here = jnp.array([-1.0, -1.0])

@@ -193,8 +193,8 @@ def rotate_classes(bank: ClassBank) -> ClassBank:
 def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
   """Returns the distribution of supervised batches: the query is `batch` images of any classes, labels 0 to C − 1.
 
-  It is meant for training on all classes jointly, as `learners.fine_tuning` does. The support is one of the query
-  items, and serves only to give shapes.
+  The distribution is meant for training on all classes jointly, as `learners.fine_tuning` does. The support is one of
+  the query items, and serves only to give shapes.
 
   Args:
     bank: Bank of classes and images, as in `few_shot`.
@@ -241,9 +241,10 @@ def _episode_of_indices(firsts, sizes, task, key, *, most, shot, query) -> Episo
   order_key, draw_key = jax.random.split(key)
 
   def draw(class_key, size):
-    """Returns the indices of distinct images of one class: those with the greatest random numbers.
+    """Returns the indices of `shot + query` distinct images of one class.
 
-    The number is −1 for indices at which the class has no image, so that these indices are not drawn.
+    Each index receives a random number, and the indices with the greatest numbers are drawn. An index at which the
+    class has no image receives −1, so that it is not drawn.
     """
     lots = jnp.where(jnp.arange(most) < size, jax.random.uniform(class_key, (most,)), -1.0)
     return jax.lax.top_k(lots, shot + query)[1]
