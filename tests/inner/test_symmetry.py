@@ -45,6 +45,9 @@ FALSE = {
   'straight through': lambda: by_vjp(lambda x: jnp.round(4 * x) / 4, lambda x, g: g),
   'spikes': lambda: by_jvp(lambda x: (x > 0).astype(x.dtype), lambda x, t: t / (1 + x * x)),
   'half of the second derivative': partly_stopped,
+  'narrow spikes': lambda: by_vjp(
+    lambda x: (x > 0).astype(x.dtype), lambda x, g: g * jnp.maximum(0, 1e-3 - jnp.abs(x))
+  ),
 }
 TRUE = {
   'none': lambda: jnp.tanh,
