@@ -194,7 +194,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
 
 def _save_model(workdir, name: str, meta: Any, results: list[Result], config: Config, setup: Setup) -> None:
   """Writes the first run as a file for `metasgd predict` and `FewShotClassifier`."""
-  places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': None, 'archives': None, 'cache': None, 'start': 'FILE'}
+  places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
   # Private paths are not published.
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
   training = running.settings(config, MODEL_FACTS) | provenance.collect()
