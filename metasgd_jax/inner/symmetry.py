@@ -57,10 +57,9 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
       found = jax.device_get(jax.jit(lambda: [_derivatives(f, shapes) for f in (rule, function)])())
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
+  # A function that is constant where it was tried says nothing about its rule, such as that of a spike.
   if not any(np.any(leaf) for cotangents, _ in found[1] for leaf in cotangents):
-    return (
-      False  # The function is constant where it was tried, which says nothing about a rule such as that of a spike.
-    )
+    return False
   return all(map(_agree, *map(jax.tree.leaves, found)))
 
 
