@@ -113,8 +113,7 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
     _read_rows(directory / 'results.json')
   except (OSError, ValueError):
     return False
-  defaults = {field.name: field.default for field in dataclasses.fields(cell)}  # For options newer than the cell.
-  return json.dumps({**defaults, **found}) == json.dumps(dataclasses.asdict(cell))
+  return not resuming.differences(found, cell)
 
 
 def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import optax
 from absl import logging
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_learners, processes, reporting, resuming, trainings
+from experiments import few_shot_data, few_shot_learners, processes, reporting, resuming, running, trainings
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from metasgd_jax.types import Tasks
 
@@ -100,10 +100,12 @@ def plan(config: Any, setup: Setup) -> list[trainings.Training]:
 
 def _training(name: str, r: int, config: Any, setup: Setup) -> trainings.Training:
   batch = few_shot_learners.meta_batch(name, config)
-  at_once: Any = {'mann': 'all', 'lstm': 'all', 'joint': 'auto'}.get(name, config.tasks_at_once or 'auto')
+  at_once: Any = config.tasks_at_once or 'auto'
+  if name in (*SEQUENTIAL, 'joint'):
+    at_once = 'all' if name in SEQUENTIAL else 'auto'
   placement = ms.Placement(at_once, ms.sharding.task_mesh(batch, devices=setup.devices))
   placement.group((), batch // placement.devices)  # Raises ValueError if the tasks cannot be split into groups.
-  most = min(50, -(-config.meta_iterations // 20))  # A run has at least 20 chunks.
+  most = running.chunk(config, 50)
   return trainings.by_gradient(
     f'{name}_run{r}',
     NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else ''),
@@ -193,11 +195,13 @@ class Best:
 
 def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: resuming.Run) -> Best:
   """Returns the callback that validates a training and reports the accuracy."""
+  tasks: Any = setup.validation
 
   def judge(step: int, meta: Any) -> float:
-    tasks = min(config.eval_tasks, 200)
-    values = _accuracies(validator, meta, setup.validation, config.eval_seed + 1, tasks, setup)
-    accuracy = float(values[:, -1].mean())
+    key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
+    how: Any = dict(num_tasks=count, placement=ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices)))
+    values = ms.evaluate(validator, meta, tasks, key, metric_fn=ms.losses.accuracy, **how)
+    accuracy = float(values[:, 0, -1].mean())
     logging.info('%s: %.2f%% on validation classes, at %d', label, 100 * accuracy, step)
     for writer in run.metrics:
       writer.write(label, step, {'validation_accuracy': accuracy})
@@ -206,26 +210,16 @@ def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: res
   return Best(judge, config.validate_every, config.ensemble)
 
 
-def _accuracies(learner: ms.Learner, meta: Any, tasks: Any, seed: int, count: int, setup: Setup) -> np.ndarray:
-  """Returns the accuracy on each of T = `count` tasks after 0, 1, …, k inner steps: `[T, k + 1]`."""
-  key, placement = reporting.test_keys(seed)[0], ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
-  values = ms.evaluate(learner, meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=count, placement=placement)
-  return values[:, 0]
-
-
 def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[reporting.Result]:
   """Returns a result for each kind of batch norm, transductive and inductive. Sequential learners have none."""
   results = []
   modes = {'none': False} if name in SEQUENTIAL else {'transductive': False, 'inductive': True}
   for mode, inductive in modes.items():
-    logging.info('%s: testing on %d unseen tasks, %d shot, batch norm %s', NAMES[name], config.eval_tasks, shot, mode)
-    tester, tasks = setup.testers[name, inductive], setup.tests[shot]
-    values = [
-      _accuracies(tester, reporting.one_run(meta, r), tasks, config.eval_seed, config.eval_tasks, setup)
-      for r in range(config.seeds)
-    ]
+    logging.info('%s: %d shot, batch norm %s', NAMES[name], shot, mode)
+    tester, tasks, metas = setup.testers[name, inductive], setup.tests[shot], running.each_run(meta)
+    values = running.evaluate(tester, metas, tasks, config, setup.devices, metric_fn=ms.losses.accuracy)
     about = {'dataset': config.dataset, 'learner': name, 'way': config.way, 'shot': config.shot, 'test_shot': shot}
-    results.append(reporting.Result({**about, 'batch_norm': mode}, np.stack(values)))
+    results.append(reporting.Result({**about, 'batch_norm': mode}, values))
   return results
 
 

@@ -234,20 +234,29 @@ def check(workdir: files.PathLike, config: Any) -> None:
   record = _read_record(workdir)
   if record is None or not (record['finished'] or trainings(workdir)):
     return
-  defaults = {field.name: field.default for field in dataclasses.fields(config)}  # For options newer than the run.
-  there, here = files.plain(defaults) | record['config'], _plain(config)
-  names = [name for name in there | here if there.get(name) != here.get(name)]
-  if names:
+  if fields := differences(record['config'], config):
     kind = 'a finished' if record['finished'] else 'an unfinished'
-    fields = '; '.join(f'{name}: {there.get(name)!r} there, {here.get(name)!r} asked for' for name in names)
     advice = 'give another --workdir, the configuration of that run, or --restart to replace it'
     raise CheckpointError(f'{workdir} holds {kind} run of another configuration ({fields}); {advice}')
+
+
+def differences(found: dict[str, Any], config: Any) -> str:
+  """Returns the fields in which a stored configuration differs from `config`, as text; '' if there are none."""
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}  # For options newer than the run.
+  there, here = files.plain(defaults) | found, _plain(config)
+  names = [name for name in there | here if there.get(name) != here.get(name)]
+  return '; '.join(f'{name}: {there.get(name)!r} there, {here.get(name)!r} asked for' for name in names)
 
 
 def unfinished(workdir: files.PathLike) -> bool:
   """Returns whether a directory holds checkpoints of a run that is not finished."""
   record = _read_record(workdir)
   return record is not None and not record['finished'] and bool(trainings(workdir))
+
+
+def checkpoints_of(workdir: files.PathLike, training: str) -> pathlib.Path:
+  """Returns the directory with the checkpoints of a training."""
+  return pathlib.Path(workdir, 'checkpoints', training)
 
 
 def trainings(workdir: files.PathLike) -> list[str]:

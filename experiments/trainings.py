@@ -151,7 +151,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
 
 
 def _checkpoints(training: Training, run: Run, state: ms.TrainState, best: Best | None) -> checkpoint.Checkpoints:
-  directory = run.workdir / 'checkpoints' / training.name
+  directory = resuming.checkpoints_of(run.workdir, training.name)
   keep_best = 0 if best is None else best.keep
   return checkpoint.Checkpoints(directory, like=state, config=run.config, keep_best=keep_best)
 
@@ -238,7 +238,7 @@ class _AfterChunk:
       raise TrainingError(f'{said}; the first process says where the state before the chunk is saved, and what to do')
     self.kept.save(self.good)
     self.kept.wait()
-    directory = self.run.workdir / 'checkpoints' / self.training.name
+    directory = resuming.checkpoints_of(self.run.workdir, self.training.name)
     saved = f'the state of meta-iteration {self.kept.last} is saved in {directory}'
     lower = 'lower --alpha, --learning_rate or --inner_steps with --restart'
     skip = 'skip such steps with --restart --bad_steps=skip'
@@ -322,7 +322,7 @@ def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: in
   if training.inspect is None:
     raise TrainingError(f'{training.label}: its meta-iterations cannot be shown task by task')
   state = training.start()
-  directory = workdir / 'checkpoints' / training.name
+  directory = resuming.checkpoints_of(workdir, training.name)
   found = checkpoint.newest(directory, like=state, config=dataclasses.asdict(config), until=step)
   state = state if found is None else found.state
   print(f'{training.label}: meta-iteration {step:,} (from 0), replayed from {int(np.max(state.step)):,}', flush=True)

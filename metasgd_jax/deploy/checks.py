@@ -44,9 +44,6 @@ def known_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 def as_arrays(meta: PyTree) -> PyTree:
   """Returns the parameters as arrays of JAX's dtypes. Raises ValueError if a file of NumPy cannot hold one of them."""
-  names = [name for name, _ in named(meta)]
-  if twice := [name for name in names if names.count(name) > 1]:
-    raise ValueError(f'two parameters have the name {twice[0]}; rename one')
   for name, leaf in named(meta):
     if is_key(leaf) or np.asarray(leaf).dtype.kind not in 'biufc':
       got = str(leaf.dtype) if isinstance(leaf, jax.Array) else repr(leaf)
