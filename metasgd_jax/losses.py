@@ -6,6 +6,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metasgd_jax.types import equal_partial
@@ -30,22 +31,28 @@ def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
 def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """Returns the mean cross-entropy in nats, for logits `[B, N]` and integer labels `[B]` from 0 to N − 1.
 
+  Inside `jax.jit` the values of the labels are not known in advance. A label out of range then makes the loss and its
+  gradient NaN.
+
   Raises:
-    ValueError: if the shapes do not match, or if the labels are not integers.
+    ValueError: if the shapes do not match, if the labels are not integers, or if a label is known to be out of range.
 
   Example:
     >>> print(ms.losses.cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).round(3))  # ln 2
     0.693
   """
   _check_labels(logits, labels)
-  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return jnp.mean(losses * ones_for_classes(labels, jnp.shape(logits)[1], losses.dtype))
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """Returns the fraction of items whose label has the largest logit, for logits `[B, N]` and integer labels `[B]`.
 
+  Labels are from 0 to N − 1. Inside `jax.jit` a label out of range makes the result NaN.
+
   Raises:
-    ValueError: if the shapes do not match, or if the labels are not integers.
+    ValueError: if the shapes do not match, if the labels are not integers, or if a label is known to be out of range.
 
   Example:
     >>> print(ms.losses.accuracy(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([0, 0])))
@@ -53,7 +60,8 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """
   _check_labels(logits, labels)
   wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 is too coarse for 74/75.
-  return jnp.mean((jnp.argmax(logits, -1) == labels).astype(wide))
+  right = (jnp.argmax(logits, -1) == labels).astype(wide)
+  return jnp.mean(right * ones_for_classes(labels, jnp.shape(logits)[1], wide))
 
 
 def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
@@ -79,9 +87,9 @@ def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[.
   """Returns a metric of padded batches, which is the mean of `metric` over the real items of a batch.
 
   The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape
-  `[B, …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs and
-  in y (zeros suffice). The padding then has no influence on the result, but it does influence the statistics of batch
-  norm. For a batch without real items the mean is 0, and its gradient is 0 too.
+  `[B, …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs; y is
+  taken to be 0 there, whatever it is. The padding then has no influence on the result, but it does influence the
+  statistics of batch norm. For a batch without real items the mean is 0, and its gradient is 0 too.
 
   Args:
     metric: Metric that is a mean over items, such as the metrics of this module.
@@ -112,13 +120,41 @@ def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, me
   items, dtype = jnp.shape(outputs)[:1], jnp.result_type(mask)
   if jnp.shape(mask) != items or not jnp.issubdtype(dtype, jnp.bool_):
     raise ValueError(f'mask must be booleans of shape {items}, one per item, got {dtype} of shape {jnp.shape(mask)}')
+  y = jax.vmap(jnp.where, (0, 0, None))(jnp.asarray(mask), jnp.asarray(y), 0)
   values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
   wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
   mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
   return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
 
-def _check_labels(logits, labels):
+def ones_for_classes(labels: chex.Array, classes: int, dtype: Any = jnp.float32) -> chex.Array:
+  """Returns 1 for each label from 0 to N − 1 and NaN for every other label, `[B]`.
+
+  What is multiplied by it becomes NaN where a label is no class. Without it, JAX would take such a label for another
+  class or for none.
+
+  Args:
+    labels: Integer labels `[B]`.
+    classes: Number N of classes.
+    dtype: Type of the result.
+
+  Raises:
+    ValueError: if a label is out of range and its value is known, as it is outside of `jax.jit`.
+  """
+  if not isinstance(labels, jax.core.Tracer) and getattr(labels, 'is_fully_addressable', True):
+    values = np.asarray(labels)
+    if (wrong := values[(values < 0) | (values >= classes)]).size:
+      raise ValueError(f'labels must be from 0 to {classes - 1}, for {classes} classes, got {wrong[0]}; renumber them')
+  labels = jnp.asarray(labels)
+  return jnp.where((labels >= 0) & (labels < classes), 1, jnp.nan).astype(dtype)
+
+
+def one_hot(labels: chex.Array, classes: int) -> chex.Array:
+  """Returns the labels one-hot, `[B, N]`; the row of a label that is no class is NaN. See `ones_for_classes`."""
+  return jax.nn.one_hot(labels, classes) * ones_for_classes(labels, classes)[:, None]
+
+
+def _check_labels(logits, labels) -> None:
   shapes = jnp.shape(logits), jnp.shape(labels)
   if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
     raise ValueError(f'logits must be [B, N] and labels [B], got {shapes[0]} and {shapes[1]}')

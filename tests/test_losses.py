@@ -51,3 +51,22 @@ def test_a_shape_that_would_be_broadcast_is_refused():
     mean_squared_error(np.ones((3, 1)), np.ones(3))
   with pytest.raises(ValueError, match=saying('logits', '[B, N]', 'labels', 'got (3, 2) and (2,)')):
     ms.losses.accuracy(np.ones((3, 2)), np.zeros(2, int))
+
+
+@pytest.mark.parametrize('label', [-1, 3, 7])
+@pytest.mark.parametrize('metric', [cross_entropy, accuracy])
+def test_a_label_that_is_no_class_is_refused_or_gives_nan(metric, label):
+  logits, labels = LOGITS[0], np.array([0, label, 1])
+  with pytest.raises(ValueError, match=saying('labels', 'from 0 to 2', f'got {label}', 'renumber')):
+    metric(logits, labels)
+  value, slope = jax.jit(jax.value_and_grad(metric))(logits, labels)
+  assert np.isnan(value)
+  assert metric is accuracy or np.isnan(slope[1]).all()
+
+
+def test_padding_may_have_any_label():
+  labels, mask = np.array([0, -100, 2]), np.array([True, False, True])
+  value, slope = jax.jit(jax.value_and_grad(masked(cross_entropy)))(LOGITS[0][[0, 0, 2]], (labels, mask))
+  np.testing.assert_allclose(value, cross_entropy(LOGITS[0][[0, 2]], np.array([0, 2])), rtol=1e-6)
+  assert np.isfinite(slope).all()
+  assert not slope[1].any()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.learners.episodic import Metrics, episodic, measure
-from metasgd_jax.losses import cross_entropy
+from metasgd_jax.losses import cross_entropy, one_hot
 from metasgd_jax.types import Batch, Episode, Learner, PyTree, check_count, equal_by_arguments
 
 
@@ -186,7 +186,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
 
   def run(params, x, labels):
     """Returns the state after the last item, and the logits at each item, `[L, N]`."""
-    labels = jax.nn.one_hot(labels, way)
+    labels = one_hot(labels, way)
     before = jnp.concatenate([jnp.zeros((1, way)), labels[:-1]])
     inputs = jnp.concatenate([flat(x), before], 1)
     state, logits = jax.lax.scan(functools.partial(cell.apply, {'params': params}), cell.start(), inputs)

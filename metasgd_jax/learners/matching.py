@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.learners.episodic import EmbeddedSupport, Metrics, apply, check_inductive, embed_support, episodic
-from metasgd_jax.losses import cross_entropy
+from metasgd_jax.losses import cross_entropy, one_hot
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
@@ -150,7 +150,9 @@ def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
   """Returns `reduce` of the columns of each class, `[Q, N]`, for values `[Q, S]` and the labels `[S]` of their columns.
 
-  The columns of the other classes are replaced by −∞. The result is therefore −∞ for a class that has no column.
+  The columns of the other classes are replaced by −∞. The result is therefore −∞ for a class that has no column, and NaN
+  for all classes if a label is no class.
   """
-  mine = labels[None] == jnp.arange(way)[:, None]  # [N, S]
-  return reduce(jnp.where(mine[None], values[:, None], -jnp.inf), -1)
+  mine = one_hot(labels, way).T  # [N, S]
+  others = jnp.where(jnp.isnan(mine), jnp.nan, -jnp.inf)
+  return reduce(jnp.where(mine == 1, values[:, None], others), -1)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.learners.episodic import Metrics, apply, check_inductive, episodic, support_statistics
-from metasgd_jax.losses import cross_entropy
+from metasgd_jax.losses import cross_entropy, one_hot
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
@@ -57,7 +57,7 @@ def prototypical(embedding: Model, *, way: int, inductive: bool = False, metrics
 
   def adapt(theta, support: Batch) -> Prototypes:
     statistics = support_statistics(embedding, theta, support.x, inductive)
-    members = jax.nn.one_hot(support.y, way, axis=0)  # [N, S]
+    members = one_hot(support.y, way).T  # [N, S]
     means = members @ embedding.apply(theta, support.x) / jnp.sum(members, 1, keepdims=True)
     return Prototypes(theta, statistics, means)
 

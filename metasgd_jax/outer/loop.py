@@ -6,6 +6,7 @@ Callbacks are called between chunks.
 import concurrent.futures
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -131,7 +132,7 @@ def run_loop(
   state = _placed(state, placement)
   if done == meta_iterations:
     return _returned(state, placement)
-  before, seconds, mesh = done, 0.0, placement.mesh
+  before, seconds, mesh, warned = done, 0.0, placement.mesh, False
   key = sharding.on_one(mesh, state.key)
   state = _copied(state)
   tasks = sharding.on_all(mesh, tasks)
@@ -154,7 +155,21 @@ def run_loop(
       for callback in callbacks:
         callback(progress)
       del shown, progress  # The next chunk needs the memory.
+      warned = warned or _warn_of_bad_loss(values, done - n)
   return _returned(state, placement)
+
+
+def _warn_of_bad_loss(values: dict[str, np.ndarray], first: int) -> bool:
+  """Warns if a loss of a chunk, which began with meta-iteration `first`, is not finite. Returns whether it warned."""
+  bad = np.argwhere(~np.isfinite(values.get('loss', 0.0)))
+  if bad.size:
+    warnings.warn(
+      f'the loss is not finite at meta-iteration {first + bad[0][0]} (from 0); common causes are labels out of range, '
+      'a large alpha, and a learning rate that is too high',
+      RuntimeWarning,
+      stacklevel=4,
+    )
+  return bool(bad.size)
 
 
 @jax.jit

@@ -420,3 +420,31 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities(episode):
   assert_close(np.exp(found), np.mean(softmax(np.float64(alone)), 0), **LOOSE)
   assert_close(by_step[2], found, **LOOSE)
   assert not np.allclose(by_step[0], by_step[1])
+
+
+BY_LABEL = {
+  'prototypical': ms.learners.prototypical(linear(), way=WAY),
+  'matching': ms.learners.matching(linear(), way=WAY),
+  'siamese': ms.learners.siamese(linear(), way=WAY),
+  'mann': ms.learners.mann(way=WAY, cell=ms.learners.PlainCell(WAY, 4), size=None),
+}
+
+
+@pytest.mark.parametrize('name', BY_LABEL)
+def test_a_label_that_is_no_class_is_refused_or_gives_nan(name, episode):
+  """Labels from 1 to N are the usual mistake; they would be taken for other classes, or for none."""
+  learner = BY_LABEL[name]
+  meta = meta_of(learner, episode)
+  support, query = (batch._replace(y=batch.y + 1) for batch in episode)
+  with pytest.raises(ValueError, match=f'labels must be from 0 to {WAY - 1}.*got {WAY}'):
+    learner.adapt(meta, support, None)
+
+  @jax.jit
+  def answers_and_losses(meta, support, query):
+    outputs = learner.predict(learner.adapt(meta, support, None), episode.query.x)
+    wrong = ms.Episode(support, episode.query), ms.Episode(episode.support, query)
+    return outputs, [learner.loss(meta, each, jax.random.key(0))[0] for each in wrong]
+
+  outputs, losses = answers_and_losses(meta, support, query)
+  assert np.isnan(outputs).all()
+  assert np.isnan(losses).all()

@@ -13,6 +13,8 @@ import metasgd_jax as ms
 from experiments import few_shot_learners
 from metasgd_jax.outer import bad_numbers, loop
 
+pytestmark = pytest.mark.filterwarnings('ignore:the loss is not finite:RuntimeWarning')
+
 LEARNER = sinusoid_learner(hidden=(4,))
 SGD = optax.sgd(1e-3)
 BATCH, CHUNK = 4, 10

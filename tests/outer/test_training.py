@@ -369,3 +369,11 @@ def test_parts_that_are_none_in_training(options):
 def test_a_step_of_no_tasks(meta_batch):
   with pytest.raises(ValueError, match=saying('meta_batch', 'an integer of at least 1', f'got {meta_batch}')):
     ms.train_step(start(), TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=meta_batch)
+
+
+def test_a_loss_that_is_not_finite_is_told_once():
+  infinite = ms.TaskDistribution(LINES.sample, lambda slope, key: LINES.episode(slope + jnp.inf, key))
+  state = ms.init(jax.random.key(0), infinite, learner=OF_LINES, optimizer=ADAM)
+  with pytest.warns(RuntimeWarning, match=saying('loss is not finite', 'meta-iteration 0', 'labels')) as told:
+    ms.train(state, infinite, learner=OF_LINES, optimizer=ADAM, meta_iterations=3, meta_batch=2, chunk=1)
+  assert len(told) == 1

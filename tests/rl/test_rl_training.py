@@ -70,7 +70,8 @@ def test_a_gradient_that_is_not_finite_shows_in_the_loss(keys):
   """It moves nothing, so the state does not tell."""
   spoilt = INNER._replace(surrogate=lambda *about: INNER.surrogate(*about) * jnp.nan)
   state, seen = jax.jit(lambda: training.init(keys[0], INNER))(), []
-  last = train(state, inner=spoilt, meta_iterations=1, callbacks=[seen.append])
+  with pytest.warns(RuntimeWarning, match='the loss is not finite at meta-iteration 0'):
+    last = train(state, inner=spoilt, meta_iterations=1, callbacks=[seen.append])
   assert_same(last.meta, state.meta, rtol=0)
   assert np.isfinite(seen[-1].info['return_after']).all()
   assert np.isnan(seen[-1].info['loss']).all()
