@@ -43,7 +43,8 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """
   _check_labels(logits, labels)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-  return jnp.mean(losses * ones_for_classes(labels, jnp.shape(logits)[1], losses.dtype))
+  valid = are_classes(labels, jnp.shape(logits)[1])
+  return jnp.mean(losses * jnp.where(valid, 1, jnp.nan).astype(losses.dtype))  # A product makes the gradient NaN too.
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
@@ -61,7 +62,7 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   _check_labels(logits, labels)
   wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 is too coarse for 74/75.
   right = (jnp.argmax(logits, -1) == labels).astype(wide)
-  return jnp.mean(right * ones_for_classes(labels, jnp.shape(logits)[1], wide))
+  return jnp.mean(jnp.where(are_classes(labels, jnp.shape(logits)[1]), right, jnp.nan))
 
 
 def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
@@ -127,31 +128,30 @@ def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, me
   return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
 
-def ones_for_classes(labels: chex.Array, classes: int, dtype: Any = jnp.float32) -> chex.Array:
-  """Returns 1 for each label from 0 to N − 1 and NaN for every other label, `[B]`.
+def are_classes(labels: chex.Array, classes: int) -> chex.Array:
+  """Returns whether each label is a class, from 0 to N − 1, as booleans `[B]`.
 
-  What is multiplied by it becomes NaN where a label is no class. Without it, JAX would take such a label for another
-  class or for none.
+  A caller turns the results of other labels into NaN. Without this, JAX would take such a label for another class or
+  for none.
 
   Args:
     labels: Integer labels `[B]`.
     classes: Number N of classes.
-    dtype: Type of the result.
 
   Raises:
-    ValueError: if a label is out of range and its value is known, as it is outside of `jax.jit`.
+    ValueError: if a label is no class and its value is known, as it is outside of `jax.jit`.
   """
   if not isinstance(labels, jax.core.Tracer) and getattr(labels, 'is_fully_addressable', True):
     values = np.asarray(labels)
     if (wrong := values[(values < 0) | (values >= classes)]).size:
       raise ValueError(f'labels must be from 0 to {classes - 1}, for {classes} classes, got {wrong[0]}; renumber them')
   labels = jnp.asarray(labels)
-  return jnp.where((labels >= 0) & (labels < classes), 1, jnp.nan).astype(dtype)
+  return (labels >= 0) & (labels < classes)
 
 
 def one_hot(labels: chex.Array, classes: int) -> chex.Array:
-  """Returns the labels one-hot, `[B, N]`; the row of a label that is no class is NaN. See `ones_for_classes`."""
-  return jax.nn.one_hot(labels, classes) * ones_for_classes(labels, classes)[:, None]
+  """Returns the labels one-hot, `[B, N]`. The row of a label that is no class is NaN; see `are_classes`."""
+  return jnp.where(are_classes(labels, classes)[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
 
 
 def _check_labels(logits, labels) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path, check_adjoint
 from metasgd_jax.inner.loop import check_steps
+from metasgd_jax.losses import are_classes
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
 
 Metric = Callable[[Any, Any], chex.Array]
@@ -162,8 +163,13 @@ def support_statistics(model: Model, theta: PyTree, x: Any, inductive: bool) -> 
   return model.statistics(theta, x) if inductive and model.statistics else None
 
 
-def embed_support(embedding: Model, meta: Any, support: Batch, inductive: bool) -> EmbeddedSupport:
-  """Returns the embedded support. The parameters of the embedding are `meta.theta`."""
+def embed_support(embedding: Model, meta: Any, support: Batch, way: int, inductive: bool) -> EmbeddedSupport:
+  """Returns the embedded support. The parameters of the embedding are `meta.theta`.
+
+  Raises:
+    ValueError: if a label is known to be no class from 0 to way − 1; see `are_classes`.
+  """
+  are_classes(support.y, way)
   statistics = support_statistics(embedding, meta.theta, support.x, inductive)
   return EmbeddedSupport(meta, statistics, embedding.apply(meta.theta, support.x), support.y)
 

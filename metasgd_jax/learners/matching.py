@@ -124,7 +124,7 @@ def matching(
     return meta._replace(support_context=of_support, query_context=of_query)
 
   def adapt(meta: MatchingParams, support: Batch) -> EmbeddedSupport:
-    embedded = embed_support(embedding, meta, support, inductive)
+    embedded = embed_support(embedding, meta, support, way, inductive)
     if not full_context:
       return embedded
     return embedded._replace(features=support_context.apply({'params': meta.support_context}, embedded.features))

@@ -8,7 +8,7 @@ import optax
 
 from metasgd_jax.learners.episodic import EmbeddedSupport, Metrics, apply, check_inductive, embed_support, episodic
 from metasgd_jax.learners.matching import by_class
-from metasgd_jax.losses import cross_entropy, ones_for_classes
+from metasgd_jax.losses import are_classes, cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
@@ -64,7 +64,7 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
     return SiameseParams(theta, jnp.full(units, -(units**-0.5)), jnp.zeros(()))
 
   def adapt(meta: SiameseParams, support: Batch) -> EmbeddedSupport:
-    return embed_support(embedding, meta, support, inductive)
+    return embed_support(embedding, meta, support, way, inductive)
 
   def similarities(adapted: EmbeddedSupport, x: Any):
     theta, weights, bias = adapted.meta
@@ -78,8 +78,8 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
     adapted = adapt(meta, episode.support)
     similar = similarities(adapted, episode.query.x)
     same = episode.query.y[:, None] == adapted.labels[None]
-    valid = jnp.max(ones_for_classes(jnp.concatenate([episode.query.y, adapted.labels]), way))
-    return pair_loss(similar, same) * valid, by_class(similar, adapted.labels, way, jnp.max)
+    valid = jnp.all(are_classes(jnp.concatenate([episode.query.y, adapted.labels]), way))
+    return pair_loss(similar, same) * jnp.where(valid, 1, jnp.nan), by_class(similar, adapted.labels, way, jnp.max)
 
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics, objective=objective)
 
