@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import chex
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metasgd_jax.outer import host_memory, training
+from metasgd_jax.outer import fully_sharded, host_memory, training
 from metasgd_jax.outer.loop import step_keys
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.types import Learner, TaskDistribution, Tasks, check_count
@@ -24,7 +25,7 @@ class MemoryPlan:
 
   Attributes:
     parts: Sizes of the arrays that stay between meta-iterations, by name: θ and α (or the learner's meta-parameters),
-      and the optimiser's state.
+      and the optimiser's state. With `shard_meta` they are the sizes of one device's share.
     arguments: Size of the arguments of the step: the arrays in `parts` and the data of the tasks.
     episodes: Size of the episodes of the tasks of one device. The episodes are drawn inside the step, so they are part
       of the intermediates.
@@ -135,6 +136,9 @@ def plan_memory(
   key = jax.eval_shape(lambda: jax.random.key(0))
   start = functools.partial(training.init, learner=learner, optimizer=optimizer)
   state = jax.eval_shape(start, key, given)
+  if (shared := placement.state_mesh) is not None:
+    shardings = fully_sharded.shardings(shared, state)
+    state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
   devices = placement.devices
   available = _available(devices) if available is None else available
   share = meta_batch // devices
@@ -196,8 +200,13 @@ def _available(devices: int) -> int | None:
 
 
 def size_of(tree: chex.ArrayTree) -> int:
-  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s, on one device."""
+
+  def of_leaf(leaf):
+    sharding = getattr(leaf, 'sharding', None)
+    return math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
+
+  return sum(map(of_leaf, jax.tree.leaves(tree)))
 
 
 def in_words(size: float) -> str:
