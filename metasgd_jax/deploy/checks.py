@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.io.files import PathLike, WriterError
+from metasgd_jax.io.files import PathLike, WriterError, as_path
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, PyTree
 
@@ -20,7 +20,7 @@ _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner st
 def writable(path: PathLike) -> pathlib.Path:
   """Returns the path of a file to write. Raises WriterError if there is no such folder, or if the path is a folder."""
   try:
-    place = pathlib.Path(path).expanduser()
+    place = as_path(path).expanduser()
   except RuntimeError as e:
     raise WriterError(f'{path} begins with ~ of a user without a home directory; give another path') from e
   reason = None

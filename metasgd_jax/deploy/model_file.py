@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, one_line, writable
-from metasgd_jax.io.files import PathLike, atomic
+from metasgd_jax.io.files import PathLike, as_path, atomic
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams
 
@@ -30,7 +30,6 @@ Background = Literal['dark', 'any']
 
 _RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
 _MOST_ALPHA = 1_000_000_000  # JAX cannot represent larger integers in 32 bits.
-_MOST_LEVELS = 10  # Depth to which facts may be nested.
 _SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
@@ -91,15 +90,6 @@ class ModelConfig:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
-    if _levels(self.training) > _MOST_LEVELS:
-      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
-
-
-def _levels(facts: Any) -> int:
-  """Returns how deep dicts and lists are nested in each other."""
-  if not isinstance(facts, dict | list | tuple):
-    return 0
-  return 1 + max(map(_levels, facts.values() if isinstance(facts, dict) else facts), default=0)
 
 
 class FewShotModel(NamedTuple):
@@ -210,7 +200,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
   """Returns the path of a model's file. Raises ValueError if there is no such file or name."""
   if path_or_name in shipped_models():
     return _SHIPPED / f'{path_or_name}.safetensors'
-  path = pathlib.Path(os.path.expanduser(path_or_name))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
+  path = pathlib.Path(os.path.expanduser(as_path(path_or_name)))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
   if os.path.isfile(path):  # noqa: PTH113  # Path.is_file may raise OSError.
     return path
   near = difflib.get_close_matches(str(path_or_name)[:80], shipped_models(), 1)
