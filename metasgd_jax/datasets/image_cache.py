@@ -46,7 +46,7 @@ def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[
   for path in paths:
     try:
       size = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # A name in a list may have a NUL.
       size = -1
     total += max(size, 0)
     digest.update(f'{path.relative_to(directory).as_posix()}\0{size}\n'.encode('utf-8', 'surrogateescape'))

@@ -1,10 +1,11 @@
 """Messages of the data sets: errors, progress reports, and text that can be printed safely in a terminal."""
 
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from metasgd_jax.io.files import PathLike, as_path
 
 SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -53,13 +54,14 @@ def with_progress(items: Iterable[_T], total: int, report: Report) -> Iterator[_
       reported = time.monotonic()
 
 
-def at_home(path: str | os.PathLike[str]) -> pathlib.Path:
+def at_home(path: PathLike) -> pathlib.Path:
   """Returns a path in which `~` at the beginning is replaced by the home directory.
 
   Raises:
+    ValueError: if `path` is not a path.
     DatasetError: if the path begins with `~` or `~user` and there is no such home directory.
   """
   try:
-    return pathlib.Path(path).expanduser()
+    return as_path(path).expanduser()
   except RuntimeError as e:
     raise DatasetError(f'{path} begins with ~, but there is no such home directory; give the full path') from e

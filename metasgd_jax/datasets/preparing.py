@@ -25,14 +25,12 @@ from PIL import Image
 
 from metasgd_jax.datasets.archives import is_archive, unpack
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, first_line, printing, with_progress
-from metasgd_jax.io.files import why_not_writable
-
-Path = str | os.PathLike[str]
+from metasgd_jax.io.files import PathLike, why_not_writable
 
 
 @contextlib.contextmanager
 def prepared(
-  name: str, what: str, data_dir: Path, archives: Path | None, verify: bool, report: Report
+  name: str, what: str, data_dir: PathLike, archives: PathLike | None, verify: bool, report: Report
 ) -> Iterator[Any]:
   """Yields the builder of a data set, after the data set has been prepared in its data directory if necessary.
 
