@@ -5,21 +5,8 @@ import pathlib
 import tarfile
 import zipfile
 
-from metasgd_jax.datasets.messages import DatasetError, first_line
-
-
-def is_archive(path: pathlib.Path) -> bool:
-  """Returns whether a file looks like a whole archive of the kind that its suffix says.
-
-  The check reads only the end of a zip file, and only the beginning of a tar file.
-  """
-  if path.suffix == '.zip':
-    return zipfile.is_zipfile(path)
-  try:
-    with tarfile.open(path, 'r:gz'):
-      return True
-  except Exception:  # The standard library raises many kinds of errors for broken archives.
-    return False
+from metasgd_jax.datasets.messages import DatasetError
+from metasgd_jax.io.files import first_line
 
 
 def unpack(path: pathlib.Path, to: pathlib.Path) -> None:

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from metasgd_jax.datasets.messages import DatasetError, Report, first_line, with_progress
-from metasgd_jax.io.files import PathLike, as_path
+from metasgd_jax.datasets.messages import DatasetError, Report, with_progress
+from metasgd_jax.io.files import PathLike, as_path, first_line
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 REPORTED_ONE_BY_ONE = 10

@@ -22,12 +22,6 @@ class DatasetError(Exception):
     super().__init__(printable(message))
 
 
-def first_line(e: BaseException) -> str:
-  """Returns the first line of an error's text, cut after 500 characters, or the name of the error's type."""
-  line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-  return line if len(line) <= 500 else f'{line[:500]}…'
-
-
 def printable(text: str) -> str:
   """Returns a text in which control characters and halves of surrogate pairs are escaped for a terminal.
 

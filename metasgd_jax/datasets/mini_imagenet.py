@@ -22,9 +22,9 @@ import numpy as np
 from metasgd_jax.datasets import image_cache
 from metasgd_jax.datasets.image_files import check_form, is_folder, list_directory, list_images, read_all
 from metasgd_jax.datasets.image_folder import class_sizes
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, first_line, printing
+from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
 from metasgd_jax.datasets.splits import ClassNames, Splits, published_split, read_text, some
-from metasgd_jax.io.files import PathLike
+from metasgd_jax.io.files import PathLike, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 IMAGES_OF_A_CLASS = 600
@@ -85,7 +85,7 @@ def load(
   if cache is None:
     bank = decode()
   else:
-    place = image_cache.Cache(at_home(cache), f'mini_imagenet_{height}x{width}')
+    place = at_home(cache) / f'mini_imagenet_{height}x{width}'
     source = image_cache.fingerprint(directory, tuple(class_of))
     source['of_each_class'] = [len(paths[name]) for name in classes]  # CSV files may move images between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)

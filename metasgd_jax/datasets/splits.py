@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, at_home, first_line
-from metasgd_jax.io.files import PathLike
+from metasgd_jax.datasets.messages import DatasetError, at_home
+from metasgd_jax.io.files import PathLike, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 

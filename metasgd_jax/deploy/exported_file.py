@@ -14,8 +14,7 @@ import jax
 import jax.export
 import numpy as np
 
-from metasgd_jax.deploy.checks import one_line
-from metasgd_jax.io.files import PathLike, as_path
+from metasgd_jax.io.files import PathLike, as_path, first_line
 
 FORMAT_VERSION = 1
 PROGRAMS = ('adapt', 'predict')
@@ -86,7 +85,9 @@ def load_exported(path: PathLike) -> Exported:
   except _NewerError:
     raise
   except Exception as e:  # zipfile, json and jax.export raise errors of many types for a broken file.
-    raise ValueError(f'{path} is not an exported learner, or only a part of one: {one_line(e)}; export it again') from e
+    raise ValueError(
+      f'{path} is not an exported learner, or only a part of one: {first_line(e)}; export it again'
+    ) from e
   for program in programs:
     _check_bits(path, program)
   return Exported(about, parameters, *(jax.jit(program.call) for program in programs))

@@ -17,8 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from metasgd_jax import losses, nn
-from metasgd_jax.deploy.checks import is_int, one_line, writable
-from metasgd_jax.io.files import PathLike, as_path, atomic
+from metasgd_jax.deploy.checks import is_int, writable
+from metasgd_jax.io.files import PathLike, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams
 
@@ -179,7 +179,7 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
   try:
     return _read(path)
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({one_line(e)}); get it again') from e
+    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({first_line(e)}); get it again') from e
 
 
 def shipped_models() -> list[str]:
@@ -226,7 +226,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
   version = metadata['format_version']
   if not re.fullmatch('[1-9][0-9]{0,8}', version):
-    raise ValueError(f"{path} has format version '{one_line(version)}', which is no positive integer; get it again")
+    raise ValueError(f"{path} has format version '{first_line(version)}', which is no positive integer; get it again")
   if int(version) > FORMAT_VERSION:
     raise ValueError(f'{path} has format version {version}; this metasgd_jax reads up to {FORMAT_VERSION}: upgrade it')
   try:
@@ -237,7 +237,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
-    raise ValueError(f'{path} does not describe a model ({one_line(e)}); get it again, or save it again') from e
+    raise ValueError(f'{path} does not describe a model ({first_line(e)}); get it again, or save it again') from e
 
 
 def _structure(config: ModelConfig) -> MetaParams:
@@ -257,7 +257,9 @@ def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) 
   wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
   if odd := sorted(wanted.keys() ^ found.keys()):
     what = 'lacks' if odd[0] in wanted else 'has beside what belongs there'
-    raise ValueError(f'{whose} {what} the tensor {one_line(odd[0])} ({len(odd)} in all); was it made with its config?')
+    raise ValueError(
+      f'{whose} {what} the tensor {first_line(odd[0])} ({len(odd)} in all); was it made with its config?'
+    )
   for name, text in found.items():
     if text != wanted[name]:
       advice = f'where its config asks for {wanted[name]}; was it made with another config?'

@@ -158,7 +158,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       yield
     except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
       raise CheckpointError(
-        f'a checkpoint cannot be written to {self._directory} ({_first_line(e)}); make room, or give another directory'
+        f'a checkpoint cannot be written to {self._directory} ({files.first_line(e)}); '
+        'make room, or give another directory'
       ) from e
 
 
@@ -238,7 +239,7 @@ def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Repo
   except CheckpointError:
     raise
   except Exception as e:  # For a damaged file, orbax and tensorstore raise errors of many types.
-    report(f'checkpoint {path} cannot be read ({_first_line(e)}); {otherwise}')
+    report(f'checkpoint {path} cannot be read ({files.first_line(e)}); {otherwise}')
     return None
 
 
@@ -275,7 +276,3 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
 
 def _checksum(value: Any) -> int:
   return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _first_line(e: BaseException) -> str:
-  return (str(e).strip() or repr(e)).splitlines()[0][:200]

@@ -36,6 +36,19 @@ def as_path(path: PathLike) -> pathlib.Path:
   return pathlib.Path(path)
 
 
+def first_line(text: object) -> str:
+  r"""Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
+
+  If the text of an error is empty, the result is the name of its type.
+
+  Example:
+    >>> ms.files.first_line(ValueError('x is negative\nand y too'))
+    'x is negative'
+  """
+  line = (str(text).strip().splitlines() or [type(text).__name__])[0]
+  return ''.join(c if c.isprintable() else ' ' for c in line[:300])
+
+
 def open_workdir(path: PathLike) -> pathlib.Path:
   """Returns the path of a directory, after it has created the directory if necessary and has written to it once.
 

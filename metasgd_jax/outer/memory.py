@@ -13,7 +13,7 @@ import optax
 from metasgd_jax.outer import fully_sharded, host_memory, training
 from metasgd_jax.outer.loop import step_keys
 from metasgd_jax.outer.placement import Placement
-from metasgd_jax.types import Learner, TaskDistribution, Tasks, check_count
+from metasgd_jax.types import Learner, Tasks, check_count
 
 ROOM = 0.9
 """Largest fraction of the available memory that a plan may use."""
@@ -134,6 +134,7 @@ def plan_memory(
   keys = step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
   given = jax.eval_shape(lambda tasks: tasks, tasks.prepare(lambda: (keys[0], keys[1])))
   key = jax.eval_shape(lambda: jax.random.key(0))
+  episode = jax.eval_shape(lambda tasks, key: tasks.episode(tasks.sample(key), key), given, key)
   start = functools.partial(training.init, learner=learner, optimizer=optimizer)
   state = jax.eval_shape(start, key, given)
   if (shared := placement.state_mesh) is not None:
@@ -152,7 +153,7 @@ def plan_memory(
 
   def planned(found: Any, at_once: int) -> MemoryPlan:
     results = found.output_size_in_bytes - found.alias_size_in_bytes
-    sizes = found.argument_size_in_bytes, share * _episode_bytes(given, key), found.temp_size_in_bytes, results
+    sizes = found.argument_size_in_bytes, share * size_of(episode), found.temp_size_in_bytes, results
     return MemoryPlan(_parts(state), *sizes, at_once, share, devices, available)
 
   plan = planned(compiled(at_once), at_once)
@@ -183,10 +184,6 @@ def _parts(state: training.TrainState) -> dict[str, int]:
   else:
     parts = {'meta-parameters': size_of(state.meta)}
   return {**parts, "the optimiser's state": size_of(state.opt_state)}
-
-
-def _episode_bytes(tasks: TaskDistribution, key) -> int:
-  return size_of(jax.eval_shape(lambda tasks, key: tasks.episode(tasks.sample(key), key), tasks, key))
 
 
 def _available(devices: int) -> int | None:

@@ -123,7 +123,7 @@ BANK = ClassBank(np.zeros((4, 8, 8, 3), np.uint8), np.array([1, 3]))
 
 def kept(folder, decode=lambda: BANK):
   lines = []
-  bank = image_cache.kept(image_cache.Cache(folder, 'a'), {}, (8, 8, 3), 2, decode=decode, report=lines.append)
+  bank = image_cache.kept(folder / 'a', {}, (8, 8, 3), 2, decode=decode, report=lines.append)
   return bank, lines
 
 
