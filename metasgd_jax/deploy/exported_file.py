@@ -88,15 +88,10 @@ def load_exported(path: PathLike) -> Exported:
     raise ValueError(
       f'{path} is not an exported learner, or only a part of one: {first_line(e)}; export it again'
     ) from e
-  for program in programs:
-    _check_bits(path, program)
-  return Exported(about, parameters, *(jax.jit(program.call) for program in programs))
-
-
-def _check_bits(path: pathlib.Path, program: jax.export.Exported) -> None:
-  for dtype in {aval.dtype for aval in (*program.in_avals, *program.out_avals)}:
+  for dtype in {aval.dtype for program in programs for aval in (*program.in_avals, *program.out_avals)}:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
       raise ValueError(f"{path} uses {dtype}; call jax.config.update('jax_enable_x64', True), which allows 64 bits")
+  return Exported(about, parameters, *(jax.jit(program.call) for program in programs))
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
