@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from metasgd_jax.cli.arguments import INVERT
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
 from metasgd_jax.datasets.messages import at_home, printable
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
   support, query = _read(args, model.config)
   _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
   say('adapting, and compiling for it first, which takes some seconds')
-  classifier = FewShotClassifier(model, inductive=args.inductive, invert=args.invert)
+  classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
   say(f'answering {len(query.paths)} pictures')
   probabilities = classifier.predict_proba(query.images)

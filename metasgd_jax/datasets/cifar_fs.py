@@ -3,22 +3,21 @@
 TensorFlow is not needed to prepare the data or to read it.
 """
 
-import os
-
 import numpy as np
 
 from metasgd_jax.datasets.messages import Report
 from metasgd_jax.datasets.preparing import check_counts, examples, prepared
 from metasgd_jax.datasets.splits import Splits, published_split, split_bank
+from metasgd_jax.io.files import PathLike
 from metasgd_jax.tasks.few_shot import ClassBank
 
 CLASSES, IMAGES_OF_A_CLASS, SIZE = 100, 600, 32
 
 
 def load(
-  data_dir: str | os.PathLike[str],
+  data_dir: PathLike,
   *,
-  archives: str | os.PathLike[str] | None = None,
+  archives: PathLike | None = None,
   verify_archives: bool = True,
   report: Report = lambda line: None,
 ) -> Splits:

@@ -1,39 +1,23 @@
 """Keeps decoded images on disk, so that image files are decoded only once.
 
-A cached bank is a .npy file with the images and a .json file that describes them.
+A cached bank is a .npy file with the images, `[M, H, W, D]` uint8, and a .json file with the fingerprint of the image
+files and the sizes of the classes. Functions of this module take the path of these files without its suffix.
 """
 
 import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, Report, first_line
-from metasgd_jax.io.files import WriterError, why_not_writable, write_array, write_json
+from metasgd_jax.datasets.messages import DatasetError, Report
+from metasgd_jax.io.files import WriterError, first_line, why_not_writable, write_array, write_json
 from metasgd_jax.tasks.few_shot import ClassBank
 
 DECODING = 1
 """Version number of the decoding. Images that another version has decoded are decoded again."""
-
-
-class Cache(NamedTuple):
-  """The location of a cached bank: the files `directory/name.npy` and `directory/name.json`."""
-
-  directory: pathlib.Path
-  name: str
-
-  @property
-  def images(self) -> pathlib.Path:
-    """The file with the images, `[M, H, W, D]` uint8."""
-    return self.directory / f'{self.name}.npy'
-
-  @property
-  def description(self) -> pathlib.Path:
-    """The file with the fingerprint of the image files and the sizes of the classes."""
-    return self.directory / f'{self.name}.json'
 
 
 def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, Any]:
@@ -46,7 +30,7 @@ def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[
   for path in paths:
     try:
       size = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # A name in a list may have a NUL.
       size = -1
     total += max(size, 0)
     digest.update(f'{path.relative_to(directory).as_posix()}\0{size}\n'.encode('utf-8', 'surrogateescape'))
@@ -54,7 +38,7 @@ def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[
 
 
 def kept(
-  cache: Cache,
+  cache: pathlib.Path,
   source: dict[str, Any],
   form: tuple[int, int, int],
   classes: int,
@@ -65,7 +49,7 @@ def kept(
   """Returns the cached bank as a memory map. If there is none, decodes the images and caches them.
 
   Args:
-    cache: Location of the cached bank.
+    cache: Path of the cached bank, without the suffix.
     source: Fingerprint of the image files; see `fingerprint`.
     form: Shape (H, W, D) that the images must have.
     classes: Number of classes C that the bank must have.
@@ -77,38 +61,40 @@ def kept(
   """
   bank = _read(cache, source, form, classes, report)
   if bank is None:
-    if reason := why_not_writable(cache.directory):  # Decoding takes minutes, so this is reported first.
-      raise DatasetError(f'the cache {cache.directory} cannot be written ({reason}); give another directory')
+    if reason := why_not_writable(cache.parent):  # Decoding takes minutes, so this is reported first.
+      raise DatasetError(f'the cache {cache.parent} cannot be written ({reason}); give another directory')
     bank = decode()
     _write(cache, source, bank, report)
   return bank
 
 
-def _read(cache: Cache, source, form, classes: int, report: Report) -> ClassBank | None:
-  if not (cache.images.is_file() and cache.description.is_file()):
+def _read(cache: pathlib.Path, source, form, classes: int, report: Report) -> ClassBank | None:
+  images_path, described = cache.with_suffix('.npy'), cache.with_suffix('.json')
+  if not (images_path.is_file() and described.is_file()):
     return None
   try:
-    description = json.loads(cache.description.read_bytes())
+    description = json.loads(described.read_bytes())
     sizes = np.array(description['sizes'], int)
-    images = np.lib.format.open_memmap(cache.images, mode='r')  # It does not read pickles.
+    images = np.lib.format.open_memmap(images_path, mode='r')  # It does not read pickles.
     same = description['source'] == source and images.dtype == np.uint8
     whole = sizes.shape == (classes,) and images.shape == (sizes.sum(), *form)
   except Exception:  # NumPy raises many kinds of errors for broken files. Decoding again repairs all of them.
     same = whole = False
   if not (same and whole):
-    report(f'{cache.images} is not of these files or is broken; the images are decoded again')
+    report(f'{images_path} is not of these files or is broken; the images are decoded again')
     return None
-  report(f'taking decoded images from {cache.images}')
+  report(f'taking decoded images from {images_path}')
   return ClassBank(images, sizes)
 
 
-def _write(cache: Cache, source: dict[str, Any], bank: ClassBank, report: Report) -> None:
+def _write(cache: pathlib.Path, source: dict[str, Any], bank: ClassBank, report: Report) -> None:
   """Writes a bank to the cache. A reader sees the whole bank or none. A full disk is reported, but not raised."""
+  images_path, described = cache.with_suffix('.npy'), cache.with_suffix('.json')
   try:
-    cache.description.unlink(missing_ok=True)  # The old description must never be found with new images.
-    write_array(cache.images, bank.images)
-    write_json(cache.description, dict(source=source, sizes=bank.sizes))
+    described.unlink(missing_ok=True)  # The old description must never be found with new images.
+    write_array(images_path, bank.images)
+    write_json(described, dict(source=source, sizes=bank.sizes))
   except (OSError, WriterError) as e:
-    report(f'decoded images could not be kept in {cache.directory} ({first_line(e.__cause__ or e)})')
+    report(f'decoded images could not be kept in {cache.parent} ({first_line(e.__cause__ or e)})')
   else:
-    report(f'kept decoded images in {cache.images}')
+    report(f'kept decoded images in {images_path}')

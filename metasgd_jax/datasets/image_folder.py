@@ -1,6 +1,5 @@
 """Reads a folder of images, either as a class bank with one sub-folder per class, or as images without labels."""
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from metasgd_jax.datasets import image_files
 from metasgd_jax.datasets.image_files import Fit, Images, check_form, read_all, read_image as read_image
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
 from metasgd_jax.datasets.splits import some
+from metasgd_jax.io.files import PathLike
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -31,7 +31,7 @@ class ImageFolder(NamedTuple):
 
 
 def load(
-  directory: str | os.PathLike[str],
+  directory: PathLike,
   *,
   size: int | tuple[int, int],
   channels: int = 3,
@@ -93,7 +93,7 @@ def class_sizes(directory: pathlib.Path, names: Sequence[str], labels: Sequence[
 
 
 def read_images(
-  directory: str | os.PathLike[str],
+  directory: PathLike,
   *,
   size: int | tuple[int, int],
   channels: int = 3,

@@ -1,10 +1,11 @@
 """Messages of the data sets: errors, progress reports, and text that can be printed safely in a terminal."""
 
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from metasgd_jax.io.files import PathLike, as_path
 
 SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -19,12 +20,6 @@ class DatasetError(Exception):
 
   def __init__(self, message: str):
     super().__init__(printable(message))
-
-
-def first_line(e: BaseException) -> str:
-  """Returns the first line of an error's text, cut after 500 characters, or the name of the error's type."""
-  line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-  return line if len(line) <= 500 else f'{line[:500]}…'
 
 
 def printable(text: str) -> str:
@@ -53,13 +48,14 @@ def with_progress(items: Iterable[_T], total: int, report: Report) -> Iterator[_
       reported = time.monotonic()
 
 
-def at_home(path: str | os.PathLike[str]) -> pathlib.Path:
+def at_home(path: PathLike) -> pathlib.Path:
   """Returns a path in which `~` at the beginning is replaced by the home directory.
 
   Raises:
+    ValueError: if `path` is not a path.
     DatasetError: if the path begins with `~` or `~user` and there is no such home directory.
   """
   try:
-    return pathlib.Path(path).expanduser()
+    return as_path(path).expanduser()
   except RuntimeError as e:
     raise DatasetError(f'{path} begins with ~, but there is no such home directory; give the full path') from e

@@ -3,7 +3,6 @@
 TensorFlow is not needed to prepare the data or to read it.
 """
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from metasgd_jax.datasets.messages import Report
 from metasgd_jax.datasets.preparing import check_counts, examples, prepared
 from metasgd_jax.datasets.splits import Splits, class_list
+from metasgd_jax.io.files import PathLike
 from metasgd_jax.tasks.few_shot import class_bank
 
 CHARACTERS, DRAWINGS, ORIGINAL, SIZE = 1623, 20, 105, 28
@@ -36,9 +36,9 @@ class Characters(NamedTuple):
 
 
 def load(
-  data_dir: str | os.PathLike[str],
+  data_dir: PathLike,
   *,
-  archives: str | os.PathLike[str] | None = None,
+  archives: PathLike | None = None,
   verify_archives: bool = True,
   size: int = SIZE,
   report: Report = lambda line: None,

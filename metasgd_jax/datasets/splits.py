@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, at_home, first_line
+from metasgd_jax.datasets.messages import DatasetError, at_home
+from metasgd_jax.io.files import PathLike, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -115,7 +116,7 @@ def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
   return ClassNames(*(tuple(part) for part in lists))
 
 
-def read_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
+def read_list(path: PathLike) -> tuple[str, ...]:
   """Reads class names from a file with one name per line. Blank lines and lines that begin with # are left out.
 
   Args:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.io.files import PathLike, WriterError
+from metasgd_jax.io.files import PathLike, WriterError, as_path, first_line
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, PyTree
 
@@ -20,7 +20,7 @@ _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner st
 def writable(path: PathLike) -> pathlib.Path:
   """Returns the path of a file to write. Raises WriterError if there is no such folder, or if the path is a folder."""
   try:
-    place = pathlib.Path(path).expanduser()
+    place = as_path(path).expanduser()
   except RuntimeError as e:
     raise WriterError(f'{path} begins with ~ of a user without a home directory; give another path') from e
   reason = None
@@ -73,7 +73,7 @@ def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
   try:
     return json.loads(json.dumps(dict(says), allow_nan=False))
   except (TypeError, ValueError, RecursionError) as e:
-    raise ValueError(f'the file cannot hold this fact ({one_line(e)}); facts must be values of JSON') from e
+    raise ValueError(f'the file cannot hold this fact ({first_line(e)}); facts must be values of JSON') from e
 
 
 def check_close(ours: PyTree, theirs: PyTree) -> None:
@@ -90,12 +90,3 @@ def check_close(ours: PyTree, theirs: PyTree) -> None:
 def is_int(value: Any) -> bool:
   """Returns whether a value is an integer and not a bool."""
   return isinstance(value, int) and not isinstance(value, bool)
-
-
-def one_line(text: object) -> str:
-  """Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
-
-  If the text of an error is empty, the result is the name of its type.
-  """
-  line = (str(text).strip().splitlines() or [type(text).__name__])[0]
-  return ''.join(c if c.isprintable() else ' ' for c in line[:300])

@@ -19,7 +19,7 @@ from jax.extend.core import InconclusiveDimensionOperation
 from metasgd_jax.deploy import checks
 from metasgd_jax.deploy.exported_file import FORMAT_VERSION, Exported, described, load_exported, member
 from metasgd_jax.deploy.model_file import FewShotModel, build_learner
-from metasgd_jax.io.files import PathLike, atomic
+from metasgd_jax.io.files import PathLike, atomic, first_line
 from metasgd_jax.outer import sharding
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
@@ -221,7 +221,7 @@ def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Expo
 
 
 def _why_not(e: Exception, platforms: Sequence[str], any_support: bool) -> str:
-  why = checks.one_line(e)
+  why = first_line(e)
   if 'callback' in why:
     return f'the file cannot hold an operation that calls back into Python ({why}); remove it'
   if isinstance(e, NotImplementedError) and 'polymorphi' not in why:

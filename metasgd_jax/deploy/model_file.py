@@ -17,8 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from metasgd_jax import losses, nn
-from metasgd_jax.deploy.checks import is_int, one_line, writable
-from metasgd_jax.io.files import PathLike, atomic
+from metasgd_jax.deploy.checks import is_int, writable
+from metasgd_jax.io.files import PathLike, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams
 
@@ -30,7 +30,6 @@ Background = Literal['dark', 'any']
 
 _RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
 _MOST_ALPHA = 1_000_000_000  # JAX cannot represent larger integers in 32 bits.
-_MOST_LEVELS = 10  # Depth to which facts may be nested.
 _SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
@@ -91,15 +90,6 @@ class ModelConfig:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
-    if _levels(self.training) > _MOST_LEVELS:
-      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
-
-
-def _levels(facts: Any) -> int:
-  """Returns how deep dicts and lists are nested in each other."""
-  if not isinstance(facts, dict | list | tuple):
-    return 0
-  return 1 + max(map(_levels, facts.values() if isinstance(facts, dict) else facts), default=0)
 
 
 class FewShotModel(NamedTuple):
@@ -189,7 +179,7 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
   try:
     return _read(path)
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({one_line(e)}); get it again') from e
+    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({first_line(e)}); get it again') from e
 
 
 def shipped_models() -> list[str]:
@@ -210,7 +200,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
   """Returns the path of a model's file. Raises ValueError if there is no such file or name."""
   if path_or_name in shipped_models():
     return _SHIPPED / f'{path_or_name}.safetensors'
-  path = pathlib.Path(os.path.expanduser(path_or_name))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
+  path = pathlib.Path(os.path.expanduser(as_path(path_or_name)))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
   if os.path.isfile(path):  # noqa: PTH113  # Path.is_file may raise OSError.
     return path
   near = difflib.get_close_matches(str(path_or_name)[:80], shipped_models(), 1)
@@ -236,7 +226,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
   version = metadata['format_version']
   if not re.fullmatch('[1-9][0-9]{0,8}', version):
-    raise ValueError(f"{path} has format version '{one_line(version)}', which is no positive integer; get it again")
+    raise ValueError(f"{path} has format version '{first_line(version)}', which is no positive integer; get it again")
   if int(version) > FORMAT_VERSION:
     raise ValueError(f'{path} has format version {version}; this metasgd_jax reads up to {FORMAT_VERSION}: upgrade it')
   try:
@@ -247,7 +237,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
-    raise ValueError(f'{path} does not describe a model ({one_line(e)}); get it again, or save it again') from e
+    raise ValueError(f'{path} does not describe a model ({first_line(e)}); get it again, or save it again') from e
 
 
 def _structure(config: ModelConfig) -> MetaParams:
@@ -267,7 +257,9 @@ def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) 
   wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
   if odd := sorted(wanted.keys() ^ found.keys()):
     what = 'lacks' if odd[0] in wanted else 'has beside what belongs there'
-    raise ValueError(f'{whose} {what} the tensor {one_line(odd[0])} ({len(odd)} in all); was it made with its config?')
+    raise ValueError(
+      f'{whose} {what} the tensor {first_line(odd[0])} ({len(odd)} in all); was it made with its config?'
+    )
   for name, text in found.items():
     if text != wanted[name]:
       advice = f'where its config asks for {wanted[name]}; was it made with another config?'

@@ -79,7 +79,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       CheckpointError: if the checkpoints have another configuration or other arrays, if none of them can be read, or if
         the directory cannot be written.
     """
-    self._directory, self._config = pathlib.Path(directory).absolute(), json.loads(json.dumps(config))
+    self._directory, self._config = files.as_path(directory).absolute(), json.loads(json.dumps(config))
     self.latest = newest(self._directory, like=like, config=config, report=report)
     self.last = -1 if self.latest is None else self.latest.step
     there = [step for step in steps(self._directory) if step <= self.last]
@@ -158,7 +158,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       yield
     except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
       raise CheckpointError(
-        f'a checkpoint cannot be written to {self._directory} ({_first_line(e)}); make room, or give another directory'
+        f'a checkpoint cannot be written to {self._directory} ({files.first_line(e)}); '
+        'make room, or give another directory'
       ) from e
 
 
@@ -182,7 +183,7 @@ def steps(directory: files.PathLike) -> list[int]:
 
   If there is no such directory, the list is empty.
   """
-  return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
+  return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(files.as_path(directory)))
 
 
 def newest(
@@ -200,7 +201,7 @@ def newest(
   Raises:
     CheckpointError: if the checkpoint has another configuration or other arrays, or if no checkpoint can be read.
   """
-  path = pathlib.Path(directory).absolute()
+  path = files.as_path(directory).absolute()
   there = [step for step in steps(path) if until is None or step <= until]
   if not there:
     return None
@@ -210,14 +211,6 @@ def newest(
     if found := _try_read(path / str(step), like, config, report, otherwise):
       return found
   raise CheckpointError(f'none of the checkpoints in {path} can be read; remove them, or give another directory')
-
-
-def read_config(directory: files.PathLike) -> dict[str, Any] | None:
-  """Returns the configuration of the newest checkpoint whose description can be read, or `None` if there is none."""
-  for step in reversed(steps(directory)):
-    with contextlib.suppress(Exception):  # The damage is reported when the arrays are read.
-      return _read_about(pathlib.Path(directory) / str(step))['config']
-  return None
 
 
 def check_config(found: Config, asked: Config, where: files.PathLike) -> None:
@@ -246,7 +239,7 @@ def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Repo
   except CheckpointError:
     raise
   except Exception as e:  # For a damaged file, orbax and tensorstore raise errors of many types.
-    report(f'checkpoint {path} cannot be read ({_first_line(e)}); {otherwise}')
+    report(f'checkpoint {path} cannot be read ({files.first_line(e)}); {otherwise}')
     return None
 
 
@@ -283,7 +276,3 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
 
 def _checksum(value: Any) -> int:
   return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _first_line(e: BaseException) -> str:
-  return (str(e).strip() or repr(e)).splitlines()[0][:200]

@@ -24,6 +24,31 @@ class WriterError(Exception):
   """A file or directory cannot be written. The message says why, and what to do."""
 
 
+def as_path(path: PathLike) -> pathlib.Path:
+  """Returns the path. Raises ValueError if it is neither a string nor a path, such as `None`.
+
+  Example:
+    >>> ms.files.as_path('runs/a').name
+    'a'
+  """
+  if not isinstance(path, str | os.PathLike):
+    raise ValueError(f'a path must be a string or a pathlib.Path, got {path!r:.80}; give such a path')
+  return pathlib.Path(path)
+
+
+def first_line(text: object) -> str:
+  r"""Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
+
+  If the text of an error is empty, the result is the name of its type.
+
+  Example:
+    >>> ms.files.first_line(ValueError('x is negative\nand y too'))
+    'x is negative'
+  """
+  line = (str(text).strip().splitlines() or [type(text).__name__])[0]
+  return ''.join(c if c.isprintable() else ' ' for c in line[:300])
+
+
 def open_workdir(path: PathLike) -> pathlib.Path:
   """Returns the path of a directory, after it has created the directory if necessary and has written to it once.
 
@@ -39,7 +64,7 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     ...   ms.files.open_workdir(f'{directory}/runs/a').is_dir()
     True
   """
-  if not os.fspath(path):  # An unset shell variable gives an empty path, which would be the current directory.
+  if path == '':  # An unset shell variable gives an empty path, which would be the current directory.
     raise WriterError('workdir is empty; give a directory, such as .')
   if reason := why_not_writable(path):
     raise WriterError(f'workdir {path} cannot be written ({reason}); give another directory')
@@ -59,7 +84,7 @@ def why_not_writable(directory: PathLike) -> str | None:
     None
   """
   try:
-    path = pathlib.Path(directory).expanduser()
+    path = as_path(directory).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
       return None
@@ -88,7 +113,7 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
     ...   [path.name for path in pathlib.Path(directory).iterdir()]
     ['a.txt']
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
   aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
   with told(path, advice):
     try:
@@ -221,7 +246,7 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
   import safetensors
 
   said = f'{path} does not hold the parameters asked for'
-  if not pathlib.Path(path).is_file():
+  if not as_path(path).is_file():
     raise ValueError(f'{said}: there is no such file')
   try:
     with safetensors.safe_open(path, framework='np') as file:

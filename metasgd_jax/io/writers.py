@@ -1,6 +1,7 @@
 """Writers of a run's metrics, as JSON lines or as event files of TensorBoard, while the run goes on."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from metasgd_jax.io.files import PathLike, WriterError, atomic, plain, told
+from metasgd_jax.io.files import PathLike, WriterError, as_path, atomic, plain, told
 from metasgd_jax.tree import named
 from metasgd_jax.types import PyTree
 
@@ -64,7 +65,7 @@ class MetricsWriter:
     Raises:
       WriterError: if the files cannot be written.
     """
-    self._path = pathlib.Path(path)
+    self._path = as_path(path)
     stem = '' if self._path.name == 'metrics.jsonl' else f'{self._path.stem}_'
     self._timings = self._path.with_name(f'{stem}timings.jsonl')
     if not go_on:
@@ -150,19 +151,24 @@ class TensorBoardWriter:
   """
 
   def __init__(self, directory: PathLike):
-    """Opens an event file.
+    """Keeps the directory for the event file, which is created when the first value is written.
 
     Args:
       directory: Directory of the event file, which TensorBoard reads.
 
     Raises:
+      ValueError: if `directory` is not a path.
       WriterError: if tensorboardX is not installed.
     """
     try:
       import tensorboardX
     except ImportError as e:
       raise WriterError("TensorBoardWriter needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
-    self._writer = tensorboardX.SummaryWriter(os.fspath(directory), flush_secs=5)
+    self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(as_path(directory)), flush_secs=5)
+
+  @functools.cached_property
+  def _writer(self) -> Any:
+    return self._open()
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
     """Adds a scalar LABEL/NAME for each value. The scalar is the mean of the value over the runs.
@@ -194,4 +200,5 @@ class TensorBoardWriter:
 
   def close(self) -> None:
     """Writes all values to the file. While the writer is open, values reach the file after some seconds."""
-    self._writer.close()
+    if '_writer' in vars(self):
+      self._writer.close()

@@ -177,9 +177,8 @@ def describe(bad: BadStep, report: StepReport | None = None) -> str:
 def key_texts(report: StepReport, task: int) -> list[str]:
   """Returns the keys of a task as Python expressions: to sample the task, to draw its episode, and for the learner."""
   data = np.asarray(jax.random.key_data(report.keys[:, task])).tolist()
-  impl = jax.random.key_impl(report.keys)
-  end = '' if str(impl) == str(jax.random.key_impl(jax.random.key(0))) else f', impl={str(impl)!r}'
-  return [f'jax.random.wrap_key_data(jax.numpy.uint32({value}){end})' for value in data]
+  impl = f'impl={str(jax.random.key_impl(report.keys))!r}'
+  return [f'jax.random.wrap_key_data(jax.numpy.uint32({value}), {impl})' for value in data]
 
 
 def lines(report: StepReport) -> list[str]:

@@ -129,7 +129,8 @@ def run_loop(
   placement, chunk, meta_iterations = iteration.placement, int(chunk), int(meta_iterations)
   placement.check(iteration.meta_batch)
   done = _steps_done(state, meta_iterations, placement)
-  state = _placed(state, placement)
+  shared = placement.state_mesh
+  state = sharding.on_all(placement.mesh, state) if shared is None else fully_sharded.split(shared, state)
   if done == meta_iterations:
     return _returned(state, placement)
   before, seconds, mesh, warned = done, 0.0, placement.mesh, False
@@ -194,12 +195,6 @@ def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -
       f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}; raise meta_iterations'
     )
   return done
-
-
-def _placed(state: TrainState, placement: Placement) -> TrainState:
-  if (shared := placement.state_mesh) is not None:
-    return fully_sharded.split(shared, state)
-  return sharding.on_all(placement.mesh, state)
 
 
 def _returned(state: TrainState, placement: Placement) -> TrainState:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import chex
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metasgd_jax.outer import host_memory, training
+from metasgd_jax.outer import fully_sharded, host_memory, training
 from metasgd_jax.outer.loop import step_keys
 from metasgd_jax.outer.placement import Placement
-from metasgd_jax.types import Learner, TaskDistribution, Tasks, check_count
+from metasgd_jax.types import Learner, Tasks, check_count
 
 ROOM = 0.9
 """Largest fraction of the available memory that a plan may use."""
@@ -24,7 +25,7 @@ class MemoryPlan:
 
   Attributes:
     parts: Sizes of the arrays that stay between meta-iterations, by name: θ and α (or the learner's meta-parameters),
-      and the optimiser's state.
+      and the optimiser's state. With `shard_meta` they are the sizes of one device's share.
     arguments: Size of the arguments of the step: the arrays in `parts` and the data of the tasks.
     episodes: Size of the episodes of the tasks of one device. The episodes are drawn inside the step, so they are part
       of the intermediates.
@@ -133,8 +134,12 @@ def plan_memory(
   keys = step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
   given = jax.eval_shape(lambda tasks: tasks, tasks.prepare(lambda: (keys[0], keys[1])))
   key = jax.eval_shape(lambda: jax.random.key(0))
+  episode = jax.eval_shape(lambda tasks, key: tasks.episode(tasks.sample(key), key), given, key)
   start = functools.partial(training.init, learner=learner, optimizer=optimizer)
   state = jax.eval_shape(start, key, given)
+  if (shared := placement.state_mesh) is not None:
+    shardings = fully_sharded.shardings(shared, state)
+    state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
   devices = placement.devices
   available = _available(devices) if available is None else available
   share = meta_batch // devices
@@ -148,7 +153,7 @@ def plan_memory(
 
   def planned(found: Any, at_once: int) -> MemoryPlan:
     results = found.output_size_in_bytes - found.alias_size_in_bytes
-    sizes = found.argument_size_in_bytes, share * _episode_bytes(given, key), found.temp_size_in_bytes, results
+    sizes = found.argument_size_in_bytes, share * size_of(episode), found.temp_size_in_bytes, results
     return MemoryPlan(_parts(state), *sizes, at_once, share, devices, available)
 
   plan = planned(compiled(at_once), at_once)
@@ -181,10 +186,6 @@ def _parts(state: training.TrainState) -> dict[str, int]:
   return {**parts, "the optimiser's state": size_of(state.opt_state)}
 
 
-def _episode_bytes(tasks: TaskDistribution, key) -> int:
-  return size_of(jax.eval_shape(lambda tasks, key: tasks.episode(tasks.sample(key), key), tasks, key))
-
-
 def _available(devices: int) -> int | None:
   """Returns the free memory of one device in bytes; CPU `devices` each get an equal share of the host's memory."""
   device = jax.local_devices()[0]
@@ -196,8 +197,13 @@ def _available(devices: int) -> int | None:
 
 
 def size_of(tree: chex.ArrayTree) -> int:
-  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s, on one device."""
+
+  def of_leaf(leaf):
+    sharding = getattr(leaf, 'sharding', None)
+    return math.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape) * leaf.dtype.itemsize
+
+  return sum(map(of_leaf, jax.tree.leaves(tree)))
 
 
 def in_words(size: float) -> str:

@@ -77,11 +77,8 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
   of_each = [jax.local_devices(process) for process in processes]
   most = min(map(len, of_each))
   if devices is None:
-    if num_tasks % len(processes):
-      raise ValueError(
-        f'{num_tasks} tasks cannot be shared evenly by {len(processes)} processes; take a multiple of {len(processes)}'
-      )
-    devices = max(n for n in range(1, most + 1) if num_tasks % (n * len(processes)) == 0)
+    sharing = [n for n in range(1, most + 1) if num_tasks % (n * len(processes)) == 0]
+    devices = max(sharing, default=1)  # If even one device of each process is too many, check_mesh says so.
   if not 1 <= devices <= most:
     whose = ' in each process' if len(processes) > 1 else ''
     raise ValueError(f'devices must be from 1 to {most}, the number that JAX has{whose}, got {devices}')

@@ -98,7 +98,8 @@ def train_step(
   Args:
     state: State of one run.
     tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. Inside `jax.jit` a
-      `TaskStream` cannot send data; pass the distribution that its `prepare` returns.
+      `TaskStream` cannot send data; pass `tasks.prepare(lambda: keys[:2])` as an argument, with the keys
+      `outer.loop.step_keys(state.key, state.step, meta_batch)`.
     learner: Learner.
     optimizer: Outer optimiser.
     meta_batch: Number of tasks T.

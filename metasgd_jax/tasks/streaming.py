@@ -23,6 +23,9 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
     bank: Bank in host memory. A memory map is allowed.
     indices: Distribution of episodes with indices of images, from `image_indices` or `class_indices` for this bank.
 
+  Raises (from the stream):
+    ValueError: if data are sent inside of `jax.jit`.
+
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
     >>> tasks = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=5, shot=1, query=3))
@@ -33,6 +36,11 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
   total = bank.images.shape[0]
 
   def send(sample_keys, episode_keys) -> TaskDistribution:
+    if isinstance(sample_keys, jax.core.Tracer) or isinstance(episode_keys, jax.core.Tracer):
+      raise ValueError(
+        'a TaskStream sends images from the host, which it cannot do inside jax.jit, where the keys are not known; '
+        'call tasks.prepare or tasks.send outside of jax.jit, and give the jitted function the result as an argument'
+      )
     found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host_device())))
     rows = np.unique(found)
     images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # The same shape for all chunks.

@@ -220,17 +220,14 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
 @pytest.mark.parametrize(
   ('argv', 'message'),
   [
-    (['predit'], ('predit,', 'predict?')),
-    (['predict', '--suport=a', '--query=b', '--out=c'], ('required: --support;', '--suport,', '--support?')),
-    (['predict', '--support=a', '--query=b', '--out=c', '--inductve'], ('--inductve,', '--inductive?')),
+    (['predit'], ('invalid choice', "'predit'", 'predict', 'info', 'export')),
+    (['predict', '--suport=a', '--query=b', '--out=c'], ('required: --support',)),
+    (['predict', '--support=a', '--query=b', '--out=c', '--inductve'], ('--inductive', 'unrecognized', '--inductve')),
     (['predict', '--support=a', '--query=b', '--out=c', '--invert=maybe'], ('invalid choice', "'maybe'")),
     (['predict', '--support=a', '--query=b', '--out=c', '--inductive', '--transductive'], ('not allowed with',)),
-    (['predict', '--support=a', '--query=b', '--out=c', '--invert=yess'], ('--invert=yess,', ' yes?')),
-    (['predict', '--invert', 'atuo'], ('--invert=atuo,', ' auto?')),
-    (['predict', f'--invert={"x" * 5000}'], ('invalid choice', f"'{'x' * 80}…'")),
-    (['exprot'], ('exprot,', ' export?')),
-    (['export', '--out=a', '--platform=cpu'], ('--platform,', '--platforms?')),
-    (['info', '--modle=a'], ('--modle,', '--model?')),
+    (['predict', '--invert', 'atuo'], ('--invert', "'atuo'", 'auto', 'yes', 'no')),
+    (['export', '--out=a', '--platform=cpu'], ('[--platforms', 'unrecognized arguments: --platform=cpu')),
+    (['info', '--modle=a'], ('[--model', 'unrecognized arguments: --modle=a')),
     ([], ('required', 'command')),
   ],
 )  # fmt: skip

@@ -72,6 +72,17 @@ def test_of_data_that_tasks_bring_and_of_devices():
   assert 'to each device' in str(found)
 
 
+def test_a_state_in_parts_counts_as_one_devices_share():
+  mesh, options = ms.sharding.task_mesh(8), dict(hidden=(128, 128), available=100 * MIB)
+  whole, shared = (plan(placement=ms.Placement(1, mesh, shard_meta), **options) for shard_meta in (False, True))
+  large = 4 * 128 * 128  # Bytes of the one kernel that is split, which θ, α and Adam's two averages of both have.
+  for name, kernels in (('θ', 1), ('α', 1), ("the optimiser's state", 4)):
+    assert shared.parts[name] == whole.parts[name] - kernels * large // 2
+  assert shared.arguments == whole.arguments - 6 * large // 2
+  assert shared.results == whole.results - 6 * large // 2
+  assert shared.total < whole.total
+
+
 def test_arguments_are_what_training_is_given():
   """The plan's arguments are the bytes of what training is given."""
   tasks, learner, optimizer = ms.tasks.sinusoid(), sinusoid_learner(hidden=(32, 32)), optax.adam(1e-3)

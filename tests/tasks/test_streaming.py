@@ -227,3 +227,11 @@ class TestAugmentation:
     a, b = (trained(ms.tasks.augmented(tasks, augment)) for tasks in (resident, stream(bank)))
     for x, y in zip(jax.tree.leaves(a.meta), jax.tree.leaves(b.meta), strict=True):
       assert np.array_equal(x, y)
+
+
+def test_data_are_not_sent_inside_jit():
+  keys = jax.random.split(jax.random.key(0), (2, 2))
+  draw = lambda tasks, keys: tasks.episode(tasks.sample(keys[0, 0]), keys[1, 0])
+  with pytest.raises(ValueError, match=saying('TaskStream', 'jax.jit', 'tasks.prepare', 'argument')):
+    jax.jit(lambda keys: draw(STREAM.prepare(lambda: tuple(keys)), keys))(keys)
+  assert jax.jit(draw)(STREAM.prepare(lambda: tuple(keys)), keys).support.x.shape == (3, 8, 8, 1)
