@@ -1,4 +1,7 @@
-"""Unpacks zip and tar.gz files. No member is written outside of the target folder, and no link is created."""
+"""Unpacks zip and tar.gz files that are not trusted.
+
+No member is written outside of the target folder, no link is created, and the size of the contents is limited.
+"""
 
 import gzip
 import pathlib
@@ -8,22 +11,47 @@ import zipfile
 from metasgd_jax.datasets.messages import DatasetError
 from metasgd_jax.io.files import first_line
 
+MOST_BYTES = 2 << 30
+"""Largest number of bytes that an archive may unpack to. The largest archive in use, CIFAR-100's, unpacks to 186 MB."""
+MOST_MEMBERS = 200_000
+"""Largest number of members that an archive may have. The largest of Omniglot has about 20,000 members."""
+_MOST_AT_ONCE = 16 << 20
+
+
+class _RefusedError(Exception):
+  """The archive does something that no archive of a data set does."""
+
+
+def is_archive(path: pathlib.Path) -> bool:
+  """Returns whether a file looks like a whole archive of the kind that its suffix says.
+
+  The check reads only the end of a zip file, and only the beginning of a tar file.
+  """
+  if path.suffix == '.zip':
+    return zipfile.is_zipfile(path)
+  try:
+    with _LimitedGzip(path) as plain, tarfile.open(fileobj=plain, mode='r:'):
+      return True
+  except Exception:  # The standard library raises many kinds of errors for broken archives.
+    return False
+
 
 def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
   """Creates a folder and unpacks a zip or tar.gz file to it. The result has only regular files and folders.
 
   Raises:
-    DatasetError: if the archive is broken, if it has a member that leads outside of the folder, a link or a device, or
-      if the folder cannot be written.
+    DatasetError: if the archive is broken, if it has a member that leads outside of the folder, a link or a device, if
+      it has too many members or unpacks to too many bytes, or if the folder cannot be written.
   """
   try:
     if zipfile.is_zipfile(path):
-      with zipfile.ZipFile(path) as archive:
-        archive.extractall(to)  # It removes '..' and the root from names, and it writes links as regular files.
+      _unpack_zip(path, to)
     else:
       _unpack_tar(path, to)
   except tarfile.FilterError as e:
     raise DatasetError(f'{path} has a member that leads outside of it ({first_line(e)}); do not trust it') from e
+  except _RefusedError as e:
+    raise DatasetError(f'{path} {e}; do not trust it') from e
   except Exception as e:  # The standard library raises many kinds of errors for broken archives.
     if isinstance(e, OSError) and e.errno is not None:  # Decoders raise an OSError without a number.
       raise DatasetError(
@@ -32,15 +60,42 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
     raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
 
 
+def _unpack_zip(path: pathlib.Path, to: pathlib.Path) -> None:
+  with zipfile.ZipFile(path) as archive:
+    members = archive.infolist()
+    _check_amount(len(members), sum(member.file_size for member in members))  # No member is read past its file_size.
+    archive.extractall(to)  # It removes '..' and the root from names, and it writes links as regular files.
+
+
 def _unpack_tar(path: pathlib.Path, to: pathlib.Path) -> None:
-  with gzip.open(path) as plain, tarfile.open(fileobj=plain, mode='r:') as archive:
-    archive.extractall(to, filter=_without_links)
+  with _LimitedGzip(path) as plain, tarfile.open(fileobj=plain, mode='r:') as archive:
+    total = 0
+    for count, member in enumerate(archive, 1):
+      total += member.size
+      _check_amount(count, total)
+      if member.issym() or member.islnk():  # In some versions of the filter, a chain of links can lead outside.
+        raise _RefusedError(f'has a member that leads outside of it (the link {member.name!r:.200})')
+      archive.extract(member, to, filter='data')  # The filter refuses names that lead outside, and devices.
     while plain.read(1 << 20):
       pass  # The checksum of the contents is at the end of the file, and tarfile does not read to the end.
 
 
-def _without_links(member: tarfile.TarInfo, to: str) -> tarfile.TarInfo:
-  """A filter of tarfile that refuses links, devices, and names that lead outside of the folder `to`."""
-  if member.issym() or member.islnk():  # In some versions of the data filter, a chain of links can lead outside.
-    raise tarfile.SpecialFileError(member)
-  return tarfile.data_filter(member, to)
+def _check_amount(members: int, size: int) -> None:
+  if members > MOST_MEMBERS:
+    raise _RefusedError(f'has more than {MOST_MEMBERS:,} members')
+  if size > MOST_BYTES:
+    raise _RefusedError(f'unpacks to more than {MOST_BYTES >> 20:,} MiB')
+
+
+class _LimitedGzip(gzip.GzipFile):
+  """A gzip file that refuses reads past a limit and very large reads, because even a header can claim gigabytes."""
+
+  def read(self, size: int | None = -1) -> bytes:
+    if size is None or not 0 <= size <= _MOST_AT_ONCE:
+      raise _RefusedError(f'has a header that unpacks to more than {_MOST_AT_ONCE >> 20} MiB')
+    _check_amount(0, self.tell() + size)
+    return super().read(size)
+
+  def seek(self, at: int, whence: int = 0) -> int:
+    _check_amount(0, at)
+    return super().seek(at, whence)

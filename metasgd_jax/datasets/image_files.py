@@ -1,16 +1,20 @@
 """Finds image files and decodes them to uint8 arrays of one size.
 
-Files that cannot be decoded are skipped and reported. Only a few common formats are opened, images with too many
-pixels are refused before they are decoded, and a folder that is linked into itself is read once.
+Files that cannot be decoded are skipped and reported. Files are not trusted: only a few common formats are opened,
+images with too many pixels are refused before they are decoded, and a folder that is linked into itself is read once.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+import io
 import os
 import pathlib
 import stat
+import threading
+import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +24,8 @@ from metasgd_jax.io.files import PathLike, as_path, first_line
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 REPORTED_ONE_BY_ONE = 10
+SECONDS_OF_A_FILE = 60.0
+"""Time limit for decoding one file. A slower file is skipped, because malicious files can take hours."""
 
 Fit = Literal['crop', 'pad']
 """How an image is brought to the aspect ratio of the target size.
@@ -27,6 +33,16 @@ Fit = Literal['crop', 'pad']
 - `crop`: the image is cropped to its centre.
 - `pad`: the image is padded on two opposite sides with the median colour of its border.
 """
+
+_LARGE = 1 << 24
+_large_ones = threading.BoundedSemaphore(2)
+"""Limits how many images with more than `_LARGE` pixels are decoded at once. The largest allowed image takes 1.5 GB."""
+
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+"""Numbers of the TIFF tags for the size of a tile."""
+_SMALL_TILE = 1 << 20
+"""Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most four times the number of
+pixels of the image."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
 
@@ -171,9 +187,8 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
       return 'it is not a file'
     if status.st_size == 0:
       return 'the file is empty'
-    with Image.open(path, formats=_FORMATS) as opened:
-      if _are_too_many(opened.width * opened.height):
-        raise Image.DecompressionBombError
+    with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened, _turn(opened):
+      file.restart()  # The time limit leaves out the wait for other images.
       return _resized(_in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
@@ -183,6 +198,39 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
     return e.strerror or first_line(e)
   except Exception as e:  # Decoders raise many kinds of errors for broken files.
     return f'it is broken ({first_line(e)})'
+
+
+class _Timed(io.BufferedReader):
+  """A file that can be read only for a limited time, so that a decoder that still reads is stopped."""
+
+  def __init__(self, path: PathLike):
+    super().__init__(io.FileIO(path))
+    self.restart()
+
+  def restart(self) -> None:
+    self._until = time.monotonic() + SECONDS_OF_A_FILE
+
+  def read(self, size: int | None = -1) -> bytes:
+    if time.monotonic() > self._until:
+      raise OSError(f'it takes more than {SECONDS_OF_A_FILE:g} s to decode')
+    return super().read(size)
+
+
+def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
+  """Returns a context manager that waits until an image may be decoded. Refuses an image that is too large.
+
+  The tiles of a TIFF file are checked because a tile is always decoded as a whole. Strips need no check: Pillow and
+  libtiff decode no more rows than the image has, whatever the tag of the strips says.
+  """
+  pixels = image.width * image.height
+  if _are_too_many(pixels):
+    raise Image.DecompressionBombError
+  tags = getattr(image, 'tag_v2', {})
+  width, height = (int(np.max(tags.get(tag, 0))) for tag in (_TILE_WIDTH, _TILE_HEIGHT))  # A tag may have many values.
+  tile = width * max(height, 1)
+  if tile > max(4 * pixels, _SMALL_TILE):
+    raise OSError(f'it is stored in tiles of {tile:,} pixels, but has {pixels:,} pixels in total')
+  return _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext()
 
 
 def _are_too_many(pixels: int) -> bool:

@@ -65,8 +65,8 @@ def load(
 
   Raises:
     DatasetError: if the directory is missing or has only pickles, if a class is missing, has no image that can be read
-      or is in two folders, if a CSV file is broken, if a file is listed under two labels, or if the cache cannot
-      be written.
+      or is in two folders, if a CSV file is broken or names a file outside of the directory, if a file is listed under
+      two labels, or if the cache cannot be written.
     ValueError: if a size is not an integer of at least 1.
   """
   height, width = check_form(size, 3)
@@ -128,7 +128,13 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[tuple[pathl
       name, label = row['filename'], row['label']
       if not name or not label:
         raise DatasetError(f'line {rows.line_num} of {path} has no filename or no label; correct the line')
-      yield folder.joinpath(*re.split(r'[\\/]', name)), label
+      parts = re.split(r'[\\/]', name)
+      if '..' in parts or '' in parts or '\0' in name or ':' in parts[0]:
+        raise DatasetError(
+          f'line {rows.line_num} of {path} names {name!r:.200}, which may be outside of {folder}; '
+          'list only files in this folder'
+        )
+      yield folder.joinpath(*parts), label
   except csv.Error as e:
     raise DatasetError(f'{path} cannot be read as a CSV file ({first_line(e)})') from e
 

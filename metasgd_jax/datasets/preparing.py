@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from metasgd_jax.datasets.archives import unpack
+from metasgd_jax.datasets.archives import is_archive, unpack
 from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing, with_progress
 from metasgd_jax.io.files import PathLike, first_line, why_not_writable
 
@@ -142,6 +142,9 @@ def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathl
   if missing := [path.name for path in paths.values() if not path.is_file()]:
     raise DatasetError(f'{archives} has no {missing[0]}; put all of the archives there, under their own names')
   for url, path in paths.items():
+    if not is_archive(path):
+      kind = path.suffixes[0][1:]
+      raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
     expected = builder.url_infos[url].checksum
     if verify and (found := tfds.core.download.checksums.compute_url_info(path).checksum) != expected:
       raise DatasetError(

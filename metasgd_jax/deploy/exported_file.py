@@ -3,8 +3,8 @@
 export.py writes the file. docs/export.md has the code that reads it with jax and numpy alone.
 """
 
-import io
 import json
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from metasgd_jax.io.files import PathLike, as_path, first_line
 
 FORMAT_VERSION = 1
 PROGRAMS = ('adapt', 'predict')
+_MOST_ABOUT = 2**20  # Largest size of about.json in bytes.
 
 
 class _NewerError(ValueError):
@@ -58,7 +59,7 @@ def load_exported(path: PathLike) -> Exported:
   """Returns the content of the exported file at `path`. Its functions are compiled when they are first called.
 
   A program in such a file is code that XLA compiles and runs, so load only files from people whom you trust. The
-  format and the checksums of the members are checked here. An error inside a program may show only when the
+  format, the sizes and the checksums of the members are checked here. An error inside a program may show only when the
   program is called.
 
   Raises:
@@ -88,10 +89,15 @@ def load_exported(path: PathLike) -> Exported:
     raise ValueError(
       f'{path} is not an exported learner, or only a part of one: {first_line(e)}; export it again'
     ) from e
-  for dtype in {aval.dtype for program in programs for aval in (*program.in_avals, *program.out_avals)}:
+  for program in programs:
+    _check_bits(path, program)
+  return Exported(about, parameters, *(jax.jit(program.call) for program in programs))
+
+
+def _check_bits(path: pathlib.Path, program: jax.export.Exported) -> None:
+  for dtype in {aval.dtype for aval in (*program.in_avals, *program.out_avals)}:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
       raise ValueError(f"{path} uses {dtype}; call jax.config.update('jax_enable_x64', True), which allows 64 bits")
-  return Exported(about, parameters, *(jax.jit(program.call) for program in programs))
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
@@ -114,12 +120,27 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], li
   if not path.is_file():
     raise ValueError('there is no such file')
   with zipfile.ZipFile(path) as archive:
+    _check_sizes(archive, path.stat().st_size)
     about = _read_about(archive)
+    _check_members(archive, about)
     programs = [_read_program(archive, name, about) for name in PROGRAMS]
-    return about, _read_parameters(archive, about.get('parameters'), programs[0]), programs
+    return about, _read_parameters(archive, about['parameters'], programs[0]), programs
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+  """Raises ValueError unless the size of the file limits the size of the data that is read."""
+  infos = archive.infolist()
+  if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+    raise ValueError('its members are compressed')
+  if sum(info.file_size for info in infos) > size:  # Members overlap.
+    raise ValueError('its members are too large')
 
 
 def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
+  if 'about.json' not in archive.namelist():
+    raise ValueError('it has no about.json')
+  if archive.getinfo('about.json').file_size > _MOST_ABOUT:
+    raise ValueError('its about.json is too large')
   about = json.loads(archive.read('about.json'))
   version = about.get('format_version') if isinstance(about, dict) else None
   if not isinstance(version, int) or version < 1:
@@ -132,6 +153,15 @@ def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
   return about
 
 
+def _check_members(archive: zipfile.ZipFile, about: dict[str, Any]) -> None:
+  names = about.get('parameters')
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise ValueError('about.json does not name the parameters')
+  wanted = {'about.json', *(f'{name}.bin' for name in PROGRAMS), *map(member, names)}
+  if odd := sorted(wanted ^ set(archive.namelist())):
+    raise ValueError(f'{odd[0]} is {"missing" if odd[0] in wanted else "more than belongs there"}')
+
+
 def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) -> jax.export.Exported:
   program = jax.export.deserialize(bytearray(archive.read(f'{name}.bin')))
   if about.get(name) != described(program) or about.get('platforms') != list(program.platforms):
@@ -139,13 +169,21 @@ def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) ->
   return program
 
 
-def _read_parameters(archive: zipfile.ZipFile, names: Any, adapt: jax.export.Exported) -> dict[str, np.ndarray]:
-  """Returns the parameters, after a check that they are the arrays that the program takes."""
+def _read_parameters(archive: zipfile.ZipFile, names: list[str], adapt: jax.export.Exported) -> dict[str, np.ndarray]:
   (takes, *_), _ = jax.tree.unflatten(adapt.in_tree, adapt.in_avals)
-  if not isinstance(takes, dict) or not isinstance(names, list) or sorted(takes) != sorted(map(str, names)):
-    raise ValueError('the parameters that about.json names are not those that adapt.bin takes')
-  arrays = {name: np.load(io.BytesIO(archive.read(member(name))), allow_pickle=False) for name in names}
-  for name, array in arrays.items():
-    if (array.shape, array.dtype) != (takes[name].shape, takes[name].dtype):
-      raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {_text(takes[name])}')
-  return arrays
+  if not isinstance(takes, dict) or set(takes) != set(names):
+    raise ValueError('the parameters are not those that adapt.bin takes')
+  return {name: _read_npy(archive, name, takes[name]) for name in names}
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
+  """Returns a parameter, whose data is read only if the header describes the array that the program takes."""
+  with archive.open(member(name)) as file:
+    np.lib.format.read_magic(file)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if (shape, dtype) != (wanted.shape, wanted.dtype):
+      raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {_text(wanted)}')
+    data = bytearray(file.read())
+  if len(data) != math.prod(shape) * dtype.itemsize:
+    raise ValueError('a parameter has another size than it says')
+  return np.ndarray(shape, dtype, data, order='F' if fortran_order else 'C')

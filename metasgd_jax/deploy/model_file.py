@@ -30,6 +30,7 @@ Background = Literal['dark', 'any']
 
 _RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
 _MOST_ALPHA = 1_000_000_000  # JAX cannot represent larger integers in 32 bits.
+_MOST_LEVELS = 10  # Depth to which facts may be nested.
 _SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
@@ -90,6 +91,15 @@ class ModelConfig:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
+    if _levels(self.training) > _MOST_LEVELS:
+      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
+
+
+def _levels(facts: Any) -> int:
+  """Returns how deep dicts and lists are nested in each other."""
+  if not isinstance(facts, dict | list | tuple):
+    return 0
+  return 1 + max(map(_levels, facts.values() if isinstance(facts, dict) else facts), default=0)
 
 
 class FewShotModel(NamedTuple):

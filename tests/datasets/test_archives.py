@@ -1,10 +1,11 @@
-"""Zip and tar files that lead outside, or break."""
+"""Zip and tar files that lead outside, swell, or break."""
 
 import io
 import os
 import struct
 import tarfile
 import zipfile
+import zlib
 
 import pytest
 from fuzz.guard import refused, watched
@@ -47,6 +48,15 @@ class TestArchives:
   def test_devices_and_pipes_in_tar_files_are_refused(self, tmp_path, kind):
     assert 'do not trust it' in self.unpack(tmp_path, self.tar(('zero', dict(type=kind, devmajor=1, devminor=5))))
 
+  @pytest.mark.parametrize('compression', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+  def test_a_zip_bomb_is_refused_before_it_is_unpacked(self, tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(archives, 'MOST_BYTES', 1 << 20)
+    with zipfile.ZipFile(file := io.BytesIO(), 'w', compression) as archive:
+      for i in range(2):
+        archive.writestr(f'{i}', bytes(1 << 20))
+    assert 'unpacks to more than 1 MiB' in self.unpack(tmp_path, file.getvalue(), 'a.zip')
+    assert not (tmp_path / 'out').exists()
+
   def test_a_zip_file_that_says_too_little_of_its_bomb(self, tmp_path):
     with zipfile.ZipFile(file := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as archive:
       archive.writestr('a', bytes(1 << 26))
@@ -54,9 +64,29 @@ class TestArchives:
     assert 'is broken' in self.unpack(tmp_path, data, 'a.zip')
     assert sum(path.stat().st_size for path in (tmp_path / 'out').iterdir()) <= 100
 
+  def test_too_many_members(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, 'MOST_MEMBERS', 10)
+    assert 'has more than 10 members' in self.unpack(tmp_path, self.tar(*((f'{i}', {}) for i in range(11))))
+
+  @pytest.mark.parametrize('name', ['a', 'longname'])
+  def test_a_tar_bomb_is_refused_before_it_takes_room(self, tmp_path, name):
+    """A file of 4 GiB, or a header of 1 GiB that tarfile would read into memory."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = (4 << 30, tarfile.REGTYPE) if name == 'a' else (1 << 30, tarfile.GNUTYPE_LONGNAME)
+    squeeze = zlib.compressobj(1, wbits=31)
+    zeros = squeeze.compress(info.tobuf(tarfile.GNU_FORMAT)) + squeeze.compress(bytes(1 << 24)) + squeeze.flush()
+    assert 'unpacks to more than' in self.unpack(tmp_path, zeros)
+
+  def test_zeros_without_end_behind_a_tar_file(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, 'MOST_BYTES', 1 << 22)
+    data = zlib.decompress(self.tar(('a', dict(size=3))), 31) + bytes(1 << 24)
+    squeeze = zlib.compressobj(1, wbits=31)
+    assert 'unpacks to more than 4 MiB' in self.unpack(tmp_path, squeeze.compress(data) + squeeze.flush())
+
   def test_a_tar_file_unpacks_and_breaks_in_a_sentence(self, tmp_path):
     data = self.tar(('a/b', dict(size=3000)), ('c', dict(size=5)))
     (tmp_path / 'whole.tar.gz').write_bytes(data)
+    assert archives.is_archive(tmp_path / 'whole.tar.gz')
     archives.unpack(tmp_path / 'whole.tar.gz', tmp_path / 'whole')
     assert (tmp_path / 'whole' / 'a' / 'b').read_bytes() == bytes(3000)
     broken = bytearray(data)

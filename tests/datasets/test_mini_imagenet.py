@@ -223,6 +223,16 @@ class TestErrors:
     with pytest.raises(DatasetError, match=saying(f'{name}00000000.jpg', f'as {other}', f'as {name}', 'leave one')):
       self.load(tmp_path)
 
+  @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/secret.jpg', 'a/../../b.jpg', '..\\b.jpg', 'C:\\b.jpg'])
+  def test_a_list_may_not_lead_outside(self, tmp_path, name):
+    (tmp_path / 'data').mkdir()
+    write(tmp_path / 'secret.jpg', CLASSES[0], 0)
+    lists_beside_images(tmp_path / 'data')
+    with (tmp_path / 'data' / 'val.csv').open('a') as file:
+      file.write(f'{name},{CLASSES[64]}\n')
+    with pytest.raises(DatasetError, match=saying('line 50 of', 'val.csv', repr(name), 'outside', '/data/images')):
+      self.load(tmp_path / 'data')
+
   @pytest.mark.parametrize(
     ('content', 'parts'),
     [

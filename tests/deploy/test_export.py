@@ -1,5 +1,6 @@
 """Exported files: they run without the package, give its numbers, and are refused when they are not whole."""
 
+import copy
 import io
 import json
 import pathlib
@@ -389,21 +390,28 @@ def other_shape(parts):
   return parts | {BIAS: data.getvalue()}
 
 
+def claims_much(parts):
+  return parts | {BIAS: parts[BIAS].replace(b'(5,), }', b'(5000000000,), }')}
+
+
 @pytest.mark.parametrize(
   ('spoil', 'message'),
   [
     (lambda parts: parts | {'about.json': b'{'}, 'not an exported learner'),
     (lambda parts: parts | {'about.json': b'[]'}, 'no format_version'),
     (lambda parts: changed_about(parts, format_version=2), 'of format version 2, newer than 1'),
-    (lambda parts: changed_about(parts, parameters=[1]), 'not those that adapt.bin takes'),
+    (lambda parts: changed_about(parts, parameters=[1]), 'does not name the parameters'),
     (lambda parts: changed_about(parts, platforms=['cpu']), 'another program than adapt.bin'),
     (lambda parts: changed_about(parts, predict={}), 'another program than predict.bin'),
-    (lambda parts: {k: v for k, v in parts.items() if k != 'predict.bin'}, "no item named 'predict.bin'"),
-    (lambda parts: {k: v for k, v in parts.items() if k != 'about.json'}, "no item named 'about.json'"),
+    (lambda parts: {k: v for k, v in parts.items() if k != 'predict.bin'}, 'predict.bin is missing'),
+    (lambda parts: {k: v for k, v in parts.items() if k != 'about.json'}, 'no about.json'),
+    (lambda parts: parts | {'more': b''}, 'more is more than belongs there'),
     (lambda parts: parts | {'adapt.bin': parts['predict.bin']}, 'another program than adapt.bin'),
     (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'not an exported learner'),
+    (lambda parts: parts | {'about.json': b' ' * 2**21}, 'too large'),
     (other_shape, 'not those that adapt.bin takes'),
-    (lambda parts: parts | {BIAS: parts[BIAS][:-4]}, 'only a part of one'),
+    (claims_much, 'not those that adapt.bin takes'),
+    (lambda parts: parts | {BIAS: parts[BIAS][:-4]}, 'another size than it says'),
     (lambda parts: changed_about(parts, format_version=0), 'no format_version that is an integer of at least 1, got 0'),
   ],
 )
@@ -417,12 +425,41 @@ def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):
   assert ('export it again' in str(e.value)) != ('upgrade' in str(e.value))  # One remedy.
 
 
+def test_members_that_lie_over_each_other_are_refused(file, tmp_path):
+  """One stretch of the file under many names would be read many times: 4 MB could take gigabytes."""
+  path = tmp_path / 'over.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in members(file).items():
+      archive.writestr(name, data)
+    for name in ('a', 'b'):  # The directory at the end tells of the same place again, so that the file hardly grows.
+      twin = copy.copy(archive.getinfo('adapt.bin'))
+      twin.filename = name
+      archive.filelist.append(twin)
+  with pytest.raises(ValueError, match='its members are too large'):
+    export.load_exported(path)
+
+
+def test_data_is_not_read_before_its_header_is_found_right(file, tmp_path, monkeypatch):
+  path, read = tmp_path / 'a.zip', []
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in other_shape(members(file)).items():
+      archive.writestr(name, data)
+  whole = zipfile.ZipFile.read
+  monkeypatch.setattr(zipfile.ZipFile, 'read', lambda self, name: read.append(name) or whole(self, name))
+  with pytest.raises(ValueError, match='not those that adapt.bin takes'):
+    export.load_exported(path)
+  assert BIAS not in read
+
+
 def test_files_that_are_something_else_are_refused(file, tmp_path):
   with pytest.raises(ValueError, match='there is no such file'):
     export.load_exported(tmp_path / 'none')
   (tmp_path / 'cut').write_bytes(file.read_bytes()[:-500])
   (tmp_path / 'flipped').write_bytes(file.read_bytes().replace(b'\x93NUMPY', b'\x93NUMPX', 1))
-  for name, message in (('cut', 'not a zip'), ('flipped', 'CRC')):
+  with zipfile.ZipFile(tmp_path / 'packed', 'w', zipfile.ZIP_DEFLATED) as archive:
+    for name, data in members(file).items():
+      archive.writestr(name, data)
+  for name, message in (('cut', 'not a zip'), ('flipped', 'CRC'), ('packed', 'compressed')):
     with pytest.raises(ValueError, match=message):
       export.load_exported(tmp_path / name)
 

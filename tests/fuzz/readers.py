@@ -242,8 +242,8 @@ def _in_tar(rng: random.Random, data: bytes) -> bytes:
 
 def _unpack(name: str, folder: pathlib.Path, rng: random.Random) -> None:
   path = folder / name
-  if not path.is_file():
-    raise DatasetError(f'{path} is not a file')
+  if not path.is_file() or not archives.is_archive(path):
+    raise DatasetError(f'{path} is not a whole archive')
   archives.unpack(path, folder / 'out')
 
 

@@ -132,7 +132,9 @@ def _check_own_labels(example) -> bool:
 
 
 _NAMES = st.one_of(
-  st.text(st.sampled_from('ab01./[]\'"\\ é字_-%'), min_size=0, max_size=4), st.integers(0, 3), st.tuples(st.integers(0, 1))
+  st.text(st.sampled_from('ab01./[]\'"\\ é字_-%'), min_size=0, max_size=4),
+  st.integers(0, 3),
+  st.tuples(st.integers(0, 1)),
 )
 
 
@@ -147,7 +149,9 @@ def _trees(draw):
 
   def node(depth):
     if depth == 0 or draw(st.integers(0, 2)) == 0:
-      return np.full(draw(st.sampled_from([(), (2,), (1, 3)])), next(count), draw(st.sampled_from([np.float32, np.int32])))
+      return np.full(
+        draw(st.sampled_from([(), (2,), (1, 3)])), next(count), draw(st.sampled_from([np.float32, np.int32]))
+      )
     form = draw(st.sampled_from(['dict', 'dict', 'list', 'tuple']))
     names = _of_one_type(draw(st.lists(_NAMES, min_size=1, max_size=3, unique=True)))
     children = [node(depth - 1) for _ in names]
@@ -172,7 +176,9 @@ _SHAPES = {'w': (2, 3), 'b': (3,)}
 _RATES = st.one_of(
   st.sampled_from([0.1, 1, np.float32(0.2), np.float64(0.3), np.array(0.4), np.int32(2), jnp.float32(0.5), True]),
   st.sampled_from([None, '0.1', 1j, np.array('x'), [0.1, 0.2]]),
-  st.sampled_from([(2, 3), (3,), (1,), (2, 1), (3, 2)]).map(lambda shape: np.linspace(0.1, 0.6, np.prod(shape)).reshape(shape)),
+  st.sampled_from([(2, 3), (3,), (1,), (2, 1), (3, 2)]).map(
+    lambda shape: np.linspace(0.1, 0.6, np.prod(shape)).reshape(shape)
+  ),
 )
 
 
@@ -210,7 +216,9 @@ def _quadratic(theta, target):
 
 
 def _check_alpha(alpha) -> bool:
-  theta = {name: np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape) for name, shape in _SHAPES.items()}
+  theta = {
+    name: np.linspace(-1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape) for name, shape in _SHAPES.items()
+  }
   try:
     expected = {name: leaf - _rate_for(alpha, name) * (leaf - 2.0) for name, leaf in theta.items()}
   except ValueError:

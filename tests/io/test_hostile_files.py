@@ -9,6 +9,8 @@ import re
 import struct
 import subprocess
 import sys
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -49,6 +51,22 @@ class TestImages:
     assert says(self.read(tmp_path / 'a.png', 'pad'), 'too thin', '2x60000')
     assert image_files.read_image(tmp_path / 'a.png', 8, 3).shape == (8, 8, 3)
 
+  def test_a_tile_larger_than_its_image_is_not_decoded(self, tmp_path):
+    """Of 260 KB, which swell to 256 MiB; tiles somewhat larger than an image are as they should be."""
+    said = self.read(tiff(tmp_path / 'a.tif', tile=1 << 14))
+    assert says(said, 'tiles of 268,435,456 pixels', 'has 256')
+    assert image_files.read_image(tiff(tmp_path / 'b.tif', tile=256), 8, 3).max() == 0
+
+  def test_a_header_without_end(self, tmp_path, monkeypatch):
+    """A comment of a gigabyte, which Pillow reads byte by byte."""
+    monkeypatch.setattr(image_files, 'SECONDS_OF_A_FILE', 0.3)
+    with (tmp_path / 'a.ppm').open('wb') as file:
+      file.write(b'P6 #')
+      file.truncate(1 << 30)
+    begun = time.monotonic()
+    assert says(self.read(tmp_path / 'a.ppm'), 'more than 0.3 s', 'decode')
+    assert time.monotonic() - begun < 15
+
   @pytest.mark.parametrize('kind', ['pipe', 'device', 'loop', 'folder'])
   def test_what_is_no_file(self, tmp_path, kind):
     path = tmp_path / 'a.png'
@@ -75,6 +93,17 @@ class TestImages:
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path / 'data', check=True)
     said = refused(lambda: image_folder.load(tmp_path / 'data', size=4), tmp_path, DatasetError)
     assert says(said, 'without an image', 'can be read')  # What cannot be reached is not looked at.
+
+
+def tiff(path, tile):
+  """Writes an image of 16x16 black pixels in one tile, packed by deflate, by hand."""
+  black, packer = bytes(tile), zlib.compressobj(9)
+  data = b''.join([packer.compress(black) for _ in range(tile)]) + packer.flush()
+  begin = 10 + 12 * 10 + 4
+  tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: begin, 325: len(data)}
+  header = b'II*\0' + struct.pack('<IH', 8, len(tags))
+  path.write_bytes(header + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags.items()) + bytes(4) + data)
+  return path
 
 
 def make(path, kind):
@@ -180,6 +209,12 @@ class TestModels:
 
   def test_a_rate_beyond_all_floats(self, tmp_path):
     assert says(self.write(tmp_path, learner='maml', alpha=10**400), 'alpha', "MAML's rate")
+
+  def test_facts_in_facts_in_facts(self, tmp_path):
+    deep = {'a': 1}
+    for _ in range(400):
+      deep = {'a': deep}
+    assert says(self.write(tmp_path, training=deep), 'training', 'nested', '10 levels')
 
   def test_enormous_tensors_are_not_made_room_for(self, tmp_path):
     lie = {'dtype': 'F32', 'shape': [2**20, 2**20], 'data_offsets': [0, 2**42]}
