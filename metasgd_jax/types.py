@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
 
 import chex
 import jax
@@ -238,6 +238,12 @@ def check_count(name: str, value: int, least: int = 1) -> None:
   """Raises ValueError unless `value` is an integer of at least `least`. The message calls the value `name`."""
   if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
     raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+  """Raises ValueError unless `value` is one of `choices`, a `Literal`. The message calls the value `name`."""
+  if value not in get_args(choices):
+    raise ValueError(f'{name} must be one of {get_args(choices)}, got {value!r}')
 
 
 _Arguments = ParamSpec('_Arguments')

@@ -65,7 +65,7 @@ def test_equal_arguments_give_equal_functions_and_others_do_not(name):
 
 
 def test_defaults_and_keywords_are_the_same_arguments():
-  assert ms.meta_sgd(mlp(), MSE) == ms.meta_sgd(mlp(), loss_fn=MSE, steps=1, alpha_range=(0.005, 0.1))
+  assert ms.meta_sgd(mlp(), MSE) == ms.meta_sgd(mlp(), loss_fn=MSE, steps=1, alpha=ms.AlphaConfig(0.005, 0.1))
 
 
 TASKS = {  # A builder, and two different arguments.
