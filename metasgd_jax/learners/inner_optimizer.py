@@ -11,7 +11,7 @@ import numpy as np
 
 from metasgd_jax.inner.alpha import which_adapt
 from metasgd_jax.inner.loop import adapting_part, check_steps
-from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_path_with_optimizer, adapt_with_optimizer
+from metasgd_jax.inner.optimizer import OptimizerFn, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, Metrics, of_parameters
 from metasgd_jax.tree import named, strong
 from metasgd_jax.types import Episode, Learner, Model, PyTree, equal_by_arguments
@@ -40,7 +40,7 @@ def inner_optimizer(
   model: Model,
   loss_fn: Metric,
   *,
-  optimizer: InnerOptimizer,
+  optimizer_fn: OptimizerFn,
   hyper: PyTree | Callable[[chex.PRNGKey, PyTree], PyTree],
   steps: int = 1,
   first_order: bool = False,
@@ -55,7 +55,7 @@ def inner_optimizer(
     model: Network. If the model has `adapts`, the optimiser receives the adapting leaves of θ, and `None` in place of
       the others.
     loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
-    optimizer: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
+    optimizer_fn: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
       roots or norms of gradients, because their meta-gradient can be NaN.
     hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
       returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
@@ -75,7 +75,7 @@ def inner_optimizer(
     >>> learner = ms.learners.inner_optimizer(
     ...   ms.nn.from_linen(ms.nn.MLP()),
     ...   ms.losses.mean_squared_error,
-    ...   optimizer=lambda hyper: optax.sgd(hyper['rate'], hyper['momentum']),
+    ...   optimizer_fn=lambda hyper: optax.sgd(hyper['rate'], hyper['momentum']),
     ...   hyper={'rate': 0.01, 'momentum': 0.9},
     ...   steps=3,
     ... )
@@ -97,11 +97,11 @@ def inner_optimizer(
       if not _is_floating(leaf):
         where = f'hyper.{name}' if name else 'hyper'
         raise ValueError(
-          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer`'
+          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer_fn`'
         )
     return WithHyper(theta, strong(start))
 
-  inner: dict[str, Any] = dict(optimizer=optimizer, steps=steps, first_order=first_order, adapts=model.adapts)
+  inner: dict[str, Any] = dict(optimizer_fn=optimizer_fn, steps=steps, first_order=first_order, adapts=model.adapts)
   loop = functools.partial(adapt_with_optimizer, **inner), functools.partial(adapt_path_with_optimizer, **inner)
   return of_parameters(model, loss_fn, init, loop, inductive=inductive, metrics=metrics)
 

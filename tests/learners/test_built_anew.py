@@ -24,7 +24,7 @@ def net():
 
 
 def hyper_learner(rate):
-  return ms.learners.inner_optimizer(mlp(), MSE, optimizer=optax.sgd, hyper=rate)
+  return ms.learners.inner_optimizer(mlp(), MSE, optimizer_fn=optax.sgd, hyper=rate)
 
 
 BUILDERS = {  # A builder, and two different arguments.
