@@ -10,12 +10,21 @@ import jax.numpy as jnp
 
 from metasgd_jax.inner.adaptation import adapt
 from metasgd_jax.inner.alpha import AlphaConfig, broadcast_alpha, init_alpha
-from metasgd_jax.inner.loop import check_steps
 from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
-from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
+from metasgd_jax.rl.rollout import collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams, PyTree, TaskDistribution, check_choice
+from metasgd_jax.types import (
+  Batch,
+  Episode,
+  Learner,
+  MetaParams,
+  PyTree,
+  TaskDistribution,
+  check_choice,
+  check_count,
+  equal_by_arguments,
+)
 
 MeanOver = Literal['step', 'trajectory']
 """What a surrogate is averaged over: the valid steps of a task, as in MAML's released code, or its trajectories.
@@ -97,6 +106,7 @@ class PolicyGradient(NamedTuple):
   surrogate: Callable[[Surrogate, PyTree, Experience], chex.Array]
 
 
+@equal_by_arguments
 def policy_gradient(
   environment: Environment,
   policy: Policy,
@@ -153,8 +163,8 @@ def policy_gradient(
   learned = isinstance(alpha, AlphaConfig)
   if alpha is None or (learned and alpha.by_step):
     raise ValueError(f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; see also `rates`')
-  check_steps(steps)
-  check_num(trajectories)
+  check_count('steps', steps, 0)
+  check_count('trajectories', trajectories)
   check_choice('mean_over', mean_over, MeanOver)
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
     raise ValueError(f'rates must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
@@ -242,6 +252,7 @@ def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))
 
 
+@equal_by_arguments
 def policy_learner(inner: PolicyGradient) -> Learner:
   """Builds a `Learner` for `train` and `evaluate`, whose support is a task and whose query is a `RolloutRequest`.
 

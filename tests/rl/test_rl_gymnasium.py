@@ -280,6 +280,14 @@ def test_float64():
     assert drawn.observations.dtype == drawn.rewards.dtype == np.float64
 
 
+def test_built_anew_from_equal_arguments_it_is_equal():
+  make, sample = lambda task: Count(5), lambda key: 0
+  first, again, other = (policy_gradient_on_host(make, sample, COUNTING, horizon=h) for h in (5, 5, 6))
+  assert first == again
+  assert hash(first) == hash(again)
+  assert first != other
+
+
 def test_the_device_cannot_step_it():
   inner = policy_gradient_on_host(lambda task: Count(5), lambda key: 0, COUNTING, horizon=5)
   assert (inner.environment.observation_size, inner.environment.action_size) == (11, 2)
