@@ -1,7 +1,7 @@
 """Optax in the inner loop: Meta-SGD's update as a gradient transformation, and adaptation by any optax optimiser."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -9,16 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from metasgd_jax.inner.alpha import broadcast_alpha, check_theta, which_adapt
-from metasgd_jax.inner.loop import (
-  InnerProblem,
-  LossFn,
-  check_steps,
-  inner_problem,
-  repeat,
-  repeat_with_path,
-  with_frozen,
-)
-from metasgd_jax.types import Adapts, PyTree
+from metasgd_jax.inner.loop import LossFn, inner_problem, repeat, repeat_with_path, with_frozen
+from metasgd_jax.types import Adapts, PyTree, check_count
 
 OptimizerFn = Callable[[PyTree], optax.GradientTransformation]
 """Function from `hyper` to an optimiser, such as `lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])`."""
@@ -128,9 +120,9 @@ def adapt_with_optimizer(
     >>> print(ms.adapt_with_optimizer(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer_fn=momentum, steps=2))
     1.0
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
-  adapting, _ = repeat(inner.update, inner.carry, steps, arrays=inner.arrays)
-  return inner.problem.merge(adapting)
+  problem, carry, update = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
+  adapting, _ = repeat(update, carry, steps, arrays=(theta, hyper, batch))
+  return problem.merge(adapting)
 
 
 def adapt_path_with_optimizer(
@@ -163,22 +155,14 @@ def adapt_path_with_optimizer(
     >>> print(ms.adapt_path_with_optimizer(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer_fn=optax.sgd, steps=2))
     [0.   0.5  0.75]
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
-  path = repeat_with_path(inner.update, inner.carry, steps, arrays=inner.arrays, parameters=lambda carry: carry[0])
-  return with_frozen(inner.problem, path, steps)
+  problem, carry, update = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
+  path = repeat_with_path(update, carry, steps, arrays=(theta, hyper, batch), parameters=lambda carry: carry[0])
+  return with_frozen(problem, path, steps)
 
 
-class _Inner(NamedTuple):
-  """The updates of one task: problem, initial carry (adapting leaves, optimiser state), one update, all arrays used."""
-
-  problem: InnerProblem
-  carry: tuple[PyTree, PyTree]
-  update: Callable[[tuple[PyTree, PyTree], None], tuple[PyTree, PyTree]]
-  arrays: Any
-
-
-def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts) -> _Inner:
-  check_steps(steps)
+def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts):
+  """Returns the problem, the first carry (adapting leaves, optimiser state), and one update."""
+  check_count('steps', steps, 0)
   check_theta(theta)
   theta = jax.tree.map(jnp.asarray, theta)
   problem = inner_problem(theta, which_adapt(theta, adapts), batch, loss_fn)
@@ -193,7 +177,7 @@ def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapt
     return optax.apply_updates(adapting, updates), jax.tree.map(_of_dtype, after, state)
 
   carry = problem.adapting, transformation.init(problem.adapting)
-  return _Inner(problem, carry, update, (theta, hyper, batch))
+  return problem, carry, update
 
 
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from metasgd_jax.inner.alpha import which_adapt
-from metasgd_jax.inner.loop import adapting_part, check_steps
+from metasgd_jax.inner.alpha import dtype_of, which_adapt
+from metasgd_jax.inner.loop import adapting_part
 from metasgd_jax.inner.optimizer import OptimizerFn, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, Metrics, of_parameters
 from metasgd_jax.tree import named, strong
-from metasgd_jax.types import Episode, Learner, Model, PyTree, equal_by_arguments
+from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class WithHyper(NamedTuple):
@@ -84,9 +83,9 @@ def inner_optimizer(
     >>> print(learner.init(jax.random.key(2), episode).hyper['momentum'])
     0.9
   """
-  check_steps(steps)
+  check_count('steps', steps, 0)
   # A module of parameters is callable too, but it has numbers or arrays as leaves.
-  is_function = callable(hyper) and not any(isinstance(leaf, (*_ARRAYS, int, float)) for leaf in jax.tree.leaves(hyper))
+  is_function = callable(hyper) and all(dtype_of(leaf) is None for leaf in jax.tree.leaves(hyper))
 
   def init(key, episode: Episode) -> WithHyper:
     theta_key, hyper_key = jax.random.split(key)
@@ -94,7 +93,7 @@ def inner_optimizer(
     adapting = adapting_part(theta, which_adapt(theta, model.adapts))
     start = hyper(hyper_key, adapting) if is_function else hyper
     for name, leaf in named(start):
-      if not _is_floating(leaf):
+      if (dtype := dtype_of(leaf)) is None or not jnp.issubdtype(dtype, jnp.floating):
         where = f'hyper.{name}' if name else 'hyper'
         raise ValueError(
           f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer_fn`'
@@ -104,10 +103,3 @@ def inner_optimizer(
   inner: dict[str, Any] = dict(optimizer_fn=optimizer_fn, steps=steps, first_order=first_order, adapts=model.adapts)
   loop = functools.partial(adapt_with_optimizer, **inner), functools.partial(adapt_path_with_optimizer, **inner)
   return of_parameters(model, loss_fn, init, loop, inductive=inductive, metrics=metrics)
-
-
-_ARRAYS = jax.Array, np.ndarray, np.generic
-
-
-def _is_floating(leaf) -> bool:
-  return isinstance(leaf, float) or (isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating))
