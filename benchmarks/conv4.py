@@ -53,7 +53,7 @@ class PlainBlock(nn.Module):
 
 def learner(network, **options) -> ms.Learner:
   """Meta-SGD on a network."""
-  return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha_range=(ALPHA,) * 2, **options)
+  return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha=ms.AlphaConfig(ALPHA, ALPHA), **options)
 
 
 def task_distribution(way: int, shot: int) -> ms.TaskDistribution:

@@ -58,7 +58,7 @@ def measure(point: Point) -> tuple[float, float]:
   tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=point.way, shot=point.shot, query=5)
   model = ms.nn.from_linen(ms.nn.Conv4(point.way, filters=point.filters))
   learner = ms.meta_sgd(
-    model, ms.losses.cross_entropy, steps=point.steps, adjoint=point.adjoint, alpha_range=(0.01, 0.01)
+    model, ms.losses.cross_entropy, steps=point.steps, adjoint=point.adjoint, alpha=ms.AlphaConfig(0.01, 0.01)
   )
   episodes = ours.draw(tasks, point.tasks)
   keys = jax.random.split(jax.random.key(0), point.tasks)

@@ -37,7 +37,7 @@ def measure(steps: int, adjoint: Adjoint, query: int) -> dict[str, float]:
   images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
   tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=5, shot=1, query=query)
   model = ms.nn.from_linen(ms.nn.Conv4(5, filters=64))
-  learner = ms.meta_sgd(model, ms.losses.cross_entropy, steps=steps, adjoint=adjoint, alpha_range=(0.01, 0.01))
+  learner = ms.meta_sgd(model, ms.losses.cross_entropy, steps=steps, adjoint=adjoint, alpha=ms.AlphaConfig(0.01, 0.01))
   key = jax.random.key(0)
   episode = tasks.episode(tasks.sample(key), key)
   meta = jax.jit(learner.init)(key, episode)

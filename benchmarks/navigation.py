@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from benchmarks import timing
 from experiments.navigation import Config
 from metasgd_jax import rl
+from metasgd_jax.inner.alpha import AlphaConfig
 from metasgd_jax.io import provenance
 from metasgd_jax.outer import sharding
 from metasgd_jax.outer.placement import Placement
@@ -44,8 +45,8 @@ _SECONDS = flags.DEFINE_float('seconds', 4.0, 'About how long a turn takes.', lo
 
 def build_inner(learner: str, **environment) -> rl.PolicyGradient:
   """Returns our inner loop; its defaults are the paper's."""
-  rate = dict(alpha=RATE) if learner == 'MAML' else dict(alpha_range=(RATE, RATE))
-  return rl.policy_gradient(navigation(**environment), rl.gaussian(2, 2), **rate)
+  alpha = RATE if learner == 'MAML' else AlphaConfig(RATE, RATE)
+  return rl.policy_gradient(navigation(**environment), rl.gaussian(2, 2), alpha=alpha)
 
 
 class Ours:

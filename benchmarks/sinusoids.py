@@ -25,7 +25,7 @@ def main() -> None:
   """Checks, times and prints."""
   tasks = ms.tasks.sinusoid(shot=SHOT, query=QUERY)
   model = ms.nn.from_linen(ms.nn.MLP(stddev=0.3))
-  run = ours.Run(ms.meta_sgd(model, mean_squared_error, alpha_range=(ALPHA,) * 2), tasks, TASKS)
+  run = ours.Run(ms.meta_sgd(model, mean_squared_error, alpha=ms.AlphaConfig(ALPHA, ALPHA)), tasks, TASKS)
   episodes = ours.draw(tasks, TASKS)
   loss, grads = run.meta_gradient(episodes)
   theta = peers.in_torchs_order(run.state.meta.theta)

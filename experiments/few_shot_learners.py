@@ -1,5 +1,6 @@
 """Builds the learners of the comparison, their outer optimisers and their training tasks."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -72,11 +73,11 @@ def _adapting_learner(name: str, config: Any, test: bool, shared: dict[str, Any]
     steps = 10 if test else 5
   inner = {'steps': steps, 'adjoint': config.adjoint, **shared}
   if name in ('meta_sgd', 'layer_rates'):
-    start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
-    per = 'layer' if name == 'layer_rates' else 'entry'
-    rates = {'alpha_range': start, 'alpha_per': per, 'alpha_by_step': config.alpha_by_step}
+    alpha = ms.AlphaConfig(per='layer' if name == 'layer_rates' else 'entry', by_step=config.alpha_by_step)
+    if config.alpha is not None:
+      alpha = dataclasses.replace(alpha, low=config.alpha, high=config.alpha)
     weights = (1 / steps,) * steps if config.multi_step_loss else None
-    return ms.meta_sgd(network, cross_entropy, step_weights=weights, **rates, **inner)
+    return ms.meta_sgd(network, cross_entropy, alpha=alpha, step_weights=weights, **inner)
   if name == 'anil':  # Only the last layer adapts (Raghu et al. 2020).
     head = 'Dense_1' if config.sizes[1] else 'Dense_0'
     network = ms.adapt_only(network, lambda leaf: leaf.startswith(head))

@@ -144,7 +144,7 @@ def build(config: Config, devices: int | None = None) -> Setup:
   """
   train, tests = build_tasks(config)
   loss, others = METRICS[config.network]['loss'], {'accuracy': METRICS[config.network]['accuracy']}
-  how: dict[str, Any] = running.settings(config, 'adjoint') | {'alpha_range': (config.alpha, config.alpha)}
+  how: dict[str, Any] = running.settings(config, 'adjoint') | {'alpha': ms.AlphaConfig(config.alpha, config.alpha)}
   learner = ms.meta_sgd(build_model(config), loss, steps=config.inner_steps, metrics=others, **how)
   optimizer = trainings.optimizer_of(config, optax.adam(config.learning_rate))
   placement = ms.Placement(config.tasks_at_once or 'auto', ms.sharding.task_mesh(config.meta_batch, devices=devices))

@@ -104,8 +104,8 @@ def build_environments() -> dict[str, rl.Environment]:
 def build_inner(name: str, environment: rl.Environment, config: Config, steps: int | None = None) -> rl.PolicyGradient:
   """Returns how the learner adapts, with the paper's policy, 2-100-100-2. MAML and Meta-SGD differ only in α."""
   steps, rate = steps or config.inner_steps, MAML_RATE if config.alpha is None else config.alpha
-  how: dict[str, Any] = {'alpha': rate} if name == 'maml' else {'alpha_range': (rate, rate)}
-  how |= running.settings(config, 'trajectories estimator')
+  how: dict[str, Any] = running.settings(config, 'trajectories estimator')
+  how['alpha'] = rate if name == 'maml' else ms.AlphaConfig(rate, rate)
   how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=config.discount, decay=config.decay)
   how['rates'] = [1.0 if i < config.inner_steps else config.later_rate for i in range(steps)]
   policy = rl.gaussian(environment.observation_size, environment.action_size)

@@ -85,8 +85,8 @@ def build_learner(name: str, config: Config) -> ms.Learner:
   if name == 'maml':
     rate = 0.01 if config.alpha is None else config.alpha
     return ms.maml(model, mean_squared_error, alpha=rate, steps=config.inner_steps)
-  start = (0.005, 0.1) if config.alpha is None else (config.alpha, config.alpha)
-  return ms.meta_sgd(model, mean_squared_error, alpha_range=start, steps=config.inner_steps)
+  start = () if config.alpha is None else (config.alpha, config.alpha)
+  return ms.meta_sgd(model, mean_squared_error, alpha=ms.AlphaConfig(*start), steps=config.inner_steps)
 
 
 def plan(config: Config, devices: int = 1) -> list[tuple[trainings.Training, ms.Learner]]:

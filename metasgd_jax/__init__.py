@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from metasgd_jax import losses as losses, rl as rl, tasks as tasks
 from metasgd_jax.inner.adaptation import adapt as adapt, adapt_path as adapt_path
-from metasgd_jax.inner.alpha import init_alpha as init_alpha
+from metasgd_jax.inner.alpha import AlphaConfig as AlphaConfig, init_alpha as init_alpha
 from metasgd_jax.inner.optimizer import (
   adapt_path_with_optimizer as adapt_path_with_optimizer,
   adapt_with_optimizer as adapt_with_optimizer,

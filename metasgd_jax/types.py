@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
 
 import chex
 import jax
@@ -240,6 +240,12 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     raise ValueError(f'{name} must be an integer of at least {least}, got {value!r}')
 
 
+def check_choice(name: str, value: Any, choices: Any) -> None:
+  """Raises ValueError unless `value` is one of `choices`, a `Literal`. The message calls the value `name`."""
+  if value not in get_args(choices):
+    raise ValueError(f'{name} must be one of {get_args(choices)}, got {value!r}')
+
+
 _Arguments = ParamSpec('_Arguments')
 _Result = TypeVar('_Result')
 
@@ -253,7 +259,8 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
   built from, so that all rounds share one program. `jax.clear_caches()` frees the programs. The decorator itself keeps
   no objects.
 
-  Arguments are compared as pytrees. Numbers of two types, such as 1 and 1.0, are not equal. A function among the
+  Arguments are compared as pytrees. Numbers of two types, such as 1 and 1.0, are not equal, neither as arguments nor as
+  fields of a dataclass such as a Linen module, because programs traced with them differ in dtypes. A function among the
   arguments equals only itself, unless a decorated builder returned it. The functions of a decorated builder must be
   pure, as for `jax.jit`: if a function reads a global variable, a new value of the variable does not cause a new
   compilation. If an argument is not hashable, such as an array, or a module with a list among its fields, the result
@@ -278,16 +285,27 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     leaves, structure = jax.tree.flatten(bound.arguments)
-    key = build, structure, tuple((type(leaf), leaf) for leaf in leaves)
     try:
-      hash(key)
+      hash((structure, *leaves))
     except TypeError:
       return result
+    key = build, structure, tuple(leaves), _types(leaves)
     if callable(result):
       return _Built(result, key)
     return result._make(_Built(part, (i, key)) if callable(part) else part for i, part in enumerate(result))
 
   return built
+
+
+def _types(leaves: list) -> tuple:
+  """Returns the types of the leaves and of their fields, because Linen modules with the fields 1 and 1.0 are equal."""
+  return tuple((type(leaf), _types(_fields(leaf))) for leaf in leaves)
+
+
+def _fields(leaf: Any) -> list:
+  if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+    return []
+  return jax.tree.leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf) if field.compare])
 
 
 class _Built:

@@ -1,8 +1,7 @@
 """The inner update of Meta-SGD and MAML: θ′ = θ − α ∘ ∇L(θ), as a pure function of one task."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,7 @@ import jax.numpy as jnp
 from metasgd_jax.inner.adjoint import descend
 from metasgd_jax.inner.alpha import broadcast_alpha
 from metasgd_jax.inner.loop import (
-  InnerProblem,
   LossFn,
-  check_steps,
   gradient_step,
   inner_problem,
   is_traced,
@@ -21,7 +18,7 @@ from metasgd_jax.inner.loop import (
   with_frozen,
 )
 from metasgd_jax.inner.symmetry import has_symmetric_hessian
-from metasgd_jax.types import Adapts, PyTree
+from metasgd_jax.types import Adapts, PyTree, check_choice, check_count
 
 Adjoint = Literal['reverse', 'checkpoint', 'hvp', 'revolve']
 """How the gradient of the outer loss goes back through the inner steps. All give the same numbers, to rounding.
@@ -90,23 +87,22 @@ def adapt(
     >>> ms.adapt(theta, 0.25, jnp.zeros(2), loss_fn=loss, steps=2)
     {'w': Array([0.25, 0.5 ], dtype=float32)}
   """
-  check_adjoint(adjoint)
-  inner = _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts)
-  problem, update = inner.problem, inner.update
+  check_choice('adjoint', adjoint, Adjoint)
+  problem, grad, rates, update = _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts)
+  arrays = theta, rates, batch
   by_products = adjoint == 'revolve' or (adjoint == 'hvp' and not first_order)
-  if adjoint == 'reverse' or not (is_traced(inner.arrays) or is_traced(problem.loss(problem.adapting))):
+  if adjoint == 'reverse' or not (is_traced(arrays) or is_traced(problem.loss(problem.adapting))):
     pass  # If nothing is traced, nothing is differentiated.
   elif by_products:
     symmetric = has_symmetric_hessian(problem.loss, problem.adapting)
     if not alpha_by_step:
       sparse = adjoint == 'revolve'
-      theta = descend(inner.grad, int(steps), problem.adapting, inner.rates, symmetric=symmetric, sparse=sparse)
-      return problem.merge(theta)
-    update = functools.partial(descend, inner.grad, 1, symmetric=symmetric)
+      return problem.merge(descend(grad, int(steps), problem.adapting, rates, symmetric=symmetric, sparse=sparse))
+    update = functools.partial(descend, grad, 1, symmetric=symmetric)
   elif adjoint == 'checkpoint':
     update = jax.checkpoint(update, prevent_cse=steps == 1)
-  inputs = inner.rates if alpha_by_step else None
-  return problem.merge(repeat(update, problem.adapting, steps, inputs=inputs, arrays=inner.arrays))
+  inputs = rates if alpha_by_step else None
+  return problem.merge(repeat(update, problem.adapting, steps, inputs=inputs, arrays=arrays))
 
 
 def adapt_path(
@@ -139,30 +135,15 @@ def adapt_path(
     >>> ms.adapt_path(1.0, 0.25, 0.0, loss_fn=loss, steps=3)
     Array([1.   , 0.5  , 0.25 , 0.125], dtype=float32)
   """
-  inner = _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts)
-  inputs = inner.rates if alpha_by_step else None
-  path = repeat_with_path(inner.update, inner.problem.adapting, steps, inputs=inputs, arrays=inner.arrays)
-  return with_frozen(inner.problem, path, steps)
+  problem, _, rates, update = _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts)
+  inputs = rates if alpha_by_step else None
+  path = repeat_with_path(update, problem.adapting, steps, inputs=inputs, arrays=(theta, rates, batch))
+  return with_frozen(problem, path, steps)
 
 
-def check_adjoint(adjoint: str) -> None:
-  """Raises ValueError unless `adjoint` is an `Adjoint`."""
-  if adjoint not in get_args(Adjoint):
-    raise ValueError(f'adjoint must be one of {get_args(Adjoint)}, got {adjoint!r}')
-
-
-class _Inner(NamedTuple):
-  """The gradient steps of one task: the problem, its gradient, the rates, one update, and all arrays in use."""
-
-  problem: InnerProblem
-  grad: Callable[[PyTree], PyTree]
-  rates: PyTree
-  update: Callable[[PyTree, PyTree], PyTree]
-  arrays: Any
-
-
-def _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts) -> _Inner:
-  check_steps(steps)
+def _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts):
+  """Returns the inner problem of one task, its gradient, the rates, and one update."""
+  check_count('steps', steps, 0)
   rates = broadcast_alpha(alpha, theta, adapts=adapts, steps=steps if alpha_by_step else None)
   theta = jax.tree.map(jnp.asarray, theta)
   has_rate = jax.tree.map(lambda _, rate: rate is not None, theta, rates)
@@ -176,4 +157,4 @@ def _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adap
   def update(adapting, rates_of_step):
     return gradient_step(adapting, rates if rates_of_step is None else rates_of_step, grad(adapting))
 
-  return _Inner(problem, grad, rates, update, (theta, rates, batch))
+  return problem, grad, rates, update

@@ -1,7 +1,8 @@
 """α, the learned rates of the inner loop: how α starts, and how a prefix of θ's structure covers all of θ."""
 
+import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import chex
 import jax
@@ -9,53 +10,78 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from metasgd_jax.tree import named
-from metasgd_jax.types import Adapts, PyTree
+from metasgd_jax.types import Adapts, PyTree, check_choice
 
 Per = Literal['entry', 'leaf', 'layer', 'all']
 """The part of θ that shares one rate: an entry of an array, a leaf, a child of θ's root, or all of θ."""
 
 
-def init_alpha(
-  key: chex.PRNGKey,
-  theta: PyTree,
-  *,
-  low: float = 0.005,
-  high: float = 0.1,
-  per: Per = 'entry',
-  steps: int | None = None,
-  adapts: Adapts | None = None,
-) -> PyTree:
-  """Returns the initial α. Every entry is the same number, drawn once from U[low, high].
+@dataclasses.dataclass(frozen=True)
+class AlphaConfig:
+  """How learned rates α start, and which parts of θ and which inner steps share a rate.
 
-  The default range is the one that the paper uses for regression (Li et al. 2017, section 4.1). If `low == high`, α is
-  that constant.
+  Every entry of the initial α is the same number, drawn once from U[low, high]. If `low == high`, α starts at this
+  constant.
 
-  Args:
-    key: Random key, consumed.
-    theta: Parameters θ that the rates are for.
-    low: Lower end of the range.
+  Attributes:
+    low: Lower end of the range. The default range is the one that the paper uses for regression (Li et al. 2017,
+      section 4.1).
     high: Upper end of the range.
-    per: Part of θ that has its own rate: each 'entry' (as in the paper), each 'leaf', each 'layer', or 'all' of θ.
-    steps: Number of inner steps, if every inner step has its own rates. Each leaf of α then has shape `[steps, …]`.
-    adapts: Function from the name of a leaf of θ to whether the leaf adapts. A leaf that does not adapt has the rate
-      `None`. By default all leaves adapt.
+    per: Part of θ that has its own rate: each 'entry' of an array (as in the paper), each 'leaf', each 'layer', or
+      'all' of θ. A layer is a child of θ's root.
+    by_step: Whether each inner step has its own rates, as in MAML++ (Antoniou et al. 2019). Each leaf of α then has
+      shape `[steps, …]`.
 
   Raises:
     ValueError: if `low > high`, if a bound is not finite, or if `per` is unknown.
 
   Example:
-    >>> theta = {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}
-    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5)['b']
+    >>> ms.AlphaConfig(0.1, 0.1, per='layer')
+    AlphaConfig(low=0.1, high=0.1, per='layer', by_step=False)
+  """
+
+  low: float = 0.005
+  high: float = 0.1
+  per: Per = 'entry'
+  by_step: bool = False
+
+  def __post_init__(self):
+    if not -math.inf < self.low <= self.high < math.inf:
+      raise ValueError(f'alpha must start from a finite range low <= high, got low={self.low}, high={self.high}')
+    check_choice('per', self.per, Per)
+    for name in ('low', 'high'):
+      object.__setattr__(self, name, float(getattr(self, name)))  # A NumPy array would not be hashable.
+
+
+def init_alpha(
+  key: chex.PRNGKey,
+  theta: PyTree,
+  config: AlphaConfig = AlphaConfig(),
+  *,
+  steps: int = 1,
+  adapts: Adapts | None = None,
+) -> PyTree:
+  """Returns the initial α. Every entry is the same number, drawn once from U[low, high].
+
+  Args:
+    key: Random key, consumed.
+    theta: Parameters θ that the rates are for.
+    config: Range of the number, and what shares a rate; see `AlphaConfig`.
+    steps: Number of inner steps. It is used only if `config.by_step` is set.
+    adapts: Function from the name of a leaf of θ to whether the leaf adapts. A leaf that does not adapt has the rate
+      `None`. By default all leaves adapt.
+
+  Example:
+    >>> theta, config = {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}, ms.AlphaConfig(0.5, 0.5)
+    >>> ms.init_alpha(jax.random.key(0), theta, config)['b']
     Array([0.5, 0.5, 0.5], dtype=float32)
-    >>> ms.init_alpha(jax.random.key(0), theta, low=0.5, high=0.5, per='leaf', adapts=lambda name: name == 'w')
+    >>> config = ms.AlphaConfig(0.5, 0.5, per='leaf')
+    >>> ms.init_alpha(jax.random.key(0), theta, config, adapts=lambda name: name == 'w')
     {'b': None, 'w': Array(0.5, dtype=float32)}
   """
-  check_alpha_range(low, high)
-  if per not in get_args(Per):
-    raise ValueError(f'per must be one of {get_args(Per)}, got {per!r}')
-  value = jax.random.uniform(key, (), jnp.float32, low, high)
-  front = () if steps is None else (steps,)
-  if per == 'all':
+  value = jax.random.uniform(key, (), jnp.float32, config.low, config.high)
+  front = (steps,) if config.by_step else ()
+  if config.per == 'all':
     return jnp.full(front, value)
   adapting = which_adapt(theta, adapts)
 
@@ -63,10 +89,10 @@ def init_alpha(
     return jnp.full(front, value) if any(jax.tree.leaves(layer)) else None
 
   def for_leaf(leaf, adapts):
-    shape = front if per == 'leaf' else front + jnp.shape(leaf)
+    shape = front if config.per == 'leaf' else front + jnp.shape(leaf)
     return jnp.full(shape, value, jnp.result_type(leaf)) if adapts else None
 
-  if per == 'layer':
+  if config.per == 'layer':
     return jax.tree.map(for_layer, adapting, theta, is_leaf=lambda node: node is not adapting)
   return jax.tree.map(for_leaf, theta, adapting)
 
@@ -163,12 +189,6 @@ def _check_unused(path, rate, theta, masked) -> None:
   raise ValueError(
     f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
   )
-
-
-def check_alpha_range(low: float, high: float) -> None:
-  """Raises ValueError unless −∞ < low ≤ high < ∞."""
-  if not -math.inf < low <= high < math.inf:
-    raise ValueError(f'alpha must start from a finite range low <= high, got low={low}, high={high}')
 
 
 def check_theta(theta: PyTree) -> None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metasgd_jax.types import PyTree
 
@@ -161,9 +160,3 @@ def scalar_loss(loss_fn: LossFn, theta: PyTree, batch: Any) -> chex.Array:
       'compute the loss without integers, and take the absolute value if the loss is complex'
     )
   return loss
-
-
-def check_steps(steps: int) -> None:
-  """Raises ValueError unless steps is an integer of at least 0."""
-  if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
-    raise ValueError(f'steps must be an integer of at least 0, got {steps!r}')

@@ -1,7 +1,7 @@
 """Optax in the inner loop: Meta-SGD's update as a gradient transformation, and adaptation by any optax optimiser."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -9,18 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from metasgd_jax.inner.alpha import broadcast_alpha, check_theta, which_adapt
-from metasgd_jax.inner.loop import (
-  InnerProblem,
-  LossFn,
-  check_steps,
-  inner_problem,
-  repeat,
-  repeat_with_path,
-  with_frozen,
-)
-from metasgd_jax.types import Adapts, PyTree
+from metasgd_jax.inner.loop import LossFn, inner_problem, repeat, repeat_with_path, with_frozen
+from metasgd_jax.types import Adapts, PyTree, check_count
 
-InnerOptimizer = Callable[[PyTree], optax.GradientTransformation]
+OptimizerFn = Callable[[PyTree], optax.GradientTransformation]
 """Function from `hyper` to an optimiser, such as `lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])`."""
 
 
@@ -72,7 +64,7 @@ def adapt_with_optimizer(
   batch: Any,
   *,
   loss_fn: LossFn,
-  optimizer: InnerOptimizer,
+  optimizer_fn: OptimizerFn,
   steps: int = 1,
   first_order: bool = False,
   adapts: Adapts | None = None,
@@ -81,8 +73,8 @@ def adapt_with_optimizer(
 
   s_0 = init(θ_0);  u_t, s_{t+1} = update(∇loss_fn(θ_t, batch), s_t, θ_t);  θ_{t+1} = θ_t + u_t
 
-  With `optimizer=ms.scale_by_alpha` and hyper = α, the result is that of `adapt`. The result is differentiable in θ and
-  in hyper by reverse mode, also through the state of the optimiser. The intermediates of all steps are kept.
+  With `optimizer_fn=ms.scale_by_alpha` and hyper = α, the result is that of `adapt`. The result is differentiable in θ
+  and in hyper by reverse mode, also through the state of the optimiser. The intermediates of all steps are kept.
 
   The meta-gradient is NaN if the optimiser computes a square root or a norm of a gradient that is exactly zero, because
   the derivative of the root is not finite there. With `first_order`, only the meta-gradient of a value that is learned
@@ -103,11 +95,11 @@ def adapt_with_optimizer(
 
   Args:
     theta: Parameters, any pytree of floating-point arrays.
-    hyper: Meta-learned values of the inner optimiser, any pytree, passed to `optimizer`.
+    hyper: Meta-learned values of the inner optimiser, any pytree, passed to `optimizer_fn`.
     batch: Support of the task, passed to `loss_fn` unchanged.
     loss_fn: Support loss, `(θ, batch) → scalar`.
-    optimizer: Function `hyper → optax.GradientTransformation`. If a value needs bounds, this function must apply them,
-      for example with `jax.nn.sigmoid(hyper['b1'])`.
+    optimizer_fn: Function `hyper → optax.GradientTransformation`. If a value needs bounds, this function must apply
+      them, for example with `jax.nn.sigmoid(hyper['b1'])`.
     steps: Number of inner steps, 0 or more.
     first_order: Whether second derivatives are dropped: the inner gradient and the loss in `value` are then constants.
       Values that a transformation computes with `value_fn` are still differentiated.
@@ -118,19 +110,19 @@ def adapt_with_optimizer(
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
-    ValueError: if `optimizer` is not a function or does not return a transformation, if a leaf of θ is not
+    ValueError: if `optimizer_fn` is not a function or does not return a transformation, if a leaf of θ is not
       floating-point, if `steps` is not an integer of at least 0, or if the loss is not a floating-point scalar.
 
   Example:
     >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])
     >>> loss = lambda theta, batch: (theta - batch) ** 2
     >>> learned = {'rate': 0.25, 'momentum': 0.5}
-    >>> print(ms.adapt_with_optimizer(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer=momentum, steps=2))
+    >>> print(ms.adapt_with_optimizer(jnp.array(0.0), learned, 1.0, loss_fn=loss, optimizer_fn=momentum, steps=2))
     1.0
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)
-  adapting, _ = repeat(inner.update, inner.carry, steps, arrays=inner.arrays)
-  return inner.problem.merge(adapting)
+  problem, carry, update = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
+  adapting, _ = repeat(update, carry, steps, arrays=(theta, hyper, batch))
+  return problem.merge(adapting)
 
 
 def adapt_path_with_optimizer(
@@ -139,7 +131,7 @@ def adapt_path_with_optimizer(
   batch: Any,
   *,
   loss_fn: LossFn,
-  optimizer: InnerOptimizer,
+  optimizer_fn: OptimizerFn,
   steps: int = 1,
   first_order: bool = False,
   adapts: Adapts | None = None,
@@ -153,36 +145,28 @@ def adapt_path_with_optimizer(
     hyper: Meta-learned values of the inner optimiser.
     batch: Support of the task.
     loss_fn: Support loss, `(θ, batch) → scalar`.
-    optimizer: Function `hyper → optax.GradientTransformation`.
+    optimizer_fn: Function `hyper → optax.GradientTransformation`.
     steps: Number of inner steps, 0 or more.
     first_order: Whether second derivatives are dropped.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts.
 
   Example:
     >>> loss = lambda theta, batch: (theta - batch) ** 2
-    >>> print(ms.adapt_path_with_optimizer(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer=optax.sgd, steps=2))
+    >>> print(ms.adapt_path_with_optimizer(jnp.array(0.0), 0.25, 1.0, loss_fn=loss, optimizer_fn=optax.sgd, steps=2))
     [0.   0.5  0.75]
   """
-  inner = _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts)
-  path = repeat_with_path(inner.update, inner.carry, steps, arrays=inner.arrays, parameters=lambda carry: carry[0])
-  return with_frozen(inner.problem, path, steps)
+  problem, carry, update = _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts)
+  path = repeat_with_path(update, carry, steps, arrays=(theta, hyper, batch), parameters=lambda carry: carry[0])
+  return with_frozen(problem, path, steps)
 
 
-class _Inner(NamedTuple):
-  """The updates of one task: problem, initial carry (adapting leaves, optimiser state), one update, all arrays used."""
-
-  problem: InnerProblem
-  carry: tuple[PyTree, PyTree]
-  update: Callable[[tuple[PyTree, PyTree], None], tuple[PyTree, PyTree]]
-  arrays: Any
-
-
-def _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts) -> _Inner:
-  check_steps(steps)
+def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts):
+  """Returns the problem, the first carry (adapting leaves, optimiser state), and one update."""
+  check_count('steps', steps, 0)
   check_theta(theta)
   theta = jax.tree.map(jnp.asarray, theta)
   problem = inner_problem(theta, which_adapt(theta, adapts), batch, loss_fn)
-  transformation = _transformation(optimizer, hyper)
+  transformation = _transformation(optimizer_fn, hyper)
 
   def update(carry, _):
     adapting, state = carry
@@ -193,7 +177,7 @@ def _inner(theta, hyper, batch, loss_fn, optimizer, steps, first_order, adapts) 
     return optax.apply_updates(adapting, updates), jax.tree.map(_of_dtype, after, state)
 
   carry = problem.adapting, transformation.init(problem.adapting)
-  return _Inner(problem, carry, update, (theta, hyper, batch))
+  return problem, carry, update
 
 
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
@@ -205,16 +189,16 @@ def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
   return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 
 
-def _transformation(optimizer, hyper) -> optax.GradientTransformationExtraArgs:
-  if not callable(optimizer):
+def _transformation(optimizer_fn, hyper) -> optax.GradientTransformationExtraArgs:
+  if not callable(optimizer_fn):
     raise ValueError(
-      f'optimizer must be a function, hyper → optax.GradientTransformation, got {type(optimizer).__name__}; '
+      f'optimizer_fn must be a function, hyper → optax.GradientTransformation, got {type(optimizer_fn).__name__}; '
       'if no value of the optimizer is learned, write lambda hyper: …'
     )
-  transformation = optimizer(hyper)
+  transformation = optimizer_fn(hyper)
   if not isinstance(transformation, optax.GradientTransformation):
     raise ValueError(
-      f'optimizer must return an optax.GradientTransformation, got {type(transformation).__name__}; '
+      f'optimizer_fn must return an optax.GradientTransformation, got {type(transformation).__name__}; '
       'give a function of hyper, such as lambda rate: optax.adam(rate, eps_root=1e-8)'
     )
   return optax.with_extra_args_support(transformation)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.tree import named
-from metasgd_jax.types import Adapts, Model, check_count
+from metasgd_jax.types import Adapts, Model, check_count, equal_by_arguments
 
 
+@equal_by_arguments
 def adapt_only(model: Model, adapts: Adapts) -> Model:
   """Returns the model with an inner loop that adapts only the leaves of θ that `adapts` selects.
 
@@ -43,6 +44,7 @@ def adapt_only(model: Model, adapts: Adapts) -> Model:
   return model._replace(init=init, adapts=both)
 
 
+@equal_by_arguments
 def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   """Returns the model with an inner loop that adapts low-rank changes of the matrices that `where` selects.
 
@@ -79,16 +81,16 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     base_key, factors_key = jax.random.split(key)
     base = model.init(base_key, x)
     matrices = {name: leaf for name, leaf in named(base) if jnp.ndim(leaf) >= 2}
-    chosen = [name for name in matrices if where(name)]
+    chosen = {name: w for name, w in matrices.items() if where(name)}
     _check_some(chosen, matrices, 'where')
     factors = {}
-    for name, factor_key in zip(chosen, jax.random.split(factors_key, len(chosen)), strict=True):
-      (n, m), dtype = _matrix(matrices[name].shape), matrices[name].dtype
+    for (name, w), factor_key in zip(chosen.items(), jax.random.split(factors_key, len(chosen)), strict=True):
+      n, m = math.prod(w.shape[:-1]), w.shape[-1]
       if rank > min(n, m):
         raise ValueError(f'rank must be at most {min(n, m)} for {name}, a {n}x{m} matrix, got {rank}; lower it')
       factors[name] = {
-        'a': jax.random.normal(factor_key, (n, rank), dtype) / math.sqrt(n),
-        'b': jnp.zeros((rank, m), dtype),
+        'a': jax.random.normal(factor_key, (n, rank), w.dtype) / math.sqrt(n),
+        'b': jnp.zeros((rank, m), w.dtype),
       }
     return {'base': base, 'factors': factors}
 
@@ -111,11 +113,6 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   of_model = model.statistics
   statistics = None if of_model is None else lambda theta, x: of_model(merged(theta), x)
   return Model(init, apply, statistics, adapts)
-
-
-def _matrix(shape):
-  """Returns the numbers of rows and columns of a kernel that is treated as a matrix."""
-  return math.prod(shape[:-1]), shape[-1]
 
 
 def _check_some(chosen, tree, argument):

@@ -25,6 +25,9 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
   second order, at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. A rule that cannot be compared
   counts as unknown, and the result is False.
 
+  The comparison is compiled again at each call outside of jit. The result is not cached by `loss`, because a function
+  may read values that have changed, and a wrong True would give wrong gradients.
+
   Args:
     loss: Function `θ → scalar`.
     theta: Parameters, arrays or tracers. Only their shapes and dtypes are used.

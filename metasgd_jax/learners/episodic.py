@@ -8,10 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path, check_adjoint
-from metasgd_jax.inner.loop import check_steps
+from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path
 from metasgd_jax.losses import are_classes
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice, check_count
 
 Metric = Callable[[Any, Any], chex.Array]
 """A loss or a metric, `(outputs, targets) → scalar`."""
@@ -106,8 +105,8 @@ def of_parameters(
 
 def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
   """Returns `adapt` and `adapt_path` for a model and options. Raises ValueError if `steps` or `adjoint` is wrong."""
-  check_steps(steps)
-  check_adjoint(adjoint)
+  check_count('steps', steps, 0)
+  check_choice('adjoint', adjoint, Adjoint)
   options |= dict(steps=steps, adapts=model.adapts)
   return functools.partial(adapt, adjoint=adjoint, **options), functools.partial(adapt_path, **options)
 

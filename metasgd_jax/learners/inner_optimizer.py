@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from metasgd_jax.inner.alpha import which_adapt
-from metasgd_jax.inner.loop import adapting_part, check_steps
-from metasgd_jax.inner.optimizer import InnerOptimizer, adapt_path_with_optimizer, adapt_with_optimizer
+from metasgd_jax.inner.alpha import dtype_of, which_adapt
+from metasgd_jax.inner.loop import adapting_part
+from metasgd_jax.inner.optimizer import OptimizerFn, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, Metrics, of_parameters
 from metasgd_jax.tree import named, strong
-from metasgd_jax.types import Episode, Learner, Model, PyTree, equal_by_arguments
+from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class WithHyper(NamedTuple):
@@ -40,7 +39,7 @@ def inner_optimizer(
   model: Model,
   loss_fn: Metric,
   *,
-  optimizer: InnerOptimizer,
+  optimizer_fn: OptimizerFn,
   hyper: PyTree | Callable[[chex.PRNGKey, PyTree], PyTree],
   steps: int = 1,
   first_order: bool = False,
@@ -55,7 +54,7 @@ def inner_optimizer(
     model: Network. If the model has `adapts`, the optimiser receives the adapting leaves of θ, and `None` in place of
       the others.
     loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
-    optimizer: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
+    optimizer_fn: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
       roots or norms of gradients, because their meta-gradient can be NaN.
     hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
       returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
@@ -75,7 +74,7 @@ def inner_optimizer(
     >>> learner = ms.learners.inner_optimizer(
     ...   ms.nn.from_linen(ms.nn.MLP()),
     ...   ms.losses.mean_squared_error,
-    ...   optimizer=lambda hyper: optax.sgd(hyper['rate'], hyper['momentum']),
+    ...   optimizer_fn=lambda hyper: optax.sgd(hyper['rate'], hyper['momentum']),
     ...   hyper={'rate': 0.01, 'momentum': 0.9},
     ...   steps=3,
     ... )
@@ -84,9 +83,9 @@ def inner_optimizer(
     >>> print(learner.init(jax.random.key(2), episode).hyper['momentum'])
     0.9
   """
-  check_steps(steps)
+  check_count('steps', steps, 0)
   # A module of parameters is callable too, but it has numbers or arrays as leaves.
-  is_function = callable(hyper) and not any(isinstance(leaf, (*_ARRAYS, int, float)) for leaf in jax.tree.leaves(hyper))
+  is_function = callable(hyper) and all(dtype_of(leaf) is None for leaf in jax.tree.leaves(hyper))
 
   def init(key, episode: Episode) -> WithHyper:
     theta_key, hyper_key = jax.random.split(key)
@@ -94,20 +93,13 @@ def inner_optimizer(
     adapting = adapting_part(theta, which_adapt(theta, model.adapts))
     start = hyper(hyper_key, adapting) if is_function else hyper
     for name, leaf in named(start):
-      if not _is_floating(leaf):
+      if (dtype := dtype_of(leaf)) is None or not jnp.issubdtype(dtype, jnp.floating):
         where = f'hyper.{name}' if name else 'hyper'
         raise ValueError(
-          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer`'
+          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer_fn`'
         )
     return WithHyper(theta, strong(start))
 
-  inner: dict[str, Any] = dict(optimizer=optimizer, steps=steps, first_order=first_order, adapts=model.adapts)
+  inner: dict[str, Any] = dict(optimizer_fn=optimizer_fn, steps=steps, first_order=first_order, adapts=model.adapts)
   loop = functools.partial(adapt_with_optimizer, **inner), functools.partial(adapt_path_with_optimizer, **inner)
   return of_parameters(model, loss_fn, init, loop, inductive=inductive, metrics=metrics)
-
-
-_ARRAYS = jax.Array, np.ndarray, np.generic
-
-
-def _is_floating(leaf) -> bool:
-  return isinstance(leaf, float) or (isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating))

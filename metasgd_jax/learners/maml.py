@@ -46,7 +46,7 @@ def maml(
     >>> tasks = ms.tasks.sinusoid(shot=5)
     >>> learner = ms.maml(ms.nn.from_linen(ms.nn.MLP()), ms.losses.mean_squared_error, alpha=0.01)
     >>> episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
-    >>> learner.init(jax.random.key(2), episode).alpha is None  # It is held, so is no part of meta.
+    >>> learner.init(jax.random.key(2), episode).alpha is None  # A fixed rate is not a part of meta.
     True
   """
   if alpha is None:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from metasgd_jax.inner.loop import LossFn, check_steps
+from metasgd_jax.inner.loop import LossFn
 from metasgd_jax.learners.episodic import Metric, Metrics, check_all_adapt, of_parameters
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, equal_by_arguments
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
 class MetaLstmParams(NamedTuple):
@@ -101,7 +101,7 @@ def meta_lstm(
     >>> jax.jit(learner.predict)(adapted, jnp.zeros((4, 1))).shape
     (4, 3)
   """
-  check_steps(steps)
+  check_count('steps', steps, 0)
   check_all_adapt(model)
   gates = Gates(units)
 

@@ -1,14 +1,13 @@
 """Meta-SGD (Li et al. 2017), which learns both the initialisation θ and the rates α."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.inner.adaptation import Adjoint
-from metasgd_jax.inner.alpha import Per, check_alpha_range, init_alpha
+from metasgd_jax.inner.alpha import AlphaConfig, init_alpha
 from metasgd_jax.learners.episodic import Metric, Metrics, inner_loop, measure, of_parameters
 from metasgd_jax.types import Episode, Learner, MetaParams, Model, equal_by_arguments
 
@@ -22,9 +21,7 @@ def meta_sgd(
   first_order: bool = False,
   adjoint: Adjoint = 'reverse',
   inductive: bool = False,
-  alpha_range: tuple[float, float] = (0.005, 0.1),
-  alpha_per: Per = 'entry',
-  alpha_by_step: bool = False,
+  alpha: AlphaConfig = AlphaConfig(),
   step_weights: Sequence[float] | None = None,
   metrics: Metrics = None,
 ) -> Learner:
@@ -34,7 +31,7 @@ def meta_sgd(
   `MetaParams(theta, alpha)`.
 
   The values of α are not bounded. With several steps and a large α, training can diverge. The usual remedies are
-  `optax.clip_by_global_norm` before the outer optimiser, or a smaller `alpha_range`.
+  `optax.clip_by_global_norm` before the outer optimiser, or smaller initial rates.
 
   Args:
     model: Network. If the model has `adapts`, α has rates only for the leaves of θ that adapt.
@@ -46,20 +43,16 @@ def meta_sgd(
     inductive: Whether each query item is normalised by the batch-norm statistics of the support (inductive), so that no
       output depends on the other query items. By default the query items are normalised together (transductive), as
       in the paper. See `nn.BatchNorm`.
-    alpha_range: Range `(low, high)` of the initial rates. Every rate starts at the same number, drawn once from
-      U[low, high]. The default is the paper's range for regression.
-    alpha_per: Part of θ that has its own rate: each 'entry' of an array (the paper's choice), each 'leaf', each
-      'layer', or 'all' of θ together.
-    alpha_by_step: Whether each inner step has its own rates (MAML++, Antoniou et al. 2019).
+    alpha: Range of the initial rates, and what shares a rate; see `AlphaConfig`. The defaults are the paper's.
     step_weights: Weights w_1, …, w_k of the inner steps. If they are given, the loss is Σ_t w_t L_query(θ_t) instead of
       L_query(θ_k). This is the multi-step loss of MAML++ without the annealing of its weights. The intermediates of
       all steps are then kept, as with adjoint='reverse'.
     metrics: Metrics `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: if `alpha_range` is empty or not finite, if `alpha_per` is unknown, if `steps` is not a count, if
-      `adjoint` is unknown, if `step_weights` is not one finite number per step, if a metric is named 'loss', or if
-      `inductive` is set and the model has no statistics.
+    ValueError: if `alpha` is not an `AlphaConfig`, if `steps` is not a count, if `adjoint` is unknown, if
+      `step_weights` is not one finite number per step, if a metric is named 'loss', or if `inductive` is set and the
+      model has no statistics.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -72,17 +65,14 @@ def meta_sgd(
     >>> learner.predict(theta, episode.query.x).shape
     (10, 1)
   """
-  low, high = alpha_range
-  check_alpha_range(low, high)
-  if alpha_per not in get_args(Per):
-    raise ValueError(f'alpha_per must be one of {get_args(Per)}, got {alpha_per!r}')
-  start: dict[str, Any] = dict(low=low, high=high, per=alpha_per, steps=steps if alpha_by_step else None)
-  inner = inner_loop(model, steps, adjoint, first_order=first_order, alpha_by_step=alpha_by_step)
+  if not isinstance(alpha, AlphaConfig):
+    raise ValueError(f'alpha must be an AlphaConfig, as it is learned, got {alpha!r:.80}; use maml for fixed rates')
+  inner = inner_loop(model, steps, adjoint, first_order=first_order, alpha_by_step=alpha.by_step)
 
   def init(key, episode: Episode) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
     theta = model.init(theta_key, episode.support.x)
-    return MetaParams(theta, init_alpha(alpha_key, theta, adapts=model.adapts, **start))
+    return MetaParams(theta, init_alpha(alpha_key, theta, alpha, steps=steps, adapts=model.adapts))
 
   learner = of_parameters(model, loss_fn, init, inner, inductive=inductive, metrics=metrics)
   return learner if step_weights is None else _multi_step(learner, loss_fn, steps, step_weights, metrics)

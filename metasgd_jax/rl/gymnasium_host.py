@@ -15,10 +15,8 @@ import numpy as np
 
 from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
 from metasgd_jax.rl.learner import Experience, PolicyGradient, explorer, policy_gradient
-from metasgd_jax.rl.navigation import check_horizon
-from metasgd_jax.rl.rollout import check_num
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
-from metasgd_jax.types import PyTree
+from metasgd_jax.types import PyTree, check_count, equal_by_arguments
 
 if TYPE_CHECKING:
   import gymnasium
@@ -84,8 +82,8 @@ def collect_on_host(
     ((2, 5, 3), (2, 5, 1))
   """
   _gymnasium()  # Raises ImportError before anything else is done.
-  check_num(num)
-  check_horizon(horizon)
+  check_count('num, of trajectories,', num)
+  check_count('horizon', horizon)
   theta, task = jax.lax.stop_gradient((theta, task))
   task = jax.device_get(task)
   reset_keys, action_keys = _keys(key, num, horizon)
@@ -127,6 +125,7 @@ def collect_on_host(
   )
 
 
+@equal_by_arguments
 def policy_gradient_on_host(
   make: Make,
   sample: Callable[[chex.PRNGKey], PyTree],
@@ -172,7 +171,7 @@ def policy_gradient_on_host(
     ((2, 5), True)
   """
   gymnasium = _gymnasium()
-  check_horizon(horizon)
+  check_count('horizon', horizon)
   example = make(jax.device_get(sample(jax.random.key(0))))
   try:
     _check_actions(example.action_space, act)

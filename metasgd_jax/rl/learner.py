@@ -2,20 +2,29 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from metasgd_jax.inner.adaptation import adapt
-from metasgd_jax.inner.alpha import Per, broadcast_alpha, check_alpha_range, init_alpha
-from metasgd_jax.inner.loop import check_steps
+from metasgd_jax.inner.alpha import AlphaConfig, broadcast_alpha, init_alpha
 from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
-from metasgd_jax.rl.rollout import check_num, collect, undiscounted_return
+from metasgd_jax.rl.rollout import collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams, PyTree, TaskDistribution
+from metasgd_jax.types import (
+  Batch,
+  Episode,
+  Learner,
+  MetaParams,
+  PyTree,
+  TaskDistribution,
+  check_choice,
+  check_count,
+  equal_by_arguments,
+)
 
 MeanOver = Literal['step', 'trajectory']
 """What a surrogate is averaged over: the valid steps of a task, as in MAML's released code, or its trajectories.
@@ -97,13 +106,12 @@ class PolicyGradient(NamedTuple):
   surrogate: Callable[[Surrogate, PyTree, Experience], chex.Array]
 
 
+@equal_by_arguments
 def policy_gradient(
   environment: Environment,
   policy: Policy,
   *,
-  alpha: PyTree = None,
-  alpha_range: tuple[float, float] = (0.005, 0.1),
-  alpha_per: Per = 'entry',
+  alpha: AlphaConfig | PyTree = AlphaConfig(),
   trajectories: int = 20,
   steps: int = 1,
   rates: Sequence[float] | None = None,
@@ -125,11 +133,9 @@ def policy_gradient(
   Args:
     environment: Environment that gives the tasks.
     policy: Policy that adapts.
-    alpha: Fixed rate, in a form that `adapt` accepts. A fixed rate is not part of meta, and the learner is MAML. MAML's
-      released script uses 0.5 for 2D navigation with actions in [−1, 1]. By default α is learned, and the learner is
-      Meta-SGD.
-    alpha_range: Range of a learned α at the start. The initial α is one number that is drawn from U[low, high].
-    alpha_per: Part of θ that shares one learned rate; see `meta_sgd`.
+    alpha: An `AlphaConfig`, which says how a learned α starts, and the learner is Meta-SGD. Anything else is a fixed
+      rate, in a form that `adapt` accepts. A fixed rate is not part of meta, and the learner is MAML. MAML's released
+      script uses 0.5 for 2D navigation with actions in [−1, 1].
     trajectories: Number of trajectories B of each inner step, and of the evaluation after the last inner step. The
       paper uses 20.
     steps: Number of inner steps k. The paper uses 1.
@@ -141,10 +147,10 @@ def policy_gradient(
     mean_over: What a surrogate is averaged over; see `MeanOver`.
 
   Raises:
-    ValueError: if the sizes of the policy are not those of the environment, if `alpha_range` is empty, if `alpha_per`,
-      `estimator` or `mean_over` is unknown, if `rates` is not a sequence of `steps` finite numbers, if `steps` is not
-      an integer of at least 0, or if `trajectories` is not an integer of at least 1. The function `init` of the result
-      raises ValueError if `alpha` does not fit θ, and the message names the leaf.
+    ValueError: if the sizes of the policy are not those of the environment, if `alpha` is `None` or has rates
+      by step, if `estimator` or `mean_over` is unknown, if `rates` is not a sequence of `steps` finite numbers, if
+      `steps` is not an integer of at least 0, or if `trajectories` is not an integer of at least 1. The function
+      `init` of the result raises ValueError if `alpha` does not fit θ, and the message names the leaf.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -154,13 +160,12 @@ def policy_gradient(
     >>> jax.tree.structure(after) == jax.tree.structure(meta.alpha)
     True
   """
-  low, high = alpha_range
-  check_alpha_range(low, high)
-  check_steps(steps)
-  check_num(trajectories)
-  for name, value, known in (('alpha_per', alpha_per, Per), ('mean_over', mean_over, MeanOver)):
-    if value not in get_args(known):
-      raise ValueError(f'{name} must be one of {get_args(known)}, got {value!r}')
+  learned = isinstance(alpha, AlphaConfig)
+  if alpha is None or (learned and alpha.by_step):
+    raise ValueError(f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; see also `rates`')
+  check_count('steps', steps, 0)
+  check_count('trajectories', trajectories)
+  check_choice('mean_over', mean_over, MeanOver)
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
     raise ValueError(f'rates must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
   inner_surrogate = surrogate_of(estimator)
@@ -169,10 +174,10 @@ def policy_gradient(
   def init(key) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
     theta = policy.init(theta_key)
-    if alpha is not None:
-      broadcast_alpha(alpha, theta)
-      return MetaParams(theta, None)
-    return MetaParams(theta, init_alpha(alpha_key, theta, low=low, high=high, per=alpha_per, adapts=policy.adapts))
+    if learned:
+      return MetaParams(theta, init_alpha(alpha_key, theta, alpha, adapts=policy.adapts))
+    broadcast_alpha(alpha, theta)
+    return MetaParams(theta, None)
 
   def experience(theta, task, key) -> Experience:
     drawn = collect(environment, policy, theta, task, key, num=trajectories)
@@ -189,7 +194,7 @@ def policy_gradient(
     return -surrogate(inner_surrogate, act_again(policy, theta, experience), experience)
 
   def step(meta: MetaParams, theta, experience: Experience, i: int):
-    rate = meta.alpha if alpha is None else alpha
+    rate = meta.alpha if learned else alpha
     if rates is not None:
       rate = jax.tree.map(lambda a: rates[i] * a, rate)
     return adapt(theta, rate, experience, loss_fn=loss_fn, first_order=first_order, adapts=policy.adapts)
@@ -247,6 +252,7 @@ def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))
 
 
+@equal_by_arguments
 def policy_learner(inner: PolicyGradient) -> Learner:
   """Builds a `Learner` for `train` and `evaluate`, whose support is a task and whose query is a `RolloutRequest`.
 

@@ -100,11 +100,12 @@ def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
   # divergences by this number, so that the mean over devices is the mean over the valid steps of all devices. All
   # later reductions include the counts. The reductions are thus chained by a data dependency, because concurrent
   # collectives can deadlock on CPU devices.
-  over_devices = functools.partial(mean_over, axis=axis) if axis else _itself
-  counts = over_devices([jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])])
+  counts = [jnp.sum(valid, dtype=acted.rewards.dtype) for valid in (acted.valid, acted.valid[part])]
+  if axis:
+    counts = mean_over(counts, axis)
 
   def mean(tree):
-    return over_devices((tree, counts))[0]
+    return mean_over((tree, counts), axis)[0] if axis else tree
 
   distributions = functools.partial(_distributions, inner, tasks_at_once)
   fisher = None
@@ -125,10 +126,6 @@ def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
   before = experiences[0].trajectories if experiences else acted
   returns = {'return_before': mean_return(before), 'return_after': mean_return(acted)}
   return meta, {**returns, **update._asdict()}
-
-
-def _itself(tree):
-  return tree
 
 
 def _adapted_distributions(inner, meta, collected):

@@ -1,14 +1,14 @@
 """2D navigation: a point moves in the plane to a goal that it cannot observe."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from metasgd_jax.rl.types import Environment
-from metasgd_jax.types import check_count
+from metasgd_jax.types import check_choice, check_count, equal_by_arguments
 
 Start = Literal['fixed', 'varying']
 """Where the trajectories of a task begin: at (0, 0), or at a point that varies by task. The goal varies in any case."""
@@ -34,6 +34,7 @@ class Navigation(NamedTuple):
   goal: chex.Array
 
 
+@equal_by_arguments
 def navigation(
   start: Start = 'fixed', *, horizon: int = 100, max_step: float = 0.1, tolerance: float = 0.01
 ) -> Environment:
@@ -64,9 +65,8 @@ def navigation(
     >>> print(state, bool(reward < 0))
     [0.1 0. ] True
   """
-  if start not in get_args(Start):
-    raise ValueError(f'start must be one of {get_args(Start)}, got {start!r}')
-  check_horizon(horizon)
+  check_choice('start', start, Start)
+  check_count('horizon', horizon)
   for name, value in (('max_step', max_step), ('tolerance', tolerance)):
     if not 0 < value < math.inf:
       raise ValueError(f'{name} must be above 0 and finite, got {value}')
@@ -90,8 +90,3 @@ def navigation(
     return position, -jnp.sqrt(jnp.sum(gap * gap)), jnp.all(jnp.abs(gap) < tolerance)
 
   return Environment(sample, reset, observe, step, 2, 2, int(horizon))
-
-
-def check_horizon(horizon: int) -> None:
-  """Raises ValueError unless `horizon` is an integer of at least 1."""
-  check_count('horizon', horizon)

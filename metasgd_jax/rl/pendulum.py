@@ -8,8 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.rl.navigation import check_horizon
 from metasgd_jax.rl.types import Environment
+from metasgd_jax.types import check_count, equal_by_arguments
 
 Range = tuple[float, float]
 
@@ -83,6 +83,7 @@ class Swing(NamedTuple):
   velocity: chex.Array
 
 
+@equal_by_arguments
 def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environment:
   """Builds the pendulum environment. Its equations are those of Gymnasium's Pendulum-v1.
 
@@ -104,7 +105,7 @@ def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environm
     >>> environment.observation_size, environment.action_size
     (3, 1)
   """
-  check_horizon(horizon)
+  check_count('horizon', horizon)
 
   def sample(key) -> Pendulum:
     low, high = (jnp.asarray([r[i] for r in dataclasses.astuple(config)]) for i in (0, 1))

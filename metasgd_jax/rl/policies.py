@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.rl.types import Policy
-from metasgd_jax.types import PyTree, check_count
+from metasgd_jax.types import PyTree, check_count, equal_by_arguments
 
 
 class Gaussian(NamedTuple):
@@ -28,6 +28,7 @@ class Gaussian(NamedTuple):
   log_std: chex.Array
 
 
+@equal_by_arguments
 def gaussian(
   observation_size: int,
   action_size: int,
@@ -61,12 +62,10 @@ def gaussian(
     (2,)
   """
   sizes = [observation_size, *hidden, action_size]
-  for name, value in [
-    ('observation_size', observation_size),
-    ('action_size', action_size),
-    *(('hidden', h) for h in hidden),
-  ]:
-    check_count(name, value)
+  check_count('observation_size', observation_size)
+  check_count('action_size', action_size)
+  for units in hidden:
+    check_count('hidden', units)
   if not 0 < min_std <= std < math.inf:
     raise ValueError(f'std must be finite and at least min_std, and min_std above 0, got std={std}, min_std={min_std}')
   layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]

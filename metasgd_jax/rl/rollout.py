@@ -73,13 +73,8 @@ def collect(
     >>> ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3).actions.shape
     (3, 20, 2)
   """
-  check_num(num)
-  return jax.vmap(functools.partial(rollout, environment, policy, theta, task))(jax.random.split(key, num))
-
-
-def check_num(num: int) -> None:
-  """Raises ValueError unless `num`, the number of trajectories, is an integer of at least 1."""
   check_count('num, of trajectories,', num)
+  return jax.vmap(functools.partial(rollout, environment, policy, theta, task))(jax.random.split(key, num))
 
 
 def undiscounted_return(trajectories: Trajectories) -> chex.Array:

@@ -6,10 +6,12 @@ is to be maximised.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import chex
 import jax.numpy as jnp
+
+from metasgd_jax.types import check_choice
 
 Estimator = Literal['dice', 'lvc', 'score']
 """Name of the surrogate that the inner step differentiates.
@@ -101,8 +103,7 @@ def surrogate_of(estimator: Estimator) -> Surrogate:
   Raises:
     ValueError: if `estimator` is unknown.
   """
-  if estimator not in get_args(Estimator):
-    raise ValueError(f'estimator must be one of {get_args(Estimator)}, got {estimator!r}')
+  check_choice('estimator', estimator, Estimator)
   return {'dice': dice, 'lvc': likelihood_ratio, 'score': score}[estimator]
 
 

@@ -45,7 +45,7 @@ def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class _TrpoIteration:
-  """`trpo_meta_step` as a `MetaIteration`."""
+  """`trpo_meta_step` as a `MetaIteration`. The fields are the options of `trpo_meta_step`."""
 
   inner: PolicyGradient
   meta_batch: int
@@ -60,15 +60,7 @@ class _TrpoIteration:
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
     del tasks  # The environment samples them.
     key = jax.random.fold_in(state.key, state.step)
-    meta, info = trpo_meta_step(
-      state.meta,
-      key,
-      inner=self.inner,
-      meta_batch=self.meta_batch,
-      curvature_tasks=self.curvature_tasks,
-      trpo=self.trpo,
-      placement=self.placement,
-    )
+    meta, info = trpo_meta_step(state.meta, key, **vars(self))
     info['taken'] = info.pop('step')
     # A gradient that is not finite leaves meta unchanged, so the loss reports it.
     loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)

@@ -136,7 +136,7 @@ LEARNERS = {
   'siamese': lambda model: ms.learners.siamese(model, way=5),
   'mann': lambda model: ms.learners.mann(way=5, size=None),
   'inner_optimizer': lambda model: ms.learners.inner_optimizer(
-    model, ms.losses.cross_entropy, optimizer=lambda h: optax.sgd(h['rate'], h['momentum']), steps=2,
+    model, ms.losses.cross_entropy, optimizer_fn=lambda h: optax.sgd(h['rate'], h['momentum']), steps=2,
     hyper={'rate': 0.1, 'momentum': 0.5},
   ),
 }  # fmt: skip

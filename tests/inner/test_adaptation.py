@@ -238,12 +238,25 @@ class TestInitAlpha:
     assert 0.095 < entries.max() <= 0.1
 
   def test_a_constant(self, problem):
-    alpha = ms.init_alpha(jax.random.key(0), problem[0], low=0.25, high=0.25)
+    alpha = ms.init_alpha(jax.random.key(0), problem[0], ms.AlphaConfig(0.25, 0.25))
     assert {float(v) for a in jax.tree.leaves(alpha) for v in np.ravel(a)} == {0.25}
 
-  def test_an_empty_range(self, problem):
-    with pytest.raises(ValueError, match=saying('low <= high', 'low=0.2', 'high=0.1')):
-      ms.init_alpha(jax.random.key(0), problem[0], low=0.2, high=0.1)
+  @pytest.mark.parametrize(
+    ('options', 'parts'),
+    [
+      (dict(low=0.2, high=0.1), ('low <= high', 'low=0.2', 'high=0.1')),
+      (dict(low=0.0, high=float('inf')), ('low=0.0', 'high=inf', 'finite')),
+      (dict(per='row'), ('per must be', 'entry', 'leaf', 'layer', 'all', 'row')),
+    ],
+  )
+  def test_a_config_that_says_nothing_of_use(self, options, parts):
+    with pytest.raises(ValueError, match=saying(*parts)):
+      ms.AlphaConfig(**options)
+
+  def test_a_config_of_arrays_is_hashable_and_equals_one_of_numbers(self):
+    of_arrays, of_numbers = ms.AlphaConfig(np.array(0.5), np.float64(1)), ms.AlphaConfig(0.5, 1)
+    assert of_arrays == of_numbers
+    assert hash(of_arrays) == hash(of_numbers)
 
 
 def test_meta_params_keep_theta_before_alpha():
@@ -383,7 +396,8 @@ class TestRatesByStep:
 
   @pytest.mark.parametrize('per', ['entry', 'leaf', 'layer', 'all'])
   def test_init(self, per):
-    alpha = jax.eval_shape(lambda key: ms.init_alpha(key, RATES_THETA, per=per, steps=3), jax.random.key(0))
+    config = ms.AlphaConfig(per=per, by_step=True)
+    alpha = jax.eval_shape(lambda key: ms.init_alpha(key, RATES_THETA, config, steps=3), jax.random.key(0))
     adapt = lambda alpha: ms.adapt(RATES_THETA, alpha, 2.0, loss_fn=self.loss, steps=3, alpha_by_step=True)
     assert jax.eval_shape(adapt, alpha)['a'].shape == (2,)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(alpha)} == {3}

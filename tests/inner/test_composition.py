@@ -249,7 +249,7 @@ class TestFiveLibraries:
 
     @jax.jit
     def both(theta):
-      alpha = ms.init_alpha(jax.random.key(0), theta, low=0.1, high=0.1)
+      alpha = ms.init_alpha(jax.random.key(0), theta, ms.AlphaConfig(0.1, 0.1))
       as_dict = ms.adapt(nnx.to_pure_dict(theta), 0.1, one.support, loss_fn=loss_fn)
       return ms.adapt(theta, alpha, one.support, loss_fn=loss_fn), as_dict
 

@@ -155,7 +155,7 @@ def test_independent_numpy(steps):
   ],
 )
 def test_finite_differences_through_conv4(network, steps):
-  learner = conv_learner(way=3, network=network, steps=steps, alpha_range=(0.1, 0.1))
+  learner = conv_learner(way=3, network=network, steps=steps, alpha=ms.AlphaConfig(0.1, 0.1))
   tasks = ms.tasks.glyphs(way=3, shot=2, query=2)
   episode = jax.tree.map(lambda a: a[0], jax.device_get(episodes(tasks, 1)))
   meta = jax.jit(learner.init)(jax.random.key(1), episode)
@@ -179,7 +179,7 @@ def two_tasks():
 )
 def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, optimized):
   """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
-  learner = conv_learner(network=network, alpha_range=(0.1, 0.1))
+  learner = conv_learner(network=network, alpha=ms.AlphaConfig(0.1, 0.1))
   meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], two_tasks))
   keys = jax.random.split(jax.random.key(0), 2)
 

@@ -56,7 +56,7 @@ def outer_gradient(adapt, meta, episode):
 
 def by(optimizer, **options):
   return lambda theta, hyper, batch: ms.adapt_with_optimizer(
-    theta, hyper, batch, loss_fn=loss_fn, optimizer=optimizer, **options
+    theta, hyper, batch, loss_fn=loss_fn, optimizer_fn=optimizer, **options
   )
 
 
@@ -106,7 +106,7 @@ class TestScaleByAlpha:
 
       assert jax.jit(lambda theta: optax.tree.norm(jax.grad(steep)(theta, episode.support)))(theta) > 2
       clipped = lambda theta, alpha, batch: ms.adapt_with_optimizer(
-        theta, alpha, batch, loss_fn=steep, optimizer=optimizer
+        theta, alpha, batch, loss_fn=steep, optimizer_fn=optimizer
       )
       loss, grads = outer_gradient(clipped, (theta, alpha), episode)
       expected, expected_grads = outer_gradient(by_hand, (theta, alpha), episode)
@@ -123,7 +123,7 @@ class TestScaleByAlpha:
 
     def slopes(clip):
       inner = lambda alpha: optax.chain(clip(1.0), ms.scale_by_alpha(alpha))
-      adapt = lambda meta: ms.adapt_with_optimizer(*meta, batch(False), loss_fn=loss, optimizer=inner, steps=2)
+      adapt = lambda meta: ms.adapt_with_optimizer(*meta, batch(False), loss_fn=loss, optimizer_fn=inner, steps=2)
       return jax.jit(jax.grad(lambda meta: loss(adapt(meta), batch(True))))(meta)
 
     assert all(np.isnan(slope).all() for slope in jax.tree.leaves(slopes(optax.clip_by_global_norm)))
@@ -239,7 +239,7 @@ class TestAdaptWith:
 
     def slope(eps_root):
       optimizer = lambda hyper: optax.adam(hyper['rate'], b2=hyper['b2'], eps_root=eps_root)
-      options = dict(loss_fn=loss_fn, optimizer=optimizer, steps=2, first_order=first_order)
+      options = dict(loss_fn=loss_fn, optimizer_fn=optimizer, steps=2, first_order=first_order)
       outer = lambda theta, hyper: loss_fn(ms.adapt_with_optimizer(theta, hyper, 0.5, **options), 0.7)
       return jax.tree.leaves(jax.jit(jax.grad(outer, (0, 1)))(theta, {'rate': 0.1, 'b2': 0.99}))
 
@@ -252,7 +252,7 @@ class TestAdaptWith:
     """The Jacobian of θ′ by θ is one; that by μ is what the constant gradients say."""
     loss_fn = lambda t, _: jnp.sum(t**4)
     adapt = lambda t, mu, order: ms.adapt_with_optimizer(
-      t, mu, None, loss_fn=loss_fn, optimizer=lambda mu: optax.sgd(0.01, mu), steps=2, first_order=order
+      t, mu, None, loss_fn=loss_fn, optimizer_fn=lambda mu: optax.sgd(0.01, mu), steps=2, first_order=order
     )
     t = np.float32([1, 2])
     jacobians = lambda t, mu: [jax.jacobian(adapt, (0, 1))(t, mu, order) for order in (True, False)]
@@ -263,7 +263,7 @@ class TestAdaptWith:
 
   def test_path_holds_each_step(self):
     theta = {'w': np.float32([3, -1])}
-    options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=lambda rate: optax.adam(rate, eps_root=1e-8))
+    options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer_fn=lambda rate: optax.adam(rate, eps_root=1e-8))
     path, each = jax.jit(
       lambda theta: (
         ms.adapt_path_with_optimizer(theta, 0.1, None, steps=3, **options),
@@ -278,7 +278,7 @@ class TestAdaptWith:
     """A rate that falls with the step: two tasks side by side each take 0.1 and then 0.05."""
     schedule = lambda rate: optax.sgd(lambda count: rate / (count + 1))
     loss_fn = lambda t, b: jnp.sum(b * t)
-    one = lambda b: ms.adapt_with_optimizer(jnp.zeros(()), 0.1, b, loss_fn=loss_fn, optimizer=schedule, steps=2)
+    one = lambda b: ms.adapt_with_optimizer(jnp.zeros(()), 0.1, b, loss_fn=loss_fn, optimizer_fn=schedule, steps=2)
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(np.float32([1, 2])), [-0.15, -0.3], rtol=1e-6)
 
   def test_what_asks_for_the_loss_gets_it(self):
@@ -286,7 +286,7 @@ class TestAdaptWith:
     loss_fn = lambda t, c: 0.5 * jnp.sum((t - c) ** 2)
     polyak = lambda scale: optax.chain(optax.scale_by_polyak(max_learning_rate=10.0), optax.scale(-scale))
     adapt = lambda scale: ms.adapt_with_optimizer(
-      jnp.ones(3), scale, jnp.zeros(3), loss_fn=loss_fn, optimizer=polyak, steps=2
+      jnp.ones(3), scale, jnp.zeros(3), loss_fn=loss_fn, optimizer_fn=polyak, steps=2
     )
     adapted, slope = jax.jit(lambda scale: (adapt(scale), jax.jacobian(adapt)(scale)))(1.0)
     np.testing.assert_allclose(adapted, np.full(3, 0.25), rtol=1e-6)
@@ -295,7 +295,9 @@ class TestAdaptWith:
   def test_a_line_search_adapts(self):
     loss_fn = lambda t, c: jnp.sum((t - c) ** 4)
     zeros, c = np.zeros(3, np.float32), np.arange(3, dtype=np.float32)
-    adapt = lambda t: ms.adapt_with_optimizer(t, None, c, loss_fn=loss_fn, optimizer=lambda _: optax.lbfgs(), steps=12)
+    adapt = lambda t: ms.adapt_with_optimizer(
+      t, None, c, loss_fn=loss_fn, optimizer_fn=lambda _: optax.lbfgs(), steps=12
+    )
     after, before = jax.jit(lambda t: (loss_fn(adapt(t), c), loss_fn(t, c)))(zeros)
     assert after < 1e-3 < before
 
@@ -303,7 +305,7 @@ class TestAdaptWith:
     with jax.enable_x64(True):
       theta = {'w': np.ones(2, np.float32)}
       optimizer = lambda b1: optax.adam(0.1, b1, eps_root=1e-8)
-      options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer=optimizer, steps=2)
+      options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer_fn=optimizer, steps=2)
       adapted = jax.eval_shape(lambda *meta: ms.adapt_with_optimizer(*meta, None, **options), theta, np.float64(0.9))
       assert adapted['w'].dtype == jnp.float32
 
@@ -318,7 +320,7 @@ class TestAdaptWith:
       expected, expected_grads = outer_gradient(whole, (theta, alpha['Dense_1']), episode)
       np.testing.assert_allclose(loss, expected, rtol=1e-13)
       assert_trees_close(grads, expected_grads, rtol=1e-10, atol=1e-13)
-      options = dict(loss_fn=loss_fn, optimizer=optax.sgd, steps=2, adapts=head)
+      options = dict(loss_fn=loss_fn, optimizer_fn=optax.sgd, steps=2, adapts=head)
       path = jax.jit(lambda theta: ms.adapt_path_with_optimizer(theta, 0.1, episode.support, **options))(theta)
       assert {leaf.shape[0] for leaf in jax.tree.leaves(path)} == {3}
       np.testing.assert_array_equal(path['Dense_0']['kernel'][2], theta['Dense_0']['kernel'])
@@ -327,7 +329,7 @@ class TestAdaptWith:
 class TestMistakes:
   def adapt(self, optimizer, theta=None, loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), **options):
     return ms.adapt_with_optimizer(
-      theta or {'w': jnp.ones(2)}, 0.1, None, loss_fn=loss_fn, optimizer=optimizer, **options
+      theta or {'w': jnp.ones(2)}, 0.1, None, loss_fn=loss_fn, optimizer_fn=optimizer, **options
     )
 
   def test_an_optimiser_that_is_no_function(self):
@@ -360,7 +362,7 @@ class TestLearner:
   @staticmethod
   def meta_sgd(model, loss_fn, **options):
     hyper = lambda key, theta: ms.init_alpha(key, theta)
-    return ms.learners.inner_optimizer(model, loss_fn, optimizer=ms.scale_by_alpha, hyper=hyper, **options)
+    return ms.learners.inner_optimizer(model, loss_fn, optimizer_fn=ms.scale_by_alpha, hyper=hyper, **options)
 
   @pytest.mark.parametrize('first_order', [False, True])
   def test_with_scale_by_alpha_it_is_meta_sgd(self, first_order):
@@ -391,7 +393,7 @@ class TestLearner:
   def test_meta_gradient_by_differences(self):
     optimizer = lambda h: optax.adam(jnp.exp(h['log_rate']), jax.nn.sigmoid(h['b1']), eps_root=1e-6)
     hyper = {'log_rate': -3.0, 'b1': 1.0}
-    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=optimizer, hyper=hyper, steps=3)
+    learner = ms.learners.inner_optimizer(NET, MSE, optimizer_fn=optimizer, hyper=hyper, steps=3)
     with jax.enable_x64(True):
       theta, _, episode = problem()
       meta = ms.MetaParams(theta, to_float64(jax.jit(learner.init)(jax.random.key(0), episode).hyper))
@@ -408,7 +410,7 @@ class TestLearner:
     line = ms.Model(lambda key, x: {'w': jax.random.normal(key, (3, 1))}, lambda theta, x: x @ theta['w'])
     inner = lambda h: optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(h['rate'], h['momentum']))
     hyper = {'rate': 0.01, 'momentum': 0.5}
-    learner = ms.learners.inner_optimizer(line, MSE, optimizer=inner, hyper=hyper, steps=3)
+    learner = ms.learners.inner_optimizer(line, MSE, optimizer_fn=inner, hyper=hyper, steps=3)
     optimizer = optax.adam(1e-2)
     state = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
     judge = lambda meta: ms.evaluate(learner, meta, tasks, jax.random.key(1), metric_fn=MSE, num_tasks=50)
@@ -437,7 +439,7 @@ class TestLearner:
 
   @staticmethod
   def start(hyper, optimizer=lambda hyper: optax.sgd(hyper['rate'])):
-    learner = ms.learners.inner_optimizer(NET, MSE, optimizer=optimizer, hyper=hyper)
+    learner = ms.learners.inner_optimizer(NET, MSE, optimizer_fn=optimizer, hyper=hyper)
     return learner, jax.jit(learner.init)(jax.random.key(0), one_episode()), one_episode()
 
   @pytest.mark.parametrize('value', [1, True, 'fast', 1j, np.arange(2), optax.sgd], ids=lambda v: type(v).__name__)
@@ -482,6 +484,6 @@ class TestLearner:
 
   def test_what_it_learns_is_no_alpha(self):
     learner = ms.learners.inner_optimizer(
-      NET, MSE, optimizer=lambda hyper: optax.sgd(hyper['rate']), hyper={'rate': 0.1}
+      NET, MSE, optimizer_fn=lambda hyper: optax.sgd(hyper['rate']), hyper={'rate': 0.1}
     )
     assert not hasattr(jax.eval_shape(learner.init, jax.random.key(0), one_episode()), 'alpha')

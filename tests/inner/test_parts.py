@@ -107,7 +107,7 @@ class TestPartly:
   @pytest.mark.parametrize('per', ['entry', 'leaf', 'layer', 'all'])
   @pytest.mark.parametrize('by_step', [False, True])
   def test_rates_of_any_kind(self, per, by_step):
-    learner = ms.meta_sgd(ms.adapt_only(NET, LAST), MSE, steps=2, alpha_per=per, alpha_by_step=by_step)
+    learner = ms.meta_sgd(ms.adapt_only(NET, LAST), MSE, steps=2, alpha=ms.AlphaConfig(per=per, by_step=by_step))
     one = episode()
     meta = jax.device_get(meta_of(learner))
     value = next(iter(jax.tree.leaves(meta.alpha))).ravel()[0]
@@ -202,7 +202,7 @@ class TestLowRank:
     model = ms.nn.from_linen(SmallConvNet(3))
     low = ms.low_rank(model, 2, lambda name: name in ('ConvBlock_0.kernel', 'Dense_0.kernel'))
     x = np.float32(np.random.default_rng(0).normal(size=(3, 8, 8, 1)))
-    learner = ms.meta_sgd(low, ms.losses.cross_entropy, steps=2, alpha_range=(0.5, 0.5))
+    learner = ms.meta_sgd(low, ms.losses.cross_entropy, steps=2, alpha=ms.AlphaConfig(0.5, 0.5))
 
     @jax.jit
     def of_all(x):

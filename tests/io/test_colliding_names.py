@@ -41,7 +41,7 @@ def test_low_rank():
   x = jnp.ones((1, 2))
   start = changed.init(jax.random.key(0), x)
   assert list(start['factors']) == ["['a']['b']"]
-  alpha = ms.init_alpha(jax.random.key(1), start, low=0.1, high=0.1, adapts=changed.adapts)
+  alpha = ms.init_alpha(jax.random.key(1), start, ms.AlphaConfig(0.1, 0.1), adapts=changed.adapts)
   assert alpha['base'] == {'a': {'b': None}, 'a.b': None}
   assert len(jax.tree.leaves(alpha['factors'])) == 2
   factors = {'a': jnp.ones((2, 1)), 'b': jnp.ones((1, 2))}

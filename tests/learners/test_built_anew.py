@@ -8,6 +8,7 @@ import pytest
 from problems import OneLayer, assert_close, compilations, random_bank
 
 import metasgd_jax as ms
+from metasgd_jax import rl
 from metasgd_jax.types import equal_by_arguments, equal_partial
 
 MSE, CROSS_ENTROPY, ACCURACY = ms.losses.mean_squared_error, ms.losses.cross_entropy, ms.losses.accuracy
@@ -24,11 +25,28 @@ def net():
 
 
 def hyper_learner(rate):
-  return ms.learners.inner_optimizer(mlp(), MSE, optimizer=optax.sgd, hyper=rate)
+  return ms.learners.inner_optimizer(mlp(), MSE, optimizer_fn=optax.sgd, hyper=rate)
+
+
+def partial_learner(rank):
+  return ms.meta_sgd(ms.low_rank(ms.adapt_only(mlp(), str.isascii), rank, str.isprintable), MSE)
+
+
+def inner_of_policy(alpha=0.5, start='fixed', std=1.0):
+  environment, policy = rl.navigation(start, horizon=3), rl.gaussian(2, 2, hidden=(4,), std=std)
+  return rl.policy_gradient(environment, policy, alpha=alpha, trajectories=2)
 
 
 BUILDERS = {  # A builder, and two different arguments.
   'a model': (lambda hidden: mlp((hidden,)), 4, 5),
+  'the type of a field of a module': (lambda deviation: mlp(stddev=deviation), 1, 1.0),
+  'a model that adapts in part': (lambda adapts: ms.adapt_only(mlp(), adapts), str.isascii, str.isprintable),
+  'low_rank': (partial_learner, 1, 2),
+  'its alpha': (lambda per: ms.meta_sgd(mlp(), MSE, alpha=ms.AlphaConfig(per=per)), 'leaf', 'all'),
+  'policy_gradient': (inner_of_policy, ms.AlphaConfig(), 0.5),
+  'its environment': (lambda start: inner_of_policy(start=start), 'fixed', 'varying'),
+  'policy_learner': (lambda std: rl.policy_learner(inner_of_policy(std=std)), 1.0, 2.0),
+  'pendulum': (lambda horizon: rl.pendulum(horizon=horizon), 5, 6),
   'meta_sgd': (lambda steps: ms.meta_sgd(mlp(), MSE, steps=steps), 1, 2),
   'its loss': (lambda loss: ms.meta_sgd(mlp(), loss), MSE, CROSS_ENTROPY),
   'its model': (lambda scale: ms.meta_sgd(mlp(stddev=scale), MSE), 0.1, 0.2),
@@ -65,7 +83,7 @@ def test_equal_arguments_give_equal_functions_and_others_do_not(name):
 
 
 def test_defaults_and_keywords_are_the_same_arguments():
-  assert ms.meta_sgd(mlp(), MSE) == ms.meta_sgd(mlp(), loss_fn=MSE, steps=1, alpha_range=(0.005, 0.1))
+  assert ms.meta_sgd(mlp(), MSE) == ms.meta_sgd(mlp(), loss_fn=MSE, steps=1, alpha=ms.AlphaConfig(0.005, high=0.1))
 
 
 TASKS = {  # A builder, and two different arguments.
@@ -104,6 +122,19 @@ def image_round(tasks):
   return trained(ms.learners.prototypical(net(), **options), tasks, ms.losses.accuracy)
 
 
+def partial_round():
+  return trained(partial_learner(1), ms.tasks.sinusoid(), MSE)
+
+
+def policy_round():
+  """TRPO has a loop of its own."""
+  inner = inner_of_policy(ms.AlphaConfig())
+  state = rl.train(rl.init(jax.random.key(0), inner), inner=inner, meta_iterations=2, meta_batch=2)
+  learner, tasks = rl.policy_learner(inner), rl.task_distribution(inner.environment)
+  options = dict(metric_fn=rl.mean_return, num_tasks=2, repeats=1)
+  return jax.device_get((state.meta, ms.evaluate(learner, state.meta, tasks, jax.random.key(1), **options)))
+
+
 def trained(learner, tasks, metric):
   options = dict(learner=learner, optimizer=OPTIMIZER)
   state = ms.init(jax.random.key(0), tasks, **options)
@@ -125,8 +156,8 @@ def streamed():
 
 @pytest.mark.parametrize(
   'one_round',
-  [sine_round, lambda: image_round(images()), lambda: image_round(streamed())],
-  ids=['sines', 'bank', 'stream'],
+  [sine_round, partial_round, policy_round, lambda: image_round(images()), lambda: image_round(streamed())],
+  ids=['sines', 'low rank', 'policy', 'bank', 'stream'],
 )
 def test_a_round_in_which_all_is_built_anew_compiles_nothing(one_round):
   with compilations() as found:

@@ -88,7 +88,7 @@ def test_another_run_of_the_same_learner_does_not_compile_again():
 
 def test_the_key_alone_says_which_tasks():
   """Two learners are judged on the same tasks: before adaptation equal parameters give equal values."""
-  fast = sinusoid_learner(hidden=(8,), alpha_range=(0.1, 0.1))
+  fast = sinusoid_learner(hidden=(8,), alpha=ms.AlphaConfig(0.1, 0.1))
   slow = sinusoid_learner(ms.maml, hidden=(8,), alpha=0.001)
   meta = meta_of(fast)
   a = evaluate(fast, meta, num_tasks=10)

@@ -272,7 +272,7 @@ def test_keys_whose_numbers_change_under_vmap_are_refused_everywhere(impl):
 
 @pytest.mark.parametrize('per', ['leaf', 'layer', 'all'])
 def test_a_rate_for_each_leaf_or_layer_or_one_for_all_is_learned(per):
-  learner = sinusoid_learner(hidden=(8,), alpha_per=per)
+  learner = sinusoid_learner(hidden=(8,), alpha=ms.AlphaConfig(per=per))
   state = start(learner=learner)
   rates = jax.tree.leaves(state.meta.alpha)
   assert len(rates) == {'leaf': 4, 'layer': 2, 'all': 1}[per]

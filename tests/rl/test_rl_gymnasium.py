@@ -12,6 +12,7 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from problems import saying
 
 from metasgd_jax import adapt
+from metasgd_jax.inner.alpha import AlphaConfig
 from metasgd_jax.rl.advantages import AdvantageConfig, advantages
 from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_host, to_box
 from metasgd_jax.rl.learner import RolloutRequest, policy_gradient, policy_learner
@@ -148,7 +149,7 @@ def after_one(make):
 
 def test_inner_loop_and_meta_gradient_are_those_of_the_device():
   task, _ = task_and_theta(jax.random.key(30))
-  options = dict(trajectories=B, steps=2, rates=(1.0, 0.5), alpha_range=(0.1, 0.1), advantage=ADVANTAGE)
+  options = dict(trajectories=B, steps=2, rates=(1.0, 0.5), alpha=AlphaConfig(0.1, 0.1), advantage=ADVANTAGE)
   key, act_key = jax.random.split(jax.random.key(3))
   keys = [*jax.random.split(key, 2), act_key]
   on_host = policy_gradient_on_host(after_one(starting(keys)), ENVIRONMENT.sample, POLICY, horizon=H, **options)
@@ -277,6 +278,14 @@ def test_float64():
     (task, theta), key = task_and_theta(jax.random.key(0)), jax.random.key(2)
     drawn = collect_on_host(starting([key]), POLICY, theta, task, key, horizon=3, num=B)
     assert drawn.observations.dtype == drawn.rewards.dtype == np.float64
+
+
+def test_built_anew_from_equal_arguments_it_is_equal():
+  make, sample = lambda task: Count(5), lambda key: 0
+  first, again, other = (policy_gradient_on_host(make, sample, COUNTING, horizon=h) for h in (5, 5, 6))
+  assert first == again
+  assert hash(first) == hash(again)
+  assert first != other
 
 
 def test_the_device_cannot_step_it():

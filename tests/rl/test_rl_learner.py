@@ -19,7 +19,9 @@ TASKS = rl.task_distribution(ENVIRONMENT)
 INNER = {
   'meta_sgd': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6),
   'meta_sgd, 2 steps': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, steps=2),
-  'meta_sgd, rates by layer': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, alpha_per='layer'),
+  'meta_sgd, rates by layer': rl.policy_gradient(
+    ENVIRONMENT, POLICY, trajectories=6, alpha=ms.AlphaConfig(per='layer')
+  ),
   'meta_sgd, first order': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, first_order=True),
   'maml': rl.policy_gradient(ENVIRONMENT, POLICY, trajectories=6, alpha=0.1),
   'maml, score, over trajectories': rl.policy_gradient(
@@ -349,8 +351,8 @@ def test_returns_by_step_are_those_of_the_path():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(alpha_range=(0.2, 0.1)), ['alpha', 'range', '0.2', '0.1']),
-    (dict(alpha_per='row'), ['alpha_per', "'entry', 'leaf', 'layer', 'all'", "'row'"]),
+    (dict(alpha=None), ['alpha', 'AlphaConfig', 'None']),
+    (dict(alpha=ms.AlphaConfig(by_step=True)), ['alpha', 'by_step=False', 'by_step=True', 'rates']),
     (dict(mean_over='batch'), ['mean_over', "'step', 'trajectory'", "'batch'"]),
     (dict(estimator='reinforce'), ['estimator', "'reinforce'"]),
     (dict(steps=-1), ['steps', 'at least 0', '-1']),

@@ -144,7 +144,7 @@ def test_the_options_of_the_update_are_handed_to_it(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('build', [dict(alpha=0.1), dict(alpha_range=(0.1, 0.1))])
+@pytest.mark.parametrize('build', [dict(alpha=0.1), dict(alpha=ms.AlphaConfig(0.1, 0.1))])
 def test_trpo_meta_iterations_raise_the_return_after_an_update(build):
   inner = rl.policy_gradient(aiming(), rl.gaussian(2, 1, hidden=(8,)), trajectories=10, **build)
   step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=10, trpo=rl.TrpoConfig(max_kl=0.05, damping=0.01))
