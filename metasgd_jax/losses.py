@@ -24,7 +24,9 @@ def mean_squared_error(outputs: chex.Array, targets: chex.Array) -> chex.Array:
   """
   shapes = jnp.shape(outputs), jnp.shape(targets)
   if shapes[0] != shapes[1]:
-    raise ValueError(f'outputs and targets must have one shape, got {shapes[0]} and {shapes[1]}; reshape one of them')
+    raise ValueError(
+      f'outputs and targets must have the same shape, got {shapes[0]} and {shapes[1]}; reshape one of them'
+    )
   return jnp.mean(optax.losses.squared_error(outputs, targets))
 
 
@@ -87,8 +89,8 @@ def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callabl
 def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
   """Returns a metric of padded batches, which is the mean of `metric` over the real items of a batch.
 
-  The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape
-  `[B, …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs; y is
+  The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape `[B,
+  …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs; y is
   taken to be 0 there, whatever it is. The padding then has no influence on the result, but it does influence the
   statistics of batch norm. For a batch without real items the mean is 0, and its gradient is 0 too.
 

@@ -131,10 +131,10 @@ class Learner(NamedTuple):
 class TaskDistribution:
   """Tasks that are drawn on the device.
 
-  A task distribution is a pytree, so it can be an argument of a jitted function. Both functions are traced once inside
-  jit: all randomness must come from the key, because a number drawn by NumPy would be a constant. If a function holds
-  arrays, pass it as `jax.tree_util.Partial(function, array)`. The arrays are then arguments of the compiled program; in
-  a closure they would be constants that are copied into the program.
+  A task distribution is a pytree, so it can be an argument of a jitted function. `sample` and `episode` are each traced
+  once inside jit: all randomness must come from the key, because a number drawn by NumPy would be a constant. If a
+  function holds arrays, pass it as `jax.tree_util.Partial(function, array)`. The arrays are then arguments of the
+  compiled program; in a closure they would be constants that are copied into the program.
 
   Attributes:
     sample: Function `key → task`, which returns any pytree; consumes key.

@@ -47,7 +47,7 @@ def test_accuracy_is_counted_in_single_precision(dtype):
 
 
 def test_a_shape_that_would_be_broadcast_is_refused():
-  with pytest.raises(ValueError, match=saying('outputs and targets', 'one shape', 'got (3, 1) and (3,)')):
+  with pytest.raises(ValueError, match=saying('outputs and targets', 'same shape', 'got (3, 1) and (3,)')):
     mean_squared_error(np.ones((3, 1)), np.ones(3))
   with pytest.raises(ValueError, match=saying('logits', '[B, N]', 'labels', 'got (3, 2) and (2,)')):
     ms.losses.accuracy(np.ones((3, 2)), np.zeros(2, int))

@@ -23,9 +23,9 @@ class _RefusedError(Exception):
 
 
 def is_archive(path: pathlib.Path) -> bool:
-  """Returns whether a file looks like a whole archive of the kind that its suffix says.
+  """Returns whether a file looks like an archive of the kind that its suffix says.
 
-  The check reads only the end of a zip file, and only the beginning of a tar file.
+  The check reads the end of a zip file, so that an incomplete file is found. Of a tar file it reads only the beginning.
   """
   if path.suffix == '.zip':
     return zipfile.is_zipfile(path)
@@ -57,7 +57,7 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
       raise DatasetError(
         f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make sure that it is writable and has free space'
       ) from e
-    raise DatasetError(f'{path} is broken ({first_line(e)}); get it again') from e
+    raise DatasetError(f'{path} is broken ({first_line(e)}); get the file again') from e
 
 
 def _unpack_zip(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -92,7 +92,7 @@ class _LimitedGzip(gzip.GzipFile):
 
   def read(self, size: int | None = -1) -> bytes:
     if size is None or not 0 <= size <= _MOST_AT_ONCE:
-      raise _RefusedError(f'has a header that unpacks to more than {_MOST_AT_ONCE >> 20} MiB')
+      raise _RefusedError(f'has a member header of more than {_MOST_AT_ONCE >> 20} MiB')
     _check_amount(0, self.tell() + size)
     return super().read(size)
 

@@ -201,7 +201,7 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
 
 
 class _Timed(io.BufferedReader):
-  """A file that can be read only for a limited time, so that a decoder that still reads is stopped."""
+  """A file whose reads raise OSError after a time limit, so that a decoder that takes too long is stopped."""
 
   def __init__(self, path: PathLike):
     super().__init__(io.FileIO(path))

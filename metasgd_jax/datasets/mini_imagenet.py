@@ -101,7 +101,7 @@ def _in_parts(bank: ClassBank, lists: ClassNames) -> Splits:
 
 
 def _labelled(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
-  """Yields each image in the directory whose layout or name tells its class, with the WordNet id of the class."""
+  """Yields each image whose class is known from a CSV list, a folder or the file name, with the class's WordNet id."""
   lists = [path for path in list_directory(directory) if path.suffix.lower() == '.csv' and path.stem.lower() in _LISTS]
   for path in lists:
     yield from _listed(directory, path)
@@ -145,7 +145,9 @@ def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report)
   for path, label in _labelled(directory):
     first = label_of.setdefault(path, label)
     if label != first:
-      raise DatasetError(f'{path} is listed as {first:.100} and as {label:.100}; leave one label and remove the other')
+      raise DatasetError(
+        f'{path} is listed as {first:.100} and as {label:.100}; keep one of the two lines, and remove the other'
+      )
   paths: dict[str, list[pathlib.Path]] = {}
   for path in sorted(label_of):
     paths.setdefault(label_of[path], []).append(path)
@@ -157,7 +159,7 @@ def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report)
     folders = sorted({os.fspath(path.parent) for path in paths[name]})
     if len(folders) > 1:
       raise DatasetError(
-        f'the images of class {name} are in {folders[0]} and in {folders[1]}; leave one folder and remove the other'
+        f'the images of class {name} are in {folders[0]} and in {folders[1]}; keep one of the two folders, and remove the other'
       )
   return paths
 

@@ -4,7 +4,8 @@ tfds reads array_record files without TensorFlow. To prepare them, tfds calls Te
 module replaces:
 
 - tfds unpacks archives. This module unpacks the archives beforehand, and gives the builder the folders.
-- The builder's module lists directories and opens files. This module replaces the builder's `tf` for that time.
+- The builder's module lists directories and opens files with TensorFlow. While the builder runs, this module replaces
+  the builder's `tf` by an object that does the same without TensorFlow.
 - tfds encodes images that are arrays. This module passes Pillow images to tfds instead.
 """
 
@@ -144,7 +145,9 @@ def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathl
   for url, path in paths.items():
     if not is_archive(path):
       kind = path.suffixes[0][1:]
-      raise DatasetError(f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get it again from {url}')
+      raise DatasetError(
+        f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get the file again from {url}'
+      )
     expected = builder.url_infos[url].checksum
     if verify and (found := tfds.core.download.checksums.compute_url_info(path).checksum) != expected:
       raise DatasetError(

@@ -133,14 +133,14 @@ def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
   if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
     raise ValueError('its members are compressed')
   if sum(info.file_size for info in infos) > size:  # Members overlap.
-    raise ValueError('its members are too large')
+    raise ValueError(f'its members are larger together than the file of {size:,} bytes')
 
 
 def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
   if 'about.json' not in archive.namelist():
     raise ValueError('it has no about.json')
   if archive.getinfo('about.json').file_size > _MOST_ABOUT:
-    raise ValueError('its about.json is too large')
+    raise ValueError(f'its about.json is larger than {_MOST_ABOUT >> 20} MiB')
   about = json.loads(archive.read('about.json'))
   version = about.get('format_version') if isinstance(about, dict) else None
   if not isinstance(version, int) or version < 1:
@@ -172,7 +172,7 @@ def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) ->
 def _read_parameters(archive: zipfile.ZipFile, names: list[str], adapt: jax.export.Exported) -> dict[str, np.ndarray]:
   (takes, *_), _ = jax.tree.unflatten(adapt.in_tree, adapt.in_avals)
   if not isinstance(takes, dict) or set(takes) != set(names):
-    raise ValueError('the parameters are not those that adapt.bin takes')
+    raise ValueError('its parameters have other names than the parameters of its program adapt.bin')
   return {name: _read_npy(archive, name, takes[name]) for name in names}
 
 
@@ -182,7 +182,9 @@ def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
     np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if (shape, dtype) != (wanted.shape, wanted.dtype):
-      raise ValueError(f'the parameters are not those that adapt.bin takes: {name} is not {_text(wanted)}')
+      raise ValueError(
+        f'its parameter {name} has another shape or dtype than its program adapt.bin takes, {_text(wanted)}'
+      )
     data = bytearray(file.read())
   if len(data) != math.prod(shape) * dtype.itemsize:
     raise ValueError('a parameter has another size than it says')

@@ -189,7 +189,9 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
   try:
     return _read(path)
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(f'{path} is not a safetensors file, or not the whole of it ({first_line(e)}); get it again') from e
+    raise ValueError(
+      f'{path} is not a safetensors file, or not the whole of it ({first_line(e)}); get the file again'
+    ) from e
 
 
 def shipped_models() -> list[str]:
@@ -236,7 +238,9 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
   version = metadata['format_version']
   if not re.fullmatch('[1-9][0-9]{0,8}', version):
-    raise ValueError(f"{path} has format version '{first_line(version)}', which is no positive integer; get it again")
+    raise ValueError(
+      f"{path} has format version '{first_line(version)}', which is no positive integer; get the file again"
+    )
   if int(version) > FORMAT_VERSION:
     raise ValueError(f'{path} has format version {version}; this metasgd_jax reads up to {FORMAT_VERSION}: upgrade it')
   try:
@@ -247,7 +251,7 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       fields['image_shape'] = tuple(fields['image_shape'])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
-    raise ValueError(f'{path} does not describe a model ({first_line(e)}); get it again, or save it again') from e
+    raise ValueError(f'{path} does not describe a model ({first_line(e)}); get the file again, or save it again') from e
 
 
 def _structure(config: ModelConfig) -> MetaParams:

@@ -33,7 +33,7 @@ class InnerProblem(NamedTuple):
 
 
 def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) -> InnerProblem:
-  """Splits θ into the leaves that adapt and the leaves that are frozen.
+  """Returns the support loss as a function of the leaves of θ that adapt. The other leaves keep their values.
 
   Args:
     theta: Parameters, a pytree of floating-point arrays.

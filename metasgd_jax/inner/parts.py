@@ -50,10 +50,12 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
 
   Each selected matrix is W = W₀ + A B with A `[n, r]` and B `[r, m]` (Hu et al. 2021, section 4.1). In that paper the
   letters stand for the transposed matrices. The paper's factor α / r is omitted, because it can be part of the rates.
-  The entries of A are drawn from N(0, 1/n), and B is initialised to zero. W₀, A and B are meta-learned, but only A and
-  B adapt. θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. A kernel with more than two axes is
-  treated as a matrix: m is the length of its last axis, and n is the product of the lengths of the other axes. If the
-  model was restricted by `adapt_only`, the leaves that adapted in it still adapt.
+  The entries of A are drawn from N(0, 1/n), and B is initialised to zero. A kernel with more than two axes is treated
+  as a matrix: m is the length of its last axis, and n is the product of the lengths of the other axes.
+
+  θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. All of it is meta-learned. The factors A and B
+  adapt. A leaf of the base, such as W₀, adapts only if the model was restricted by `adapt_only` and the leaf adapted
+  there.
 
   The inner gradient with respect to A and B is computed from the gradient with respect to W. An inner step therefore
   needs as many matrix products as a step on W itself. However, α and the values that are stored for a step have

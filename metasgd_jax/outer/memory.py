@@ -101,10 +101,11 @@ def plan_memory(
 ) -> MemoryPlan:
   """Returns the memory that a meta-iteration of `train` will need, for one run.
 
-  The step is compiled from the shapes of its arguments, and nothing is allocated. Only a `TaskStream` sends data, those
-  of one meta-iteration. If the plan does not fit, the plan also says how many tasks at a time would fit. For this
-  purpose the step is compiled again for one task at a time. A line through the two plans then predicts which larger
-  numbers of tasks fit. The step is compiled for these numbers too, the largest first, until one fits.
+  The step is compiled from the shapes of its arguments, and nothing is allocated on the device, with one exception: a
+  `TaskStream` sends the data of one meta-iteration. If the plan does not fit, the plan also says how many tasks at a
+  time would fit. For this purpose the step is compiled again for one task at a time. A line through the two plans then
+  predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest first, until one
+  fits.
 
   Args:
     tasks: Tasks to train on.
@@ -165,7 +166,9 @@ def plan_memory(
 
 
 def _groups_that_may_fit(plan: MemoryPlan, one: MemoryPlan) -> list[int]:
-  """Returns the numbers of tasks at a time that should fit, by a line through two plans, the largest first.
+  """Returns the values of `tasks_at_once` whose memory should fit, the largest value first.
+
+  The memory of each value is predicted by a straight line through the two plans.
 
   Args:
     plan: Plan that does not fit.

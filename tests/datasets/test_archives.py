@@ -75,7 +75,8 @@ class TestArchives:
     info.size, info.type = (4 << 30, tarfile.REGTYPE) if name == 'a' else (1 << 30, tarfile.GNUTYPE_LONGNAME)
     squeeze = zlib.compressobj(1, wbits=31)
     zeros = squeeze.compress(info.tobuf(tarfile.GNU_FORMAT)) + squeeze.compress(bytes(1 << 24)) + squeeze.flush()
-    assert 'unpacks to more than' in self.unpack(tmp_path, zeros)
+    said = self.unpack(tmp_path, zeros)
+    assert 'unpacks to more than' in said or 'header of more than 16 MiB' in said
 
   def test_zeros_without_end_behind_a_tar_file(self, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, 'MOST_BYTES', 1 << 22)

@@ -123,19 +123,19 @@ class TestBadArchives:
   @pytest.mark.parametrize('kept', [0, 5])
   def test_not_a_tar_file(self, tmp_path, archives, kept):
     (tmp_path / ARCHIVE).write_bytes((archives / ARCHIVE).read_bytes()[:kept])
-    with pytest.raises(DatasetError, match=saying('whole tar file', f'({kept} bytes)', 'get it again from http')):
+    with pytest.raises(DatasetError, match=saying('whole tar file', f'({kept} bytes)', 'get the file again from http')):
       self.load(tmp_path, tmp_path)
 
   def test_cut_short(self, tmp_path, archives):
     (tmp_path / ARCHIVE).write_bytes((archives / ARCHIVE).read_bytes()[:-1000])
-    with pytest.raises(DatasetError, match=saying('tar.gz is broken (', 'get it again')):
+    with pytest.raises(DatasetError, match=saying('tar.gz is broken (', 'get the file again')):
       self.load(tmp_path, tmp_path)
 
   def test_bytes_are_wrong(self, tmp_path, archives):
     data = bytearray((archives / ARCHIVE).read_bytes())
     data[-8:-4] = b'\0\0\0\0'  # The sum that gzip keeps of what is in it.
     (tmp_path / ARCHIVE).write_bytes(data)
-    with pytest.raises(DatasetError, match=saying('tar.gz is broken (', 'get it again')):
+    with pytest.raises(DatasetError, match=saying('tar.gz is broken (', 'get the file again')):
       self.load(tmp_path, tmp_path)
 
   @pytest.mark.parametrize(

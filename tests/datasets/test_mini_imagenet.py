@@ -211,7 +211,7 @@ class TestErrors:
   def test_a_class_in_two_folders(self, tmp_path):
     classes_at_the_top(tmp_path)
     write(tmp_path / 'processed' / LISTS.train[0] / 'a.jpg', LISTS.train[0], 0)
-    with pytest.raises(DatasetError, match=rf'class {LISTS.train[0]} .* in .* and in .*/processed.*leave one'):
+    with pytest.raises(DatasetError, match=rf'class {LISTS.train[0]} .* in .* and in .*/processed.*keep one'):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('other', [LISTS.test[0], 'n00000001'])
@@ -220,7 +220,7 @@ class TestErrors:
     name = LISTS.train[0]
     with (tmp_path / 'test.csv').open('a') as file:
       file.write(f'{name}{0:08d}.jpg,{other}\n')
-    with pytest.raises(DatasetError, match=saying(f'{name}00000000.jpg', f'as {other}', f'as {name}', 'leave one')):
+    with pytest.raises(DatasetError, match=saying(f'{name}00000000.jpg', f'as {other}', f'as {name}', 'keep one')):
       self.load(tmp_path)
 
   @pytest.mark.parametrize('name', ['../secret.jpg', '/etc/secret.jpg', 'a/../../b.jpg', '..\\b.jpg', 'C:\\b.jpg'])

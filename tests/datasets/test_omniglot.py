@@ -203,7 +203,9 @@ class TestBadArchives:
     path = few / f'{NAMES[3]}.zip'
     path.write_bytes(path.read_bytes()[:kept])
     size = path.stat().st_size
-    with pytest.raises(DatasetError, match=saying('small2.zip', 'whole zip file', f'({size} bytes)', 'get it again')):
+    with pytest.raises(
+      DatasetError, match=saying('small2.zip', 'whole zip file', f'({size} bytes)', 'get the file again')
+    ):
       self.load(tmp_path, few, verify_archives=False)
 
   @pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -214,7 +216,7 @@ class TestBadArchives:
     for at in range(100, 200):
       data[at] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match=saying('small2.zip is broken (', 'get it again')):
+    with pytest.raises(DatasetError, match=saying('small2.zip is broken (', 'get the file again')):
       self.load(tmp_path, few, verify_archives=False)
     assert not list((tmp_path / 'data').glob('.extracted-*'))
 

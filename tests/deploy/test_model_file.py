@@ -91,7 +91,7 @@ def test_a_file_that_is_not_quite_a_model_is_refused_by_name(tmp_path, model, ch
 def test_a_file_cut_short_is_refused(tmp_path, model, cut):
   ms.save_model(tmp_path / 'm', model)
   (tmp_path / 'm').write_bytes((tmp_path / 'm').read_bytes()[:cut])
-  with pytest.raises(ValueError, match=saying(tmp_path / 'm', 'not the whole', 'get it again')):
+  with pytest.raises(ValueError, match=saying(tmp_path / 'm', 'not the whole', 'get the file again')):
     ms.load_model(tmp_path / 'm')
 
 

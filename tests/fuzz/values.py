@@ -42,7 +42,8 @@ def accepted(call: Callable[[], Any], may: bool, errors: Any = ValueError) -> tu
   try:
     result = call()
   except errors as e:
-    assert not may, f'refused what is right: {e}'
+    if may:
+      raise AssertionError(f'refused what is right: {e}') from e
     return False, None
   assert may, f'accepted what is wrong, with the result {result!r:.200}'
   return True, result
@@ -196,7 +197,7 @@ def _alphas(draw):
 
 
 def _rate_for(alpha, name) -> Any:
-  """Returns the rate of a leaf of θ by NumPy's rules for scalars, 0.0 for `None`; raises ValueError if there is none."""
+  """Returns the rate of a leaf of θ, which is 0.0 for `None`. Raises ValueError if there is no valid rate."""
   if isinstance(alpha, dict):
     if alpha.keys() != _SHAPES.keys():
       raise ValueError('another structure')
