@@ -1,6 +1,6 @@
 """Finds image files and decodes them to uint8 arrays of one size.
 
-Files that cannot be decoded are skipped and reported. Files are not trusted: only a few common formats are opened,
+Files that cannot be decoded are skipped and reported. Files are not trusted: only some common formats are opened,
 images with too many pixels are refused before they are decoded, and a folder that is linked into itself is read once.
 """
 
@@ -17,12 +17,16 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from metasgd_jax.datasets.messages import DatasetError, Report, with_progress
+from metasgd_jax.datasets.pixels import in_mode
 from metasgd_jax.io.files import PathLike, as_path, first_line
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+_SUFFIXES = (
+  *('.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.dib', '.gif', '.webp', '.tif', '.tiff'),
+  *('.ppm', '.pgm', '.pbm', '.pnm', '.avif', '.heic', '.heif', '.jp2', '.j2k', '.ico', '.tga'),
+)
 REPORTED_ONE_BY_ONE = 10
 SECONDS_OF_A_FILE = 60.0
 """Time limit for decoding one file. A slower file is skipped, because malicious files can take hours."""
@@ -44,7 +48,7 @@ _SMALL_TILE = 1 << 20
 """Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most four times the number of
 pixels of the image."""
 
-_FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF', 'PPM')
+_FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'GIF', 'WEBP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'ICO')
 
 
 class Images(NamedTuple):
@@ -65,11 +69,13 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
   """Returns an image file as an array, `[H, W, D]` uint8.
 
   The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored by its EXIF
-  orientation, and transparent parts become white. Only the first frame of an animation is used, and only the upper
-  eight bits of 16-bit values.
+  orientation. Transparent parts become white, or black if the contrast on white would be less than half of that on
+  black, as it is for white strokes. Only the first frame of an animation is used. Grey values of 16 bits are reduced to
+  eight; they are taken to have 8, 10, 12, 14 or 16 bits, the fewest that can hold all values of the image.
 
   Args:
-    path: Path of a PNG, JPEG, BMP, GIF, WebP, TIFF, PPM or PGM file.
+    path: Path of a PNG, JPEG, BMP, GIF, WebP, TIFF, PNM, AVIF, JPEG 2000, ICO or TGA file, or of a HEIC file if the
+      package pillow-heif is installed. Except for TGA, the format is found from the content, whatever the suffix is.
     size: Height and width (H, W) of the result, or one number for both.
     channels: Number of channels D, 3 for RGB or 1 for grey.
     fit: How the image is brought to the aspect ratio; see `Fit`.
@@ -93,8 +99,8 @@ def read_all(
     paths: Paths of the files. The images have the same order.
     size: Height and width (H, W) of the images, or one number for both.
     channels: Number of channels D, 3 for RGB or 1 for grey.
-    report: Function that is called with a line of text every few seconds and for each of the first skipped files. If
-      more files are skipped, a last line says how many.
+    report: Function that is called with a line of text every few seconds, and for each of the first skipped files and
+      of the first uniform images. A last line says how many more there are.
     fit: How an image is brought to the aspect ratio of `size`; see `Fit`.
 
   Raises:
@@ -104,6 +110,7 @@ def read_all(
   images = np.empty((len(paths), *form, channels), np.uint8)
   read: list[pathlib.Path] = []
   skipped: list[tuple[pathlib.Path, str]] = []
+  uniform = 0
   pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16))  # Pillow decodes without holding the GIL.
   try:
     decoded = pool.map(functools.partial(_decode, form=form, channels=channels, fit=fit), paths)
@@ -115,15 +122,21 @@ def read_all(
       else:
         images[len(read)] = image
         read.append(path)
+        if image.min() == image.max():
+          uniform += 1
+          if uniform <= REPORTED_ONE_BY_ONE:
+            report(f'{path} is uniform: all of its pixels have the value {image.flat[0]}')
   finally:
     pool.shutdown(cancel_futures=True)
   if len(skipped) > REPORTED_ONE_BY_ONE:
     report(f'skipped {len(skipped) - REPORTED_ONE_BY_ONE:,} more files')
+  if uniform > REPORTED_ONE_BY_ONE:
+    report(f'{uniform - REPORTED_ONE_BY_ONE:,} more images are uniform')
   return Images(tuple(read), images[: len(read)], tuple(skipped))
 
 
-def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the paths of the image files in a directory and its sub-folders, sorted.
+def list_files(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the paths of the files in a directory and its sub-folders, sorted.
 
   Hidden files and folders are left out. Links are followed, except for a link to a folder that contains the link. No
   folder is read twice.
@@ -138,9 +151,28 @@ def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
     entries = list_directory(folder)
     if (place := os.path.realpath(folder)) not in seen:
       seen.add(place)
-      found += [path for path in entries if path.suffix.lower() in SUFFIXES and not is_folder(path)]
+      found += [path for path in entries if not is_folder(path)]
       waiting += [path for path in reversed(entries) if is_folder(path)]
   return sorted(found)
+
+
+def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns those paths of `list_files` that are images by their suffix or by the beginning of their content."""
+  return [path for path in list_files(directory) if is_image(path)]
+
+
+def is_image(path: pathlib.Path) -> bool:
+  """Returns whether a file is an image by its suffix, or by the beginning of its content."""
+  if path.suffix.lower() in _SUFFIXES:
+    return True
+  try:
+    if not stat.S_ISREG(path.stat().st_mode):
+      return False
+    with path.open('rb') as file:
+      start = file.read(16)
+  except (OSError, ValueError):
+    return False
+  return len(start) == 16 and any(Image.OPEN[name][1](start) for name in _formats(path))
 
 
 def list_directory(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -187,17 +219,36 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
       return 'it is not a file'
     if status.st_size == 0:
       return 'the file is empty'
-    with _Timed(path) as file, Image.open(file, formats=_FORMATS) as opened, _turn(opened):
+    with _Timed(path) as file, Image.open(file, formats=_formats(path)) as opened, _turn(opened):
       file.restart()  # The time limit leaves out the wait for other images.
-      return _resized(_in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
+      return _resized(in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
+    if pathlib.Path(path).suffix.lower() in ('.heic', '.heif') and not _heif():
+      return 'it is HEIC, which needs the package pillow-heif'
     return 'it is not an image of a known format'
   except OSError as e:
     return e.strerror or first_line(e)
   except Exception as e:  # Decoders raise many kinds of errors for broken files.
     return f'it is broken ({first_line(e)})'
+
+
+def _formats(path: PathLike) -> tuple[str, ...]:
+  """Returns the formats that a file may have. A file of another format is TGA only if its suffix says so."""
+  Image.init()
+  by_suffix = ('TGA',) if pathlib.Path(path).suffix.lower() == '.tga' else ()
+  return tuple(name for name in (*_FORMATS, *_heif(), *by_suffix) if name in Image.OPEN)
+
+
+@functools.cache
+def _heif() -> tuple[str, ...]:
+  try:
+    import pillow_heif
+  except ImportError:
+    return ()
+  pillow_heif.register_heif_opener()
+  return ('HEIF',)
 
 
 class _Timed(io.BufferedReader):
@@ -237,20 +288,6 @@ def _are_too_many(pixels: int) -> bool:
   return Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
 
 
-def _in_mode(opened: Image.Image, mode: str) -> Image.Image:
-  """Decodes an image, turns it upright, puts it on a white ground if it is transparent, and converts it to a mode."""
-  opened.load()
-  try:
-    image = ImageOps.exif_transpose(opened)
-  except Exception:  # The image may be intact although its EXIF data is broken.
-    image = opened
-  image = _eight_bit(image)
-  if image.has_transparency_data:
-    image = image.convert('RGBA')
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-  return image.convert('RGB').convert(mode)
-
-
 def _resized(image: Image.Image, form: tuple[int, int], fit: Fit) -> np.ndarray:
   """Returns an image in the size (H, W) as an array, `[H, W, D]` uint8."""
   height, width = form
@@ -280,13 +317,3 @@ def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
   ground = Image.new(image.mode, full, colour if len(colour) > 1 else colour[0])
   ground.paste(image, ((full[0] - image.width) // 2, (full[1] - image.height) // 2))
   return ground
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-  """Returns a 16-bit grey image as an 8-bit image, and an image of another mode unchanged."""
-  if not image.mode.startswith(('I', 'F')):
-    return image
-  values = np.asarray(image)
-  if image.mode == 'F' or values.min() < 0 or values.max() > 0xFFFF:
-    raise ValueError(f'pixels of mode {image.mode} have no known range')
-  return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))

@@ -42,7 +42,7 @@ def load(
 
   Images are brought to the aspect ratio of `size` and scaled with Lanczos; `read_image` describes the decoding. A file
   that cannot be decoded is skipped and reported. Images outside of the class folders are left out and reported. Files
-  without the suffix of an image are ignored.
+  that are no images by their suffix and by their content are ignored.
 
   Args:
     directory: Directory that contains the class folders. `~` is the home directory.
@@ -63,7 +63,7 @@ def load(
   folders = [path for path in entries if image_files.is_folder(path)]
   if not folders:
     raise DatasetError(f'{directory} has no sub-folders; put the images of each class in a separate sub-folder')
-  if loose := [path.name for path in entries if path.suffix.lower() in image_files.SUFFIXES and path not in folders]:
+  if loose := [path.name for path in entries if path not in folders and image_files.is_image(path)]:
     report(f'left out {some(loose, "image", "images")} outside of the folders of the classes in {directory}')
   class_of = {path: c for c, folder in enumerate(folders) for path in image_files.list_images(folder)}
   report(f'reading {len(class_of):,} images from {directory}')
@@ -102,6 +102,8 @@ def read_images(
 ) -> Images:
   """Reads all images of a folder and its sub-folders, without labels. The images are sorted by path.
 
+  Every file is tried. A file that is no image, or cannot be decoded, is skipped and reported.
+
   Args:
     directory: Directory that contains the images. `~` is the home directory.
     size: Height and width (H, W) of the images, or one number for both.
@@ -116,8 +118,8 @@ def read_images(
   """
   check_form(size, channels, fit)
   directory, report = at_home(directory), printing(report)
-  paths = image_files.list_images(directory)
-  report(f'reading {len(paths):,} images from {directory}')
+  paths = image_files.list_files(directory)
+  report(f'reading {len(paths):,} files from {directory}')
   found = read_all(paths, size, channels, report, fit)
   if not found.paths:
     raise DatasetError(f'{directory} has no image that can be read ({len(found.skipped)} were tried)')

@@ -159,7 +159,9 @@ def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report)
     folders = sorted({os.fspath(path.parent) for path in paths[name]})
     if len(folders) > 1:
       raise DatasetError(
-        f'the images of class {name} are in {folders[0]} and in {folders[1]}; keep one of the two folders, and remove the other'
+        f'the images of class {name} are in {folders[0]} and in {folders[1]}; '
+        'keep one of these folders, and remove the other'
+        'other'
       )
   return paths
 

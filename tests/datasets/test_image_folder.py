@@ -116,6 +116,34 @@ class TestReadImage:
     Image.fromarray(values).save(tmp_path / f'a.{suffix}')
     assert np.array_equal(read_image(tmp_path / f'a.{suffix}', 8, 1)[:, :, 0], values >> 8)
 
+  @pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+  def test_fewer_bits_in_sixteen(self, tmp_path, bits):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) << (bits - 6)
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 1)[:, :, 0], values >> (bits - 8))
+
+  def test_a_transparent_value_of_sixteen_bits(self, tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) << 10
+    Image.fromarray(values).save(tmp_path / 'a.png', transparency=int(values[1, 1]))
+    expected = np.where(values == values[1, 1], 255, values >> 8)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 1)[:, :, 0], expected)
+
+  def test_low_bits_of_sixteen_bit_colours_are_refused(self, tmp_path):
+    rows = b''.join(b'\0' + bytes(8 * 3 * [3, 255]) for _ in range(8))  # Values of 1,023, the most of ten bits.
+    header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
+    parts = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    (tmp_path / 'a.png').write_bytes(b'\x89PNG\r\n\x1a\n' + parts)
+    with pytest.raises(DatasetError, match=saying('16-bit colours', 'low bits', 'save it with 8 bits')):
+      read_image(tmp_path / 'a.png', 8, 3)
+
+  @pytest.mark.parametrize('light', [255, 240])
+  def test_light_strokes_on_transparency_stay_visible(self, tmp_path, light):
+    pixels = np.full((8, 8, 4), (light, light, light, 0), np.uint8)
+    pixels[2, 1:7, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    expected = np.where(pixels[..., 3] > 0, light, 0)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 1)[:, :, 0], expected)
+
   @pytest.mark.parametrize('orientation', range(1, 9))
   def test_turned_as_exif_says(self, tmp_path, orientation):
     upright = np.zeros((8, 8, 3), np.uint8)
@@ -130,7 +158,7 @@ class TestReadImage:
     assert np.array_equal(read_image(tmp_path / 'a.png', 8, 3), upright)
 
   def test_sixteen_bits_turned(self, tmp_path):
-    values = np.arange(16, dtype=np.uint16).reshape(4, 4) << 8
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) << 12
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(values).save(tmp_path / 'a.png', exif=exif)
@@ -257,6 +285,29 @@ class TestLoad:
     assert folder.names == ('cat',)
     assert folder.skipped == ()
 
+  @pytest.mark.parametrize(
+    ('name', 'form'),
+    [
+      *[('a.jfif', 'JPEG'), ('a.jpe', 'JPEG'), ('a.apng', 'PNG'), ('a.dib', 'DIB'), ('a.pbm', 'PPM'), ('a.pnm', 'PPM')],
+      *[('a.avif', 'AVIF'), ('a.jp2', 'JPEG2000'), ('a.tga', 'TGA'), ('a.ico', 'ICO')],
+      *[('photo', 'JPEG'), ('a.dat', 'PNG'), ('a.png', 'WEBP'), ('a.JPG', 'GIF')],
+    ],
+  )
+  def test_the_content_tells_what_an_image_is(self, tmp_path, name, form):
+    (tmp_path / 'cat').mkdir()
+    Image.new('1' if name == 'a.pbm' else 'RGB', (16, 16), 1 if name == 'a.pbm' else RED).save(
+      tmp_path / 'cat' / name, form
+    )
+    folder = image_folder.load(tmp_path, size=8, channels=1)
+    assert [path.name for path in folder.paths] == [name]
+    assert abs(int(folder.bank.images[0, 4, 4, 0]) - (255 if name == 'a.pbm' else 60)) <= 3
+
+  def test_a_uniform_image_is_told_of(self, tmp_path):
+    save(tmp_path / 'cat' / 'a.png', GREY)
+    lines = []
+    image_folder.load(tmp_path, size=8, report=lines.append)
+    assert any(re.search(saying('a.png is uniform', 'value 90'), line) for line in lines)
+
   def test_images_beside_the_classes_are_told_of(self, tmp_path):
     save(tmp_path / 'cat' / 'a.png')
     save(tmp_path / 'loose.png')
@@ -312,6 +363,16 @@ class TestReadImages:
     found = image_folder.read_images(tmp_path, size=8, channels=1)
     assert [path.relative_to(tmp_path).as_posix() for path in found.paths] == ['a/b/c.png', 'a/z.png', 'b.png']
     assert found.images[:, 0, 0, 0].tolist() == [2, 1, 0]
+
+  def test_each_file_that_is_no_image_is_named(self, tmp_path):
+    save(tmp_path / 'a.png')
+    for name in ('notes.txt', 'b.heic'):
+      (tmp_path / name).write_text('no image, but some text')
+    lines = []
+    found = image_folder.read_images(tmp_path, size=8, report=lines.append)
+    assert [path.name for path, _ in found.skipped] == ['b.heic', 'notes.txt']
+    for name in ('notes.txt', 'b.heic'):
+      assert any(f'skipped {tmp_path / name}: ' in line for line in lines)
 
   def test_none(self, tmp_path):
     with pytest.raises(DatasetError, match=saying(tmp_path, 'no image', '0 were tried')):

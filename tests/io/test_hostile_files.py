@@ -78,7 +78,7 @@ class TestImages:
     for name in ('a\udcff.png', 'b\x1b[31m.png', 'c\nd.png'):
       (data / f'cat{name}').mkdir(parents=True)
       (data / f'cat{name}' / name).write_bytes(b'no image')
-      Image.new('L', (4, 4)).save(data / f'cat{name}' / 'good.png')
+      Image.linear_gradient('L').save(data / f'cat{name}' / 'good.png')
       (data / name).write_bytes(b'')
     lines = []
     folder = image_folder.load(data, size=4, report=lines.append)

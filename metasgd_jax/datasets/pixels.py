@@ -1,0 +1,59 @@
+"""Converts an opened image to eight bits, upright, without transparency."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_DEPTHS = (8, 10, 12, 14, 16)
+"""Numbers of bits that a value of a 16-bit image may really have; cameras and microscopes store 10, 12 or 14 of 16."""
+
+
+def in_mode(opened: Image.Image, mode: str) -> Image.Image:
+  """Decodes an image, turns it upright, fills its transparent parts, and converts it to the mode 'L' or 'RGB'.
+
+  Raises:
+    ValueError: if its values have no known range, or if it is a 16-bit colour image that is black but for low bits.
+  """
+  colour_of_16_bits = 'RGB;16' in str(opened.tile)  # Pillow keeps only the upper eight bits.
+  opened.load()
+  try:
+    image = ImageOps.exif_transpose(opened)
+  except Exception:  # The image may be intact although its EXIF data is broken.
+    image = opened
+  image = _eight_bit(image)
+  if colour_of_16_bits and 0 < np.max(image) < 16:
+    raise ValueError('its 16-bit colours use only low bits; save it with 8 bits')
+  if image.has_transparency_data:
+    image = _filled(image.convert('RGBA'))
+  return image.convert('RGB').convert(mode)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+  """Returns a 16-bit grey image as an 8-bit image, and an image of another mode unchanged.
+
+  The number of bits of its values is taken to be the smallest of `_DEPTHS` that can hold all of them. A transparent
+  value becomes an alpha channel.
+  """
+  if not image.mode.startswith(('I', 'F')):
+    return image
+  values = np.asarray(image)
+  if image.mode == 'F' or values.min() < 0 or values.max() > 0xFFFF:
+    raise ValueError(f'pixels of mode {image.mode} have no known range')
+  bits = next(bits for bits in _DEPTHS if values.max() < 1 << bits)
+  grey = Image.fromarray((values.astype(np.uint32) >> (bits - 8)).astype(np.uint8))
+  if 'transparency' in image.info:
+    opaque = values != image.info['transparency']
+    grey.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+  return grey
+
+
+def _filled(image: Image.Image) -> Image.Image:
+  """Returns an RGBA image on a white ground, or on a black one if light strokes would vanish on white."""
+  on_white, on_black = (
+    Image.alpha_composite(Image.new('RGBA', image.size, ground), image) for ground in ('white', 'black')
+  )
+  return on_black if 2 * _contrast(on_white) < _contrast(on_black) else on_white
+
+
+def _contrast(image: Image.Image) -> int:
+  low, high = image.convert('RGB').convert('L').getextrema()
+  return high - low
