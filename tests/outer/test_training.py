@@ -106,12 +106,18 @@ def test_tasks_differ_from_step_to_step_and_seed_to_seed():
   assert len(set(losses)) == 40
 
 
-@pytest.mark.parametrize(
-  ('tasks', 'learner'),
-  [(LINES, OF_LINES), pytest.param(TASKS, LEARNER, marks=pytest.mark.slow)],
-  ids=['lines', 'sinusoids'],
-)
-def test_seeds_side_by_side_equal_each_alone(tasks, learner, optimized):
+def test_seeds_side_by_side_equal_each_alone(both_compilers):
+  assert_seeds_train_alike(LINES, OF_LINES)
+
+
+@pytest.mark.slow
+def test_seeds_of_a_network_side_by_side_equal_each_alone(optimized):
+  assert_seeds_train_alike(TASKS, LEARNER)
+
+
+def assert_seeds_train_alike(tasks, learner):
+  """Three together, each alone, and each beside no other."""
+
   def trained(seeds):
     state = ms.init(seeds, tasks, learner=learner, optimizer=ADAM)
     state = ms.train(state, tasks, learner=learner, optimizer=ADAM, meta_iterations=20, meta_batch=4, chunk=10)
