@@ -31,7 +31,8 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data'
 DEAREST = (
   'test_processes', 'test_learners', 'test_notebooks', 'test_few_shot_experiment', 'test_resuming', 'test_experiments',
   'test_navigation_experiment', 'test_large_learners', 'test_rl_learner', 'test_sharding', 'test_streaming',
-  'test_meta_gradient', 'test_omniglot', 'test_doctests', 'test_checkpoint', 'test_optimizer', 'test_training',
+  'test_meta_gradient', 'test_many_devices', 'test_omniglot', 'test_doctests', 'test_checkpoint', 'test_optimizer',
+  'test_training',
 )  # fmt: skip
 """Files that take longest. Workers begin with them, so that none has long to do when the others are done."""
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from problems import OneLayer, SmallConvNet, assert_trees_close, saying, table_row
+from problems import OneLayer, SmallConvNet, assert_trees_close, in_place_of_conv4, saying, table_row
 from small_models import small_model
 
 import metasgd_jax as ms
@@ -34,14 +34,6 @@ def mini_imagenet(tmp_path_factory):
   directory = tmp_path_factory.mktemp('mini_imagenet')
   draw_folder(directory, [name for part in published_split('mini_imagenet') for name in part])
   return directory
-
-
-@contextlib.contextmanager
-def in_place_of_conv4(network):
-  """Builds learners of a small network, which compiles in a fraction of the time."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ms.nn, 'Conv4', lambda way, filters, hidden, dtype: network(way or 4))
-    yield
 
 
 def of_three():
@@ -80,7 +72,7 @@ def assert_trained_and_tested(name):
 @pytest.mark.parametrize('name', LEARNERS)
 def test_every_learner_can_be_trained_and_tested(name):
   # ANIL's rates are by the names of Conv4's layers.
-  with contextlib.nullcontext() if name == 'anil' else in_place_of_conv4(SmallConvNet):
+  with contextlib.nullcontext() if name == 'anil' else in_place_of_conv4(OneLayer):
     assert_trained_and_tested(name)
 
 
@@ -168,7 +160,8 @@ def table(mini_imagenet, tmp_path_factory):
 def test_a_table_of_two_cells_that_are_run(mini_imagenet, tmp_path, monkeypatch):
   monkeypatch.setattr(few_shot_table, 'WAYS', (5,))
   monkeypatch.setattr(few_shot_table, 'SHOTS', (1,))
-  few_shot_table.prepare(table_config(mini_imagenet), tmp_path, few_shot_training.build, classification.run)()
+  with in_place_of_conv4(SmallConvNet):
+    few_shot_table.prepare(table_config(mini_imagenet), tmp_path, few_shot_training.build, classification.run)()
   rows = json.loads((tmp_path / 'table_mini_imagenet.json').read_text())['rows']
   assert [(row['learner'], row['batch_norm']) for row in rows] == [
     (learner, mode) for learner in ('prototypical', 'joint') for mode in ('transductive', 'inductive')
@@ -392,7 +385,8 @@ def test_an_ensemble_of_what_is_not_trained_and_of_what_reads_sequences(name, tm
   if name == 'lstm':
     draw_folder(tmp_path / 'images', [f'class_{i:02d}' for i in range(30)], images=11)
     config = dataclasses.replace(config, data_dir=str(tmp_path / 'images'))
-  assert classification.run(config, tmp_path / 'run')
+  with in_place_of_conv4(SmallConvNet):
+    assert classification.run(config, tmp_path / 'run')
 
 
 def test_a_folder_is_split_by_lists(tmp_path):
@@ -421,16 +415,37 @@ def test_training_starts_from_a_model(tmp_path):
     classification.Config(start=path, learner=('lstm',))
 
 
+ALMOST_UNTRAINED = TINY | dict(way=3, filters=4, learning_rate=1e-12)
+
+
+@pytest.fixture(scope='module')
+def conv4_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('conv4')
+  return workdir, classification.run(classification.Config(**ALMOST_UNTRAINED), workdir)
+
+
 @pytest.mark.slow
-def test_a_run_that_starts_from_anothers_model_answers_as_it_did(tmp_path):
-  options = TINY | dict(way=3)
-  rows = classification.run(classification.Config(**options), tmp_path / 'first')
-  path = str(tmp_path / 'first' / 'model_meta_sgd.safetensors')
-  config = classification.Config(start=path, learning_rate=1e-12, eval_seed=0, **options)
-  again = classification.run(config, tmp_path / 'second')
+def test_a_run_that_starts_from_anothers_model_answers_as_it_did(conv4_run, tmp_path):
+  """The seed alone would give another model."""
+  workdir, rows = conv4_run
+  path = str(workdir / 'model_meta_sgd.safetensors')
+  again = classification.run(classification.Config(start=path, seed=1, **ALMOST_UNTRAINED), tmp_path)
   np.testing.assert_allclose(again[0]['mean_by_step'], rows[0]['mean_by_step'], atol=1e-6)
-  models = [ms.load_model(tmp_path / run / 'model_meta_sgd.safetensors').meta for run in ('first', 'second')]
+  models = [ms.load_model(directory / 'model_meta_sgd.safetensors').meta for directory in (workdir, tmp_path)]
   assert_trees_close(*models, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_trained_model_can_be_used(conv4_run):
+  workdir, rows = conv4_run
+  path = workdir / 'model_meta_sgd.safetensors'
+  model = ms.load_model(path)
+  assert (model.config.way, model.config.image_shape, model.config.filters) == (3, (28, 28, 1), 4)
+  assert model.config.training['accuracy_1_shot_inductive'].startswith(f'{100 * rows[1]["mean"]:.2f}% ±')
+  episode = ms.tasks.glyphs(way=3, shot=1, query=2)
+  support, query = episode.episode(episode.sample(jax.random.key(0)), jax.random.key(1))
+  classifier = ms.FewShotClassifier(path).fit(np.asarray(support.x), np.asarray(support.y))
+  assert classifier.predict(np.asarray(query.x)).shape == (6,)
 
 
 def test_joint_training_needs_classes():

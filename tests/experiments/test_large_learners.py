@@ -12,7 +12,7 @@ from experiments.large_learners import Config
 
 CHAINS = dict(network='transformer', width=16, depth=1, heads=2, tokens=4, length=8, shot=4, query=4)
 TINY = {
-  'resnet12': dict(widths=(4, 8), way=3, rank=2, meta_iterations=30, learning_rate=0.01, eval_tasks=20, alpha=0.2),
+  'resnet12': dict(widths=(4,), way=3, rank=2, meta_iterations=30, learning_rate=0.01, eval_tasks=20, alpha=0.2),
   'transformer': CHAINS | dict(rank=2, meta_iterations=200, learning_rate=0.01, eval_tasks=50, alpha=0.5),
 }
 LEAST = CHAINS | dict(adapts='head', width=4, heads=1, tokens=3, length=4, shot=1, query=1)

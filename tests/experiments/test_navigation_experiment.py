@@ -1,6 +1,7 @@
 """The experiment on 2D navigation, at a small size."""
 
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -82,7 +83,9 @@ def test_learners_differ_by_alpha_alone():
 @pytest.fixture(scope='module')
 def table4(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('table4')
-  return workdir, navigation.run(navigation.Config(**TINY | dict(eval_updates=1), table4=True, seeds=2), workdir)
+  config = navigation.Config(**TINY | dict(eval_updates=1), table4=True, seeds=2)
+  with mock.patch.object(navigation, 'FILM_STEPS', 12):
+    return workdir, navigation.run(config, workdir, devices=1)  # Programs of one device compile faster.
 
 
 @pytest.mark.slow
@@ -117,7 +120,7 @@ def test_pictures(table4):
 def test_adam_is_the_other_outer_optimiser(tmp_path, monkeypatch, capsys):
   """Of both learners, whose pairs are printed."""
   monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
-  rows = navigation.run(navigation.Config(**TINY, optimizer='adam'), tmp_path)
+  rows = navigation.run(navigation.Config(**TINY, optimizer='adam'), tmp_path, devices=1)
   assert [row['optimizer'] for row in rows] == ['adam', 'adam']
   out = capsys.readouterr().out
   assert '-9.12±0.66' in out

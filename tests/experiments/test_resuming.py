@@ -116,11 +116,12 @@ def crashed(at, workdir, config=MAML, label='MAML 5-shot', step=11, keeping=KEEP
 def test_killed_at_random_moments(tmp_path, monkeypatch):
   """With SIGKILL, for which no program can prepare; `make torture` does it for longer."""
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  case = (*torture.REGRESSION, '--learner=maml', '--seeds=1', '--meta_iterations=100')
   rng, hits = random.Random(0), collections.Counter()
   in_training = lambda: hits['in training'] + hits['while a checkpoint was written']
   for attempt in range(5):  # Moments go by the clock: three kills may all come before training or after it.
     (tmp_path / str(attempt)).mkdir()
-    hits += torture.torture((*torture.REGRESSION, '--learner=maml', '--seeds=1'), 3, tmp_path / str(attempt), rng)
+    hits += torture.torture(case, 3, tmp_path / str(attempt), rng)
     if in_training():
       break
   assert in_training() > 0, hits

@@ -20,6 +20,7 @@ COUNT = 4
 HEADER = """# Faults in the package, and the tests that catch them
 
 {faults} faults were drawn with seed {seed}, {count} in each of {modules} modules, before the package was regrouped.
+The names of modules and tests and the line numbers are of that time. Modules that were added later have no row.
 The first tier of tests catches {first} of them, and the slow tier {slow} more. The other {equivalent} are equivalent:
 they change no result; {missed} were missed. Before the tests were made cheaper, each fault was tried on those tests
 that cover its line and together take at most a minute, so "missed" in the second column means that these missed it.
@@ -70,8 +71,9 @@ def table(before: list[run.Verdict], after: list[run.Verdict]) -> str:
     outcomes.append(verdict.tier or ('equivalent' if note.startswith('equivalent') else 'missed'))
     cells = f'`{verdict.fault}`', 'caught' if old[verdict.fault].tier else 'missed', outcomes[-1], note
     lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+  modules = {verdict.fault.split(':')[0] for verdict in after}
   counts = {name: outcomes.count(name) for name in ('first', 'slow', 'equivalent', 'missed')}
-  header = HEADER.format(faults=len(after), seed=SEED, count=COUNT, modules=len(draw.MODULES), **counts)
+  header = HEADER.format(faults=len(after), seed=SEED, count=COUNT, modules=len(modules), **counts)
   return '\n'.join([header, *lines])
 
 

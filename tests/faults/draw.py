@@ -8,11 +8,11 @@ import random
 from collections.abc import Iterator
 
 MODULES = (
-  'inner/adaptation', 'inner/adjoint', 'outer/objective', 'outer/training', 'outer/evaluation',
-  'learners/meta_sgd', 'learners/maml', 'learners/meta_lstm', 'learners/matching', 'learners/siamese',
-  'learners/prototypical', 'learners/mann', 'learners/fine_tuning', 'learners/ensemble', 'learners/inner_optimizer',
-  'learners/episodic', 'rl/surrogate', 'rl/advantages', 'rl/meta_step', 'rl/trpo', 'nn/bilinear', 'nn/block',
-  'nn/winograd', 'io/checkpoint', 'tasks/few_shot',
+  'inner/adaptation', 'inner/adjoint', 'inner/loop', 'inner/alpha', 'inner/symmetry', 'outer/objective', 'outer/loop',
+  'outer/training', 'outer/evaluation', 'learners/meta_sgd', 'learners/maml', 'learners/meta_lstm', 'learners/matching',
+  'learners/siamese', 'learners/prototypical', 'learners/mann', 'learners/fine_tuning', 'learners/ensemble',
+  'learners/inner_optimizer', 'learners/episodic', 'rl/surrogate', 'rl/advantages', 'rl/meta_step', 'rl/trpo',
+  'rl/learner', 'nn/bilinear', 'nn/block', 'nn/winograd', 'io/checkpoint', 'tasks/few_shot', 'tasks/streaming',
 )  # fmt: skip
 """Where a fault would change results: one file of metasgd_jax each."""
 

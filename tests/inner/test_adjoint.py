@@ -62,12 +62,12 @@ def test_several_tasks_side_by_side(network):
   meta = jax.jit(conv_learner(way=3, network=network).init)(keys[0], jax.tree.map(lambda a: a[0], two))
   with jax.enable_x64(True):
     meta, two = to_float64(meta), to_float64(two)
-    found = []
-    for adjoint in ('reverse', 'hvp', 'revolve'):
-      learner = conv_learner(way=3, network=network, steps=4, adjoint=adjoint)
-      of = lambda meta, two, learner=learner: ms.mean_loss_and_grad(learner, meta, two, keys, tasks_at_once='all')
-      found.append(jax.jit(of)(meta, two))
-      found.append(jax.jit(lambda meta, of=of: of(meta, two))(meta))
+    learners = [conv_learner(way=3, network=network, steps=4, adjoint=a) for a in ('reverse', 'hvp', 'revolve')]
+
+    def gradients(meta, two):
+      return [ms.mean_loss_and_grad(learner, meta, two, keys, tasks_at_once='all') for learner in learners]
+
+    found = jax.jit(gradients)(meta, two) + jax.jit(lambda meta: gradients(meta, two))(meta)
   for other in found[1:]:
     assert_trees_close(other, found[0], rtol=1e-9, atol=1e-12)
 

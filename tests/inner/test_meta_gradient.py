@@ -169,35 +169,40 @@ def two_tasks():
   return jax.device_get(episodes(ms.tasks.glyphs(way=5, shot=1, query=3), 2))
 
 
-@pytest.mark.parametrize(
-  ('network', 'mapping'),
-  [
-    pytest.param(SmallConvNet, 'all', marks=pytest.mark.slow),
-    pytest.param(ms.nn.Conv4, 'all', marks=pytest.mark.slow),
-    pytest.param(ms.nn.Conv4, 1, marks=pytest.mark.slow),
-  ],
-)
-def test_compiled_float32_conv4_equals_float64(network, mapping, two_tasks, optimized):
-  """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
+@functools.partial(jax.jit, static_argnames=('network', 'mapping'))
+def loss_and_grads(meta, tasks, network, mapping):
   learner = conv_learner(network=network, alpha=ms.AlphaConfig(0.1, 0.1))
-  meta = jax.jit(learner.init)(jax.random.key(0), jax.tree.map(lambda a: a[0], two_tasks))
   keys = jax.random.split(jax.random.key(0), 2)
+  (loss, _), grads = ms.mean_loss_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)
+  return loss, grads
 
-  @functools.partial(jax.jit, static_argnums=2)
-  def grads(meta, tasks, mapping):
-    (loss, _), grads = ms.mean_loss_and_grad(learner, meta, tasks, keys, tasks_at_once=mapping)
-    return loss, grads
 
-  with jax.default_matmul_precision('highest'):  # An accelerator's own default rounds products to fewer bits.
-    loss, single = grads(meta, two_tasks, mapping)
+@pytest.fixture(scope='module')
+def in_float64(request, two_tasks):
+  """A network, its meta-parameters, and their loss and gradient in float64, compiled as the suite compiles."""
+  network, first = request.param, jax.tree.map(lambda a: a[0], two_tasks)
+  meta = jax.jit(conv_learner(network=network, alpha=ms.AlphaConfig(0.1, 0.1)).init)(jax.random.key(0), first)
   with jax.enable_x64(True):
-    loss64, double = grads(to_float64(meta), to_float64(two_tasks), 1)
-    single, double = to_float64(single), jax.device_get(double)
-    assert double.theta['ConvBlock_0']['kernel'].dtype == jnp.float64
-    np.testing.assert_allclose(loss, loss64, rtol=1e-5)
-    for part in ('theta', 'alpha'):
-      for name, leaf in getattr(double, part).items():
-        assert relative_error(getattr(single, part)[name], leaf) < 1e-3, (part, name)
+    return network, meta, jax.device_get(loss_and_grads(to_float64(meta), to_float64(two_tasks), network, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('in_float64', 'mapping'),
+  [(SmallConvNet, 'all'), (ms.nn.Conv4, 'all'), (ms.nn.Conv4, 1)],
+  indirect=['in_float64'],
+)
+def test_compiled_float32_conv4_equals_float64(in_float64, mapping, two_tasks, optimized):
+  """A pooling gradient that compares x with its maximum fails here: XLA may round the two sides apart."""
+  network, meta, (loss64, double) = in_float64
+  with jax.default_matmul_precision('highest'):  # An accelerator's own default rounds products to fewer bits.
+    loss, single = loss_and_grads(meta, two_tasks, network, mapping)
+  assert double.theta['ConvBlock_0']['kernel'].dtype == np.float64
+  np.testing.assert_allclose(loss, loss64, rtol=1e-5)
+  single = jax.device_get(single)
+  for part in ('theta', 'alpha'):
+    for name, leaf in getattr(double, part).items():
+      assert relative_error(getattr(single, part)[name], leaf) < 1e-3, (part, name)
 
 
 def test_sharding_the_tasks_changes_nothing():

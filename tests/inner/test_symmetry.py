@@ -90,7 +90,14 @@ def test_a_rule_that_is_none_or_that_cannot_be_compared_is_not(name, problem):
   assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
 
 
-@pytest.mark.parametrize('name', [*FALSE, 'calls itself', 'relu', 'sine by vjp'])
+ALWAYS = ('clipping of the norm', 'spikes', 'calls itself', 'relu', 'sine by vjp')
+"""A rule of each kind: false and true, by vjp and by jvp, and one that cannot be compared."""
+
+
+@pytest.mark.parametrize(
+  'name',
+  [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in FALSE if name not in ALWAYS)],
+)
 def test_every_adjoint_gives_the_gradient_of_reverse_mode(name, problem):
   loss = loss_of({**FALSE, **TRUE, 'calls itself': calls_itself}[name]())
 

@@ -54,7 +54,7 @@ def test_mappings_are_equal_for_a_convolutional_network():
   np.testing.assert_allclose(by['all'], by[1], rtol=1e-4)
 
 
-def test_mappings_and_groups_change_nothing(optimized):
+def test_mappings_and_groups_change_nothing(both_compilers):
   meta = meta_of()
   whole = evaluate(LEARNER, meta, num_tasks=6, placement=ms.Placement('all'))
   for mapping in (1, 4, 100):

@@ -20,6 +20,7 @@ TASKS, ADAM = ms.tasks.sinusoid(), optax.adam(1e-2)
 
 @pytest.fixture(scope='module')
 def found():
+  """A process of half a minute; tests that ask for it are all `optimized`, so that it runs once."""
   done = subprocess.run(
     [sys.executable, HERE / 'many_devices.py'], capture_output=True, text=True, check=False, cwd=HERE.parent
   )
@@ -44,7 +45,7 @@ def test_many_devices_compute_what_one_does(found, case, most, optimized):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 8])
-def test_each_device_keeps_its_part_of_what_is_large(found, devices):
+def test_each_device_keeps_its_part_of_what_is_large(found, devices, optimized):
   case = found[f'wide float64 {devices}']
   assert len(case['shares']) == 6  # The large kernel, in θ, α, and Adam's two means of both.
   for name, shares in case['shares'].items():

@@ -8,29 +8,25 @@ import metasgd_jax as ms
 from metasgd_jax.outer.placement import LARGE
 
 
-@pytest.mark.parametrize(
-  ('kind', 'mappings'),
-  [
-    ('sinusoid', ['all', 1, 2]),
-    pytest.param('conv', ['all', 1, 2], marks=pytest.mark.slow),
-  ],
-)
-def test_mappings_are_equal_and_equal_a_loop(kind, mappings, request):
-  if kind == 'sinusoid':
-    request.getfixturevalue('optimized')
-    learner, tasks = (
-      sinusoid_learner(hidden=(8,), steps=2, metrics={'mse': ms.losses.mean_squared_error}),
-      ms.tasks.sinusoid(),
-    )
-  else:
-    learner, tasks = conv_learner(way=3), ms.tasks.few_shot(random_bank(), way=3, shot=1, query=2)
+def test_mappings_are_equal_and_equal_a_loop(both_compilers):
+  learner = sinusoid_learner(hidden=(8,), steps=2, metrics={'mse': ms.losses.mean_squared_error})
+  assert_mappings_equal_a_loop(learner, ms.tasks.sinusoid())
+
+
+@pytest.mark.slow
+def test_mappings_are_equal_for_a_convolutional_network():
+  tasks = ms.tasks.few_shot(random_bank(), way=3, shot=1, query=2)
+  assert_mappings_equal_a_loop(conv_learner(way=3), tasks)
+
+
+def assert_mappings_equal_a_loop(learner, tasks):
   batch, keys = jax.device_get(episodes(tasks, 4)), jax.random.split(jax.random.key(7), 4)
   task = lambda i: jax.tree.map(lambda a: a[i], batch)
   meta = jax.jit(learner.init)(jax.random.key(0), task(0))
   one = jax.jit(jax.value_and_grad(learner.loss, has_aux=True))
   outs = jax.device_get([one(meta, task(i), keys[i]) for i in range(4)])
   looped = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *outs)
-  for mapping in mappings:
+  for mapping in ('all', 1, 2):
     got = jax.jit(lambda m, e, k, mapping=mapping: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=mapping))(
       meta, batch, keys
     )

@@ -37,7 +37,7 @@ def without_key(state):
   return state._replace(key=jax.random.key_data(state.key))
 
 
-def test_equals_steps_taken_one_by_one(optimized):
+def test_equals_steps_taken_one_by_one(both_compilers):
   state = start()
   step = jax.jit(lambda s: ms.train_step(s, TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=4))
   losses, infos = [], []
@@ -81,6 +81,7 @@ def test_a_stream_is_trained_step_by_step_too():
   streamed = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=3, shot=1, query=2))
   resident = ms.tasks.few_shot(bank, way=3, shot=1, query=2)
   learner = ms.maml(ms.nn.from_linen(OneLayer(3)), ms.losses.cross_entropy)
+  learner = learner._replace(loss=jax.jit(learner.loss))  # Its operations are not compiled one by one.
   options = dict(learner=learner, optimizer=optax.sgd(0.1))
   a, b = (
     ms.train_step(ms.init(jax.random.key(0), tasks, **options), tasks, meta_batch=2, **options)[0]
@@ -105,12 +106,18 @@ def test_tasks_differ_from_step_to_step_and_seed_to_seed():
   assert len(set(losses)) == 40
 
 
-@pytest.mark.parametrize(
-  ('tasks', 'learner'),
-  [(LINES, OF_LINES), pytest.param(TASKS, LEARNER, marks=pytest.mark.slow)],
-  ids=['lines', 'sinusoids'],
-)
-def test_seeds_side_by_side_equal_each_alone(tasks, learner, optimized):
+def test_seeds_side_by_side_equal_each_alone(both_compilers):
+  assert_seeds_train_alike(LINES, OF_LINES)
+
+
+@pytest.mark.slow
+def test_seeds_of_a_network_side_by_side_equal_each_alone(optimized):
+  assert_seeds_train_alike(TASKS, LEARNER)
+
+
+def assert_seeds_train_alike(tasks, learner):
+  """Three together, each alone, and each beside no other."""
+
   def trained(seeds):
     state = ms.init(seeds, tasks, learner=learner, optimizer=ADAM)
     state = ms.train(state, tasks, learner=learner, optimizer=ADAM, meta_iterations=20, meta_batch=4, chunk=10)

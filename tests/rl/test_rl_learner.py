@@ -244,7 +244,7 @@ def test_compiled_equals_not(name):
   assert_trees_close(loss_and_slope(name)(*about), not_compiled(name)(*about), rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('estimator', ['dice', 'score'])
+@pytest.mark.parametrize('estimator', ['dice', pytest.param('score', marks=pytest.mark.slow)])
 def test_the_outer_gradient_is_the_slope_of_the_surrogate_with_all_trajectories_held(estimator):
   with jax.enable_x64(True):
     inner = light(steps=2, estimator=estimator)
