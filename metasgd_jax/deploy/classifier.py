@@ -28,8 +28,8 @@ class FewShotClassifier:
   """Classifies images into N new classes, after it has adapted a trained model to one or more examples of each class.
 
   N is at least 2, and at most the way that the model was trained with. Images are arrays `[n, H, W, D]`, `[n, H, W]` if
-  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are uint8 from 0 to 255 or
-  floats from 0 to 1. The classifier can be cloned, pickled, and used in pipelines and searches of scikit-learn.
+  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are integers from 0 to 255,
+  floats from 0 to 1, or booleans. The classifier can be cloned, pickled, and used in pipelines and searches of scikit-learn.
 
   `inductive` chooses the statistics with which batch norm normalises the query images:
 
@@ -79,12 +79,12 @@ class FewShotClassifier:
   steps: int | None = None
   invert: bool | Literal['auto'] = 'auto'
 
-  def fit(self, images: Any, labels: Any) -> 'FewShotClassifier':
+  def fit(self, X: Any, y: Any) -> 'FewShotClassifier':
     """Adapts the model to the classes of the support, and returns self.
 
     Args:
-      images: Support images, one or more of each class. The number of images may differ between classes.
-      labels: Labels of the images, `[n]`, of any type that `np.unique` can sort.
+      X: Support images, one or more of each class. The number of images may differ between classes.
+      y: Labels of the images, `[n]`, of any type that `np.unique` can sort.
 
     Raises:
       ValueError: if the model cannot be read, if an argument of the constructor is not valid, if the images or labels
@@ -97,12 +97,12 @@ class FewShotClassifier:
     steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. Facts about the training do not change them.
     config = dataclasses.replace(model.config, training={}, inner_steps=steps)
-    x = _as_images(images, config.image_shape)
-    classes, y = _as_classes(labels, len(x), config.way)
-    light = _light(x, self.invert, config)
-    x, y = _balanced(np.where(light, 1 - x, x), y)
+    images = _as_images(X, config.image_shape)
+    classes, labels = _as_classes(y, len(images), config.way)
+    light = _light(images, self.invert, config)
+    images, labels = _balanced(np.where(light, 1 - images, images), labels)
     inductive = bool(self.inductive)
-    adapted = _adapt((config, len(classes), inductive), model.meta, x, y)
+    adapted = _adapt((config, len(classes), inductive), model.meta, images, labels)
     self.classes_ = classes
     self.image_shape_ = config.image_shape
     self.n_features_in_ = int(np.prod(config.image_shape))
@@ -110,59 +110,63 @@ class FewShotClassifier:
     self._fitted = config, inductive, jax.device_get(adapted)
     return self
 
-  def decision_function(self, images: Any) -> np.ndarray:
+  def decision_function(self, X: Any) -> np.ndarray:
     """Returns the logits, `[n, N]`.
 
     With two classes, it returns the second logit minus the first, `[n]`, as scikit-learn does.
 
     Args:
-      images: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that the class documents.
 
     Raises:
       ValueError: if the images do not fit the model.
       NotFittedError: if `fit` has not been called.
     """
-    logits = self._logits(images)
+    logits = self._logits(X)
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
-  def predict_proba(self, images: Any) -> np.ndarray:
+  def predict_proba(self, X: Any) -> np.ndarray:
     """Returns the probability of each class, `[n, N]`, in the order of `classes_`.
 
     The errors are those of `decision_function`.
 
     Args:
-      images: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that the class documents.
     """
     from scipy.special import softmax  # scipy is imported only where it is used.
 
-    return softmax(self._logits(images).astype(np.float64), axis=1)
+    return softmax(self._logits(X).astype(np.float64), axis=1)
 
-  def predict(self, images: Any) -> np.ndarray:
+  def predict(self, X: Any) -> np.ndarray:
     """Returns the most probable label of each image, `[n]`.
 
     The errors are those of `decision_function`.
 
     Args:
-      images: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that the class documents.
     """
-    answers = np.argmax(self._logits(images), axis=1)
+    answers = np.argmax(self._logits(X), axis=1)
     return self.classes_[answers]
 
-  def score(self, images: Any, labels: Any) -> float:
+  def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
     """Returns the accuracy, which is the share of images whose predicted label is right.
 
     Args:
-      images: Query images, in any of the forms that the class documents.
-      labels: True labels of the images, `[n]`.
+      X: Query images, in any of the forms that the class documents.
+      y: True labels of the images, `[n]`.
+      sample_weight: Weights of the images, `[n]`. By default all images have the same weight.
 
     Raises:
-      ValueError: if the number of labels is not the number of images. The other errors are those of
-        `decision_function`.
+      ValueError: if the labels or weights are not as many as the images, if a label is missing, or if the labels are
+        text and the classes are not, or the reverse. The other errors are those of `decision_function`.
     """
-    answers, labels = self.predict(images), np.asarray(labels)
-    if answers.shape != labels.shape:
-      raise ValueError(f'there must be a label for each of the {len(answers)} images, got shape {labels.shape}')
-    return float(np.mean(answers == labels))
+    answers = self.predict(X)
+    labels = _as_labels(y, len(answers))
+    if _is_text(labels) != _is_text(self.classes_):
+      raise ValueError(
+        f'labels must be of the kind of the classes, such as {str(self.classes_[0])!r}, got {labels[0]}; convert them'
+      )
+    return float(np.average(answers == labels, weights=sample_weight))
 
   def get_params(self, deep: bool = True) -> dict[str, Any]:
     """Returns the constructor's arguments by name. `deep` has no effect; scikit-learn passes it."""
@@ -228,10 +232,16 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
     takes = f'[n, {height}, {width}, {channels}], or flat [n, {flat}]'
     raise ValueError(f'images must be {takes}, got shape {x.shape}; resize them, and pass one image as images[None]')
   x = x.reshape(-1, *shape)
-  if x.dtype == np.uint8:
+  if x.dtype == np.bool_:
+    return x.astype(np.float32)
+  if np.issubdtype(x.dtype, np.integer):
+    if x.min() < 0 or x.max() > 255:
+      raise ValueError(f'integer images must be 0 to 255, got {x.min()} to {x.max()}; scale them')
+    if x.max() == 1:
+      raise ValueError('integer images must be 0 to 255, got only 0 and 1; pass booleans or floats')
     return x.astype(np.float32) / np.float32(255)
   if not np.issubdtype(x.dtype, np.floating):
-    raise ValueError(f'images must be uint8 (0 to 255) or floats (0 to 1), got {x.dtype}; convert them')
+    raise ValueError(f'images must be integers (0 to 255), floats (0 to 1) or booleans, got {x.dtype}; convert them')
   if not np.all(np.isfinite(x)):
     raise ValueError('images must be finite numbers, got NaN or infinity; leave those pictures out')
   if x.min() < 0 or x.max() > 1:
@@ -239,13 +249,35 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
   return x.astype(np.float32)
 
 
-def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the sorted classes, and the index of each label among them. Raises ValueError if labels are not valid."""
+def _as_labels(labels, count: int) -> np.ndarray:
+  """Returns the labels as an array `[count]`. Raises ValueError if one is missing, or if only some are text."""
+  if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
+    if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
+      raise ValueError('labels must be of one kind, such as strings, but some are text and some are not; convert them')
+    missing = any(map(_is_missing, labels))
+    labels = np.asarray(labels, object if missing else None)
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise ValueError(f'there must be a label for each of the {count} images, got labels of shape {labels.shape}')
-  if np.any(labels != labels):
-    raise ValueError('labels must not be NaN; leave those pictures out, or give them a separate class')
+  if any(map(_is_missing, labels)):
+    raise ValueError('labels must not be missing (NaN or None); leave those pictures out, or give them another class')
+  return labels
+
+
+def _is_missing(label: Any) -> bool:
+  try:
+    return label is None or bool(label != label)
+  except (TypeError, ValueError):  # NA of pandas is neither equal to itself nor different; an array is no label.
+    return np.ndim(label) == 0
+
+
+def _is_text(labels: np.ndarray) -> bool:
+  return labels.dtype.kind in 'SU' or isinstance(labels[0], str)
+
+
+def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the sorted classes, and the index of each label among them. Raises ValueError if labels are not valid."""
+  labels = _as_labels(labels, count)
   try:
     classes, y = np.unique(labels, return_inverse=True)
   except TypeError as e:

@@ -72,8 +72,7 @@ def test_two_classes_have_one_decision(able):
 def test_every_form_of_the_same_pictures_gives_the_same(fitted):
   x = pictures(LABELS, seed=3)
   expected = fitted.decision_function(x)
-  for form in (x[..., None], x.reshape(20, -1), x / np.float32(255), x / 255, x.tolist()):
-    form = np.asarray(form, np.uint8) if isinstance(form, list) else form
+  for form in (x[..., None], x.reshape(20, -1), x / np.float32(255), x / 255, x.tolist(), x.astype(np.int64)):
     np.testing.assert_allclose(fitted.decision_function(form), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -167,6 +166,21 @@ def test_calls_of_a_shape_seen_before_compile_nothing(small):
   assert (module._adapt._cache_size(), module._predict._cache_size()) == programs
 
 
+class PandasNA:
+  """Compares as the missing value of pandas does: the result has no truth value."""
+
+  def __ne__(self, other):
+    return self
+
+  def __bool__(self):
+    raise TypeError('boolean value of NA is ambiguous')
+
+
+def test_drawings_of_two_values_may_be_booleans(fitted):
+  x = pictures(LABELS, seed=3) > 100
+  np.testing.assert_array_equal(fitted.decision_function(x), fitted.decision_function(x.astype(np.float32)))
+
+
 @pytest.mark.parametrize(
   ('images', 'labels', 'message'),
   [
@@ -189,9 +203,16 @@ def test_calls_of_a_shape_seen_before_compile_nothing(small):
     (np.full((2, 784), np.inf), [0, 1], ('images', 'finite', 'leave those pictures out')),
     (np.full((2, 784), 255.0), [0, 1], ('0 to 1', '255 to 255', 'divide by 255')),
     (np.full((2, 784), -0.5), [0, 1], ('0 to 1', '-0.5 to -0.5')),
-    (np.zeros((2, 784), int), [0, 1], ('uint8', 'floats', 'got int64', 'convert them')),
-    (np.zeros((2, 784), object), [0, 1], ('uint8', 'got object')),
-    (np.full((2, 784), 'a'), [0, 1], ('uint8', 'got <U1')),
+    (pictures([0, 1]), ['a', None], ('labels', 'missing', 'leave those pictures out')),
+    (pictures([0, 1]), ['a', float('nan')], ('labels', 'missing', 'leave those pictures out')),
+    (pictures([0, 1]), ['a', PandasNA()], ('labels', 'missing', 'leave those pictures out')),
+    (pictures([0, 1]), np.array(['2020-01-01', 'NaT'], 'M8[D]'), ('labels', 'missing')),
+    (pictures([0, 1]), ['a', 1], ('labels', 'of one kind', 'convert them')),
+    (np.full((2, 784), 256), [0, 1], ('integer images', '0 to 255', '256 to 256')),
+    (np.full((2, 784), -1), [0, 1], ('integer images', '0 to 255', '-1 to -1')),
+    (np.ones((2, 784), int), [0, 1], ('integer images', 'only 0 and 1', 'booleans or floats')),
+    (np.zeros((2, 784), object), [0, 1], ('integers (0 to 255)', 'floats', 'got object', 'convert them')),
+    (np.full((2, 784), 'a'), [0, 1], ('integers (0 to 255)', 'got <U1')),
   ],
 )
 def test_what_does_not_fit_is_one_sentence(small, images, labels, message):
@@ -224,6 +245,18 @@ def test_before_fit_there_are_no_answers(small):
 def test_scoring_needs_a_label_for_each(fitted):
   with pytest.raises(ValueError, match=saying('a label for each', '2 images', '(3,)')):
     fitted.score(pictures([0, 1]), ['rows'] * 3)
+
+
+def test_scoring_compares_labels_of_one_kind_and_counts_weights(fitted):
+  x = pictures([0, 1])
+  with pytest.raises(ValueError, match=saying('labels', 'kind of the classes', 'got 1')):
+    fitted.score(x, [1, 2])
+  with pytest.raises(ValueError, match=saying('labels', 'missing')):
+    fitted.score(x, ['rows', None])
+  answers = fitted.predict(x)
+  wrong_second = [answers[0], 'another']
+  assert fitted.score(X=x, y=wrong_second) == 0.5
+  assert fitted.score(X=x, y=wrong_second, sample_weight=[3, 1]) == 0.75
 
 
 def test_it_pickles_before_and_after_fit(small, fitted):
