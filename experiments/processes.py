@@ -99,25 +99,33 @@ def start(machines: Machines) -> None:
   Call this function before JAX is used.
 
   Raises:
-    ValueError: if `distributed` is set and there is no cluster, or if a process does not connect to the coordinator in
-      time. JAX connects the processes of a cluster, and aborts the program if one of the processes is missing.
+    ValueError: if `distributed` is set and there is no cluster, if the coordinator's host is not known, if a process
+      does not connect to the coordinator in time, or if JAX cannot connect the processes. JAX aborts the program if a
+      process of a cluster is missing.
   """
-  if machines.process_id:
-    _greet(str(machines.coordinator), machines.process_id)
-  elif machines.coordinator is not None:
-    _gather(machines.coordinator, int(machines.num_processes or 1))
+  coordinator = machines.coordinator
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(':')
+    try:
+      socket.getaddrinfo(host.strip('[]'), int(port))
+    except (socket.gaierror, UnicodeError) as e:
+      advice = 'give the name or the address of the host of process 0'
+      raise ValueError(f'coordinator={coordinator} is at no known host ({e}); {advice}') from e
+    if machines.process_id:
+      _greet(coordinator, machines.process_id)
+    else:
+      _gather(coordinator, int(machines.num_processes or 1))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Stop.
   timeouts: Any = dict(initialization_timeout=PATIENCE, shutdown_timeout_seconds=FAREWELL)
   try:
-    jax.distributed.initialize(machines.coordinator, machines.num_processes, machines.process_id, **timeouts)
+    jax.distributed.initialize(coordinator, machines.num_processes, machines.process_id, **timeouts)
   except (RuntimeError, ValueError) as e:
-    if not machines.distributed:
-      raise
-    advice = 'give --coordinator=HOST:PORT, --num_processes and --process_id'
-    raise ValueError(
-      f'no cluster tells of its processes ({str(e).strip():.300}), so JAX cannot connect them; {advice}'
-    ) from e
+    who, advice = 'no cluster tells of its processes', 'give --coordinator=HOST:PORT, --num_processes and --process_id'
+    if coordinator is not None:
+      who, advice = f'the processes cannot meet at {coordinator}', 'give a host and a port that all of them reach'
+    reason = ' '.join(str(e).split())
+    raise ValueError(f'{who} ({reason:.300}), so JAX cannot connect them; {advice}') from e
   _keep_stdout(first())
   if not first():
     logging.set_verbosity(logging.WARNING)
