@@ -131,12 +131,11 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   """
   if processes.any_of(not run.begun):  # An earlier run stays until one meta-iteration has shown that this one trains.
     jax.block_until_ready(training.go(training.start(), 1, ()))
-  run.stop.idle = False
+  run.idle = False
   state = training.start()
   with contextlib.ExitStack() as opened:
     with processes.together():
       run.begin()
-      run.note()
       kept = opened.enter_context(_checkpoints(training, run, state, best)) if processes.first() else None
       recorder, state = _resume(training, run, kept, state)
       opened.callback(recorder.close)
@@ -145,8 +144,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
       best.resume(int(np.max(state.step)), _best_so_far(kept, state))
     after_chunk = _AfterChunk(training, run, kept, recorder, best, state)
     state = training.go(state, training.total, [after_chunk])
-  run.stop.idle = True
-  run.stop.ask()
+  run.idle = True
+  run.ask()
   return Trained(state, recorder.curves)
 
 
@@ -164,7 +163,8 @@ def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, s
     return reporting.Recorder(training.label, run.metrics), state
   if found.step and found.step not in [line['step'] for line in history if 'loss' in line]:
     lost = f'has lost lines of {training.label} before meta-iteration {found.step}'
-    raise checkpoint.CheckpointError(f'{run.workdir / "metrics.jsonl"} {lost}; give --restart to begin anew')
+    advice = f'remove {run.workdir / "checkpoints"}' if run.cell else 'give --restart'
+    raise checkpoint.CheckpointError(f'{run.workdir / "metrics.jsonl"} {lost}; {advice} to begin anew')
   at = 'is trained already' if found.step == training.total else f'goes on from meta-iteration {found.step:,}'
   print(f'{training.label}: {at}', flush=True)
   changed = resuming.changed_versions(found.versions)
@@ -211,12 +211,12 @@ class _AfterChunk:
     if self.first:
       host_memory.release_freed()  # The memory was freed by the compiler.
       if self.run.keeping.profile:
-        profile(self.training, self.good, self.run.workdir)
+        profile(self.training, self.good, self.run.path('profile'))
       self.first = False
     self.good = progress.state
     self.recorder(progress)
     accuracy = None if self.best is None else self.best(progress)
-    stop = processes.any_of(self.run.stop.asked)
+    stop = processes.any_of(self.run.asked)
     if self.kept is not None and (stop or accuracy is not None or self.is_due(progress, self.kept.last)):
       self.run.metrics[0].sync()
       self.kept.save(self.good, accuracy)
@@ -225,7 +225,7 @@ class _AfterChunk:
       if self.kept is not None:
         self.kept.wait()
       at = f'meta-iteration {progress.step:,} of {progress.total:,}'
-      self.run.stop.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
+      self.run.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
 
   def stop_at_bad_numbers(self, progress: ms.Progress) -> None:
     """Raises TrainingError if a number of the chunk is not finite, after the state before the chunk is saved."""
@@ -251,13 +251,13 @@ class _AfterChunk:
     return waited or progress.step == progress.total
 
 
-def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> pathlib.Path:
+def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) -> pathlib.Path:
   """Traces a few meta-iterations after `state`, and logs where the trace is. Their results are not kept.
 
   Returns:
-    The directory WORKDIR/profile/NAME, with a file for TensorBoard's profiler and one for Perfetto.
+    The directory PROFILES/NAME, with a file for TensorBoard's profiler and one for Perfetto.
   """
-  directory = workdir / 'profile' / training.name
+  directory = profiles / training.name
   before = int(np.max(state.step))
   step = min(training.total, before + PROFILED)
   jax.block_until_ready(training.go(state, step, ()))  # Compiles.
@@ -323,7 +323,8 @@ def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: in
     raise TrainingError(f'{training.label}: its meta-iterations cannot be shown task by task')
   state = training.start()
   directory = resuming.checkpoints_of(workdir, training.name)
-  found = checkpoint.newest(directory, like=state, config=dataclasses.asdict(config), until=step)
+  stored = resuming.check(workdir, config) if there else {}
+  found = checkpoint.newest(directory, like=state, config=stored, until=step)
   state = state if found is None else found.state
   print(f'{training.label}: meta-iteration {step:,} (from 0), replayed from {int(np.max(state.step)):,}', flush=True)
   state = training.go(state, step, ())
