@@ -108,9 +108,7 @@ def _refuse_others(workdir: pathlib.Path, dataset: str) -> None:
   with contextlib.suppress(OSError, TypeError, ValueError):
     if 'rows' in json.loads(paths[0].read_bytes()):
       return
-  if there := [path for path in paths if path.exists()]:
-    advice = 'move it away, or give another --workdir'
-    raise files.WriterError(f'{there[0]} is in the way: no table has written it; {advice}')
+  resuming.refuse(paths)
 
 
 def _directory(workdir: pathlib.Path, cell: Any) -> pathlib.Path:

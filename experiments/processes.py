@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -75,28 +75,10 @@ class Machines:
       raise ValueError(f'process_id must be less than {most}, got {self.process_id}; the first process is 0')
 
 
-def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
-  """Runs an experiment from the command line, in the processes that the flags of `Machines` describe.
-
-  Args:
-    prepare: Function as for `options.main`.
-    config_class: Class of the configuration, as for `options.main`.
-  """
-
-  def prepare_all():
-    machines = options.from_flags(Machines)
-    if machines.distributed or machines.coordinator is not None:
-      start(machines)
-    with together():
-      return prepare()
-
-  options.main(prepare_all, config_class)
-
-
 def start(machines: Machines) -> None:
   """Joins the other processes. Afterwards the first process alone prints, except for errors.
 
-  Call this function before JAX is used.
+  Call this function before JAX is used. A single process has nobody to join.
 
   Raises:
     ValueError: if `distributed` is set and there is no cluster, if the coordinator's host is not known, if a process
@@ -104,6 +86,8 @@ def start(machines: Machines) -> None:
       process of a cluster is missing.
   """
   coordinator = machines.coordinator
+  if coordinator is None and not machines.distributed:
+    return
   if coordinator is not None:
     host, _, port = coordinator.rpartition(':')
     try:
@@ -116,7 +100,7 @@ def start(machines: Machines) -> None:
     else:
       _gather(coordinator, int(machines.num_processes or 1))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Stop.
+  jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Run.
   timeouts: Any = dict(initialization_timeout=PATIENCE, shutdown_timeout_seconds=FAREWELL)
   try:
     jax.distributed.initialize(coordinator, machines.num_processes, machines.process_id, **timeouts)

@@ -17,6 +17,9 @@ from metasgd_jax.outer.evaluation import Interval, confidence_interval
 from metasgd_jax.outer.training import Progress
 from metasgd_jax.types import PyTree
 
+PathOf = Callable[[str], pathlib.Path]
+"""Function that returns the path of a file, given the name of the file, such as `Run.path`."""
+
 NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 """The names of the learners in tables and pictures."""
 
@@ -152,7 +155,7 @@ class Result:
     """Returns the mean of the metric after the last inner step, and its confidence interval over tasks."""
     return confidence_interval(self.values[..., -1].mean(0))
 
-  def row(self, path_of: Callable[[str], pathlib.Path], about_run: dict[str, Any]) -> dict[str, Any]:
+  def row(self, path_of: PathOf, about_run: dict[str, Any]) -> dict[str, Any]:
     """Writes the values to a file, whose path is `path_of(name)`, and returns the row for results.json."""
     name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
     files.write_array(path_of(name), self.values)
@@ -169,9 +172,7 @@ def draw_alpha(alpha: PyTree, plotting):
 
 
 def save_pictures(
-  path_of: Callable[[str], pathlib.Path],
-  pictures: dict[str, Callable[[Any], Any]],
-  metrics: Sequence[writers.Writer] = (),
+  path_of: PathOf, pictures: dict[str, Callable[[Any], Any]], metrics: Sequence[writers.Writer] = ()
 ) -> None:
   """Draws each figure, `plotting → Figure`, to `path_of('NAME.png')`, and to TensorBoard if it is among `metrics`.
 

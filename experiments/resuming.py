@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,6 @@ from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
 
 flags.disclaim_key_flags()  # As in options.
-
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a run that SIGTERM stopped. Shells give this code to a program that the signal ended."""
 
 RECORD = 'metasgd_run.json'
 """Marks a directory as the directory of a run, and lists the files that the run has written."""
@@ -67,9 +64,9 @@ def define_flags(*configs: type) -> None:
 class Run:
   """A run that is open.
 
-  After SIGTERM, a training ends after a chunk, when its state is saved. Outside of training, a single process ends at
-  once. Several processes end together, at the next point where all of them `ask`, because otherwise some would wait
-  for the others.
+  After SIGTERM or Ctrl-C, a training ends after a chunk, when its state is saved. Outside of training, a single process
+  ends at once. Several processes end together, at the next point where all of them `ask`, because otherwise some would
+  wait for the others. A second Ctrl-C raises KeyboardInterrupt.
 
   Attributes:
     workdir: Directory of the run.
@@ -80,7 +77,7 @@ class Run:
     rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
     begun: Whether the directory is marked as this run's. If it is not, an earlier run is still there.
     written: Names of the files that the run in the directory has written, or is about to write.
-    asked: Whether SIGTERM has come.
+    asked: The signal that has come, SIGTERM or SIGINT, or 0.
     idle: Whether nothing is under way that must be saved.
   """
 
@@ -92,7 +89,7 @@ class Run:
   rows: list[dict[str, Any]] | None = None
   begun: bool = False
   written: set[str] = dataclasses.field(default_factory=set)
-  asked: bool = False
+  asked: int = 0
   idle: bool = True
 
   def path(self, name: str) -> pathlib.Path:
@@ -102,7 +99,7 @@ class Run:
       WriterError: if there is a file of that name that the run has not written.
     """
     if name not in self.written:
-      self._refuse_others({name})
+      refuse([self.workdir / name])
       self.written.add(name)
       self.note()
     return self.workdir / name
@@ -115,8 +112,8 @@ class Run:
     if self.begun:
       return
     names, old = {'config.json', 'metrics.jsonl', 'timings.jsonl', 'checkpoints'}, set(self.written)
-    self._refuse_others(names)
-    self._open_events()
+    refuse([self.workdir / name for name in sorted(names - old)])
+    self.open_events()
     self.begun = True
     _remove(self.workdir / 'checkpoints')
     self.written |= names
@@ -125,12 +122,6 @@ class Run:
       _remove(self.workdir / name)
     self.written = self.written - old | names
     files.write_json(self.workdir / 'config.json', self.config)
-    self.note()
-
-  def go_on(self) -> None:
-    """Continues the run in the directory."""
-    self._open_events()
-    self.begun = True
     self.note()
 
   def note(self, finished: bool = False) -> None:
@@ -152,34 +143,33 @@ class Run:
     if not self.keeping.keep_checkpoints:
       _remove(self.workdir / 'checkpoints')
 
-  def come(self, *_) -> None:
-    """Handles SIGTERM."""
-    self.asked = True
+  def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
+    """Handles the signal with this number."""
+    self.asked = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if self.idle and jax.process_count() == 1:
       self.leave('what was trained is saved')
 
   def ask(self) -> None:
-    """Ends the program if SIGTERM has come to any process. All processes must call this when all is saved."""
-    if processes.any_of(self.asked):
+    """Ends the program if a signal has come to any process. All processes must call this when all is saved."""
+    if processes.any_of(self.asked > 0):
       self.leave('all that was trained is saved')
 
   def leave(self, what: str) -> None:
-    """Ends the program with a sentence: `what` is saved, unless nothing is, and which command goes on."""
+    """Ends the program with a sentence that says what is saved, and which command goes on.
+
+    The exit code is the one that shells give to a program that the signal ended.
+    """
+    number = self.asked or signal.SIGTERM  # It may have come to another process.
     command = 'the same command without --restart' if self.keeping.restart and not self.cell else 'the same command'
     said = f'{what}; {command} goes on from there'
     if not (self.begun and trainings(self.workdir)):
       earlier = '' if self.begun else ', and the earlier run is unchanged'
       said = f'nothing is saved yet{earlier}; the same command begins again'
-    print(f'stopped by SIGTERM: {said}', flush=True)
-    raise SystemExit(STOPPED)
+    print(f'stopped by {signal.Signals(number).name}: {said}', flush=True)
+    raise SystemExit(128 + number)
 
-  def _refuse_others(self, names: set[str]) -> None:
-    """Raises WriterError if there is a file of one of these names that the run in the directory has not written."""
-    if there := sorted(name for name in names - self.written if os.path.lexists(self.workdir / name)):
-      advice = 'move it away, or give another --workdir'
-      raise files.WriterError(f'{self.workdir / there[0]} is in the way: this run has not written it; {advice}')
-
-  def _open_events(self) -> None:
+  def open_events(self) -> None:
     """Opens an event file of TensorBoard, if the configuration asks for it."""
     if self.config.get('tensorboard'):
       there = set(self.workdir.glob('events.out.tfevents.*'))
@@ -209,12 +199,13 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
       run = Run(workdir, _plain(config), keeping or Keeping(), cell)
       run.metrics.append(writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True))
       if threading.current_thread() is threading.main_thread():
-        held.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, run.come))
+        for number in (signal.SIGTERM, signal.SIGINT):
+          held.callback(signal.signal, number, signal.signal(number, run.come))
       _enter(run, config)
     run.rows = processes.json_from_first(run.rows)
     with contextlib.closing(run):
       yield run
-      run.idle = False  # A run that is finished ignores the signal.
+      run.idle = False  # A run that is finished ignores signals.
     if run.begun:
       run.finish()
     processes.any_of(False)  # The others wait until the first has drawn its pictures.
@@ -245,11 +236,19 @@ def _enter(run: Run, config: Any) -> None:
     versions = f' with other versions ({changed})' if changed else ''
     print(f'{workdir} holds this run, finished{versions}; --restart makes it again')
   elif trainings(workdir):
-    run.go_on()
+    run.begun = True
+    run.open_events()
+    run.note()
     hint = '' if run.cell else '; --restart begins anew'
     print(f'{workdir} holds an unfinished run of this configuration, which goes on{hint}')
   else:
     run.begin()
+
+
+def refuse(paths: Sequence[pathlib.Path]) -> None:
+  """Raises WriterError if one of the files is there, because nothing that a run has not written is overwritten."""
+  if there := [path for path in paths if os.path.lexists(path)]:
+    raise files.WriterError(f'no run has written {there[0]}; move it away, or give another --workdir')
 
 
 def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
 
 
 def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) -> None:
-  """Runs an experiment from the command line.
+  """Runs an experiment from the command line, in the processes that the flags of `Machines` describe.
 
   Args:
     experiment: Name of the experiment.
@@ -46,17 +46,19 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   """
 
   def prepare_from_flags():
-    if 'rbg' in (impl := str(jax.random.key_impl(jax.random.key(0)))):
-      raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} gives keys whose numbers change under jax.vmap; unset it')
-    config: Any = options.from_flags(config_class)
-    keeping, devices = options.from_flags(Keeping), options.from_flags(Machines).devices
-    given = flags.FLAGS.workdir
-    workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
-    plan, run = prepare(config, workdir, keeping, devices)
-    return trainings.look(plan, config, workdir, keeping) or run
+    machines = options.from_flags(Machines)
+    processes.start(machines)
+    with processes.together():
+      if 'rbg' in (impl := str(jax.random.key_impl(jax.random.key(0)))):
+        raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} gives keys whose numbers change under jax.vmap; unset it')
+      config: Any = options.from_flags(config_class)
+      keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
+      workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
+      plan, run = prepare(config, workdir, keeping, machines.devices)
+      return trainings.look(plan, config, workdir, keeping) or run
 
   resuming.define_flags(config_class, Keeping, Machines)
-  processes.main(prepare_from_flags, config_class)
+  options.main(prepare_from_flags, config_class)
 
 
 def default_workdir(experiment: str, config: Any) -> str:

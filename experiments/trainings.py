@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,16 +30,36 @@ PROFILED = 3
 Callbacks = Sequence[Callable[[ms.Progress], Any]]
 
 
-class Best(Protocol):
-  """A callback that returns the accuracy of a state that it validates, and `None` for other states."""
+class Best:
+  """Callback of `ms.train` that validates, and keeps the checkpoints with the best accuracy.
 
-  keep: int
+  `found` is a list of (accuracy, step, meta), the best first.
+  """
 
-  def __call__(self, progress: ms.Progress) -> float | None:
-    """Receives a chunk."""
+  def __init__(self, judge: Callable[[int, Any], float], every: int, keep: int):
+    """Starts with no checkpoints.
+
+    Args:
+      judge: Function `(step, meta) → accuracy`.
+      every: Number of meta-iterations between validations, a multiple of the chunk. The last state is also validated.
+      keep: Number of checkpoints to keep.
+    """
+    self.judge, self.every, self.keep = judge, every, keep
+    self.found: list[tuple[float, int, Any]] = []
 
   def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
-    """Continues after `step` with the best (accuracy, step, meta) so far, the best first."""
+    """Continues after `step` with the best checkpoints so far."""
+    self.found = found
+
+  def __call__(self, progress: ms.Progress) -> float | None:
+    """Returns the accuracy after a chunk, or `None` if the state is not validated."""
+    if progress.step % self.every and progress.step < progress.total:
+      return None
+    meta = jax.device_get(progress.state.meta)
+    accuracy = self.judge(progress.step, meta)
+    found = [*self.found, (accuracy, progress.step, meta)]
+    self.found = sorted(found, key=lambda one: one[:2], reverse=True)[: self.keep]
+    return accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +140,9 @@ def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.
 
 
 def train(training: Training, run: Run, best: Best | None = None) -> Trained:
-  """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a SIGTERM.
+  """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a signal.
 
-  If there are several processes, only the first process reads and saves the checkpoints. After a SIGTERM all processes
+  If there are several processes, only the first process reads and saves the checkpoints. After a signal all processes
   stop after the same chunk.
 
   Raises:
@@ -136,7 +156,11 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   with contextlib.ExitStack() as opened:
     with processes.together():
       run.begin()
-      kept = opened.enter_context(_checkpoints(training, run, state, best)) if processes.first() else None
+      kept = None
+      if processes.first():
+        directory, keep_best = resuming.checkpoints_of(run.workdir, training.name), 0 if best is None else best.keep
+        kept = checkpoint.Checkpoints(directory, like=state, config=run.config, keep_best=keep_best)
+        opened.enter_context(kept)
       recorder, state = _resume(training, run, kept, state)
       opened.callback(recorder.close)
     state = processes.from_first(state)
@@ -147,12 +171,6 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   run.idle = True
   run.ask()
   return Trained(state, recorder.curves)
-
-
-def _checkpoints(training: Training, run: Run, state: ms.TrainState, best: Best | None) -> checkpoint.Checkpoints:
-  directory = resuming.checkpoints_of(run.workdir, training.name)
-  keep_best = 0 if best is None else best.keep
-  return checkpoint.Checkpoints(directory, like=state, config=run.config, keep_best=keep_best)
 
 
 def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, state: ms.TrainState):
@@ -216,7 +234,7 @@ class _AfterChunk:
     self.good = progress.state
     self.recorder(progress)
     accuracy = None if self.best is None else self.best(progress)
-    stop = processes.any_of(self.run.asked)
+    stop = processes.any_of(self.run.asked > 0)
     if self.kept is not None and (stop or accuracy is not None or self.is_due(progress, self.kept.last)):
       self.run.metrics[0].sync()
       self.kept.save(self.good, accuracy)
@@ -302,10 +320,8 @@ def print_memory(plan: Sequence[Training]) -> None:
     print(f'{training.label}: {planned}', flush=True)
     runs = math.prod(jax.eval_shape(training.start).step.shape)
     if training.memory is not None and runs > 1:
-      print(
-        f'this is the memory of one run; {runs} are trained side by side and take about {runs} times as much',
-        flush=True,
-      )
+      side = f'{runs} are trained side by side and take about {runs} times as much'
+      print(f'this is the memory of one run; {side}', flush=True)
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:

@@ -164,7 +164,7 @@ def test_files_that_come_while_a_run_is_stopped_are_never_its_own(tmp_path):
   mine = ('params_x.safetensors', 'curves_mine.png')
   write(tmp_path, *mine)
   for keeping in (None, Keeping(restart=True)):
-    said = saying(tmp_path / 'params_x.safetensors', 'has not written', 'move it away')
+    said = saying(tmp_path / 'params_x.safetensors', 'no run has written', 'move it away')
     with pytest.raises(files.WriterError, match=said), resuming.open_run(tmp_path, MAML, keeping) as opened:
       opened.begin()
       assert not opened.written & set(mine)
@@ -342,7 +342,7 @@ def test_a_table_overwrites_only_what_a_table_has_written(tmp_path, ending):
   config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
   mine = tmp_path / f'table_omniglot.{ending}'
   mine.write_text('[]')
-  with pytest.raises(files.WriterError, match=saying(mine, 'no table has written', 'move it away')):
+  with pytest.raises(files.WriterError, match=saying(mine, 'no run has written', 'move it away')):
     few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
   with pytest.raises(files.WriterError, match=saying(mine)):
     few_shot_table.write(tmp_path, 'omniglot')

@@ -237,16 +237,19 @@ def test_an_unfinished_run_that_is_older_than_an_option_goes_on(tmp_path, at, mo
   assert 'MAML 5-shot: goes on from meta-iteration 8' in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_leaves(tmp_path, at, whole_maml, capsys):
-  before = signal.getsignal(signal.SIGTERM)
-  at('MAML 5-shot', 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, at, whole_maml, capsys, number):
+  before = signal.getsignal(number)
+  at('MAML 5-shot', 7, lambda: os.kill(os.getpid(), number))
   with pytest.raises(SystemExit) as e:
     regression.run(MAML, tmp_path, dataclasses.replace(KEEPING, checkpoint_every=100))
-  assert e.value.code == 143
+  assert e.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
   out = capsys.readouterr().out
-  assert re.match(saying('stopped by SIGTERM: MAML 5-shot', 'meta-iteration 7 of 20', tmp_path, 'same command'), out)
+  assert re.match(
+    saying(f'stopped by {number.name}: MAML 5-shot', 'meta-iteration 7 of 20', tmp_path, 'same command'), out
+  )
   assert out.count('\n') == 1
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
   assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [7]
   at('MAML 5-shot', -1, crash)
   regression.run(MAML, tmp_path, KEEPING)
