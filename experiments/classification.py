@@ -126,9 +126,7 @@ class Config:
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
       raise ValueError(f'start is a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave it out')
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
-      raise ValueError(
-        "table2 and table3 need real images, got dataset=glyphs; leave dataset out to use the table's own data set"
-      )
+      raise ValueError('table2 and table3 need real images, got dataset=glyphs; leave dataset out for their own')
     if self.class_lists and self.dataset != 'folder':
       raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave it out')
 

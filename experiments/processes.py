@@ -47,13 +47,9 @@ class Machines:
     None, 'Devices per process; by default as many as share the tasks, in regression 1.', low=1, high=100_000, kind=int
   )
   distributed: bool = option(False, 'Ask the cluster (SLURM, Cloud TPU, Open MPI) which of its processes this is.')
-  coordinator: str | None = option(
-    None, 'Without a cluster: HOST:PORT of the first process, the same for all.', kind=str
-  )
+  coordinator: str | None = option(None, 'HOST:PORT of the first process, for all, without a cluster.', kind=str)
   num_processes: int | None = option(None, 'With coordinator: number of processes.', low=1, high=100_000, kind=int)
-  process_id: int | None = option(
-    None, 'With coordinator: number of this process. The first is 0.', low=0, high=99_999, kind=int
-  )
+  process_id: int | None = option(None, 'Number of this process; the first is 0.', low=0, high=99_999, kind=int)
 
   def __post_init__(self):
     options.check(self)

@@ -120,9 +120,8 @@ def run(config: Config, workdir: PathLike, keeping: resuming.Keeping | None = No
 
 
 def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
-  about_run = running.settings(
-    config, 'inner_steps', 'meta_iterations', 'meta_batch', 'query', 'eval_query', 'eval_repeats'
-  )
+  names = ('inner_steps', 'meta_iterations', 'meta_batch', 'query', 'eval_query', 'eval_repeats')
+  about_run = running.settings(config, *names)
   tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
   trained, results, rows = {}, [], []
   for (name, shot), (training, learner) in zip(config.runs, plan(config, devices), strict=True):

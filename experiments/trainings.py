@@ -47,10 +47,6 @@ class Best:
     self.judge, self.every, self.keep = judge, every, keep
     self.found: list[tuple[float, int, Any]] = []
 
-  def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
-    """Continues after `step` with the best checkpoints so far."""
-    self.found = found
-
   def __call__(self, progress: ms.Progress) -> float | None:
     """Returns the accuracy after a chunk, or `None` if the state is not validated."""
     if progress.step % self.every and progress.step < progress.total:
@@ -158,14 +154,13 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
       run.begin()
       kept = None
       if processes.first():
-        directory, keep_best = resuming.checkpoints_of(run.workdir, training.name), 0 if best is None else best.keep
-        kept = checkpoint.Checkpoints(directory, like=state, config=run.config, keep_best=keep_best)
-        opened.enter_context(kept)
+        how: Any = dict(like=state, config=run.config, keep_best=0 if best is None else best.keep)
+        kept = opened.enter_context(checkpoint.Checkpoints(resuming.checkpoints_of(run.workdir, training.name), **how))
       recorder, state = _resume(training, run, kept, state)
       opened.callback(recorder.close)
     state = processes.from_first(state)
     if best is not None:
-      best.resume(int(np.max(state.step)), _best_so_far(kept, state))
+      best.found = _best_so_far(kept, state)
     after_chunk = _AfterChunk(training, run, kept, recorder, best, state)
     state = training.go(state, training.total, [after_chunk])
   run.idle = True
