@@ -28,8 +28,9 @@ CHARACTERS = ('glyphs', 'omniglot')
 """Data sets of drawings, which are light on dark."""
 
 MODEL_FACTS = (
-  'dataset split split_seed way shot query meta_batch meta_iterations learning_rate schedule alpha seed eval_seed '
-  'eval_tasks eval_query inductive augmentation precision multi_step_loss clip validate_every'
+  *('dataset', 'split', 'split_seed', 'way', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate'),
+  *('schedule', 'alpha', 'seed', 'eval_seed', 'eval_tasks', 'eval_query', 'inductive', 'augmentation', 'precision'),
+  *('multi_step_loss', 'clip', 'validate_every'),
 )
 """Settings that a model file contains, beside the accuracy."""
 
@@ -125,9 +126,7 @@ class Config:
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
       raise ValueError(f'start is a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave it out')
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
-      raise ValueError(
-        "table2 and table3 need real images, got dataset=glyphs; leave dataset out to use the table's own data set"
-      )
+      raise ValueError('table2 and table3 need real images, got dataset=glyphs; leave dataset out for their own')
     if self.class_lists and self.dataset != 'folder':
       raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave it out')
 
@@ -148,13 +147,15 @@ class Config:
     return self.eval_shots or (self.shot,)
 
 
-def run(config: Config, workdir: PathLike, setup: Setup | None = None, keeping: Keeping | None = None) -> list[dict]:
+def run(
+  config: Config, workdir: PathLike, setup: Setup | None = None, keeping: Keeping | None = None, cell: bool = False
+) -> list[dict]:
   """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  If `setup` is left out, `build(config)` creates the setup.
+  If `setup` is left out, `build(config)` creates the setup. `cell` is as in `resuming.open_run`.
   """
   setup = setup or build(config)
-  with resuming.open_run(workdir, config, keeping) as opened:
+  with resuming.open_run(workdir, config, keeping, cell) as opened:
     return opened.rows or _run(config, setup, opened)
 
 
@@ -163,9 +164,9 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
   pictures: running.Pictures = {}
   for name in config.learners:
     metas[name], curve, skipped = few_shot_training.train(name, config, setup, opened)
-    write_params(opened.workdir / f'params_{name}.safetensors', metas[name])
-    about_run = running.settings(config, 'meta_iterations eval_query ensemble') | {'metric': 'accuracy', **skipped}
-    about_run['meta_batch'] = meta_batch(name, config)
+    write_params(opened.path(f'params_{name}.safetensors'), metas[name])
+    about_run = running.settings(config, 'meta_iterations', 'eval_query', 'ensemble') | skipped
+    about_run |= {'metric': 'accuracy', 'meta_batch': meta_batch(name, config)}
     about_run['query'] = 0 if name == 'joint' else query_images(name, config)
     if name in UNTRAINED:
       about_run['meta_iterations'] = 0
@@ -177,10 +178,11 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
     for shot in config.test_shots:
       for result in few_shot_training.judge(name, metas[name], shot, config, setup):
         results.append(result)
-        rows.append(result.row(opened.workdir, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
+        rows.append(result.row(opened.path, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
         print(_sentence(rows[-1], result, config))
     if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
-      _save_model(opened.workdir, name, reporting.one_run(metas[name], 0), results, config, setup)
+      path = opened.path(f'model_{name}.safetensors')
+      _save_model(path, name, reporting.one_run(metas[name], 0), results, config, setup)
     running.write_results('classification', config, opened, rows)
     if curve:
       curves[NAMES[name]] = curve['accuracy']
@@ -188,16 +190,16 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
   pictures |= running.alpha_pictures(metas)
   if curves:
     pictures['learning_curves'] = methodcaller('learning_curves', curves, ylabel='query accuracy on training tasks')
-  reporting.save_pictures(opened.workdir, pictures, opened.metrics)
+  reporting.save_pictures(opened.path, pictures, opened.metrics)
   return rows
 
 
-def _save_model(workdir, name: str, meta: Any, results: list[Result], config: Config, setup: Setup) -> None:
+def _save_model(path, name: str, meta: Any, results: list[Result], config: Config, setup: Setup) -> None:
   """Writes the first run as a file for `metasgd predict` and `FewShotClassifier`."""
   places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
   # Private paths are not published.
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
-  training = running.settings(config, MODEL_FACTS) | provenance.collect()
+  training = running.settings(config, *MODEL_FACTS) | provenance.collect()
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
   for result in results:
     first = dataclasses.replace(result, values=result.values[:1])
@@ -206,7 +208,7 @@ def _save_model(workdir, name: str, meta: Any, results: list[Result], config: Co
   background: Any = 'dark' if config.dataset in CHARACTERS else 'any'
   sizes = setup.image_shape, *config.sizes
   about = ms.ModelConfig(cast(Any, name), config.way, *sizes, config.inner_steps, alpha, background, training)
-  ms.save_model(workdir / f'model_{name}.safetensors', ms.FewShotModel(about, meta))
+  ms.save_model(path, ms.FewShotModel(about, meta))
 
 
 def _percent(interval: ms.Interval) -> str:
@@ -244,7 +246,7 @@ def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> 
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
       raise ValueError('plan and debug_task are for one cell; give its flags and workdir instead')
-    of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping)
+    of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping, cell=True)
     return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
   setup = build(config, devices=devices)
   return few_shot_training.plan(config, setup), functools.partial(run, config, workdir, setup, keeping)

@@ -14,8 +14,9 @@ from metasgd_jax.cli.telling import cut
 
 WIDTH = 100
 MOST_USED = (
-  'learner table1 table2 table3 table4 network adapts dataset data_dir way shot query trajectories inner_steps alpha '
-  'meta_iterations meta_batch learning_rate seeds eval_tasks workdir config'
+  *('learner', 'table1', 'table2', 'table3', 'table4', 'network', 'adapts', 'dataset', 'data_dir', 'way', 'shot'),
+  *('query', 'trajectories', 'inner_steps', 'alpha', 'meta_iterations', 'meta_batch', 'learning_rate', 'seeds'),
+  *('eval_tasks', 'workdir', 'config'),
 )
 """Flags with a line of their own in `--help`."""
 
@@ -98,7 +99,7 @@ def help_text() -> str:
   about, experiment = (sys.modules['__main__'].__doc__ or '').partition('\n')[0], pathlib.Path(sys.argv[0]).stem
   usage = f'usage: python -m experiments.{experiment} [--name=value …]; --helpfull says more of each flag'
   ours = [*flags.FLAGS.get_key_flags_for_module(sys.argv[0]), flags.FLAGS['compilation_cache']]
-  used = [flag for flag in ours if flag.name in MOST_USED.split()]
+  used = [flag for flag in ours if flag.name in MOST_USED]
   others = [_brief(flag) for flag in ours if flag not in used]
   lines = [*textwrap.wrap(about, WIDTH), usage]
   for flag in used:

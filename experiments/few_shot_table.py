@@ -1,5 +1,6 @@
 """Makes Tables 2 and 3 of Li et al. 2017: trains all learners in four settings, and keeps each cell on disk."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -67,9 +68,10 @@ def prepare(
     workdir: Directory of the table and its cells.
     build: Function `(configuration of a cell, data) → Setup`.
     run: Function `(configuration of a cell, directory, Setup) → rows`.
-    restart: Whether an unfinished cell with another configuration is trained from the start. Otherwise it is refused.
+    restart: Whether a cell that `resuming.check` refuses is trained from the start. Otherwise no cell is trained.
   """
   todo = cells(config)
+  _refuse_others(workdir, config.dataset)
   if not restart:
     for cell in todo:
       resuming.check(_directory(workdir, cell), cell)
@@ -95,9 +97,18 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
     rows = write(workdir, dataset)
   print(markdown(rows), end='')
   if rows:
-    reporting.save_pictures(workdir, {f'table_{dataset}': functools.partial(draw, rows)})
+    reporting.save_pictures(workdir.joinpath, {f'table_{dataset}': functools.partial(draw, rows)})
   if failed:
     raise reporting.TrainingError(f'{len(failed)} of {len(todo)} cells are missing: {"; ".join(failed)}')
+
+
+def _refuse_others(workdir: pathlib.Path, dataset: str) -> None:
+  """Raises WriterError if a file has a name of the table's files and is not the table's. The JSON file marks them."""
+  paths = [workdir / f'table_{dataset}.{ending}' for ending in ('json', 'md', 'png')]
+  with contextlib.suppress(OSError, TypeError, ValueError):
+    if 'rows' in json.loads(paths[0].read_bytes()):
+      return
+  resuming.refuse(paths)
 
 
 def _directory(workdir: pathlib.Path, cell: Any) -> pathlib.Path:
@@ -127,7 +138,7 @@ def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
     try:
       rows += _read_rows(path)
     except (OSError, ValueError) as e:
-      print(f'{path} has no results of a cell and is not in the table ({e}); the same command makes the cell again')
+      print(f'{path} has no results of a cell and is not in the table ({e}); --restart makes the cell again')
   return sorted(rows, key=_place)
 
 
@@ -145,6 +156,7 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
   """Writes the table of a data set's cells so far, as Markdown and as JSON, and returns its rows."""
+  _refuse_others(workdir, dataset)
   rows = rows_of(workdir, dataset)
   files.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
   with files.atomic(workdir / f'table_{dataset}.md') as file:

@@ -1,7 +1,6 @@
 """Builds, trains, validates and tests the learners of a configuration for few-shot classification."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from absl import logging
 import metasgd_jax as ms
 from experiments import few_shot_data, few_shot_learners, processes, reporting, resuming, running, trainings
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
+from experiments.trainings import Best
 from metasgd_jax.types import Tasks
 
 
@@ -159,38 +159,6 @@ def _members(metas: list[Any], config: Any) -> Any:
 
 def _stacked(trees: list[Any]) -> Any:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-class Best:
-  """Callback of `ms.train` that validates, and keeps the checkpoints with the best accuracy.
-
-  `found` is a list of (accuracy, step, meta), the best first.
-  """
-
-  def __init__(self, judge: Callable[[int, Any], float], every: int, keep: int):
-    """Starts with no checkpoints.
-
-    Args:
-      judge: Function `(step, meta) → accuracy`.
-      every: Number of meta-iterations between validations, a multiple of the chunk. The last state is also validated.
-      keep: Number of checkpoints to keep.
-    """
-    self.judge, self.every, self.keep = judge, every, keep
-    self.found: list[tuple[float, int, Any]] = []
-
-  def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
-    """Continues after `step` with the best checkpoints so far."""
-    self.found = found
-
-  def __call__(self, progress: ms.Progress) -> float | None:
-    """Returns the accuracy after a chunk, or `None` if the state is not validated."""
-    if progress.step % self.every and progress.step < progress.total:
-      return None
-    meta = jax.device_get(progress.state.meta)
-    accuracy = self.judge(progress.step, meta)
-    found = [*self.found, (accuracy, progress.step, meta)]
-    self.found = sorted(found, key=lambda one: one[:2], reverse=True)[: self.keep]
-    return accuracy
 
 
 def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: resuming.Run) -> Best:

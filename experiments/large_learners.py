@@ -121,11 +121,11 @@ def build_tasks(config: Config) -> tuple[Tasks, Tasks]:
     ValueError: if the settings do not fit the data.
     DatasetError: if the data set cannot be had.
   """
-  counts = running.settings(config, 'shot query')
+  counts = running.settings(config, 'shot', 'query')
   if config.network == 'transformer':
     tasks = markov_chains(MarkovConfig(config.tokens, config.length), **counts)
     return tasks, tasks
-  shared = running.settings(config, 'dataset data_dir way shot query')
+  shared = running.settings(config, 'dataset', 'data_dir', 'way', 'shot', 'query')
   images = classification.Config(**shared, eval_query=config.query)
   data = few_shot_data.placed(few_shot_data.load(images), 'auto')
   return few_shot_data.tasks(data.train, images, **counts), few_shot_data.tasks(data.test, images, **counts)
@@ -172,9 +172,9 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
   trained = running.train(setup.training, opened)
   meta = trained.state.meta
   about_run = {'theta_entries': _entries(meta.theta), 'alpha_entries': _entries(meta.alpha)}
-  about_run |= running.settings(config, 'inner_steps meta_iterations meta_batch') | trained.skipped
+  about_run |= running.settings(config, 'inner_steps', 'meta_iterations', 'meta_batch') | trained.skipped
   results = [_test(metric, meta, config, setup) for metric in METRICS[config.network]]
-  rows = [result.row(opened.workdir, about_run) for result in results]
+  rows = [result.row(opened.path, about_run) for result in results]
   running.write_results('large_learners', config, opened, rows)
   for result in results:
     print(_sentence(result, about_run, config))
@@ -182,7 +182,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
     print(f'  loss of whoever knows the chain: {_floor(setup.tests, config):.3f}')
   curves = {config.label: trained.curves['loss']}
   draw = methodcaller('learning_curves', curves, ylabel='query loss on training tasks')
-  reporting.save_pictures(opened.workdir, {'learning_curves': draw}, opened.metrics)
+  reporting.save_pictures(opened.path, {'learning_curves': draw}, opened.metrics)
   return rows
 
 

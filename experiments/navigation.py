@@ -7,6 +7,8 @@ python -m experiments.navigation --table4    both task sets: all of Table 4
 import dataclasses
 import functools
 import math
+import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any, cast, get_args
@@ -23,6 +25,7 @@ from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
 from experiments.trainings import Training
 from metasgd_jax import rl
+from metasgd_jax.io import files
 from metasgd_jax.io.files import PathLike
 from metasgd_jax.rl.meta_step import check_curvature
 from metasgd_jax.rl.surrogate import Estimator
@@ -104,7 +107,7 @@ def build_environments() -> dict[str, rl.Environment]:
 def build_inner(name: str, environment: rl.Environment, config: Config, steps: int | None = None) -> rl.PolicyGradient:
   """Returns how the learner adapts, with the paper's policy, 2-100-100-2. MAML and Meta-SGD differ only in α."""
   steps, rate = steps or config.inner_steps, MAML_RATE if config.alpha is None else config.alpha
-  how: dict[str, Any] = running.settings(config, 'trajectories estimator')
+  how: dict[str, Any] = running.settings(config, 'trajectories', 'estimator')
   how['alpha'] = rate if name == 'maml' else ms.AlphaConfig(rate, rate)
   how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=config.discount, decay=config.decay)
   how['rates'] = [1.0 if i < config.inner_steps else config.later_rate for i in range(steps)]
@@ -162,19 +165,19 @@ def run(config: Config, workdir: PathLike, keeping: Keeping | None = None, devic
 
 def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict]:
   environments = build_environments()
-  about_run = running.settings(config, 'inner_steps meta_iterations meta_batch trajectories optimizer')
+  about_run = running.settings(config, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'optimizer')
   about_run['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
   trained, results, rows = {}, [], []
   for (start, name), training in zip(config.runs, plan(config, environments, devices), strict=True):
     trained[start, name] = running.train(training, opened)
     values = _test(name, trained[start, name].state.meta, environments[start], config, devices)
     results.append(Result({'start': start, 'learner': name}, values))
-    rows.append(results[-1].row(opened.workdir, about_run))
+    rows.append(results[-1].row(opened.path, about_run))
     running.write_results('navigation', config, opened, rows)
   print(_table(results, config))
   walks = functools.cache(functools.partial(_walks, trained, environments, config))
-  reporting.save_pictures(opened.workdir, _pictures(trained, walks), opened.metrics)
-  _save_films(opened.workdir, trained, walks)
+  reporting.save_pictures(opened.path, _pictures(trained, walks), opened.metrics)
+  _save_films(opened, trained, walks)
   return rows
 
 
@@ -257,15 +260,18 @@ def _act(inner: rl.PolicyGradient, meta, task, key):
   return jnp.stack(paths), jnp.stack([rl.mean_return(d) for d in drawn])
 
 
-def _save_films(workdir, trained: AllTrained, walks: Callable[[str], list[list]]) -> None:
+def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str], list[list]]) -> None:
   """Writes an animation of one unseen task for each task set, if matplotlib is installed."""
   try:
     from metasgd_jax import plotting
   except ImportError:
     return
   for start in dict.fromkeys(start for start, _ in trained):
-    path = workdir / f'adaptation_{start}.gif'
-    plotting.navigation_animation(walks(start)[0], steps=FILM_STEPS).save(path, writer='pillow', dpi=80)
+    path = opened.path(f'adaptation_{start}.gif')
+    with files.atomic(path) as file, tempfile.TemporaryDirectory() as directory:  # Matplotlib writes to paths only.
+      film = plotting.navigation_animation(walks(start)[0], steps=FILM_STEPS)
+      film.save(f'{directory}/film.gif', writer='pillow', dpi=80)
+      file.write(pathlib.Path(directory, 'film.gif').read_bytes())
     print(f'animation: {path}')
 
 

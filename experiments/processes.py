@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,13 +47,9 @@ class Machines:
     None, 'Devices per process; by default as many as share the tasks, in regression 1.', low=1, high=100_000, kind=int
   )
   distributed: bool = option(False, 'Ask the cluster (SLURM, Cloud TPU, Open MPI) which of its processes this is.')
-  coordinator: str | None = option(
-    None, 'Without a cluster: HOST:PORT of the first process, the same for all.', kind=str
-  )
+  coordinator: str | None = option(None, 'HOST:PORT of the first process, for all, without a cluster.', kind=str)
   num_processes: int | None = option(None, 'With coordinator: number of processes.', low=1, high=100_000, kind=int)
-  process_id: int | None = option(
-    None, 'With coordinator: number of this process. The first is 0.', low=0, high=99_999, kind=int
-  )
+  process_id: int | None = option(None, 'Number of this process; the first is 0.', low=0, high=99_999, kind=int)
 
   def __post_init__(self):
     options.check(self)
@@ -75,49 +71,41 @@ class Machines:
       raise ValueError(f'process_id must be less than {most}, got {self.process_id}; the first process is 0')
 
 
-def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> None:
-  """Runs an experiment from the command line, in the processes that the flags of `Machines` describe.
-
-  Args:
-    prepare: Function as for `options.main`.
-    config_class: Class of the configuration, as for `options.main`.
-  """
-
-  def prepare_all():
-    machines = options.from_flags(Machines)
-    if machines.distributed or machines.coordinator is not None:
-      start(machines)
-    with together():
-      return prepare()
-
-  options.main(prepare_all, config_class)
-
-
 def start(machines: Machines) -> None:
   """Joins the other processes. Afterwards the first process alone prints, except for errors.
 
-  Call this function before JAX is used.
+  Call this function before JAX is used. A single process has nobody to join.
 
   Raises:
-    ValueError: if `distributed` is set and there is no cluster, or if a process does not connect to the coordinator in
-      time. JAX connects the processes of a cluster, and aborts the program if one of the processes is missing.
+    ValueError: if `distributed` is set and there is no cluster, if the coordinator's host is not known, if a process
+      does not connect to the coordinator in time, or if JAX cannot connect the processes. JAX aborts the program if a
+      process of a cluster is missing.
   """
-  if machines.process_id:
-    _greet(str(machines.coordinator), machines.process_id)
-  elif machines.coordinator is not None:
-    _gather(machines.coordinator, int(machines.num_processes or 1))
+  coordinator = machines.coordinator
+  if coordinator is None and not machines.distributed:
+    return
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(':')
+    try:
+      socket.getaddrinfo(host.strip('[]'), int(port))
+    except (socket.gaierror, UnicodeError) as e:
+      advice = 'give the name or the address of the host of process 0'
+      raise ValueError(f'coordinator={coordinator} is at no known host ({e}); {advice}') from e
+    if machines.process_id:
+      _greet(coordinator, machines.process_id)
+    else:
+      _gather(coordinator, int(machines.num_processes or 1))
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Stop.
+  jax.config.update('jax_enable_preemption_service', False)  # The service would handle SIGTERM; see resuming.Run.
   timeouts: Any = dict(initialization_timeout=PATIENCE, shutdown_timeout_seconds=FAREWELL)
   try:
-    jax.distributed.initialize(machines.coordinator, machines.num_processes, machines.process_id, **timeouts)
+    jax.distributed.initialize(coordinator, machines.num_processes, machines.process_id, **timeouts)
   except (RuntimeError, ValueError) as e:
-    if not machines.distributed:
-      raise
-    advice = 'give --coordinator=HOST:PORT, --num_processes and --process_id'
-    raise ValueError(
-      f'no cluster tells of its processes ({str(e).strip():.300}), so JAX cannot connect them; {advice}'
-    ) from e
+    who, advice = 'no cluster tells of its processes', 'give --coordinator=HOST:PORT, --num_processes and --process_id'
+    if coordinator is not None:
+      who, advice = f'the processes cannot meet at {coordinator}', 'give a host and a port that all of them reach'
+    reason = ' '.join(str(e).split())
+    raise ValueError(f'{who} ({reason:.300}), so JAX cannot connect them; {advice}') from e
   _keep_stdout(first())
   if not first():
     logging.set_verbosity(logging.WARNING)

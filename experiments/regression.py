@@ -120,7 +120,8 @@ def run(config: Config, workdir: PathLike, keeping: resuming.Keeping | None = No
 
 
 def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
-  about_run = running.settings(config, 'inner_steps meta_iterations meta_batch query eval_query eval_repeats')
+  names = ('inner_steps', 'meta_iterations', 'meta_batch', 'query', 'eval_query', 'eval_repeats')
+  about_run = running.settings(config, *names)
   tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
   trained, results, rows = {}, [], []
   for (name, shot), (training, learner) in zip(config.runs, plan(config, devices), strict=True):
@@ -128,10 +129,10 @@ def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
     for test_shot, tasks in tests.items():
       about = {'dataset': config.dataset, 'learner': name, 'train_shot': shot, 'test_shot': test_shot}
       results.append(_test(about, learner, done.state.meta, tasks, config, devices))
-      rows.append(results[-1].row(opened.workdir, about_run | {'metric': 'MSE'} | done.skipped))
+      rows.append(results[-1].row(opened.path, about_run | {'metric': 'MSE'} | done.skipped))
     running.write_results('regression', config, opened, rows)
   print(_table(results, config))
-  reporting.save_pictures(opened.workdir, _pictures(trained, config), opened.metrics)
+  reporting.save_pictures(opened.path, _pictures(trained, config), opened.metrics)
   return rows
 
 

@@ -17,6 +17,9 @@ from metasgd_jax.outer.evaluation import Interval, confidence_interval
 from metasgd_jax.outer.training import Progress
 from metasgd_jax.types import PyTree
 
+PathOf = Callable[[str], pathlib.Path]
+"""Function that returns the path of a file, given the name of the file, such as `Run.path`."""
+
 NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 """The names of the learners in tables and pictures."""
 
@@ -152,10 +155,10 @@ class Result:
     """Returns the mean of the metric after the last inner step, and its confidence interval over tasks."""
     return confidence_interval(self.values[..., -1].mean(0))
 
-  def row(self, directory: pathlib.Path, about_run: dict[str, Any]) -> dict[str, Any]:
-    """Writes the values to a file, and returns the row for results.json."""
+  def row(self, path_of: PathOf, about_run: dict[str, Any]) -> dict[str, Any]:
+    """Writes the values to a file, whose path is `path_of(name)`, and returns the row for results.json."""
     name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
-    files.write_array(directory / name, self.values)
+    files.write_array(path_of(name), self.values)
     seeds, tasks, _ = self.values.shape
     (mean, ci95), ci95_over_seeds = self.estimate, self.over_runs.ci95
     figures = {'tasks': tasks, 'seeds': seeds, 'mean': mean, 'ci95': ci95, 'ci95_over_seeds': ci95_over_seeds}
@@ -169,9 +172,9 @@ def draw_alpha(alpha: PyTree, plotting):
 
 
 def save_pictures(
-  workdir: pathlib.Path, pictures: dict[str, Callable[[Any], Any]], metrics: Sequence[writers.Writer] = ()
+  path_of: PathOf, pictures: dict[str, Callable[[Any], Any]], metrics: Sequence[writers.Writer] = ()
 ) -> None:
-  """Draws each figure, `plotting → Figure`, to workdir/NAME.png, and to TensorBoard if it is among `metrics`.
+  """Draws each figure, `plotting → Figure`, to `path_of('NAME.png')`, and to TensorBoard if it is among `metrics`.
 
   The first process draws. Without matplotlib, a sentence says what to install.
   """
@@ -182,11 +185,12 @@ def save_pictures(
   except ImportError:
     print("no pictures: matplotlib is missing; pip install 'metasgd_jax[plots]' (or -e '.[plots]' from a clone)")
     return
+  paths = {name: path_of(f'{name}.png') for name in pictures}
   for name, draw in pictures.items():
     figure = draw(plotting)
-    with files.atomic(workdir / f'{name}.png') as file:
+    with files.atomic(paths[name]) as file:
       figure.savefig(file, format='png', dpi=110)
     for writer in metrics:
       if isinstance(writer, writers.TensorBoardWriter):
         writer.figure(name, figure)
-  print('pictures: ' + ', '.join(str(workdir / f'{name}.png') for name in pictures))
+  print('pictures: ' + ', '.join(map(str, paths.values())))

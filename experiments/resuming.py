@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,18 +21,15 @@ from metasgd_jax.io.checkpoint import CheckpointError
 
 flags.disclaim_key_flags()  # As in options.
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a run that SIGTERM stopped. Shells give this code to a program that the signal ended."""
-
 RECORD = 'metasgd_run.json'
 """Marks a directory as the directory of a run, and lists the files that the run has written."""
 
-OWN_FILES = (RECORD, 'config.json', 'metrics.jsonl', 'timings.jsonl', 'results.json', 'checkpoints', 'profile')
-"""What runs write: these files, and pictures, parameters and values with names of these patterns."""
 OWN_PATTERNS = (
-  *('per_task_*.npy', 'params_*.safetensors', 'model_*.safetensors', 'events.out.tfevents.*', 'learning_curves.png'),
-  *('curves_*.png', 'alpha_*.png', 'task_*.png', 'instances_*.png', 'paths_*.png', 'adaptation_*.gif'),
+  *('config.json', 'metrics.jsonl', 'timings.jsonl', 'results.json', 'checkpoints', 'profile', 'per_task_*.npy'),
+  *('params_*.safetensors', 'model_*.safetensors', 'events.out.tfevents.*', 'learning_curves.png', 'curves_*.png'),
+  *('alpha_*.png', 'task_*.png', 'instances_*.png', 'paths_*.png', 'adaptation_*.gif'),
 )
+"""Names of the files that runs write. No run begins beside such files if the directory is not marked as a run's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,68 +60,49 @@ def define_flags(*configs: type) -> None:
   flags.DEFINE_string('config', None, "Settings, from a run's results.json or config.json; other flags override them.")
 
 
-class Stop:
-  """Whether SIGTERM has come. During training, the program ends after a chunk, when its state is saved.
-
-  Outside of training, a single process ends at once. Several processes end together, at the next point where all of
-  them `ask`, because otherwise some would wait for the others.
-
-  Attributes:
-    asked: Whether the signal has come.
-    idle: Whether nothing is under way that must be saved.
-  """
-
-  def __init__(self, restart: bool = False):
-    """Starts without a signal.
-
-    Args:
-      restart: Whether the command has --restart. Given again, that command would delete what was saved.
-    """
-    self.asked, self.idle = False, True
-    self._command = 'the same command without --restart' if restart else 'the same command'
-
-  def come(self, *_) -> None:
-    """Handles the signal."""
-    self.asked = True
-    if self.idle and jax.process_count() == 1:
-      self.leave('what was trained is saved')
-
-  def ask(self) -> None:
-    """Ends the program if the signal has come to any process. All processes must call this when all is saved."""
-    if processes.any_of(self.asked):
-      self.leave('all that was trained is saved')
-
-  def leave(self, what: str) -> None:
-    """Ends the program with a sentence."""
-    print(f'stopped by SIGTERM: {what}; {self._command} goes on from there', flush=True)
-    raise SystemExit(STOPPED)
-
-
 @dataclasses.dataclass
 class Run:
   """A run that is open.
 
+  After SIGTERM or Ctrl-C, a training ends after a chunk, when its state is saved. Outside of training, a single process
+  ends at once. Several processes end together, at the next point where all of them `ask`, because otherwise some would
+  wait for the others. A second Ctrl-C raises KeyboardInterrupt.
+
   Attributes:
     workdir: Directory of the run.
-    config: Configuration, as values that JSON can store.
+    config: Configuration, as values that JSON can store. A run that goes on has the configuration of its record.
     keeping: Options that do not change what is computed.
-    stop: Whether the run has been told to stop.
+    cell: Whether the run is a cell of a table.
     metrics: Writers of metrics. The first is the `MetricsWriter`.
     rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
     begun: Whether the directory is marked as this run's. If it is not, an earlier run is still there.
-    files: Names of the files that the run in the directory has written.
-    others: Names of files that no run has written, although runs write files with such names.
+    written: Names of the files that the run in the directory has written, or is about to write.
+    asked: The signal that has come, SIGTERM or SIGINT, or 0.
+    idle: Whether nothing is under way that must be saved.
   """
 
   workdir: pathlib.Path
   config: dict[str, Any]
   keeping: Keeping
-  stop: Stop
-  metrics: list[Any]
+  cell: bool = False
+  metrics: list[Any] = dataclasses.field(default_factory=list)
   rows: list[dict[str, Any]] | None = None
   begun: bool = False
-  files: set[str] = dataclasses.field(default_factory=set)
-  others: set[str] = dataclasses.field(default_factory=set)
+  written: set[str] = dataclasses.field(default_factory=set)
+  asked: int = 0
+  idle: bool = True
+
+  def path(self, name: str) -> pathlib.Path:
+    """Returns the path of a file that the run is about to write, and records that the file is the run's.
+
+    Raises:
+      WriterError: if there is a file of that name that the run has not written.
+    """
+    if name not in self.written:
+      refuse([self.workdir / name])
+      self.written.add(name)
+      self.note()
+    return self.workdir / name
 
   def begin(self) -> None:
     """Removes the files of an earlier run, and marks the directory as this run's. It must precede the first file.
@@ -133,69 +111,101 @@ class Run:
     """
     if self.begun:
       return
-    old = self.files & _own_files(self.workdir) - {RECORD}
+    names, old = {'config.json', 'metrics.jsonl', 'timings.jsonl', 'checkpoints'}, set(self.written)
+    refuse([self.workdir / name for name in sorted(names - old)])
+    self.open_events()
+    self.begun = True
     _remove(self.workdir / 'checkpoints')
+    self.written |= names
     self.note()  # A kill from here on leaves an unfinished run without checkpoints, which the next run replaces.
     for name in old:
       _remove(self.workdir / name)
-    self.files.clear()
+    self.written = self.written - old | names
     files.write_json(self.workdir / 'config.json', self.config)
-    self.begun = True
+    self.note()
 
   def note(self, finished: bool = False) -> None:
-    """Writes the record of the run, with the files that it has written so far."""
-    self.files |= _own_files(self.workdir).union(OWN_FILES) - self.others
+    """Writes the record of the run, with the names of its files."""
     record = {'finished': finished, 'config': self.config, 'versions': provenance.collect()['versions']}
-    record |= {'files': sorted(self.files), 'others': sorted(self.others)}
-    files.write_json(self.workdir / RECORD, record)
+    files.write_json(self.workdir / RECORD, record | {'files': sorted(self.written)})
 
   def close(self) -> None:
-    """Closes the event file of TensorBoard, and records which files the run has written."""
+    """Closes the event file of TensorBoard."""
     for writer in self.metrics[1:]:
       writer.close()
-    if self.begun:
-      self.note()
 
   def finish(self) -> None:
     """Marks the run as finished. Its checkpoints are removed afterwards, so that a kill at any moment loses nothing."""
-    for pattern in OWN_FILES + OWN_PATTERNS:
-      for half in self.workdir.glob(f'.{pattern}-????????'):  # Half of a file that was being written at a kill.
+    for name in {RECORD, *self.written}:
+      for half in self.workdir.glob(f'.{name}-????????'):  # Half of a file that was being written at a kill.
         half.unlink()
     self.note(finished=True)
     if not self.keeping.keep_checkpoints:
       _remove(self.workdir / 'checkpoints')
 
+  def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
+    """Handles the signal with this number."""
+    self.asked = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if self.idle and jax.process_count() == 1:
+      self.leave('what was trained is saved')
+
+  def ask(self) -> None:
+    """Ends the program if a signal has come to any process. All processes must call this when all is saved."""
+    if processes.any_of(self.asked > 0):
+      self.leave('all that was trained is saved')
+
+  def leave(self, what: str) -> None:
+    """Ends the program with a sentence that says what is saved, and which command goes on.
+
+    The exit code is the one that shells give to a program that the signal ended.
+    """
+    number = self.asked or signal.SIGTERM  # It may have come to another process.
+    command = 'the same command without --restart' if self.keeping.restart and not self.cell else 'the same command'
+    said = f'{what}; {command} goes on from there'
+    if not (self.begun and trainings(self.workdir)):
+      earlier = '' if self.begun else ', and the earlier run is unchanged'
+      said = f'nothing is saved yet{earlier}; the same command begins again'
+    print(f'stopped by {signal.Signals(number).name}: {said}', flush=True)
+    raise SystemExit(128 + number)
+
+  def open_events(self) -> None:
+    """Opens an event file of TensorBoard, if the configuration asks for it."""
+    if self.config.get('tensorboard'):
+      there = set(self.workdir.glob('events.out.tfevents.*'))
+      self.metrics.append(writers.TensorBoardWriter(self.workdir))
+      self.written |= {path.name for path in set(self.workdir.glob('events.out.tfevents.*')) - there}
+
 
 @contextlib.contextmanager
-def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = None) -> Iterator[Run]:
+def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = None, cell: bool = False) -> Iterator[Run]:
   """Opens a work directory for a run. The run is finished when the block ends without an error.
 
   An unfinished run of the same configuration continues. A finished run of the same configuration stays as it is, and
   its rows are in `Run.rows`. With `keeping.restart`, an earlier run is replaced when the new run calls `Run.begin`, and
-  only files that the record of the earlier run lists are removed.
+  only files that the record of the earlier run lists are removed. In a `cell` of a table, `keeping.restart` replaces
+  only a run that `check` refuses, so that the same command can make a table in several goes.
 
   Raises:
     WriterError: if another program trains in the directory, if the directory cannot be written, or if it holds files
       with the names that runs write and is not marked as the directory of a run.
-    CheckpointError: if the directory holds a run of another configuration, and `keeping.restart` is not set.
+    CheckpointError: if the directory holds a run that `check` refuses, and `keeping.restart` is not set, or if its
+      record cannot be read.
   """
-  keeping = keeping or Keeping()
   with contextlib.ExitStack() as held:
     with processes.together():
       workdir = files.open_workdir(workdir)
       _lock(workdir, held)
-      metrics: list[Any] = [writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True)]
-      run = Run(workdir, _plain(config), keeping, Stop(keeping.restart), metrics)
+      run = Run(workdir, _plain(config), keeping or Keeping(), cell)
+      run.metrics.append(writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True))
       if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, run.stop.come)
-        held.callback(signal.signal, signal.SIGTERM, before)
+        for number in (signal.SIGTERM, signal.SIGINT):
+          held.callback(signal.signal, number, signal.signal(number, run.come))
       _enter(run, config)
-      if run.rows is None and config.tensorboard:
-        metrics.append(writers.TensorBoardWriter(workdir))
     run.rows = processes.json_from_first(run.rows)
     with contextlib.closing(run):
       yield run
-      run.stop.idle = False  # A run that is finished ignores the signal.
+      run.idle = False  # A run that is finished ignores signals.
     if run.begun:
       run.finish()
     processes.any_of(False)  # The others wait until the first has drawn its pictures.
@@ -204,40 +214,63 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
 def _enter(run: Run, config: Any) -> None:
   """Decides whether the run begins, continues or is finished already, and says so."""
   workdir, record = run.workdir, _read_record(run.workdir)
-  there = _own_files(workdir)
-  if record is None and there:
-    names = ', '.join(sorted(there))
-    raise files.WriterError(f'{workdir} holds {names}, which no run has written; give another --workdir')
-  if record is not None:
-    run.files = set(record['files'])
-    run.others = there - run.files
-    if run.keeping.restart:
-      return  # The earlier run stays until the new one begins to write.
-    check(workdir, config)
-  if record is not None and record['finished']:
-    run.rows = _read_rows(workdir)
+  if record is None:
+    there = sorted(path.name for pattern in OWN_PATTERNS for path in workdir.glob(pattern))
+    if there:
+      raise files.WriterError(f'{workdir} holds {", ".join(there)}, which no run has written; give another --workdir')
+    run.begin()
+    return
+  run.written = set(record['files']) - {RECORD}
+  try:
+    found = check(workdir, config)
+  except CheckpointError:
+    if not run.keeping.restart:
+      raise
+    return  # The earlier run stays until the new one begins to write.
+  if run.keeping.restart and not run.cell:
+    return
+  run.config = found
+  if record['finished']:
+    run.rows, run.idle = _read_rows(workdir), False
     changed = changed_versions(record['versions'])
     versions = f' with other versions ({changed})' if changed else ''
     print(f'{workdir} holds this run, finished{versions}; --restart makes it again')
-  elif record is not None and trainings(workdir):
-    run.others, run.begun = set(record['others']), True
-    print(f'{workdir} holds an unfinished run of this configuration, which goes on; --restart begins anew')
+  elif trainings(workdir):
+    run.begun = True
+    run.open_events()
+    run.note()
+    hint = '' if run.cell else '; --restart begins anew'
+    print(f'{workdir} holds an unfinished run of this configuration, which goes on{hint}')
   else:
     run.begin()
 
 
-def check(workdir: files.PathLike, config: Any) -> None:
-  """Raises CheckpointError if a directory holds a run of another configuration. The message names the fields.
+def refuse(paths: Sequence[pathlib.Path]) -> None:
+  """Raises WriterError if one of the files is there, because nothing that a run has not written is overwritten."""
+  if there := [path for path in paths if os.path.lexists(path)]:
+    raise files.WriterError(f'no run has written {there[0]}; move it away, or give another --workdir')
 
-  A run that is not finished and has no checkpoints is ignored.
+
+def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
+  """Returns the configuration with which a run in a directory begins or goes on, as values that JSON can store.
+
+  It is the configuration of the run that is there, which may be older than an option, and otherwise `config`. A run
+  that is not finished and has no checkpoints is ignored.
+
+  Raises:
+    CheckpointError: if the run that is there has another configuration, or is finished and has lost its results, or if
+      its record cannot be read. The message names the fields.
   """
   record = _read_record(workdir)
   if record is None or not (record['finished'] or trainings(workdir)):
-    return
+    return _plain(config)
   if fields := differences(record['config'], config):
     kind = 'a finished' if record['finished'] else 'an unfinished'
     advice = 'give another --workdir, the configuration of that run, or --restart to replace it'
     raise CheckpointError(f'{workdir} holds {kind} run of another configuration ({fields}); {advice}')
+  if record['finished']:
+    _read_rows(pathlib.Path(workdir))
+  return record['config']
 
 
 def differences(found: dict[str, Any], config: Any) -> str:
@@ -277,20 +310,22 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def _read_record(workdir: files.PathLike) -> dict[str, Any] | None:
   path = pathlib.Path(workdir, RECORD)
-  return json.loads(path.read_bytes()) if path.exists() else None
+  try:
+    found = json.loads(path.read_bytes())
+    kinds = {'finished': bool, 'config': dict, 'versions': dict, 'files': list}
+    return {name: kind(found[name]) for name, kind in kinds.items()}
+  except FileNotFoundError:
+    return None
+  except (OSError, KeyError, RecursionError, TypeError, ValueError) as e:
+    raise CheckpointError(f'{path} cannot be read ({e!r:.200}); restore it, or give another --workdir') from e
 
 
 def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
   try:
-    return json.loads((workdir / 'results.json').read_bytes())['rows']
-  except (OSError, ValueError) as e:
-    reason = f'its results.json cannot be read ({e})'
+    return list(json.loads((workdir / 'results.json').read_bytes())['rows'])
+  except (OSError, KeyError, RecursionError, TypeError, ValueError) as e:
+    reason = f'its results.json cannot be read ({e!r:.200})'
     raise CheckpointError(f'{workdir} holds this run, finished, but {reason}; --restart makes it again') from e
-
-
-def _own_files(workdir: pathlib.Path) -> set[str]:
-  """Returns the names of the files in a directory that runs may have written."""
-  return {path.name for pattern in OWN_FILES + OWN_PATTERNS for path in workdir.glob(pattern)}
 
 
 def _remove(path: pathlib.Path) -> None:

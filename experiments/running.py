@@ -27,15 +27,16 @@ Pictures = dict[str, Callable[[Any], Any]]
 Prepared = tuple[Sequence[Training], Callable[[], object]]
 """The trainings of a command, and the function that runs the command."""
 
-WHAT_IS_TRAINED = ('learner', 'table1', 'table2', 'table3', 'table4', 'dataset', 'network', 'adapts', 'start')
-"""Options that the default work directory is named after."""
+TABLES = ('table1', 'table2', 'table3', 'table4')
+WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start')
+"""Options that the default work directory is named after, and so are the learners unless they are those of a table."""
 
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
 """Bounds and type of an option that is an inner rate."""
 
 
 def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) -> None:
-  """Runs an experiment from the command line.
+  """Runs an experiment from the command line, in the processes that the flags of `Machines` describe.
 
   Args:
     experiment: Name of the experiment.
@@ -45,23 +46,29 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   """
 
   def prepare_from_flags():
-    config: Any = options.from_flags(config_class)
-    keeping, devices = options.from_flags(Keeping), options.from_flags(Machines).devices
-    given = flags.FLAGS.workdir
-    workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
-    plan, run = prepare(config, workdir, keeping, devices)
-    return trainings.look(plan, config, workdir, keeping) or run
+    machines = options.from_flags(Machines)
+    processes.start(machines)
+    with processes.together():
+      if 'rbg' in (impl := str(jax.random.key_impl(jax.random.key(0)))):
+        raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} gives keys whose numbers change under jax.vmap; unset it')
+      config: Any = options.from_flags(config_class)
+      keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
+      workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
+      plan, run = prepare(config, workdir, keeping, machines.devices)
+      return trainings.look(plan, config, workdir, keeping) or run
 
   resuming.define_flags(config_class, Keeping, Machines)
-  processes.main(prepare_from_flags, config_class)
+  options.main(prepare_from_flags, config_class)
 
 
 def default_workdir(experiment: str, config: Any) -> str:
   """Returns the default work directory, such as runs/classification_omniglot or runs/regression_table1.
 
-  Its name contains the name of the experiment and the values of `WHAT_IS_TRAINED` that are not defaults.
+  Its name contains the name of the experiment and the values of `WHAT_IS_TRAINED` that are not defaults. The name of a
+  table contains no learner, because the cells of all learners lie in one directory.
   """
-  texts = options.flag_texts(config, WHAT_IS_TRAINED)
+  table = any(getattr(config, name, False) for name in TABLES)
+  texts = options.flag_texts(config, WHAT_IS_TRAINED if table else ('learner', *WHAT_IS_TRAINED))
   values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # A start may be a path.
   return '_'.join([f'runs/{experiment}', *values])
 
@@ -80,7 +87,7 @@ def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, opt
     **more: Further arguments of `ms.train`, such as `placement` and `chunk`.
   """
   start = functools.partial(ms.init, keys, tasks, learner=learner, optimizer=optimizer)
-  counts = settings(config, 'meta_iterations meta_batch')
+  counts = settings(config, 'meta_iterations', 'meta_batch')
   return trainings.by_gradient(name, label, start, tasks, learner=learner, optimizer=optimizer, **counts, **more)
 
 
@@ -89,16 +96,16 @@ def chunk(config: Any, most: int) -> int:
   return min(most, -(-config.meta_iterations // 20))
 
 
-def settings(config: Any, names: str) -> dict[str, Any]:
-  """Returns the settings with these names, which are separated by spaces."""
-  return {name: getattr(config, name) for name in names.split()}
+def settings(config: Any, *names: str) -> dict[str, Any]:
+  """Returns the settings with these names."""
+  return {name: getattr(config, name) for name in names}
 
 
 def train(training: Training, run: Run) -> Trained:
   """Trains as `trainings.train` does, and writes the meta-parameters to params_NAME.safetensors."""
   logging.info('%s: compiling', training.label)
   trained = trainings.train(training, run)
-  files.write_params(run.workdir / f'params_{training.name}.safetensors', trained.state.meta)
+  files.write_params(run.path(f'params_{training.name}.safetensors'), trained.state.meta)
   return trained
 
 
@@ -136,8 +143,8 @@ def each_run(meta: Any) -> list[Any]:
 
 def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, Any]]) -> None:
   """Writes the available rows to results.json. Then ends the program if it has received a signal to stop."""
-  files.write_json(run.workdir / 'results.json', {**options.recipe(experiment, config), 'rows': rows})
-  run.stop.ask()
+  files.write_json(run.path('results.json'), {**options.recipe(experiment, config), 'rows': rows})
+  run.ask()
 
 
 def difference(first: Result, second: Result, unit: str) -> str:

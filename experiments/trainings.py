@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,16 +30,32 @@ PROFILED = 3
 Callbacks = Sequence[Callable[[ms.Progress], Any]]
 
 
-class Best(Protocol):
-  """A callback that returns the accuracy of a state that it validates, and `None` for other states."""
+class Best:
+  """Callback of `ms.train` that validates, and keeps the checkpoints with the best accuracy.
 
-  keep: int
+  `found` is a list of (accuracy, step, meta), the best first.
+  """
+
+  def __init__(self, judge: Callable[[int, Any], float], every: int, keep: int):
+    """Starts with no checkpoints.
+
+    Args:
+      judge: Function `(step, meta) → accuracy`.
+      every: Number of meta-iterations between validations, a multiple of the chunk. The last state is also validated.
+      keep: Number of checkpoints to keep.
+    """
+    self.judge, self.every, self.keep = judge, every, keep
+    self.found: list[tuple[float, int, Any]] = []
 
   def __call__(self, progress: ms.Progress) -> float | None:
-    """Receives a chunk."""
-
-  def resume(self, step: int, found: list[tuple[float, int, Any]]) -> None:
-    """Continues after `step` with the best (accuracy, step, meta) so far, the best first."""
+    """Returns the accuracy after a chunk, or `None` if the state is not validated."""
+    if progress.step % self.every and progress.step < progress.total:
+      return None
+    meta = jax.device_get(progress.state.meta)
+    accuracy = self.judge(progress.step, meta)
+    found = [*self.found, (accuracy, progress.step, meta)]
+    self.found = sorted(found, key=lambda one: one[:2], reverse=True)[: self.keep]
+    return accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +136,9 @@ def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.
 
 
 def train(training: Training, run: Run, best: Best | None = None) -> Trained:
-  """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a SIGTERM.
+  """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a signal.
 
-  If there are several processes, only the first process reads and saves the checkpoints. After a SIGTERM all processes
+  If there are several processes, only the first process reads and saves the checkpoints. After a signal all processes
   stop after the same chunk.
 
   Raises:
@@ -131,29 +147,25 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   """
   if processes.any_of(not run.begun):  # An earlier run stays until one meta-iteration has shown that this one trains.
     jax.block_until_ready(training.go(training.start(), 1, ()))
-  run.stop.idle = False
+  run.idle = False
   state = training.start()
   with contextlib.ExitStack() as opened:
     with processes.together():
       run.begin()
-      run.note()
-      kept = opened.enter_context(_checkpoints(training, run, state, best)) if processes.first() else None
+      kept = None
+      if processes.first():
+        how: Any = dict(like=state, config=run.config, keep_best=0 if best is None else best.keep)
+        kept = opened.enter_context(checkpoint.Checkpoints(resuming.checkpoints_of(run.workdir, training.name), **how))
       recorder, state = _resume(training, run, kept, state)
       opened.callback(recorder.close)
     state = processes.from_first(state)
     if best is not None:
-      best.resume(int(np.max(state.step)), _best_so_far(kept, state))
+      best.found = _best_so_far(kept, state)
     after_chunk = _AfterChunk(training, run, kept, recorder, best, state)
     state = training.go(state, training.total, [after_chunk])
-  run.stop.idle = True
-  run.stop.ask()
+  run.idle = True
+  run.ask()
   return Trained(state, recorder.curves)
-
-
-def _checkpoints(training: Training, run: Run, state: ms.TrainState, best: Best | None) -> checkpoint.Checkpoints:
-  directory = resuming.checkpoints_of(run.workdir, training.name)
-  keep_best = 0 if best is None else best.keep
-  return checkpoint.Checkpoints(directory, like=state, config=run.config, keep_best=keep_best)
 
 
 def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, state: ms.TrainState):
@@ -164,7 +176,8 @@ def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, s
     return reporting.Recorder(training.label, run.metrics), state
   if found.step and found.step not in [line['step'] for line in history if 'loss' in line]:
     lost = f'has lost lines of {training.label} before meta-iteration {found.step}'
-    raise checkpoint.CheckpointError(f'{run.workdir / "metrics.jsonl"} {lost}; give --restart to begin anew')
+    advice = f'remove {run.workdir / "checkpoints"}' if run.cell else 'give --restart'
+    raise checkpoint.CheckpointError(f'{run.workdir / "metrics.jsonl"} {lost}; {advice} to begin anew')
   at = 'is trained already' if found.step == training.total else f'goes on from meta-iteration {found.step:,}'
   print(f'{training.label}: {at}', flush=True)
   changed = resuming.changed_versions(found.versions)
@@ -211,12 +224,12 @@ class _AfterChunk:
     if self.first:
       host_memory.release_freed()  # The memory was freed by the compiler.
       if self.run.keeping.profile:
-        profile(self.training, self.good, self.run.workdir)
+        profile(self.training, self.good, self.run.path('profile'))
       self.first = False
     self.good = progress.state
     self.recorder(progress)
     accuracy = None if self.best is None else self.best(progress)
-    stop = processes.any_of(self.run.stop.asked)
+    stop = processes.any_of(self.run.asked > 0)
     if self.kept is not None and (stop or accuracy is not None or self.is_due(progress, self.kept.last)):
       self.run.metrics[0].sync()
       self.kept.save(self.good, accuracy)
@@ -225,7 +238,7 @@ class _AfterChunk:
       if self.kept is not None:
         self.kept.wait()
       at = f'meta-iteration {progress.step:,} of {progress.total:,}'
-      self.run.stop.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
+      self.run.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
 
   def stop_at_bad_numbers(self, progress: ms.Progress) -> None:
     """Raises TrainingError if a number of the chunk is not finite, after the state before the chunk is saved."""
@@ -251,13 +264,13 @@ class _AfterChunk:
     return waited or progress.step == progress.total
 
 
-def profile(training: Training, state: ms.TrainState, workdir: pathlib.Path) -> pathlib.Path:
+def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) -> pathlib.Path:
   """Traces a few meta-iterations after `state`, and logs where the trace is. Their results are not kept.
 
   Returns:
-    The directory WORKDIR/profile/NAME, with a file for TensorBoard's profiler and one for Perfetto.
+    The directory PROFILES/NAME, with a file for TensorBoard's profiler and one for Perfetto.
   """
-  directory = workdir / 'profile' / training.name
+  directory = profiles / training.name
   before = int(np.max(state.step))
   step = min(training.total, before + PROFILED)
   jax.block_until_ready(training.go(state, step, ()))  # Compiles.
@@ -302,10 +315,8 @@ def print_memory(plan: Sequence[Training]) -> None:
     print(f'{training.label}: {planned}', flush=True)
     runs = math.prod(jax.eval_shape(training.start).step.shape)
     if training.memory is not None and runs > 1:
-      print(
-        f'this is the memory of one run; {runs} are trained side by side and take about {runs} times as much',
-        flush=True,
-      )
+      side = f'{runs} are trained side by side and take about {runs} times as much'
+      print(f'this is the memory of one run; {side}', flush=True)
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:
@@ -323,7 +334,8 @@ def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: in
     raise TrainingError(f'{training.label}: its meta-iterations cannot be shown task by task')
   state = training.start()
   directory = resuming.checkpoints_of(workdir, training.name)
-  found = checkpoint.newest(directory, like=state, config=dataclasses.asdict(config), until=step)
+  stored = resuming.check(workdir, config) if there else {}
+  found = checkpoint.newest(directory, like=state, config=stored, until=step)
   state = state if found is None else found.state
   print(f'{training.label}: meta-iteration {step:,} (from 0), replayed from {int(np.max(state.step)):,}', flush=True)
   state = training.go(state, step, ())

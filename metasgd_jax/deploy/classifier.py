@@ -28,8 +28,9 @@ class FewShotClassifier:
   """Classifies images into N new classes, after it has adapted a trained model to one or more examples of each class.
 
   N is at least 2, and at most the way that the model was trained with. Images are arrays `[n, H, W, D]`, `[n, H, W]` if
-  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are integers from 0 to 255,
-  floats from 0 to 1, or booleans. The classifier can be cloned, pickled, and used in pipelines and searches of scikit-learn.
+  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are integers from 0 to
+  255, floats from 0 to 1, or booleans. The classifier can be cloned, pickled, and used in pipelines and searches of
+  scikit-learn.
 
   `inductive` chooses the statistics with which batch norm normalises the query images:
 

@@ -11,6 +11,7 @@ import sys
 import types
 
 import commands
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -61,7 +62,7 @@ def test_the_whole_help_says_all_of_each_flag():
 
 def test_flags_that_are_used_most_are_flags():
   known = set().union(*map(names, EXPERIMENTS.values()))
-  given = command.MOST_USED.split()
+  given = command.MOST_USED
   assert len(given) == len(set(given))
   assert set(given) <= known
 
@@ -193,6 +194,15 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(flags, said):
   assert done.stderr.count('\n') == 1
 
 
+def test_keys_that_jax_makes_another_way_are_refused_at_the_start(tmp_path):
+  with jax.default_prng_impl('rbg'):
+    done = commands.run('regression', f'--workdir={tmp_path}/w')
+  assert done.returncode == 1
+  assert re.match(saying('error: JAX_DEFAULT_PRNG_IMPL=rbg', 'unset it'), done.stderr)
+  assert done.stderr.count('\n') == 1
+  assert not (tmp_path / 'w').exists()
+
+
 @pytest.fixture
 def parse(monkeypatch, capsys):
   """What `command.parse` prints for flags that it never gets to set."""
@@ -228,6 +238,6 @@ def test_a_profiler_that_writes_nothing_is_told_by_the_first_process(first, said
   monkeypatch.setattr(trainings.logging, 'warning', lambda form, *values: heard.append(form % values))
   state = types.SimpleNamespace(step=np.int32(0))
   training = trainings.Training('maml', 'MAML', 5, 1, start=lambda: state, go=lambda state, step, callbacks: np.ones(1))
-  assert trainings.profile(training, state, tmp_path) == tmp_path / 'profile' / 'maml'
+  assert trainings.profile(training, state, tmp_path) == tmp_path / 'maml'
   assert ''.join(heard).startswith(said)
   assert len(heard) == first

@@ -42,7 +42,7 @@ def finished(workdir, config=MAML, keeping=None):
   with resuming.open_run(workdir, config, keeping) as opened:
     assert opened.rows is None
     opened.begin()  # As `trainings.train` does.
-    files.write_json(workdir / 'results.json', {'rows': ROWS})
+    files.write_json(opened.path('results.json'), {'rows': ROWS})
   return contents(workdir)
 
 
@@ -108,11 +108,22 @@ OWN = (
 )
 
 
-def write(workdir, *names):
-  """Leaves files with these names."""
+def write(where, *names):
+  """Leaves files with these names in a directory, or as a run writes them."""
   for name in names:
-    (workdir / name).parent.mkdir(parents=True, exist_ok=True)
-    (workdir / name).write_text(name)
+    if isinstance(where, resuming.Run):
+      where.path(name.split('/')[0])
+    path = getattr(where, 'workdir', where) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+
+
+def save(opened, step=3):
+  """Saves a checkpoint of a run."""
+  state = ms.TrainState(np.int32(step), jax.random.key(0), {'w': np.zeros(2)}, ())
+  directory = resuming.checkpoints_of(opened.workdir, 'maml_5shot')
+  with checkpoint.Checkpoints(directory, like=state, config=opened.config) as kept:
+    kept.save(state)
 
 
 @pytest.mark.parametrize('restart', [False, True])
@@ -128,8 +139,8 @@ def test_files_of_another_program_are_neither_removed_nor_overwritten(tmp_path, 
 def test_only_files_that_the_record_lists_are_removed(tmp_path):
   write(tmp_path, 'holiday.png', 'cells/a/config.json')
   with resuming.open_run(tmp_path, MAML) as opened:
-    write(tmp_path, *OWN)
-  assert set(opened.files) >= {name.split('/')[0] for name in OWN}
+    write(opened, *OWN)
+  assert opened.written >= {name.split('/')[0] for name in OWN}
   mine = ('model_mine.safetensors', 'notes.txt')
   write(tmp_path, *mine)
   others = {'holiday.png', 'cells', *mine}
@@ -140,17 +151,92 @@ def test_only_files_that_the_record_lists_are_removed(tmp_path):
   assert all((tmp_path / name).read_text() == name for name in mine)
 
 
+def stopped(workdir, config=MAML, keeping=None, cell=False):
+  """A run that has saved a checkpoint and is killed."""
+  with pytest.raises(CrashError), resuming.open_run(workdir, config, keeping, cell) as opened:
+    opened.begin()
+    save(opened)
+    crash()
+
+
+def test_files_that_come_while_a_run_is_stopped_are_never_its_own(tmp_path):
+  stopped(tmp_path)
+  mine = ('params_x.safetensors', 'curves_mine.png')
+  write(tmp_path, *mine)
+  for keeping in (None, Keeping(restart=True)):
+    said = saying(tmp_path / 'params_x.safetensors', 'no run has written', 'move it away')
+    with pytest.raises(files.WriterError, match=said), resuming.open_run(tmp_path, MAML, keeping) as opened:
+      opened.begin()
+      assert not opened.written & set(mine)
+      opened.path('params_x.safetensors')
+  finished(tmp_path, keeping=Keeping(restart=True))
+  assert all((tmp_path / name).read_text() == name for name in mine)
+
+
+@pytest.mark.parametrize('restart', [False, True])
+@pytest.mark.parametrize('text', ['', '[]', '{"finished": true}', '{"files": 3}', '[' * 100_000])
+def test_a_record_that_is_damaged_is_told_of(tmp_path, text, restart):
+  finished(tmp_path)
+  (tmp_path / resuming.RECORD).write_text(text)
+  before = contents(tmp_path)
+  with pytest.raises(CheckpointError, match=saying(tmp_path / resuming.RECORD, 'cannot be read', '--workdir')) as e:
+    finished(tmp_path, keeping=Keeping(restart=restart))
+  assert len(str(e.value)) < 300 + len(str(tmp_path))
+  assert contents(tmp_path) == before
+
+
+def test_a_cell_of_a_table_is_replaced_once_and_then_goes_on(tmp_path, capsys):
+  restart, other = Keeping(restart=True), dataclasses.replace(MAML, shot=3)
+  finished(tmp_path, other)
+  stopped(tmp_path, MAML, restart, cell=True)
+  assert 'goes on' not in capsys.readouterr().out
+  for keeping in (restart, None):  # The table goes on with its own command, and without --restart.
+    with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, keeping, cell=True) as opened:
+      assert opened.begun
+      os.kill(os.getpid(), signal.SIGTERM)
+    out = capsys.readouterr().out
+    assert re.search(saying('unfinished run', 'goes on', 'is saved', 'the same command goes on'), out)
+    assert '--restart' not in out
+  before = finished(tmp_path)
+  with resuming.open_run(tmp_path, MAML, restart, cell=True) as opened:
+    assert opened.rows == ROWS
+  assert contents(tmp_path) == before
+  (tmp_path / 'results.json').unlink()
+  with resuming.open_run(tmp_path, MAML, restart, cell=True) as opened:
+    assert (opened.rows, opened.begun) == (None, False)
+
+
+def test_the_cells_of_a_table_know_that_they_are_cells(monkeypatch):
+  made = []
+  monkeypatch.setattr(few_shot_table, 'prepare', lambda config, workdir, build, run, restart: made.append(run.keywords))
+  config = classification.Config(table2=True, data_dir='somewhere')
+  classification._prepare(config, None, Keeping(restart=True), None)
+  assert made == [dict(keeping=Keeping(restart=True), cell=True)]
+
+
+def test_a_signal_before_anything_is_saved_says_so(tmp_path, capsys):
+  with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML):
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert re.match(saying('stopped by SIGTERM: nothing is saved yet; the same'), capsys.readouterr().out)
+  before = finished(tmp_path)
+  with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, Keeping(restart=True)):
+    os.kill(os.getpid(), signal.SIGTERM)
+  said = saying('stopped by SIGTERM: nothing is saved yet', 'earlier run is unchanged', 'the same command begins')
+  assert re.match(said, capsys.readouterr().out)
+  assert contents(tmp_path) == before
+
+
 def test_event_files_are_those_of_the_new_run(tmp_path):
-  with resuming.open_run(tmp_path, MAML):
-    write(tmp_path, 'events.out.tfevents.1.a')
+  with resuming.open_run(tmp_path, MAML) as opened:
+    write(opened, 'events.out.tfevents.1.a')
   finished(tmp_path, dataclasses.replace(MAML, tensorboard=True), Keeping(restart=True))
   (found,) = tmp_path.glob('events.out.tfevents.*')
   assert found.name != 'events.out.tfevents.1.a'
 
 
 def test_what_a_run_that_fails_has_written_is_listed(tmp_path):
-  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML):
-    write(tmp_path, 'params_x.safetensors')
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML) as opened:
+    write(opened, 'params_x.safetensors')
     crash()
   finished(tmp_path, keeping=Keeping(restart=True))
   assert not (tmp_path / 'params_x.safetensors').exists()
@@ -181,17 +267,14 @@ def test_a_learner_that_is_not_trained_begins_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize('keep', [True, False])
 def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
   """All that comes after the mark, one moment after the other, and before the checkpoints go."""
-  directory = tmp_path / 'checkpoints' / 'maml_5shot'
-  state = ms.TrainState(np.int32(3), jax.random.key(0), {'w': np.zeros(2)}, ())
   keeping = Keeping(keep_checkpoints=keep)
-  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping):
-    with checkpoint.Checkpoints(directory, like=state, config=dataclasses.asdict(MAML)) as kept:
-      kept.save(state)
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping) as opened:
+    save(opened)
     files.write_json(tmp_path / 'results.json', {'rows': ROWS})
     monkeypatch.setattr(resuming, '_remove', lambda _: crash())
     monkeypatch.setattr(processes, 'any_of', lambda _: crash())
   monkeypatch.undo()
-  assert checkpoint.steps(directory) == [3]
+  assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [3]
   assert not resuming.unfinished(tmp_path)
   with resuming.open_run(tmp_path, MAML, keeping) as opened:
     assert opened.rows == ROWS
@@ -208,22 +291,24 @@ def test_sigterm_when_all_is_done_changes_nothing(tmp_path, monkeypatch, capsys)
 
 def test_a_command_with_restart_is_told_to_go_on_without(tmp_path, capsys):
   with pytest.raises(SystemExit), resuming.open_run(tmp_path, MAML, Keeping(restart=True)) as opened:
+    save(opened)
     os.kill(os.getpid(), signal.SIGTERM)
-    opened.stop.ask()
+    opened.ask()
   said = saying('stopped by SIGTERM: ', 'is saved', 'the same command without --restart goes on')
   assert re.match(said, capsys.readouterr().out)
 
 
-def test_of_several_processes_none_leaves_by_itself(monkeypatch, capsys):
+def test_of_several_processes_none_leaves_by_itself(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(resuming, 'trainings', lambda _: ['maml_5shot'])
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   others = [True, False]
   monkeypatch.setattr(processes, 'any_of', lambda here: here or others.pop())
-  told, other = resuming.Stop(), resuming.Stop()
+  told, other = (resuming.Run(tmp_path, {}, Keeping(), begun=True) for _ in range(2))
   told.come()
   other.ask()
-  for stop in (told, other):
+  for run in (told, other):
     with pytest.raises(SystemExit):
-      stop.ask()
+      run.ask()
   assert capsys.readouterr().out.count('stopped by SIGTERM: all that was trained') == 2
 
 
@@ -252,6 +337,21 @@ def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_beg
     few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
 
 
+@pytest.mark.parametrize('ending', ['json', 'md', 'png'])
+def test_a_table_overwrites_only_what_a_table_has_written(tmp_path, ending):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  mine = tmp_path / f'table_omniglot.{ending}'
+  mine.write_text('[]')
+  with pytest.raises(files.WriterError, match=saying(mine, 'no run has written', 'move it away')):
+    few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run)
+  with pytest.raises(files.WriterError, match=saying(mine)):
+    few_shot_table.write(tmp_path, 'omniglot')
+  assert contents(tmp_path) == {mine: b'[]'}
+  mine.unlink()
+  for _ in range(2):
+    few_shot_table.write(tmp_path, 'omniglot')
+
+
 def test_a_table_refuses_finished_cells_of_another_configuration_before_it_begins(tmp_path):
   config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
   other = dataclasses.replace(few_shot_table.cells(config)[1], meta_iterations=7)
@@ -278,6 +378,7 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
     (regression, {}, 'runs/regression'),
     (regression, dict(table1=True), 'runs/regression_table1'),
     (regression, dict(learner=('maml',), dataset='sinusoids_maml'), 'runs/regression_maml_sinusoids_maml'),
+    (classification, dict(table2=True, data_dir='a', learner=('maml',)), 'runs/classification_table2_omniglot'),
     (classification, dict(dataset='folder', data_dir='a', start='a/b.safetensors'), 'runs/classification_folder_b'),
   ],
 )

@@ -1,6 +1,9 @@
 """The experiment on 2D navigation, at a small size."""
 
+import errno
 import json
+import pathlib
+import types
 from unittest import mock
 
 import jax
@@ -10,8 +13,9 @@ from PIL import Image
 from problems import saying
 
 import metasgd_jax as ms
-from experiments import navigation, reporting
-from metasgd_jax import rl
+from experiments import navigation, reporting, resuming
+from metasgd_jax import plotting, rl
+from metasgd_jax.io import files
 
 TINY = dict(meta_iterations=2, meta_batch=2, trajectories=3, eval_tasks=4, eval_updates=2)
 
@@ -20,7 +24,7 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   """Trained and tested, but nothing is walked to be drawn."""
   drawn = []
   monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
-  monkeypatch.setattr(reporting, 'save_pictures', lambda workdir, pictures, metrics: drawn.extend(pictures))
+  monkeypatch.setattr(reporting, 'save_pictures', lambda path_of, pictures, metrics: drawn.extend(pictures))
   small = dict(meta_iterations=1, meta_batch=2, trajectories=2, eval_tasks=2, eval_updates=1, learner=('meta_sgd',))
   (row,) = navigation.run(navigation.Config(**small), tmp_path)
   assert (row['start'], row['learner'], row['optimizer'], row['seeds']) == ('fixed', 'meta_sgd', 'trpo', 1)
@@ -33,6 +37,18 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   assert line['step'] == 1
   assert '-8.64±0.68' in capsys.readouterr().out
   assert drawn == ['paths_fixed', 'learning_curves', 'alpha_meta_sgd_fixed']
+
+
+def test_a_film_is_never_half_written(tmp_path, monkeypatch):
+  def save(path, **_):
+    pathlib.Path(path).write_bytes(b'half')
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(plotting, 'navigation_animation', lambda *_, **__: types.SimpleNamespace(save=save))
+  run = resuming.Run(tmp_path, {}, resuming.Keeping())
+  with pytest.raises(files.WriterError, match=saying(tmp_path / 'adaptation_fixed.gif', 'No space left')):
+    navigation._save_films(run, {('fixed', 'maml'): None}, lambda start: [None])
+  assert [path.name for path in tmp_path.iterdir()] == [resuming.RECORD]
 
 
 def test_the_table_has_the_papers_figures_and_the_pairs():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import commands
 import jax
@@ -324,6 +325,25 @@ def test_without_a_cluster_there_is_none_to_ask(tmp_path):
   assert re.search(saying('error: no cluster tells of its processes (', '--coordinator=HOST:PORT'), done.stderr)
   assert 'before any JAX calls' not in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('process_id', [0, 1])
+@pytest.mark.parametrize('host', ['nosuchhost.invalid', 'x' * 70])
+def test_a_host_that_is_not_known_gets_a_sentence_at_once(host, process_id):
+  with pytest.raises(ValueError, match=saying(f'coordinator={host}:1234', 'no known host', 'process 0')):
+    processes.start(Machines(coordinator=f'{host}:1234', num_processes=2, process_id=process_id))
+
+
+def test_what_jax_says_of_a_coordinator_is_a_sentence(monkeypatch):
+  def fail(*_, **__):
+    raise RuntimeError('DEADLINE_EXCEEDED:\n  nobody came')
+
+  monkeypatch.setattr(processes, '_gather', lambda *_: None)
+  monkeypatch.setattr(processes.jax, 'config', types.SimpleNamespace(update=lambda *_: None))
+  monkeypatch.setattr(processes.jax.distributed, 'initialize', fail)
+  said = saying('cannot meet at localhost:1234', 'DEADLINE_EXCEEDED: nobody came', 'give a host and a port')
+  with pytest.raises(ValueError, match=said):
+    processes.start(Machines(coordinator='localhost:1234', num_processes=1, process_id=0))
 
 
 def test_nobody_at_the_port(monkeypatch):

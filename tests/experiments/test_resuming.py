@@ -227,16 +227,30 @@ def test_other_versions_are_told_of(tmp_path, at, monkeypatch, capsys):
   assert f'versions have changed (jax {jax.__version__} → 99)' in capsys.readouterr().out
 
 
-def test_sigterm_saves_and_leaves(tmp_path, at, whole_maml, capsys):
-  before = signal.getsignal(signal.SIGTERM)
-  at('MAML 5-shot', 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_an_unfinished_run_that_is_older_than_an_option_goes_on(tmp_path, at, monkeypatch, capsys):
+  plain = resuming._plain
+  with monkeypatch.context() as patch:
+    patch.setattr(resuming, '_plain', lambda c: {name: v for name, v in plain(c).items() if name != 'bad_steps'})
+    crashed(at, tmp_path)
+  trainings.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(debug_task=9))()
+  assert 'replayed from 8' in capsys.readouterr().out
+  regression.run(MAML, tmp_path, KEEPING)
+  assert 'MAML 5-shot: goes on from meta-iteration 8' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, at, whole_maml, capsys, number):
+  before = signal.getsignal(number)
+  at('MAML 5-shot', 7, lambda: os.kill(os.getpid(), number))
   with pytest.raises(SystemExit) as e:
     regression.run(MAML, tmp_path, dataclasses.replace(KEEPING, checkpoint_every=100))
-  assert e.value.code == 143
+  assert e.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
   out = capsys.readouterr().out
-  assert re.match(saying('stopped by SIGTERM: MAML 5-shot', 'meta-iteration 7 of 20', tmp_path, 'same command'), out)
+  assert re.match(
+    saying(f'stopped by {number.name}: MAML 5-shot', 'meta-iteration 7 of 20', tmp_path, 'same command'), out
+  )
   assert out.count('\n') == 1
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
   assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [7]
   at('MAML 5-shot', -1, crash)
   regression.run(MAML, tmp_path, KEEPING)
@@ -382,7 +396,7 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
 
 def test_only_the_first_process_says_where_the_state_is_saved(tmp_path, monkeypatch):
   training = dataclasses.replace(regression.plan(MAML)[0][0], inspect=None)
-  run = resuming.Run(tmp_path, {}, Keeping(), resuming.Stop(), [])
+  run = resuming.Run(tmp_path, {}, Keeping())
   bad = bad_numbers.BadStep(13, 0, float('nan'), training, [])
   monkeypatch.setattr(bad_numbers, 'find', lambda *_: bad)
   kept = types.SimpleNamespace(save=lambda state: None, wait=lambda: None, last=12)
