@@ -6,6 +6,7 @@ import functools
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -145,11 +146,13 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
     TrainingError: if a loss or a gradient is not finite. The state before the chunk is saved.
     CheckpointError: if a checkpoint cannot be used or written.
   """
-  if processes.any_of(not run.begun):  # An earlier run stays until one meta-iteration has shown that this one trains.
-    jax.block_until_ready(training.go(training.start(), 1, ()))
-  run.idle = False
-  state = training.start()
   with contextlib.ExitStack() as opened:
+    opened.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings('ignore', 'the loss is not finite', RuntimeWarning)  # `_AfterChunk` says more of it.
+    if processes.any_of(not run.begun):  # An earlier run stays until one meta-iteration has shown that this one trains.
+      jax.block_until_ready(training.go(training.start(), 1, ()))
+    run.idle = False
+    state = training.start()
     with processes.together():
       run.begin()
       kept = None

@@ -172,7 +172,8 @@ def is_image(path: pathlib.Path) -> bool:
       start = file.read(16)
   except (OSError, ValueError):
     return False
-  return len(start) == 16 and any(Image.OPEN[name][1](start) for name in _formats(path))
+  signatures = [Image.OPEN[name][1] for name in _formats(path)]
+  return len(start) == 16 and any(is_of(start) for is_of in signatures if is_of)
 
 
 def list_directory(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -244,7 +245,7 @@ def _formats(path: PathLike) -> tuple[str, ...]:
 @functools.cache
 def _heif() -> tuple[str, ...]:
   try:
-    import pillow_heif
+    import pillow_heif  # type: ignore[import-not-found]
   except ImportError:
     return ()
   pillow_heif.register_heif_opener()

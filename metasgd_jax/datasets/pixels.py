@@ -20,7 +20,7 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
   except Exception:  # The image may be intact although its EXIF data is broken.
     image = opened
   image = _eight_bit(image)
-  if colour_of_16_bits and 0 < np.max(image) < 16:
+  if colour_of_16_bits and 0 < np.asarray(image).max() < 16:
     raise ValueError('its 16-bit colours use only low bits; save it with 8 bits')
   if image.has_transparency_data:
     image = _filled(image.convert('RGBA'))
@@ -55,5 +55,4 @@ def _filled(image: Image.Image) -> Image.Image:
 
 
 def _contrast(image: Image.Image) -> int:
-  low, high = image.convert('RGB').convert('L').getextrema()
-  return high - low
+  return int(np.ptp(np.asarray(image.convert('RGB').convert('L')).astype(int)))
