@@ -6,7 +6,7 @@
 # make docs   the documentation, as pages in docs/_build/html; warnings are errors
 # make package  builds sdist and wheel in dist/, and tests the installed wheel away from the clone
 # make notebooks  runs the notebooks anew, and keeps their outputs
-# make fuzz   ten thousand hostile files for everything that is read from disk, in some minutes
+# make fuzz   ten thousand hostile files for everything that is read from disk, and ten thousand random values
 # make bench  ours against its peers; needs the extra `bench`
 # make torture  kills a run at random moments, 60 times; it must end as if never killed
 
@@ -37,6 +37,7 @@ faults: $(VENV)/faults
 
 fuzz: $(VENV)/test
 	$(BIN)/python -m tests.fuzz --inputs=10000
+	PYTHONPATH=tests $(BIN)/python -m tests.fuzz.random_values --inputs=10000
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
   Raises:
     ValueError: if its values have no known range, or if it is a 16-bit colour image that is black but for low bits.
   """
-  colour_of_16_bits = 'RGB;16' in str(opened.tile)  # Pillow keeps only the upper eight bits.
+  colour_of_16_bits = 'RGB;16' in str(getattr(opened, 'tile', ''))  # Pillow keeps only the upper eight bits.
   opened.load()
   try:
     image = ImageOps.exif_transpose(opened)

@@ -1,4 +1,4 @@
-"""Random values that users pass to functions: labels, names in θ, rates α and keys, each with an independent oracle.
+"""Random values that users pass to functions: labels, pictures, names in θ, rates α and keys, each with an oracle.
 
 A check returns whether the input was accepted. It raises AssertionError if the package accepts an input and gives
 another result than the oracle, or if it refuses an input that the oracle can do.
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from hypothesis import strategies as st
+from PIL import Image
 from small_models import WAY, pictures, small_model
 
 import metasgd_jax as ms
+from metasgd_jax.datasets import image_folder
 from metasgd_jax.io import files
 
 
@@ -273,9 +275,105 @@ def _check_key(example) -> bool:
   return done
 
 
+@st.composite
+def _pictures(draw):
+  rng = np.random.default_rng(draw(st.integers(0, 9999)))
+  mode = draw(st.sampled_from(['L', 'RGB', 'RGBA', 'LA', 'P', '1', 'I;16', 'CMYK']))
+  size = draw(st.sampled_from([(5, 6), (4, 4), (1, 3)]))
+  orientation = draw(st.sampled_from([1, 1, 2, 3, 4, 5, 6, 7, 8]))
+  bits, transparent = draw(st.sampled_from([8, 10, 12, 14, 16])), draw(st.booleans())
+  darkest = draw(st.sampled_from([0, 0, 200]))
+  form = {'CMYK': 'TIFF', 'RGB': draw(st.sampled_from(['PNG', 'BMP', 'TIFF', 'PPM', 'WEBP']))}.get(mode, 'PNG')
+  name = 'picture' + draw(st.sampled_from(['.png', '.PNG', '', '.dat', '.jpg', f'.{form.lower()}']))
+  channels = draw(st.sampled_from([1, 3]))
+  depth = {'RGB': 3, 'RGBA': 4, 'LA': 2, 'CMYK': 4}.get(mode, 1)
+  values = rng.integers(darkest, 256, (*size, depth))
+  if mode in ('RGBA', 'LA'):
+    values[..., -1] = rng.choice([0, 255], size)
+  if mode == 'I;16':
+    values = rng.integers(0, 1 << bits, (*size, 1))
+    values.flat[0] = (1 << bits) - 1
+  return values, mode, form, name, orientation, bits, transparent and mode in ('I;16', 'P'), channels
+
+
+def _write_picture(path, values, mode, form, orientation, transparent) -> None:
+  flat = values[..., 0]
+  if mode == 'I;16':
+    image = Image.fromarray(flat.astype(np.uint16))
+  elif mode == '1':
+    image = Image.fromarray(flat >= 128)
+  elif mode == 'P':
+    image = Image.fromarray((flat % 4).astype(np.uint8), 'P')
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 200, 90, 250, 90])
+  else:
+    image = Image.fromarray(values.astype(np.uint8) if values.shape[2] > 1 else flat.astype(np.uint8), mode)
+  how: dict[str, Any] = {'lossless': True} if form == 'WEBP' else {}
+  if transparent:
+    how['transparency'] = int(flat[0, 0]) if mode == 'I;16' else 0
+  if form in ('PNG', 'TIFF', 'WEBP'):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how['exif'] = exif
+  image.save(path, form, **how)
+
+
+_UPRIGHT = {
+  1: lambda a: a,
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: np.rot90(a, 3),
+  7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+  8: np.rot90,
+}
+
+
+def _grey(rgb: np.ndarray) -> np.ndarray:
+  """The luma of ITU-R 601-2 in integers, as Pillow documents it for the conversion to 'L'."""
+  return (rgb @ np.array([19595, 38470, 7471]) + 0x8000) >> 16
+
+
+def _expected_picture(values, mode, form, orientation, bits, transparent, channels) -> np.ndarray:
+  """Returns the picture as the documentation of `read_image` says, computed from its values by NumPy alone."""
+  flat = values[..., 0]
+  alpha = np.full(flat.shape, 255)
+  if mode in ('RGBA', 'LA'):
+    alpha = values[..., -1]
+  if mode in ('RGB', 'RGBA'):
+    rgb = values[..., :3]
+  elif mode == 'CMYK':
+    rgb = np.rint((255 - values[..., :3]) * (255 - values[..., 3:]) / 255).astype(int)
+  elif mode == 'P':
+    rgb = np.array([[10, 20, 30], [200, 0, 0], [0, 0, 200], [90, 250, 90]])[flat % 4]
+    alpha = np.where((flat % 4 == 0) & transparent, 0, 255)
+  else:
+    grey = {'1': 255 * (flat >= 128), 'I;16': flat >> (bits - 8)}.get(mode, flat)
+    rgb = np.repeat(grey[..., None], 3, -1)
+    if mode == 'I;16' and transparent:
+      alpha = np.where(flat == flat[0, 0], 0, 255)
+  grounds = [np.where(alpha[..., None] == 255, rgb, ground) for ground in (255, 0)]
+  on_white, on_black = (np.ptp(_grey(laid)) for laid in grounds)
+  rgb = grounds[1] if 2 * on_white < on_black else grounds[0]
+  found = rgb if channels == 3 else _grey(rgb)[..., None]
+  return _UPRIGHT[orientation if form in ('PNG', 'TIFF', 'WEBP') else 1](found)
+
+
+def _check_picture(example) -> bool:
+  values, mode, form, name, orientation, bits, transparent, channels = example
+  expected = _expected_picture(values, mode, form, orientation, bits, transparent, channels)
+  with tempfile.TemporaryDirectory(prefix='fuzz-') as directory:
+    _write_picture(pathlib.Path(directory, name), values, mode, form, orientation, transparent)
+    found = image_folder.read_images(directory, size=expected.shape[:2], channels=channels)
+  tolerance = 1 if mode == 'CMYK' else 0  # Pillow rounds its product of inks in another way.
+  np.testing.assert_allclose(found.images[0].astype(int), expected, atol=tolerance)
+  return True
+
+
 KINDS = {
   'labels of a loss': Kind('NumPy and SciPy in float64', _class_labels(), _check_class_labels, 2.0),
   'labels of a classifier': Kind("scikit-learn's LabelEncoder and accuracy_score", _own_labels(), _check_own_labels),
+  'pictures': Kind('NumPy, from the values that were stored', _pictures(), _check_picture, 3.0),
   'names in theta': Kind('the arrays themselves, read back', _trees(), _check_tree, 2.0),
   'rates alpha': Kind('NumPy in float64, on a quadratic', _alphas(), _check_alpha, 2.0),
   'keys': Kind('the same key alone, without vmap', _keys(), _check_key),

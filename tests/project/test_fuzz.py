@@ -1,10 +1,16 @@
-"""Some hostile files for each reader, the same ones each time; `make fuzz` reads ten thousand others."""
+"""Some hostile files for each reader and some random values for functions, the same ones each time.
 
+`make fuzz` takes ten thousand others of both.
+"""
+
+import collections
 import random
 
 import pytest
+from fuzz.random_values import run
 from fuzz.reader import attempt, trees_of
 from fuzz.readers import READERS
+from fuzz.values import KINDS
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 EXAMPLES = {'omniglot.load, archives': 4, 'cifar_fs.load, archives': 4}
@@ -32,3 +38,10 @@ def test_changed_files_are_accepted_or_refused_in_a_sentence(reader):
 
   trees_of(reader)
   read()
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_values_give_what_an_oracle_says_or_are_refused(name):
+  counts = collections.Counter()
+  run(KINDS[name], 25, 0, counts)
+  assert counts['accepted'] > 0
