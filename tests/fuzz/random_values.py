@@ -1,4 +1,7 @@
-"""Gives random values to functions: `python -m tests.fuzz.random_values --inputs=10000`; ends with 1 if one is wrong."""
+"""Gives random values to functions, and ends with 1 if a result is wrong.
+
+python -m tests.fuzz.random_values --inputs=10000
+"""
 
 import argparse
 import collections
