@@ -227,7 +227,7 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
     return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
     if pathlib.Path(path).suffix.lower() in ('.heic', '.heif') and not _heif():
-      return 'it is HEIC, which needs the package pillow-heif'
+      return "it is HEIC, which needs pillow-heif; run pip install 'metasgd_jax[heic]'"
     return 'it is not an image of a known format'
   except OSError as e:
     return e.strerror or first_line(e)
@@ -245,7 +245,7 @@ def _formats(path: PathLike) -> tuple[str, ...]:
 @functools.cache
 def _heif() -> tuple[str, ...]:
   try:
-    import pillow_heif  # type: ignore[import-not-found]
+    import pillow_heif
   except ImportError:
     return ()
   pillow_heif.register_heif_opener()

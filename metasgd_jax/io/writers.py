@@ -1,7 +1,6 @@
 """Writers of a run's metrics, as JSON lines or as event files of TensorBoard, while the run goes on."""
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -151,7 +150,7 @@ class TensorBoardWriter:
   """
 
   def __init__(self, directory: PathLike):
-    """Keeps the directory for the event file, which is created when the first value is written.
+    """Opens an event file.
 
     Args:
       directory: Directory of the event file, which TensorBoard reads.
@@ -164,11 +163,7 @@ class TensorBoardWriter:
       import tensorboardX
     except ImportError as e:
       raise WriterError("TensorBoardWriter needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
-    self._open = functools.partial(tensorboardX.SummaryWriter, os.fspath(as_path(directory)), flush_secs=5)
-
-  @functools.cached_property
-  def _writer(self) -> Any:
-    return self._open()
+    self._writer = tensorboardX.SummaryWriter(os.fspath(as_path(directory)), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
     """Adds a scalar LABEL/NAME for each value. The scalar is the mean of the value over the runs.

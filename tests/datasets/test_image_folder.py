@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 from problems import saying
@@ -289,12 +290,13 @@ class TestLoad:
     ('name', 'form'),
     [
       *[('a.jfif', 'JPEG'), ('a.jpe', 'JPEG'), ('a.apng', 'PNG'), ('a.dib', 'DIB'), ('a.pbm', 'PPM'), ('a.pnm', 'PPM')],
-      *[('a.avif', 'AVIF'), ('a.jp2', 'JPEG2000'), ('a.tga', 'TGA'), ('a.ico', 'ICO')],
+      *[('a.avif', 'AVIF'), ('a.jp2', 'JPEG2000'), ('a.tga', 'TGA'), ('a.ico', 'ICO'), ('a.HEIC', 'HEIF')],
       *[('photo', 'JPEG'), ('a.dat', 'PNG'), ('a.png', 'WEBP'), ('a.JPG', 'GIF')],
     ],
   )
   def test_the_content_tells_what_an_image_is(self, tmp_path, name, form):
     (tmp_path / 'cat').mkdir()
+    pillow_heif.register_heif_opener()  # It also registers what writes such files.
     Image.new('1' if name == 'a.pbm' else 'RGB', (16, 16), 1 if name == 'a.pbm' else RED).save(
       tmp_path / 'cat' / name, form
     )

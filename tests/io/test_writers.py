@@ -46,16 +46,6 @@ def test_tensorboard_has_scalars_histograms_and_figures(tmp_path):
   assert 'A/alpha.none' not in found
 
 
-def test_tensorboard_makes_its_directory_at_the_first_write(tmp_path):
-  writer = writers.TensorBoardWriter(tmp_path / 'a')
-  writer.close()
-  assert not list(tmp_path.iterdir())
-  writer = writers.TensorBoardWriter(tmp_path / 'a')
-  writer.write('A', 10, {'loss': 1.0})
-  writer.close()
-  assert len(list((tmp_path / 'a').glob('events.*'))) == 1
-
-
 def test_metrics_are_a_line_each(tmp_path):
   writer = writers.MetricsWriter(tmp_path / 'm.jsonl')
   writer.write('MAML', 10, {'loss': np.array([0.5, np.nan])})
