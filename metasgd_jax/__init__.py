@@ -60,7 +60,10 @@ _LATER = {
   **{name: f'deploy.export:{name}' for name in ('Exported', 'export_learner', 'export_model', 'load_exported')},
   **{name: f'deploy.model_file:{name}' for name in ('FewShotModel', 'ModelConfig', 'load_model', 'save_model')},
 }
-"""Modules, and names of modules, that import flax, orbax or other libraries: they are imported when first used."""
+"""Attributes of this package that are imported when they are first used, because they need flax, orbax or others.
+
+Each value is the path of a module, or of an attribute of a module as 'module:attribute', inside this package.
+"""
 
 
 def __getattr__(name: str) -> Any:

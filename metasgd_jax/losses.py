@@ -62,7 +62,7 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     0.5
   """
   _check_labels(logits, labels)
-  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 is too coarse for 74/75.
+  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 would round 74/75 to 0.988.
   right = (jnp.argmax(logits, -1) == labels).astype(wide)
   return jnp.mean(jnp.where(are_classes(labels, jnp.shape(logits)[1]), right, jnp.nan))
 
@@ -90,9 +90,9 @@ def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[.
   """Returns a metric of padded batches, which is the mean of `metric` over the real items of a batch.
 
   The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape `[B,
-  …]`, and mask `[B]` is true for a real item and false for padding. The padding must be finite in the outputs; y is
-  taken to be 0 there, whatever it is. The padding then has no influence on the result, but it does influence the
-  statistics of batch norm. For a batch without real items the mean is 0, and its gradient is 0 too.
+  …]`, and mask `[B]` is true for a real item and false for padding. The outputs must be finite at the padding. The
+  values of y at the padding are replaced by 0. The padding then has no influence on the result, but it does influence
+  the statistics of batch norm. For a batch without real items the mean is 0, and its gradient is 0 too.
 
   Args:
     metric: Metric that is a mean over items, such as the metrics of this module.
@@ -112,7 +112,7 @@ def _of_sequences(outputs: chex.Array, targets: Any, *, metric) -> chex.Array:
   shape, found = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
   if len(shape) < 2 or found != {shape[:-1]}:
     got = ', '.join(map(str, found))
-    raise ValueError(f'targets must be one a token, of shape {shape[:-1]} for outputs {shape}, got {got}')
+    raise ValueError(f'targets must have one entry per token, so shape {shape[:-1]} for outputs {shape}, got {got}')
   return metric(jnp.reshape(outputs, (-1, shape[-1])), jax.tree.map(jnp.ravel, targets))
 
 
@@ -133,15 +133,15 @@ def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, me
 def are_classes(labels: chex.Array, classes: int) -> chex.Array:
   """Returns whether each label is a class, from 0 to N − 1, as booleans `[B]`.
 
-  A caller turns the results of other labels into NaN. Without this, JAX would take such a label for another class or
-  for none.
+  The losses and metrics return NaN if a label is not a class. JAX would otherwise interpret such a label as another
+  class, or as none of the classes.
 
   Args:
     labels: Integer labels `[B]`.
     classes: Number N of classes.
 
   Raises:
-    ValueError: if a label is no class and its value is known, as it is outside of `jax.jit`.
+    ValueError: if a label is not a class and the values of the labels are known, as they are outside of `jax.jit`.
   """
   if not isinstance(labels, jax.core.Tracer) and getattr(labels, 'is_fully_addressable', True):
     values = np.asarray(labels)
@@ -152,13 +152,13 @@ def are_classes(labels: chex.Array, classes: int) -> chex.Array:
 
 
 def one_hot(labels: chex.Array, classes: int) -> chex.Array:
-  """Returns the labels one-hot, `[B, N]`. The row of a label that is no class is NaN; see `are_classes`."""
+  """Returns the one-hot vectors `[B, N]` of labels `[B]`. The row of a label that is not a class is NaN."""
   return jnp.where(are_classes(labels, classes)[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
 
 
 def _check_labels(logits, labels) -> None:
   shapes = jnp.shape(logits), jnp.shape(labels)
   if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
-    raise ValueError(f'logits must be [B, N] and labels [B], got {shapes[0]} and {shapes[1]}')
+    raise ValueError(f'logits must have shape [B, N] and labels shape [B], got {shapes[0]} and {shapes[1]}')
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-    raise ValueError(f'labels must be integers from 0 to N - 1, got {jnp.result_type(labels)}')
+    raise ValueError(f'labels must be integers from 0 to N - 1, got dtype {jnp.result_type(labels)}')

@@ -24,13 +24,16 @@ def named(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-  """Returns the leaves by name, as NumPy arrays on the host. Random keys are replaced by their data."""
+  """Returns `{name: leaf}` with each leaf as a NumPy array on the host. Random keys are replaced by their data."""
   data = lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf
   return {name: np.asarray(jax.device_get(data(leaf))) for name, leaf in named(tree)}
 
 
 def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
-  """Returns the tree whose `named_arrays` these are, with JAX arrays, and the structure and kinds of keys of `like`."""
+  """Reverses `named_arrays`: returns a tree of JAX arrays with the structure of `like`.
+
+  Where `like` has a random key, the data of the key become a key of the same impl.
+  """
 
   def of_leaf(name, leaf):
     array = jnp.asarray(arrays[name])
@@ -40,7 +43,7 @@ def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
 
 
 def leaf_types(tree: PyTree) -> dict[str, str]:
-  """Returns the dtypes and shapes of the leaves by name, as text such as 'float32[1, 4]' or 'key<fry>[]'."""
+  """Returns `{name: type}`, with the dtype and shape of each leaf as text, such as 'float32[1, 4]' or 'key<fry>[]'."""
 
   def of_leaf(leaf):
     array = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
@@ -50,10 +53,15 @@ def leaf_types(tree: PyTree) -> dict[str, str]:
 
 
 def first_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-  """Returns a clause about the first leaf whose type differs between two results of `leaf_types`, or `None`."""
+  """Returns a clause for an error message about the first leaf whose type differs, or `None` if all types are equal.
+
+  Args:
+    there: Types of the stored leaves, from `leaf_types`.
+    here: Types of the expected leaves, from `leaf_types`.
+  """
   for name in {**there, **here}:
     if there.get(name) != here.get(name):
-      return f'{name} is {there.get(name, "nothing")} there and {here.get(name, "nothing")} here'
+      return f'{name} is stored as {there.get(name, "nothing")}, expected {here.get(name, "nothing")}'
   return None
 
 

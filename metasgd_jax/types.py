@@ -63,7 +63,7 @@ class MetaParams(NamedTuple):
 
   Example:
     >>> meta = ms.MetaParams(theta={'w': jnp.ones(2)}, alpha={'w': jnp.full(2, 0.1)})
-    >>> len(jax.tree.leaves(meta))  # A pytree, so an optax optimiser takes both.
+    >>> len(jax.tree.leaves(meta))  # MetaParams is a pytree, so an optax optimiser updates θ and α together.
     2
   """
 
@@ -108,7 +108,8 @@ class Learner(NamedTuple):
     init: Function `(key, episode) → meta`, which returns the initial meta-parameters, any pytree; consumes key. Only
       the shapes of the episode are used.
     adapt: Function `(meta, support, key) → adapted`; consumes key if the learner is stochastic.
-    path: Function `(meta, support, key) → adapted` after 0, 1, …, k inner steps, stacked on a leading axis `[k + 1]`.
+    path: Function `(meta, support, key) → adapted`, like `adapt`, but its result contains the states after 0, 1, …, k
+      inner steps, stacked on a leading axis `[k + 1]`.
     predict: Function `(adapted, x [Q, …]) → outputs [Q, …]`.
     loss: Function `(meta, episode, key) → (scalar, info)`. The outer optimiser minimises the scalar, and `info` is a
       dict of scalars to report.
@@ -133,13 +134,13 @@ class TaskDistribution:
 
   A task distribution is a pytree, so it can be an argument of a jitted function. `sample` and `episode` are each traced
   once inside jit: all randomness must come from the key, because a number drawn by NumPy would be a constant. If a
-  function holds arrays, pass it as `jax.tree_util.Partial(function, array)`. The arrays are then arguments of the
+  function uses arrays, pass it as `jax.tree_util.Partial(function, array)`. The arrays are then arguments of the
   compiled program; in a closure they would be constants that are copied into the program.
 
   Attributes:
     sample: Function `key → task`, which returns any pytree; consumes key.
     episode: Function `(task, key) → Episode`, which draws a support and a query of the task; consumes key.
-    changes: The changes that `map_episode` has made.
+    changes: Arguments of all calls of `map_episode` that led to this distribution, in order.
 
   Example:
     >>> def episode(slope, key):
@@ -158,12 +159,12 @@ class TaskDistribution:
   def __post_init__(self):
     for name in ('sample', 'episode'):
       function = getattr(self, name)
-      # JAX rebuilds pytrees around other things, and a callable that is a pytree has arrays of its own.
+      # JAX also builds this class with placeholders that are not callable. A callable that is a pytree stays as it is.
       if callable(function) and jax.tree_util.all_leaves([function]):
         object.__setattr__(self, name, Partial(function))
 
   def prepare(self, keys: Callable[[], Keys]) -> 'TaskDistribution':
-    """Returns the distribution itself, which has the data of all tasks.
+    """Returns the distribution itself, because it already has the data of all tasks.
 
     Args:
       keys: Not called; see `TaskStream.prepare`.
@@ -174,9 +175,11 @@ class TaskDistribution:
     """Returns the distribution with `change(episode)` in place of `episode`.
 
     Args:
-      change: Function from an episode function to another one, a `jax.tree_util.Partial` if it holds arrays.
+      change: Function that receives an episode function, `(task, key) → Episode`, and returns another one. If `change`
+        uses arrays, pass it as `jax.tree_util.Partial(change, array)`.
     """
-    # `change` is called inside the traced function: a new function for each chunk of a stream would be compiled anew.
+    # `change` is called inside the traced function. If it were called here, each chunk of a stream would have a new
+    # function, which JAX would compile again.
     return TaskDistribution(self.sample, Partial(_changed, Partial(change), self.episode), (*self.changes, change))
 
 
@@ -190,7 +193,7 @@ class TaskStream:
       episodes of these pairs of keys, and of no other keys. `train` calls `send` in a separate thread, while the device
       works on the previous chunk.
     sent_at_once: Largest number of tasks whose data `evaluate` sends at the same time.
-    changes: The changes that `map_episode` has made.
+    changes: Arguments of all calls of `map_episode` that led to this stream, in order.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -218,7 +221,7 @@ class TaskStream:
     """Returns the stream whose distributions have `change(episode)` in place of `episode`.
 
     Args:
-      change: Function from an episode function to another one; see `TaskDistribution.map_episode`.
+      change: Function that receives an episode function and returns another one; see `TaskDistribution.map_episode`.
     """
 
     def send(*keys):
@@ -309,7 +312,7 @@ def _fields(leaf: Any) -> list:
 
 
 class _Built:
-  """A function that compares by its key: the builder and the arguments that it was built from."""
+  """A function that equals another one if their keys are equal. A key contains the builder and its arguments."""
 
   def __init__(self, function: Callable, key: Hashable):
     functools.update_wrapper(self, function)

@@ -1,3 +1,3 @@
-"""The version, apart from everything else so that building a wheel imports nothing."""
+"""The version of the package. This module imports nothing, so that a wheel can be built without the dependencies."""
 
 __version__ = '0.1.0'

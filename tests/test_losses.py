@@ -22,7 +22,7 @@ def test_of_tokens_it_is_the_metric_of_all_of_them():
 
 @pytest.mark.parametrize('targets', [LABELS.T, LABELS[:, :2], (LABELS, np.ones((3, 2), bool))])
 def test_tokens_and_targets_must_be_of_one_shape(targets):
-  with pytest.raises(ValueError, match=saying('targets', 'one a token', '(2, 3) for outputs (2, 3, 3)', 'got (')):
+  with pytest.raises(ValueError, match=saying('one entry per token', '(2, 3) for outputs (2, 3, 3)', 'got (')):
     per_token(accuracy)(LOGITS, targets)
 
 

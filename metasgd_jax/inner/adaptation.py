@@ -21,17 +21,19 @@ from metasgd_jax.inner.symmetry import has_symmetric_hessian
 from metasgd_jax.types import Adapts, PyTree, check_choice, check_count
 
 Adjoint = Literal['reverse', 'checkpoint', 'hvp', 'revolve']
-"""How the gradient of the outer loss goes back through the inner steps. All give the same numbers, to rounding.
+"""How the gradient of the outer loss goes back through the inner steps. All give the same gradient, to rounding.
 
 With v = dL/dθ_{t+1}, and with the gradient g_t and the Hessian H_t of the support loss at θ_t, one step back is
 v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v. This is the chain rule for θ_{t+1} = θ_t − α ∘ g_t.
 
-- `reverse`: reverse mode over reverse mode. The intermediates of all steps are kept, so memory grows with the steps.
-- `checkpoint`: the same, but only θ_t is kept for each step, and the intermediates of a step are computed again.
+- `reverse`: reverse mode over reverse mode. The intermediates of all steps are kept, so memory grows with the number of
+  steps.
+- `checkpoint`: like `reverse`, but only θ_t is kept for each step. The backward pass computes the intermediates of each
+  step again.
 - `hvp`: the Hessian-vector product H_t (α ∘ v) is computed by forward mode over the gradient. Only θ_t is kept for each
-  step. The result has no forward-mode derivative. With `first_order` it is the same as `reverse`. If the loss contains
-  a custom derivative that is not a derivative, such as gradient reversal, H_t is not symmetric, and the product with
-  its transpose is computed by reverse mode, which stores the intermediates of one step.
+  step. The result has no forward-mode derivative. With `first_order` this method is the same as `reverse`. If the loss
+  contains a custom derivative rule that is not the true derivative of its function, such as gradient reversal, H_t is
+  not symmetric. H_tᵀ (α ∘ v) is then computed by reverse mode, which stores the intermediates of one step.
 - `revolve`: like `hvp`, but only a few of the θ_t are kept (9 for 200 steps). The others are computed again, at most
   twice each. This method is meant for hundreds of steps. If each step has its own rates (`alpha_by_step`), the memory
   for the rates grows with the steps anyway. All θ_t are then kept, and `revolve` is the same as `hvp`.
@@ -53,8 +55,8 @@ def adapt(
   """Returns θ adapted to one task.
 
   θ_{t+1} = θ_t − α ∘ ∇loss_fn(θ_t, batch) for t = 0, …, steps − 1. This is the inner update of Meta-SGD (Li et al.
-  2017, equation 2). It is differentiable in θ and α to any order. With `first_order` the inner gradient is a constant,
-  so that dθ′/dθ = 1, while α still receives the gradient −∇L ∘ dL′.
+  2017, equation 2). It is differentiable in θ and α to any order. With `first_order` the inner gradient is a constant.
+  For one step, dθ′/dθ is then the identity, and an outer loss L′ still has the gradient −∇L ∘ dL′/dθ′ in α.
 
   Args:
     theta: Parameters, any pytree of floating-point arrays.
@@ -92,7 +94,7 @@ def adapt(
   arrays = theta, rates, batch
   by_products = adjoint == 'revolve' or (adjoint == 'hvp' and not first_order)
   if adjoint == 'reverse' or not (is_traced(arrays) or is_traced(problem.loss(problem.adapting))):
-    pass  # If nothing is traced, nothing is differentiated.
+    pass  # If no array is traced, JAX is not differentiating, and all methods give the same result.
   elif by_products:
     symmetric = has_symmetric_hessian(problem.loss, problem.adapting)
     if not alpha_by_step:
@@ -118,7 +120,7 @@ def adapt_path(
 ) -> PyTree:
   """Returns θ after 0, 1, …, `steps` inner steps, stacked: leaves `[steps + 1, …]`.
 
-  The last entry is the result of `adapt`, and the errors are those of `adapt`.
+  The last entry along the leading axis is the result of `adapt`. This function raises the same errors as `adapt`.
 
   Args:
     theta: Parameters; see `adapt` for this and all other arguments.
@@ -142,7 +144,12 @@ def adapt_path(
 
 
 def _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts):
-  """Returns the inner problem of one task, its gradient, the rates, and one update."""
+  """Returns `(problem, grad, rates, update)` for the inner loop of one task.
+
+  `problem` is an `InnerProblem`. The function `grad(adapting)` returns the gradient of its loss. `rates` contains a
+  rate for each adapting leaf. The function `update(adapting, rates of the step)` returns the adapting leaves after one
+  step. If `rates of the step` is `None`, `update` uses `rates`.
+  """
   check_count('steps', steps, 0)
   rates = broadcast_alpha(alpha, theta, adapts=adapts, steps=steps if alpha_by_step else None)
   theta = jax.tree.map(jnp.asarray, theta)

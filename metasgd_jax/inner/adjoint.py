@@ -55,7 +55,7 @@ def descend(
 
 
 def _closed(grad, theta):
-  """Returns the gradient as a function of θ and of the arrays that `grad` closes over, and these arrays.
+  """Returns `(closed, constants)`: `grad` as a function of θ and of the arrays that it closes over, and these arrays.
 
   The arrays are returned in two lists: those that have derivatives, and the others, such as integer labels.
   `jax.closure_convert` would leave the others in the closure, and tracers of a surrounding `vmap` would leak.
@@ -158,8 +158,8 @@ def schedule(steps: int) -> Schedule:
   """Returns the order of all steps that needs the fewest buffers if no step is computed again more than `AGAIN` times.
 
   This is the algorithm revolve (Griewank and Walther 2000). If s of the θ_t are stored, and if every step is computed
-  at most r times before it is taken back, then at most (s + r)! / (s! r!) steps are possible. Here r is `AGAIN` + 1,
-  because the forward pass computes every step once.
+  at most r times before the backward pass has gone through it, then at most (s + r)! / (s! r!) steps are possible. Here
+  r is `AGAIN` + 1, because the forward pass computes every step once.
 
   Args:
     steps: Number of steps, 1 or more.
@@ -172,7 +172,10 @@ def schedule(steps: int) -> Schedule:
       moves.append((source if i == 0 else kept, target if i == count - 1 else kept))
 
   def back(first: int, count: int) -> None:
-    """Adds the moves that take back `count` steps from the θ in buffer `first`. All later buffers are free."""
+    """Adds the moves of the backward pass through `count` steps, which start at the θ_t in buffer `first`.
+
+    All buffers after `first` may be overwritten.
+    """
     free = kept - first
     if count == 1:
       moves.append((first, -1))
@@ -229,7 +232,14 @@ def _step_back_by_symmetry(grad, carry, t, alpha, constants):
 
 
 def _accumulated(carry, g, hu, more):
-  """Returns the derivatives of the outer loss at θ_t, given those at θ_{t+1} and the parts of one step back."""
+  """Returns the carry `(dL/dθ_t, dL/dα, dL/dconstants)` after one step back.
+
+  Args:
+    carry: Carry before this step back, whose first entry is v = dL/dθ_{t+1}.
+    g: Gradient g_t.
+    hu: Product H_tᵀ (α ∘ v).
+    more: The corresponding product for the constants, which is subtracted from dL/dconstants.
+  """
   v, d_alpha, d_constants = carry
   return (
     jax.tree.map(jnp.subtract, v, hu),

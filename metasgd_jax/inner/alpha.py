@@ -63,10 +63,13 @@ def init_alpha(
 ) -> PyTree:
   """Returns the initial α. Every entry is the same number, drawn once from U[low, high].
 
+  With `per='all'` α is a single array, and with 'layer' α has one array for each child of θ's root. With 'entry' and
+  'leaf' α has θ's structure.
+
   Args:
     key: Random key, consumed.
     theta: Parameters θ that the rates are for.
-    config: Range of the number, and what shares a rate; see `AlphaConfig`.
+    config: Range of the number, and which parts of θ and which steps share a rate; see `AlphaConfig`.
     steps: Number of inner steps. It is used only if `config.by_step` is set.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts. A leaf that does not adapt has the rate
       `None`. By default all leaves adapt.
@@ -125,11 +128,11 @@ def broadcast_alpha(
       such a node.
 
   Raises:
-    ValueError: if α does not fit θ (the message names the leaf), or if `check_theta` raises it.
+    ValueError: if α does not fit θ, or if a leaf of θ is not a floating-point array. The message names the leaf.
   """
   check_theta(theta)
   rates = dict(tree_flatten_with_path(alpha, is_leaf=_is_none)[0])
-  # A bare `None` cannot stand for all of θ.
+  # A bare `None` cannot stand for all of θ. It is dropped here, so that an error is raised for the first leaf of θ.
   rates = {path: rate for path, rate in rates.items() if path or rate is not None}
   for path, rate in rates.items():
     _check_rate(path, rate, steps)
@@ -164,7 +167,7 @@ def _check_rate(path, rate, steps) -> None:
   if steps is not None and jnp.shape(rate)[:1] != (steps,):
     raise ValueError(
       f'alpha{keystr(path)} has shape {jnp.shape(rate)}, but each of {steps} steps has its own rates; '
-      f'put [{steps}] in front of the shape'
+      f'stack the rates of the steps, so that the shape starts with {steps}'
     )
 
 
@@ -184,7 +187,7 @@ def _check_unused(path, rate, theta, masked) -> None:
   hidden = [at for at, node in nodes if masked and isinstance(node, masked)]
   if rate is None and any(at[: len(path)] == path for at in empty):
     return
-  if any(at[: len(path)] == path[: len(at)] for at in hidden):  # One is a prefix of the other.
+  if any(at[: len(path)] == path[: len(at)] for at in hidden):  # One path is a prefix of the other.
     return
   raise ValueError(
     f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
@@ -196,7 +199,7 @@ def check_theta(theta: PyTree) -> None:
   for path, leaf in tree_flatten_with_path(theta)[0]:
     if (dtype := dtype_of(leaf)) is None:
       raise ValueError(
-        f'theta{keystr(path)} is no array, got {leaf!r:.80}; keep functions and settings out of theta, '
+        f'theta{keystr(path)} must be an array, got {leaf!r:.80}; keep functions and settings out of theta, '
         'as nn.from_equinox, nn.from_nnx and equinox.partition do'
       )
     if not jnp.issubdtype(dtype, jnp.floating):

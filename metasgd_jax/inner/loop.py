@@ -15,7 +15,7 @@ LossFn = Callable[[PyTree, Any], chex.Array]
 Carry = Any
 
 LOOPS = ' scan[', ' while[', ' cond['
-"""Operations that JAX compiles each time that they run outside of jit, as they are printed in a jaxpr."""
+"""Names, as a jaxpr prints them, of the operations that JAX compiles again whenever they run outside of `jax.jit`."""
 
 
 class InnerProblem(NamedTuple):
@@ -120,13 +120,16 @@ def _path_outside_of_a_trace(update, carry, steps, inputs, arrays) -> list[Carry
     if t == 0 and any(loop in str(jax.make_jaxpr(update)(carry, x)) for loop in LOOPS):
       return None
     path.append(update(path[-1], x))
-    if is_traced(path[-1]):  # A function that `update` closes over is traced, though no array is.
+    if is_traced(path[-1]):  # `update` closes over a traced array that is not in `arrays`.
       return None
   return path
 
 
 def with_frozen(problem: InnerProblem, path: PyTree, steps: int) -> PyTree:
-  """Returns the path of θ for a path of its adapting leaves: frozen leaves are repeated `steps + 1` times."""
+  """Returns θ after 0, 1, …, `steps` updates, stacked, given the stacked adapting leaves `path`.
+
+  Each frozen leaf is repeated `steps + 1` times.
+  """
   frozen = problem.merge(jax.tree.map(lambda _: None, problem.adapting))
 
   def along_path(leaf, new):

@@ -17,7 +17,7 @@ OptimizerFn = Callable[[PyTree], optax.GradientTransformation]
 
 
 def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
-  """Returns the transformation g ↦ −α ∘ g: Meta-SGD's update (Li et al. 2017, equation 2), sign included.
+  """Returns the transformation g ↦ −α ∘ g, the update of Meta-SGD with its minus sign (Li et al. 2017, equation 2).
 
   `optax.apply_updates` adds the result to θ, so that θ + (−α ∘ g) is the step of `adapt`. In an `optax.chain` this
   transformation comes last, like `optax.scale_by_learning_rate`, and no `optax.scale(-1)` follows it. It has no state,
@@ -27,7 +27,7 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     alpha: Rates, as in `adapt`: a pytree with θ's structure, or a prefix of that structure whose leaves are scalars.
       Rates may be negative. The update of a leaf whose rate is `None` is zero.
 
-  Raises (from its `init` and `update`):
+  Raises (from the transformation's `init` and `update`):
     ValueError: if α does not fit θ (the message names the leaf). α may have entries for the leaves of θ that
       `optax.masked` or `optax.partition` hides.
 
@@ -37,7 +37,7 @@ def scale_by_alpha(alpha: PyTree) -> optax.GradientTransformation:
     >>> print(updates['w'].round(3))
     [-0.3 -0.4]
 
-  In this chain `optax.clip_by_global_norm` computes a square root of the gradient. The docstring of
+  In this chain `optax.clip_by_global_norm` computes the norm of the gradient, which is a square root. The docstring of
   `adapt_with_optimizer` says what happens if the gradient is zero.
   """
 
@@ -80,9 +80,9 @@ def adapt_with_optimizer(
   the derivative of the root is not finite there. With `first_order`, only the meta-gradient of a value that is learned
   inside of the root, such as Adam's `b2`, is NaN. There are two common cases:
 
-  - A single entry of the gradient is zero, for example because a ReLU is off. This affects Adam and its variants, LAMB,
-    Adafactor, and RMSProp with `eps_in_sqrt=False`.
-  - The whole gradient is zero, because a task has no shot or its loss is at the minimum. This affects the same
+  - A single entry of the gradient is zero, for example because a ReLU is inactive. This affects Adam and its variants,
+    LAMB, Adafactor, and RMSProp with `eps_in_sqrt=False`.
+  - The whole gradient is zero, because a task has no support items or its loss is at the minimum. This affects the same
     optimisers, and also clipping by a norm, LARS, NovoGrad and Polyak's step size.
 
   The remedy is a small number inside of the root: `eps_root` (such as 1e-8) for Adam and its variants. `eps` does not
@@ -138,7 +138,8 @@ def adapt_path_with_optimizer(
 ) -> PyTree:
   """Returns θ after 0, 1, …, `steps` inner steps, stacked: leaves `[steps + 1, …]`.
 
-  The last entry is the result of `adapt_with_optimizer`, and the errors are those of `adapt_with_optimizer`.
+  The last entry along the leading axis is the result of `adapt_with_optimizer`. This function raises the same errors as
+  `adapt_with_optimizer`.
 
   Args:
     theta: Parameters; see `adapt_with_optimizer` for this and all other arguments.
@@ -161,7 +162,11 @@ def adapt_path_with_optimizer(
 
 
 def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapts):
-  """Returns the problem, the first carry (adapting leaves, optimiser state), and one update."""
+  """Returns `(problem, carry, update)` for the inner loop of one task.
+
+  `problem` is an `InnerProblem`. `carry` is the initial pair (adapting leaves, optimiser state), and the function
+  `update(carry, None)` returns this pair after one step.
+  """
   check_count('steps', steps, 0)
   check_theta(theta)
   theta = jax.tree.map(jnp.asarray, theta)

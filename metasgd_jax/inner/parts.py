@@ -54,8 +54,8 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   as a matrix: m is the length of its last axis, and n is the product of the lengths of the other axes.
 
   θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. All of it is meta-learned. The factors A and B
-  adapt. A leaf of the base, such as W₀, adapts only if the model was restricted by `adapt_only` and the leaf adapted
-  there.
+  adapt. A leaf of the base, such as W₀, adapts only if the given model comes from `adapt_only` and the leaf adapts in
+  the given model.
 
   The inner gradient with respect to A and B is computed from the gradient with respect to W. An inner step therefore
   needs as many matrix products as a step on W itself. However, α and the values that are stored for a step have
@@ -68,13 +68,13 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
       called for the leaves that have two or more axes.
 
   Raises:
-    ValueError: if `rank` is not an integer of at least 1. `init` raises it if no matrix is selected, or if a selected
-      matrix has fewer rows or columns than `rank`.
+    ValueError: if `rank` is not an integer of at least 1. `init` raises ValueError if no matrix is selected, or
+      if a selected matrix has fewer rows or columns than `rank`.
 
   Example:
     >>> model = ms.low_rank(ms.nn.from_linen(ms.nn.MLP()), 4, lambda name: name == 'Dense_1.kernel')
     >>> theta = model.init(jax.random.key(0), jnp.zeros((5, 1)))
-    >>> {name: leaf.shape for name, leaf in theta['factors']['Dense_1.kernel'].items()}  # In place of 40×40.
+    >>> {name: leaf.shape for name, leaf in theta['factors']['Dense_1.kernel'].items()}  # The matrix is 40×40.
     {'a': (40, 4), 'b': (4, 40)}
   """
   check_count('rank', rank)

@@ -1,7 +1,8 @@
-"""Whether the Hessian of a loss is symmetric as JAX computes it, with the custom derivatives that the loss contains.
+"""Tests whether the Hessian that JAX computes for a loss is symmetric, if the loss contains custom derivative rules.
 
-A custom derivative need not be a derivative. Gradient reversal, clipping inside a network, straight-through estimators
-and surrogate gradients of spikes are examples. With such a rule the derivative of the gradient is not symmetric.
+A custom derivative rule may differ from the true derivative of its function. Gradient reversal, clipping inside a
+network, straight-through estimators and surrogate gradients of spikes are examples. With such a rule the derivative of
+the gradient is not symmetric.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,18 +16,20 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun,
 from metasgd_jax.types import PyTree
 
 SCALES = (1.0, 30.0, 1e4)
-"""Scales of the random inputs and cotangents that a rule is tried with. A rule that clips is not linear in them."""
+"""Scales of the random inputs and cotangents with which a rule is tested. Some rules, such as clipping, are wrong only
+for large values.
+"""
 
 
 def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -> bool:
-  """Returns whether every custom derivative in a loss is known to be the derivative of the function that it stands for.
+  """Returns whether every custom derivative rule in a loss is known to give the true derivative of its function.
 
   Each rule of `jax.custom_jvp` and `jax.custom_vjp` is compared with the automatic derivative of its function, up to
   second order, at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. A rule that cannot be compared
   counts as unknown, and the result is False.
 
-  The comparison is compiled again at each call outside of jit. The result is not cached by `loss`, because a function
-  may read values that have changed, and a wrong True would give wrong gradients.
+  The comparison is compiled again at each call outside of jit. The result is not cached for each `loss`, because a
+  function may read values that have changed, and a wrong True would give wrong gradients.
 
   Args:
     loss: Function `θ → scalar`.
@@ -60,7 +63,7 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
       found = jax.device_get(jax.jit(lambda: [_derivatives(f, shapes) for f in (rule, function)])())
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
-  # A function that is constant where it was tried says nothing about its rule, such as that of a spike.
+  # If the function is constant at all test inputs, such as a spike, the comparison says nothing about its rule.
   if not any(np.any(leaf) for cotangents, _ in found[1] for leaf in cotangents):
     return False
   return all(map(_agree, *map(jax.tree.leaves, found)))

@@ -28,10 +28,13 @@ Predict = Callable[[PyTree, Any], chex.Array]
 """Function `(adapted, x [Q, …]) → outputs [Q, …]`."""
 
 Objective = Callable[[PyTree, Episode], tuple[chex.Array, Any]]
-"""Function `(meta, episode) → (scalar, outputs)`: the training loss, and the outputs of the query for the metrics."""
+"""Function `(meta, episode) → (scalar, outputs)`: the training loss, and the outputs for the query, used by metrics."""
 
 InnerLoop = tuple[Callable[..., PyTree], Callable[..., PyTree]]
-"""Functions `(θ, rates, support, loss_fn=support loss)` that return θ′, and θ after 0, 1, …, k steps, stacked."""
+"""Two functions `(θ, rates, support, loss_fn=support loss) → pytree`.
+
+The first one returns θ′. The second one returns θ after 0, 1, …, k inner steps, stacked.
+"""
 
 Start = Callable[[Any], tuple[PyTree, PyTree]]
 """Function `meta → (θ, rates)`."""
@@ -104,7 +107,11 @@ def of_parameters(
 
 
 def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
-  """Returns `adapt` and `adapt_path` for a model and options. Raises ValueError if `steps` or `adjoint` is wrong."""
+  """Returns `adapt` and `adapt_path` as an `InnerLoop`, with the options and `model.adapts` already set.
+
+  Raises:
+    ValueError: if `steps` is not an integer of at least 0, or if `adjoint` is unknown.
+  """
   check_count('steps', steps, 0)
   check_choice('adjoint', adjoint, Adjoint)
   options |= dict(steps=steps, adapts=model.adapts)
@@ -153,7 +160,7 @@ def episodic(
 
 
 def measure(metrics: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, chex.Array]:
-  """Returns the value of each metric by its name. A learner's `loss` returns these values as info."""
+  """Returns `{name: value}` for the metrics. A learner's `loss` returns this dict as info."""
   return {name: metric(outputs, targets) for name, metric in metrics.items()}
 
 
@@ -166,7 +173,7 @@ def embed_support(embedding: Model, meta: Any, support: Batch, way: int, inducti
   """Returns the embedded support. The parameters of the embedding are `meta.theta`.
 
   Raises:
-    ValueError: if a label is known to be no class from 0 to way − 1; see `are_classes`.
+    ValueError: if a label is known and is not from 0 to way − 1; see `are_classes`.
   """
   are_classes(support.y, way)
   statistics = support_statistics(embedding, meta.theta, support.x, inductive)
@@ -181,7 +188,9 @@ def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
 def check_all_adapt(model: Model) -> None:
   """Raises ValueError if the model has `adapts`, because the learner cannot adapt only a part of θ."""
   if model.adapts is not None:
-    raise ValueError('this learner adapts all of theta, got a model with `adapts`; use meta_sgd or maml for a part')
+    raise ValueError(
+      'this learner adapts all of theta, got a model with `adapts`, which selects a part of theta; use meta_sgd or maml'
+    )
 
 
 def check_inductive(model: Model, inductive: bool) -> None:

@@ -46,13 +46,13 @@ def fine_tuning(
     embedding: Network that computes features, `[B, …]` → `[B, D]`.
     classes: Number C of training classes.
     way: Number N of ways (classes of a task to adapt to).
-    alpha: Rate of the inner steps. For a fair comparison, tune this rate, so that the baseline is at its best.
+    alpha: Rate of the inner steps. For a fair comparison, tune this rate for the best accuracy of the baseline.
     steps: Number of inner steps.
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.
     metrics: Metrics of the query in training, over the C classes; see `meta_sgd`.
 
   Raises:
-    ValueError: if `way` is not an integer of at least 2, if `classes` is below 2, if `steps` is not a count, if a
+    ValueError: if `way` or `classes` is not an integer of at least 2, if `steps` is not an integer of at least 0, if a
       metric is named 'loss', if only a part of the embedding adapts, or if `inductive` is set and the embedding has no
       statistics.
 

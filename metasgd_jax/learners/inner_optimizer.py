@@ -54,8 +54,8 @@ def inner_optimizer(
     model: Network. If the model has `adapts`, the optimiser receives the adapting leaves of θ, and `None` in place of
       the others.
     loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
-    optimizer_fn: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that take
-      roots or norms of gradients, because their meta-gradient can be NaN.
+    optimizer_fn: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that
+      compute roots or norms of gradients, because the meta-gradient can then be NaN.
     hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
       returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
       receives θ with `None` in place of every leaf that does not adapt. A callable object whose pytree leaves include
@@ -66,9 +66,9 @@ def inner_optimizer(
     metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: if `steps` is not a count, if a metric is named 'loss', or if `inductive` is set and the model has no
-      statistics. The learner's `init` raises ValueError if a leaf of `hyper` is not floating-point. The learner's
-      other functions raise the errors of `adapt_with_optimizer`.
+    ValueError: if `steps` is not an integer of at least 0, if a metric is named 'loss', or if `inductive` is set and
+      the model has no statistics. The learner's `init` raises ValueError if a leaf of `hyper` is not floating-point.
+      The learner's other functions raise the errors of `adapt_with_optimizer`.
 
   Example:
     >>> learner = ms.learners.inner_optimizer(

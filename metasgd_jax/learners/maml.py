@@ -38,9 +38,9 @@ def maml(
     metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: if `alpha` is `None`, if `steps` is not a count, if `adjoint` is unknown, if a metric is named 'loss',
-      or if `inductive` is set and the model has no statistics. The learner's `init` raises ValueError if α does not fit
-      θ (the message names the leaf).
+    ValueError: if `alpha` is `None`, if `steps` is not an integer of at least 0, if `adjoint` is unknown, if a metric
+      is named 'loss', or if `inductive` is set and the model has no statistics. The learner's `init` raises ValueError
+      if α does not fit θ (the message names the leaf).
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)

@@ -100,7 +100,7 @@ class MemoryCell(nn.Module):
 
   Example:
     >>> cell = ms.learners.MemoryCell(way=3, units=8, slots=6, width=5, heads=2)
-    >>> state, inputs = cell.start(), jnp.zeros(4 + 3)  # An item of 4 numbers, and the label before it, one-hot.
+    >>> state, inputs = cell.start(), jnp.zeros(4 + 3)  # An item of 4 numbers, and the previous label, one-hot.
     >>> variables = jax.jit(cell.init)(jax.random.key(0), state, inputs)
     >>> (controller, memory), logits = jax.jit(cell.apply)(variables, state, inputs)
     >>> memory.rows.shape, logits.shape
@@ -115,7 +115,7 @@ class MemoryCell(nn.Module):
   decay: float = 0.99
 
   def start(self):
-    """Returns the zero state of the controller, and a memory whose entries are 1e-6 and whose usage is zero."""
+    """Returns the initial state (controller, memory). The rows of the memory are 1e-6, and all other entries are 0."""
     rows, weights = jnp.full((self.slots, self.width), 1e-6), jnp.zeros((self.heads, self.slots))
     memory = Memory(rows, jnp.zeros(self.slots), weights, jnp.zeros(self.heads * self.width))
     return (jnp.zeros(self.units), jnp.zeros(self.units)), memory

@@ -148,10 +148,10 @@ def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 
 def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
-  """Returns `reduce` of the columns of each class, `[Q, N]`, for values `[Q, S]` and the labels `[S]` of their columns.
+  """Reduces the columns of each class: values `[Q, S]`, whose columns have the labels `[S]`, become `[Q, N]`.
 
   The columns of the other classes are replaced by −∞. The result is therefore −∞ for a class that has no column, and
-  NaN for all classes if a label is no class.
+  NaN for all classes if a label is not one of the N classes.
   """
   mine = one_hot(labels, way).T  # [N, S]
   others = jnp.where(jnp.isnan(mine), jnp.nan, -jnp.inf)

@@ -49,13 +49,13 @@ class Gates(nn.Module):
   units: int = 20
 
   def start(self, entries: int):
-    """Returns the initial state for a θ with `entries` entries: the LSTM's state, f and i, all zero."""
+    """Returns the initial state (LSTM state, f, i) for a θ with `entries` entries. All values are zero."""
     zeros = jnp.zeros((entries, self.units))
     return (zeros, zeros), jnp.zeros(entries), jnp.zeros(entries)
 
   @nn.compact
   def __call__(self, state, theta, loss, gradient):
-    """Returns the next state, whose f and i are `[P]`, given the state, θ `[P]`, the loss and the gradient `[P]`."""
+    """Returns the next state (LSTM state, f `[P]`, i `[P]`) for a θ with P entries and a gradient `[P]`."""
     lstm, f, i = state
     inputs = jnp.concatenate([preprocess(gradient), jnp.broadcast_to(preprocess(loss), (theta.size, 2))], -1)
     lstm, h = nn.OptimizedLSTMCell(self.units)(lstm, inputs)
@@ -90,8 +90,8 @@ def meta_lstm(
     metrics: Metrics of the query; see `meta_sgd`.
 
   Raises:
-    ValueError: if `steps` is not a count, if a metric is named 'loss', if only a part of the model adapts, or if
-      `inductive` is set and the model has no statistics.
+    ValueError: if `steps` is not an integer of at least 0, if a metric is named 'loss', if only a part of the model
+      adapts, or if `inductive` is set and the model has no statistics.
 
   Example:
     >>> learner = ms.learners.meta_lstm(ms.nn.from_linen(ms.nn.MLP(outputs=3)), ms.losses.cross_entropy, steps=2)

@@ -43,16 +43,17 @@ def meta_sgd(
     inductive: Whether each query item is normalised by the batch-norm statistics of the support (inductive), so that no
       output depends on the other query items. By default the query items are normalised together (transductive), as
       in the paper. See `nn.BatchNorm`.
-    alpha: Range of the initial rates, and what shares a rate; see `AlphaConfig`. The defaults are the paper's.
+    alpha: Range of the initial rates, and which parts of θ and which steps share a rate; see `AlphaConfig`. The
+      defaults are the paper's.
     step_weights: Weights w_1, …, w_k of the inner steps. If they are given, the loss is Σ_t w_t L_query(θ_t) instead of
       L_query(θ_k). This is the multi-step loss of MAML++ without the annealing of its weights. The intermediates of
       all steps are then kept, as with adjoint='reverse'.
     metrics: Metrics `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
-    ValueError: if `alpha` is not an `AlphaConfig`, if `steps` is not a count, if `adjoint` is unknown, if
-      `step_weights` is not one finite number per step, if a metric is named 'loss', or if `inductive` is set and the
-      model has no statistics.
+    ValueError: if `alpha` is not an `AlphaConfig`, if `steps` is not an integer of at least 0, if `adjoint` is unknown,
+      if `step_weights` is not one finite number per step, if a metric is named 'loss', or if `inductive` is set and
+      the model has no statistics.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -66,7 +67,7 @@ def meta_sgd(
     (10, 1)
   """
   if not isinstance(alpha, AlphaConfig):
-    raise ValueError(f'alpha must be an AlphaConfig, as it is learned, got {alpha!r:.80}; use maml for fixed rates')
+    raise ValueError(f'alpha must be an AlphaConfig, got {alpha!r:.80}; for rates that are not learned, use maml')
   inner = inner_loop(model, steps, adjoint, first_order=first_order, alpha_by_step=alpha.by_step)
 
   def init(key, episode: Episode) -> MetaParams:

@@ -15,7 +15,7 @@ class Prototypes(NamedTuple):
 
   Attributes:
     theta: Parameters of the embedding.
-    statistics: Batch-norm statistics of the support, or `None`.
+    statistics: Batch-norm statistics of the support, or `None` if the query is normalised by its own statistics.
     means: Mean `[N, D]` of the embedded support items of each class.
   """
 

@@ -60,7 +60,7 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
   def init(key, episode: Episode) -> SiameseParams:
     theta = embedding.init(key, episode.support.x)
     units = jax.eval_shape(embedding.apply, theta, episode.support.x).shape[-1]
-    # Negative weights, so that distant pairs are dissimilar from the start; this initialisation is not the paper's.
+    # The weights start negative, so that distant pairs are dissimilar. The paper initialises them in another way.
     return SiameseParams(theta, jnp.full(units, -(units**-0.5)), jnp.zeros(()))
 
   def adapt(meta: SiameseParams, support: Batch) -> EmbeddedSupport:
@@ -85,11 +85,11 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
 
 
 def pair_loss(logits: jax.Array, same: jax.Array) -> jax.Array:
-  """Returns ½ (mean over pairs of one class + mean over pairs of two classes) of the binary cross-entropy, in nats.
+  """Returns the binary cross-entropy in nats: the average of its means over same-class pairs and over the others.
 
   Args:
-    logits: Logits `[Q, S]` of the probability that a pair is of one class.
-    same: Whether a pair is of one class, bool `[Q, S]`.
+    logits: Logits `[Q, S]` of the probability that the two items of a pair are from the same class.
+    same: Whether the two items of a pair are from the same class, bool `[Q, S]`.
   """
   losses = optax.losses.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))
 

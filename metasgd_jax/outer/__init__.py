@@ -1,1 +1,1 @@
-"""The outer loop: how an initialisation and its rates are learned from many tasks, and how they are evaluated."""
+"""The outer loop: meta-learning of an initialisation and its rates from many tasks, and evaluation on unseen tasks."""

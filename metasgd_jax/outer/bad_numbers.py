@@ -16,7 +16,7 @@ from metasgd_jax.tree import named
 from metasgd_jax.types import Learner, Tasks
 
 MOST_SKIPPED = 10
-"""Largest number of consecutive bad steps that `skip_bad_steps` skips. More of them mean that training has diverged."""
+"""Largest number of consecutive bad steps that `skip_bad_steps` skips. More of these steps mean a divergence."""
 
 
 class StepReport(NamedTuple):
@@ -43,7 +43,7 @@ class StepReport(NamedTuple):
 
 
 class BadStep(NamedTuple):
-  """The first meta-iteration of a chunk that is not finite.
+  """The first meta-iteration of a chunk whose loss or update is not finite.
 
   Attributes:
     step: Index of the meta-iteration, from 0.
@@ -64,7 +64,7 @@ class BadStep(NamedTuple):
 def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
   """Wraps an optimiser in `optax.apply_if_finite`: a step whose gradient is not finite is skipped and counted.
 
-  After `MOST_SKIPPED` skipped steps in a row, the next bad step is taken, so that a diverged training becomes visible.
+  After `MOST_SKIPPED` skipped steps in a row, the next bad step is applied, so that a divergence becomes visible.
 
   Args:
     optimizer: Outer optimiser.
@@ -73,18 +73,18 @@ def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
 
 def skipped(state: TrainState) -> np.ndarray | None:
-  """Returns the number of steps that `skip_bad_steps` has skipped, `[]` or `[R]`; `None` if it is not in use."""
+  """Returns the number of skipped steps, `[]` or `[R]`, or `None` if the optimiser is not from `skip_bad_steps`."""
   counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, 'total_notfinite')
   return np.sum([np.asarray(count) for _, count in counts], axis=0) if counts else None
 
 
 def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], TrainState]) -> BadStep | None:
-  """Returns the first meta-iteration of a chunk that is not finite, or `None` if all are finite.
+  """Returns the first meta-iteration of a chunk whose loss or update is not finite, or `None` if there is none.
 
-  The check costs nothing on the device. It reads the losses of the chunk, which are available already, and the state
-  after the chunk, because a gradient that is not finite leaves non-finite entries in the state. Only if a number is not
-  finite are meta-iterations computed again, in a binary search for the first bad one. Steps that `skip_bad_steps` has
-  skipped are not reported.
+  The check costs nothing on the device. It reads the losses of the chunk, which are already available, and the state
+  after the chunk, because a gradient that is not finite leaves non-finite entries in the state. If a number is not
+  finite, a binary search for the first bad meta-iteration computes some meta-iterations again. Steps that
+  `skip_bad_steps` has skipped are not reported.
 
   Args:
     good: State before the chunk; its numbers are finite.
@@ -95,7 +95,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   first = int(np.max(good.step))
 
   def damage(state, done):
-    """Returns the runs that are bad after `done` steps, and their leaves that became non-finite: `{run: leaves}`."""
+    """Returns `{run: names of the leaves that became non-finite}` for the runs that are bad after `done` steps."""
     found = _newly_bad(good, state)
     more = np.sum(~np.isfinite(losses[:done]), axis=0)
     before, now = skipped(good), skipped(state)
@@ -109,7 +109,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   before = good
   while high - low > 1:
     middle = (low + high) // 2
-    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # The first loop has warned.
+    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # The result says more than this warning.
       state = go(before, first + middle)
     found = damage(state, middle)
     if found:
@@ -162,7 +162,7 @@ def describe(bad: BadStep, report: StepReport | None = None) -> str:
     of = f': {_some(bad.leaves)}' if bad.leaves else ''
     if loss_is_bad:
       return f'the loss {where}{of}'
-    alone = '' if report is None else ", though each task's gradient by itself is"
+    alone = '' if report is None else ', although the gradient of each task is finite'
     return f'the update {where}{alone}{of}'
   task = report.bad_tasks[0]
   others = f' and in {len(report.bad_tasks) - 1} more' if len(report.bad_tasks) > 1 else ''
@@ -170,7 +170,7 @@ def describe(bad: BadStep, report: StepReport | None = None) -> str:
   gradient = f', gradient of {_some(leaves)}' if leaves else ''
   return (
     f'the {"loss" if loss_is_bad else "gradient"} {where}, in task {task} of {len(report.losses)} (from 0){others}: '
-    f'loss {report.losses[task]:.4g}{gradient}; the task is drawn with {key_texts(report, task)[0]}'
+    f'loss {report.losses[task]:.4g}{gradient}; the task is drawn with the key {key_texts(report, task)[0]}'
   )
 
 
@@ -190,7 +190,7 @@ def lines(report: StepReport) -> list[str]:
     found.append(f'  task {task}: loss {loss:.6g}{mark}')
     names = ('task', 'episode', 'learner')
     found += [f'    key of the {name}: {text}' for name, text in zip(names, key_texts(report, task), strict=True)]
-  found.append("  norms of the gradient of each task's loss:")
+  found.append("  norms of the gradient of each task's loss (! means that the gradient is not finite):")
   width = max(map(len, report.norms))
   for name, norms in report.norms.items():
     values = [f'{norm:.4g}' + ('' if ok else '!') for norm, ok in zip(norms, report.finite[name], strict=True)]
@@ -199,7 +199,7 @@ def lines(report: StepReport) -> list[str]:
 
 
 def _newly_bad(before: TrainState, after: TrainState) -> dict[int, list[str]]:
-  """Returns `{run: leaves}`: the leaves with an entry that was finite and is not any more. Other runs are left out."""
+  """Returns `{run: names of the leaves in which a finite entry became non-finite}`. Other runs are omitted."""
   found: dict[int, list[str]] = {}
   runs = before.step.ndim
   parts = [(state.meta, state.opt_state) for state in (before, after)]

@@ -168,11 +168,11 @@ def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or values.size == 0:
-    raise ValueError(f'values must be one value a task, of shape [n] with n >= 1, got shape {values.shape}')
+    raise ValueError(f'values must have shape [n] with n >= 1, one value per task or per run, got shape {values.shape}')
   n = values.size
   if n == 1:
     return Interval(float(values[0]), float('inf'))
-  from scipy.special import stdtrit  # Imported when it is first used.
+  from scipy.special import stdtrit  # SciPy is imported only when it is needed.
 
   quantile = stdtrit(n - 1, 0.975)
   return Interval(float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(n)))

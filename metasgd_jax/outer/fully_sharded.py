@@ -19,9 +19,11 @@ SMALL = 2**14
 
 
 def split_dimension(leaf: Any, devices: int) -> int | None:
-  """Returns the dimension that is split: the largest one that the devices can share evenly, the first in case of a tie.
+  """Returns the index of the dimension along which an array is split over the devices.
 
-  Returns `None` if the array has fewer than `SMALL` entries, if it is a random key, or if no dimension can be shared.
+  This is the longest dimension that the devices can share evenly. If several are equally long, it is the first of them.
+
+  The result is `None` if the array has fewer than `SMALL` entries or is a random key, or if no dimension can be shared.
 
   Args:
     leaf: Array, or its `jax.ShapeDtypeStruct`.
@@ -44,17 +46,17 @@ def split(mesh: Mesh, tree: PyTree) -> PyTree:
 
 
 def constrained(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Returns the tree with each array constrained to its sharding. For use inside `jax.jit`."""
+  """Returns the tree with each array constrained to its sharding. Call this function inside `jax.jit`."""
   return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(mesh, tree))
 
 
 def share_gradients(
   function: Callable[[Any, Any], tuple[PyTree, PyTree]], mesh: Mesh, meta: PyTree
 ) -> Callable[[Any, Any], tuple[PyTree, PyTree]]:
-  """Returns `function(shared, tasks) → (info, grads of meta)` with tasks `[T, …]` split over the devices.
+  """Returns `function(shared, tasks)` as a function whose tasks `[T, …]` are split over the devices of the mesh.
 
-  This function does the same as `sharding.share_tasks`, but each device receives only its own part of the mean
-  gradients (a reduce-scatter).
+  Both functions return `(info, gradients of meta)`. `share_gradients` does the same as `sharding.share_tasks`, but each
+  device receives only its own part of the mean gradients (a reduce-scatter).
 
   Args:
     function: Pure function whose results are means over its tasks.

@@ -5,7 +5,7 @@ import pathlib
 
 
 def release_freed() -> bool:
-  """Releases freed memory to the operating system with glibc's malloc_trim. Returns whether the C library has it.
+  """Releases freed memory to the operating system with glibc's malloc_trim. Returns whether malloc_trim exists.
 
   XLA's compiler frees hundreds of MiB that malloc would otherwise keep for the lifetime of the process.
   """
@@ -20,8 +20,8 @@ def release_freed() -> bool:
 def available() -> int | None:
   """Returns the number of bytes that this process can still allocate on Linux, or `None` if the system reports none.
 
-  The number is the smaller one of the memory that the system has available and the memory that the limit of the control
-  group (version 2) leaves.
+  If a control group (cgroup version 2) limits the memory of the process, the number is at most the memory that remains
+  below this limit.
   """
   try:
     lines = pathlib.Path('/proc/meminfo').read_text().splitlines()

@@ -25,7 +25,7 @@ Info = dict[str, chex.Array]
 
 
 class TrainState(NamedTuple):
-  """The state of meta-training. Meta-iteration i is a function of `(key, i)` and the state, so runs resume exactly.
+  """The state of meta-training. Meta-iteration i depends only on `(key, i)` and the state, so runs resume exactly.
 
   Attributes:
     step: Number of meta-iterations done, int32 `[]`, or `[R]` for R runs side by side. With R runs every other leaf has
@@ -53,10 +53,11 @@ class Progress(NamedTuple):
   Attributes:
     state: The train state.
     step: Number of meta-iterations done.
-    total: Number of meta-iterations to do.
-    info: Values reported by the chunk: `{name: array [n]}`, or `[n, R]` for R runs.
-    seconds: Wall-clock seconds of this call's meta-iterations so far, without callbacks and compilation.
-    rate: Meta-iterations per second over those seconds.
+    total: Number of meta-iterations at which training stops.
+    info: Info of the n meta-iterations of the chunk: `{name: array [n]}`, or `[n, R]` for R runs.
+    seconds: Wall-clock seconds that meta-iterations took since the call of `train` began. Callbacks and compilation are
+      not counted.
+    rate: Meta-iterations per second in this time.
 
   Example:
     >>> tasks, optimizer = ms.tasks.sinusoid(shot=5), optax.adam(1e-3)
@@ -93,7 +94,7 @@ class MetaIteration(Protocol):
     """Whether several runs are computed one after another, because one of them fills the device."""
 
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
-    """Returns the next state, and scalars to report."""
+    """Returns the next state, and the info, a dict of scalars to report."""
 
 
 def run_loop(
@@ -120,8 +121,8 @@ def run_loop(
     callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: if a count is not an integer of at least 1, if the runs are at different steps, if the state is already
-      past `meta_iterations`, or if the devices cannot share the tasks or the state.
+    ValueError: if `meta_iterations` or `chunk` is not an integer of at least 1, if the runs are at different steps, if
+      the state is already past `meta_iterations`, or if the devices cannot share the tasks or the state.
   """
   for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
     check_count(name, value)
@@ -151,7 +152,7 @@ def run_loop(
       seconds += time.perf_counter() - start
       done += n
       values = {name: np.asarray(value)[:n] for name, value in info.items()}
-      shown = _copied(_returned(state, placement))  # All processes copy, whether or not they have callbacks.
+      shown = _copied(_returned(state, placement))  # Every process must run this computation, even without callbacks.
       progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
       for callback in callbacks:
         callback(progress)
@@ -179,15 +180,15 @@ def _copied(state: TrainState) -> TrainState:
 
 
 def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -> int:
-  """Returns the number of meta-iterations done, after the checks of the state."""
+  """Returns the number of meta-iterations done. Raises ValueError if the state cannot be trained further."""
   if placement.shard_meta and state.step.ndim:
     raise ValueError(
-      f'shard_meta is for one run, got {len(state.step)} runs side by side; train them one after the other'
+      f'shard_meta=True supports only one run, got {len(state.step)} runs side by side; train the runs separately'
     )
   if np.ptp(state.step):
     raise ValueError(
-      f'runs side by side must each have done as many meta-iterations as the others, got {np.asarray(state.step)}; '
-      'train them separately'
+      'runs side by side must all have done the same number of meta-iterations, '
+      f'got {np.asarray(state.step)}; train the runs separately'
     )
   done = int(np.max(state.step))
   if done > meta_iterations:
@@ -213,8 +214,8 @@ def _prepare(tasks: Tasks, key, meta_batch: int, chunk: int, mesh, step: int) ->
 def check_key(key: chex.PRNGKey) -> None:
   """Raises ValueError unless `key` is a random key of `jax.random.key`, or an array `[R]` of such keys.
 
-  Keys of the impl `rbg` or `unsafe_rbg` are refused. Under `jax.vmap` they give other numbers than outside of it, so
-  that the tasks would depend on how the computation is arranged, and not on the key alone.
+  Keys of the impl `rbg` or `unsafe_rbg` raise ValueError too. Under `jax.vmap` such keys give other random numbers than
+  without `jax.vmap`, so the tasks would depend on how the computation is batched, and not on the key alone.
   """
   dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
   if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
@@ -241,7 +242,7 @@ def _chunk_keys(key, step, *, meta_batch, chunk):
 
 @functools.partial(jax.jit, static_argnames=('iteration', 'chunk'), donate_argnums=0)
 def _run_chunk(state, tasks, n, *, iteration: Any, chunk: int):
-  """Returns the state after n ≤ chunk meta-iterations, and their info with `chunk` rows, of which n are filled."""
+  """Returns the state after n ≤ chunk meta-iterations, and their info with `chunk` rows, n of which are filled."""
   step = _over_runs(lambda state: iteration(state, tasks), state, iteration.in_turn)
   rows = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), jax.eval_shape(lambda s: step(s)[1], state))
 
@@ -262,7 +263,10 @@ def _run_chunk(state, tasks, n, *, iteration: Any, chunk: int):
 
 
 def _over_runs(step, state, in_turn: bool):
-  """Returns `step` for a state of one run or of R. A vmap over a single run would be three times slower on a CPU."""
+  """Returns `step` as a function of the whole state, which may be of one run or of R runs side by side.
+
+  For R = 1 no vmap is used, because a vmap over a single run would be three times slower on a CPU.
+  """
   if state.step.ndim == 0:
     return step
   if state.step.shape[0] > 1:

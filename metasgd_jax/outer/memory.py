@@ -33,7 +33,7 @@ class MemoryPlan:
     results: Size of the results of the step: new values of the arrays in `parts`, and the losses.
     at_once: Number of tasks that a device computes at the same time.
     tasks: Number of tasks on one device.
-    devices: Number of devices that share the meta-batch. CPU devices share one memory.
+    devices: Number of devices that share the meta-batch. CPU devices share the memory of the host.
     available: Memory that is available to one device, or `None` if it is unknown. For a CPU device it is an equal share
       of the host's memory.
     fits_at_once: Number of tasks at a time that would fit, if the plan does not fit; 0 if not even one task at a time
@@ -65,20 +65,20 @@ class MemoryPlan:
 
   @property
   def fits(self) -> bool:
-    """Whether the plan fits into the available memory. True if the available memory is unknown."""
+    """Whether the plan fits into the available memory. The result is True if this memory is unknown."""
     return self.available is None or self.total <= ROOM * self.available
 
   def __str__(self) -> str:
     """Returns the plan as a table, followed by a sentence that says whether the plan fits."""
     rows = [*self.parts.items(), ("the tasks' data", self.arguments - sum(self.parts.values()))]
-    rows += [('results: the same once more', self.results), ('intermediates', self.intermediates)]
-    rows += [(f'  of which episodes, {self.tasks} tasks', self.episodes), ('in all', self.total)]
+    rows += [('results (the updated state)', self.results), ('intermediates', self.intermediates)]
+    rows += [(f'  of which episodes, {self.tasks} tasks', self.episodes), ('total', self.total)]
     what = f'memory of a meta-iteration on one device, {self.at_once} of {self.tasks} tasks at a time'
     return '\n'.join([what, *(f'  {name:<32}{in_words(size):>12}' for name, size in rows), self._verdict()])
 
   def _verdict(self) -> str:
     if self.available is None:
-      return 'whether the plan fits cannot be told: neither the device nor the system reports its available memory'
+      return 'it is unknown whether the plan fits: neither the device nor the system reports its available memory'
     there = f'{in_words(self.available)} are available' + (' to each device' if self.devices > 1 else '')
     if self.fits:
       return f'fits: {there}'
@@ -103,9 +103,9 @@ def plan_memory(
 
   The step is compiled from the shapes of its arguments, and nothing is allocated on the device, with one exception: a
   `TaskStream` sends the data of one meta-iteration. If the plan does not fit, the plan also says how many tasks at a
-  time would fit. For this purpose the step is compiled again for one task at a time. A line through the two plans then
-  predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest first, until one
-  fits.
+  time would fit. For this purpose the step is compiled again for one task at a time. Linear interpolation between the
+  two plans then predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest
+  first, until one fits.
 
   Args:
     tasks: Tasks to train on.
@@ -116,7 +116,7 @@ def plan_memory(
     available: Memory that is available to one device, in bytes. By default JAX or the operating system reports it.
 
   Raises:
-    ValueError: if `available` is below 0, or if `train_step` would raise it.
+    ValueError: if `available` is below 0, or if `train_step` raises ValueError for these arguments.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -168,7 +168,7 @@ def plan_memory(
 def _groups_that_may_fit(plan: MemoryPlan, one: MemoryPlan) -> list[int]:
   """Returns the values of `tasks_at_once` whose memory should fit, the largest value first.
 
-  The memory of each value is predicted by a straight line through the two plans.
+  The memory for each value is predicted by linear interpolation between the two plans.
 
   Args:
     plan: Plan that does not fit.
@@ -190,7 +190,7 @@ def _parts(state: training.TrainState) -> dict[str, int]:
 
 
 def _available(devices: int) -> int | None:
-  """Returns the free memory of one device in bytes; CPU `devices` each get an equal share of the host's memory."""
+  """Returns the free memory of one device in bytes. CPU `devices` have equal shares of the host's memory."""
   device = jax.local_devices()[0]
   found: dict[str, int] = device.memory_stats() or {}
   if 'bytes_limit' in found:

@@ -11,7 +11,7 @@ from metasgd_jax.types import Episode, Learner, PyTree
 def mean_loss(
   learner: Learner, meta: PyTree, episodes: Episode, keys: chex.PRNGKey
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-  """Returns (1/T) Σ_i L_query(T_i)(θ_i′) and the mean of every info entry.
+  """Returns `(loss, info)`: (1/T) Σ_i L_query(T_i)(θ_i′), and the mean over the tasks of every info entry.
 
   This is the objective of Algorithm 1 (Li et al. 2017). It is a mean, although the paper writes a sum, so that the
   learning rate does not depend on T.
@@ -54,7 +54,7 @@ def mean_loss_and_grad(
     tasks_at_once: Number of tasks that are computed at the same time; see `Placement`.
 
   Raises:
-    ValueError: if `tasks_at_once` is none of the values of `Placement`, or does not divide T.
+    ValueError: if `tasks_at_once` is not a value that `Placement` allows, or if it does not divide T.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)

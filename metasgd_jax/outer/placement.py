@@ -23,7 +23,7 @@ TasksAtOnce = Literal['auto', 'all'] | int
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a batch of tasks is placed on devices. Every placement gives the same numbers, to rounding.
+  """How a batch of tasks is placed on devices. Every placement gives the same results, to rounding.
 
   Attributes:
     tasks_at_once: Number of tasks that a device computes at the same time. With 'all' the tasks are vmapped together,
@@ -55,7 +55,7 @@ class Placement:
     sharding.check_axes(self.mesh)
     if self.shard_meta and self.mesh is None:
       raise ValueError(
-        'shard_meta shares the train state over a mesh, got mesh=None; give mesh=sharding.task_mesh(...)'
+        'shard_meta=True needs a mesh to split the train state over, got mesh=None; give mesh=sharding.task_mesh(...)'
       )
 
   def check(self, num_tasks: int) -> None:
@@ -73,7 +73,7 @@ class Placement:
     return 1 if self.mesh is None else self.mesh.size
 
   def at_once(self, num_tasks: int, *, large: bool) -> int:
-    """Returns the number of tasks that `tasks_at_once` stands for. With a number it is that number.
+    """Returns `tasks_at_once` as a number: 'auto' and 'all' are replaced, and a number is returned unchanged.
 
     Args:
       num_tasks: Number of tasks on one device.

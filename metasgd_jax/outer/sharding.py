@@ -26,9 +26,9 @@ def cpu_cores_as_devices() -> None:
 
   XLA runs the convolutions in the body of a loop on one core, so a single device would leave the other cores idle.
 
-  XLA has as many threads as there are cores, or as the environment variable NPROC says. A device whose program has a
-  loop occupies one thread, and the matrix products in the loop need another thread. If devices occupy all threads, they
-  wait forever. Therefore NPROC is raised to at least two threads per device.
+  The number of XLA's threads is the environment variable NPROC if it is set, and the number of cores otherwise. A
+  device whose program has a loop occupies one thread, and the matrix products in the loop need another thread. If
+  devices occupy all threads, they wait forever. Therefore NPROC is raised to at least two threads per device.
 
   Raises:
     RuntimeError: if JAX is already in use.
@@ -70,7 +70,7 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
 
   Example:
     >>> mesh = ms.sharding.task_mesh(4)  # For `train(..., meta_batch=4, placement=ms.Placement(mesh=mesh))`.
-    >>> mesh is None or 4 % mesh.size == 0  # None where there is one device.
+    >>> mesh is None or 4 % mesh.size == 0  # The mesh is `None` for a single device.
     True
   """
   processes = range(jax.process_count())
@@ -78,7 +78,7 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
   most = min(map(len, of_each))
   if devices is None:
     sharing = [n for n in range(1, most + 1) if num_tasks % (n * len(processes)) == 0]
-    devices = max(sharing, default=1)  # If even one device of each process is too many, check_mesh says so.
+    devices = max(sharing, default=1)  # If even one device of each process is too many, check_mesh raises.
   if not 1 <= devices <= most:
     whose = ' in each process' if len(processes) > 1 else ''
     raise ValueError(f'devices must be from 1 to {most}, the number that JAX has{whose}, got {devices}')
@@ -104,7 +104,7 @@ def host_device() -> jax.Device:
 def check_axes(mesh: Mesh | None) -> None:
   """Raises ValueError unless `mesh` is `None` or has exactly one axis."""
   if mesh is not None and len(mesh.axis_names) != 1:
-    raise ValueError(f'mesh must have one axis, for tasks, got {mesh.axis_names}')
+    raise ValueError(f'mesh must have exactly one axis, for the tasks, got {mesh.axis_names}; build it with task_mesh')
 
 
 def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:

@@ -24,15 +24,16 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
   Args:
     key: Random key `[]`, or R keys `[R]`. It becomes the key of the run, and the initial meta-parameters are drawn with
       a key that is derived from it.
-    tasks: Tasks to train on. One episode is drawn from them, for its shapes.
+    tasks: Tasks to train on. One episode is drawn, because its shapes are needed.
     learner: Learner whose meta-parameters are drawn.
     optimizer: Outer optimiser of the whole pytree of meta-parameters. Build it once: JAX treats an optimiser that is
       built anew as another one, and compiles the programs again. Learners and tasks that are built anew from equal
       arguments are equal.
 
   Raises:
-    ValueError: if `key` is a key of the old kind (`jax.random.PRNGKey`), is of the impl `rbg`, or has another rank, if
-      `tasks` or `optimizer` is of another type, if the tasks do not return an `Episode`, or if the learner raises it.
+    ValueError: if `key` is neither a key of `jax.random.key` nor an array `[R]` of such keys, or is of the impl `rbg`;
+      if `tasks` is not a `TaskDistribution` or a `TaskStream`, or if `optimizer` is not an optax optimiser; if the
+      tasks do not return an `Episode`, or if the `init` of the learner raises ValueError.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -50,7 +51,7 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
 
 
 def _check_parts(tasks: Any, optimizer: Any) -> None:
-  """Raises ValueError if `tasks` or `optimizer` is of another type."""
+  """Raises ValueError unless `tasks` is a `TaskDistribution` or `TaskStream`, and `optimizer` an optax optimiser."""
   if not isinstance(tasks, TaskDistribution | TaskStream):
     raise ValueError(f'tasks must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
   if not callable(getattr(optimizer, 'init', None)) or not callable(getattr(optimizer, 'update', None)):
@@ -88,12 +89,12 @@ def train_step(
   meta_batch: int,
   placement: Placement = Placement(),
 ) -> tuple[TrainState, Info]:
-  """Returns the state after one meta-iteration of one run, and its info with `loss` added.
+  """Returns `(state, info)` after one meta-iteration of one run. `info` is the learner's info with `loss` added.
 
   The update is (θ, α) ← (θ, α) − β ∇ (1/T) Σ_i L_query(T_i)(θ_i′), as in Algorithm 1 of Li et al. 2017. Instead of a
   step of size β, any optax optimiser except a line search can be used. An optimiser that takes extra arguments receives
   the loss as `value` and the gradient of the loss as `grad`, but no `value_fn`. The loss of a few tasks is noisy, so
-  `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of some hundreds.
+  `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of several hundred.
 
   Args:
     state: State of one run.
@@ -178,7 +179,8 @@ def train(
   """Runs meta-training from `state` until `meta_iterations` are done, and returns the last state.
 
   The loop stays on the device for `chunk` meta-iterations, including the drawing of tasks. After each chunk the
-  callbacks are called with a `Progress`. The arrays of `state` and of a `Progress` stay valid; they are never donated.
+  callbacks are called with a `Progress`. The arrays of `state` and of a `Progress` stay valid, because they are never
+  donated.
 
   Args:
     state: State from `init`, of one run or of R runs side by side.
@@ -195,9 +197,10 @@ def train(
     callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: if a count is not an integer of at least 1, if the devices cannot share the tasks evenly, if `tasks` or
-      `optimizer` is of another type, if runs are at different steps, if the state is already past `meta_iterations`, or
-      if `shard_meta` is used with R runs.
+    ValueError: if `meta_iterations`, `meta_batch` or `chunk` is not an integer of at least 1, if the devices cannot
+      share the tasks evenly, if `tasks` is not a `TaskDistribution` or a `TaskStream`, if `optimizer` is not an optax
+      optimiser, if runs are at different steps, if the state is already past `meta_iterations`, or if `shard_meta` is
+      used with R runs.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)

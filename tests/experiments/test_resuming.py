@@ -416,7 +416,7 @@ def test_a_plan_of_memory_says_that_runs_are_side_by_side(capsys):
   assert re.match(saying('one run; 2 are trained side by side', '2 times as much'), last_line(capsys))
   trainings.print_memory([regression.plan(dataclasses.replace(MAML, seeds=1))[0][0]])
   out = capsys.readouterr().out
-  assert 'in all' in out
+  assert '  total ' in out
   assert '1 are trained' not in out
 
 

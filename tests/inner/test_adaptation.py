@@ -182,7 +182,7 @@ class TestBadInput:
   def test_names_the_leaf_that_is_no_array(self, problem):
     for leaf in (jax.nn.relu, np.float32, 'a', object()):
       theta = {**problem[0], 'out': {**problem[0]['out'], 'activation': leaf}}
-      with pytest.raises(ValueError, match=saying("theta['out']['activation']", 'no array', 'keep functions')):
+      with pytest.raises(ValueError, match=saying("theta['out']['activation']", 'must be an array', 'keep functions')):
         self.adapt(problem, 0.1, theta=theta)
     for alpha in (jax.nn.relu, 1j, 'a', np.ones(2, complex)):
       with pytest.raises(ValueError, match=saying("alpha['out']", 'a number', 'array of real numbers', 'got ')):
@@ -391,7 +391,7 @@ class TestRatesByStep:
     assert_trees_close(*jax.jit(lambda: (by_step(), adapt(adapt(RATES_THETA, 0.1), 0.2)))())
 
   def test_rates_that_are_not_one_a_step(self):
-    with pytest.raises(ValueError, match=saying("alpha['a'] has shape (3, 2)", 'each of 2 steps', 'put [2]')):
+    with pytest.raises(ValueError, match=saying("alpha['a'] has shape (3, 2)", 'each of 2 steps', 'starts with 2')):
       ms.adapt(RATES_THETA, RATES_ALPHA, 2.0, loss_fn=self.loss, steps=2, alpha_by_step=True)
 
   @pytest.mark.parametrize('per', ['entry', 'leaf', 'layer', 'all'])

@@ -270,13 +270,13 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
 @pytest.mark.parametrize(
   ('other', 'said'),
   [
-    (lambda s: s._replace(opt_state=()), ('opt_state', 'is int32[] there and nothing here')),
+    (lambda s: s._replace(opt_state=()), ('opt_state', 'is stored as int32[], expected nothing')),
     (
       lambda s: s._replace(meta=jax.tree.map(lambda a: np.asarray(a)[None], s.meta)),
-      ('float32[4] there and float32[1, 4] here',),
+      ('stored as float32[4], expected float32[1, 4]',),
     ),
-    (lambda s: s._replace(step=jnp.float32(0)), ('step is int32[] there and float32[] here',)),
-    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), ('key is key<fry>[] there and key<rbg>[] here',)),
+    (lambda s: s._replace(step=jnp.float32(0)), ('step is stored as int32[], expected float32[]',)),
+    (lambda s: s._replace(key=jax.random.key(0, impl='rbg')), ('key is stored as key<fry>[], expected key<rbg>[]',)),
   ],
 )
 def test_other_arrays_are_refused(two, other, said):

@@ -112,7 +112,7 @@ def test_a_random_key_is_no_parameter(tmp_path):
     (
       None,
       {'a': np.zeros((3, 2))},
-      ('does not hold the parameters', 'a is float64[2, 3] there and float64[3, 2] here'),
+      ('does not hold the parameters', 'a is stored as float64[2, 3], expected float64[3, 2]'),
     ),
     (None, {'z': np.zeros((2, 3))}, ('does not hold the parameters',)),
     (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),

@@ -254,7 +254,7 @@ class TestParams:
 
   def test_another_dtype(self, tmp_path):
     said = self.refuse(tmp_path, {'a': np.zeros((2, 3), np.int64), 'b': None})
-    assert says(said, 'not hold', 'parameters asked for', 'a is int64[2, 3] there and float32[2, 3] here')
+    assert says(said, 'not hold', 'parameters asked for', 'a is stored as int64[2, 3], expected float32[2, 3]')
 
   def test_no_file(self, tmp_path):
     read = lambda: files.read_params(tmp_path / 'p', self.LIKE)

@@ -124,5 +124,5 @@ class TestEstimate:
 
   @pytest.mark.parametrize('shape', [(0,), (3, 2), ()])
   def test_wrong_ranks(self, shape):
-    with pytest.raises(ValueError, match=saying('one value a task', '[n]', f'got shape {shape}')):
+    with pytest.raises(ValueError, match=saying('one value per task', '[n]', f'got shape {shape}')):
       ms.confidence_interval(np.zeros(shape))

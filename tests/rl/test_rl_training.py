@@ -112,5 +112,5 @@ def test_a_state_that_is_past_the_end_and_a_key_of_the_old_kind(two_runs):
 
 
 def test_runs_at_different_steps_are_refused(two_runs):
-  with pytest.raises(ValueError, match=saying('as many meta-iterations', '[0 2]')):
+  with pytest.raises(ValueError, match=saying('same number of meta-iterations', '[0 2]')):
     train(two_runs._replace(step=np.array([0, 2], np.int32)), meta_iterations=3)
