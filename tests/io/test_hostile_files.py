@@ -137,7 +137,7 @@ class TestNoFiles:
 
   def test_csv(self, tmp_path, kind):
     make(tmp_path / 'train.csv', kind)
-    assert 'train.csv is not a file' in refused(lambda: mini_imagenet.load(tmp_path), tmp_path, DatasetError)
+    assert 'train.csv is not a regular file' in refused(lambda: mini_imagenet.load(tmp_path), tmp_path, DatasetError)
 
   @pytest.mark.parametrize('ending', ['npy', 'json'])
   def test_cache(self, tmp_path, kind, ending):
