@@ -138,7 +138,7 @@ def test_whoever_may_read_other_files_may_read_these(tmp_path, umask):
 
 
 def test_a_workdir_of_no_name_is_refused():
-  with pytest.raises(files.WriterError, match=saying('workdir is empty', 'give a directory, such as .')):
+  with pytest.raises(files.WriterError, match=saying('workdir is empty', "give a directory, such as '.'")):
     files.open_workdir('')
 
 

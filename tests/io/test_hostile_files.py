@@ -250,11 +250,11 @@ class TestParams:
   def test_another_structure_with_as_many_leaves(self, tmp_path):
     whole = np.zeros((2, 3), np.float32)
     for params in ({'a': {'c': whole}, 'b': None}, {'a': None, 'b': whole}, {'a': [whole], 'b': None}):
-      assert says(self.refuse(tmp_path, params), 'not hold', 'parameters asked for')
+      assert says(self.refuse(tmp_path, params), 'not hold', 'expected parameters')
 
   def test_another_dtype(self, tmp_path):
     said = self.refuse(tmp_path, {'a': np.zeros((2, 3), np.int64), 'b': None})
-    assert says(said, 'not hold', 'parameters asked for', 'a is int64[2, 3] there and float32[2, 3] here')
+    assert says(said, 'not hold', 'expected parameters', 'a is int64[2, 3] there and float32[2, 3] here')
 
   def test_no_file(self, tmp_path):
     read = lambda: files.read_params(tmp_path / 'p', self.LIKE)
