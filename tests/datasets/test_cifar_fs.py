@@ -123,7 +123,7 @@ class TestBadArchives:
   @pytest.mark.parametrize('kept', [0, 5])
   def test_not_a_tar_file(self, tmp_path, archives, kept):
     (tmp_path / ARCHIVE).write_bytes((archives / ARCHIVE).read_bytes()[:kept])
-    with pytest.raises(DatasetError, match=saying('whole tar file', f'({kept} bytes)', 'get the file again from http')):
+    with pytest.raises(DatasetError, match=saying('complete tar file', f'({kept} bytes)', 'file again from http')):
       self.load(tmp_path, tmp_path)
 
   def test_cut_short(self, tmp_path, archives):

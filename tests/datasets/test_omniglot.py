@@ -204,7 +204,7 @@ class TestBadArchives:
     path.write_bytes(path.read_bytes()[:kept])
     size = path.stat().st_size
     with pytest.raises(
-      DatasetError, match=saying('small2.zip', 'whole zip file', f'({size} bytes)', 'get the file again')
+      DatasetError, match=saying('small2.zip', 'complete zip file', f'({size} bytes)', 'get the file again')
     ):
       self.load(tmp_path, few, verify_archives=False)
 

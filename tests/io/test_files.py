@@ -112,11 +112,11 @@ def test_a_random_key_is_no_parameter(tmp_path):
     (
       None,
       {'a': np.zeros((3, 2))},
-      ('does not hold the parameters', 'a is float64[2, 3] there and float64[3, 2] here'),
+      ('does not hold the expected parameters', 'a is float64[2, 3] there and float64[3, 2] here'),
     ),
-    (None, {'z': np.zeros((2, 3))}, ('does not hold the parameters',)),
-    (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
-    (b'', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
+    (None, {'z': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
+    (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
+    (b'', {'a': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
   ],
 )
 def test_params_that_are_not_those(tmp_path, data, like, said):

@@ -173,7 +173,7 @@ class TestCache:
     kept(tmp_path)
     np.savez(file := io.BytesIO(), a=BANK.images)
     (tmp_path / 'a.npy').write_bytes(zipped or file.getvalue())
-    assert says(kept(tmp_path)[1][0], 'not of these files', 'broken')
+    assert says(kept(tmp_path)[1][0], 'from other image files', 'broken')
 
   def test_sizes_whose_sum_overflows(self, tmp_path):
     kept(tmp_path)
