@@ -1,6 +1,7 @@
 """Unpacks zip and tar.gz files that are not trusted.
 
-No member is written outside of the target folder, no link is created, and the size of the contents is limited.
+No member (file or folder) of an archive is written outside of the target folder, no link is created, and the size of
+the contents is limited.
 """
 
 import gzip
@@ -14,18 +15,19 @@ from metasgd_jax.io.files import first_line
 MOST_BYTES = 2 << 30
 """Largest number of bytes that an archive may unpack to. The largest archive in use, CIFAR-100's, unpacks to 186 MB."""
 MOST_MEMBERS = 200_000
-"""Largest number of members that an archive may have. The largest of Omniglot has about 20,000 members."""
+"""Largest number of members that an archive may have. The largest archive of Omniglot has about 20,000."""
 _MOST_AT_ONCE = 16 << 20
 
 
 class _RefusedError(Exception):
-  """The archive does something that no archive of a data set does."""
+  """The archive has contents that no archive of a data set has. The message continues a sentence about the archive."""
 
 
 def is_archive(path: pathlib.Path) -> bool:
   """Returns whether a file looks like an archive of the kind that its suffix says.
 
-  The check reads the end of a zip file, so that an incomplete file is found. Of a tar file it reads only the beginning.
+  The check of a zip file reads the end of the file, so that an incomplete file is detected. The check of a tar.gz file
+  reads only the beginning.
   """
   if path.suffix == '.zip':
     return zipfile.is_zipfile(path)
@@ -40,8 +42,8 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
   """Creates a folder and unpacks a zip or tar.gz file to it. The result has only regular files and folders.
 
   Raises:
-    DatasetError: if the archive is broken, if it has a member that leads outside of the folder, a link or a device, if
-      it has too many members or unpacks to too many bytes, or if the folder cannot be written.
+    DatasetError: if the archive is broken, if a member of a tar.gz file is a link, is a device or leads outside of the
+      folder, if the archive has too many members or unpacks to too many bytes, or if the folder cannot be written.
   """
   try:
     if zipfile.is_zipfile(path):
@@ -49,13 +51,17 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
     else:
       _unpack_tar(path, to)
   except tarfile.FilterError as e:
-    raise DatasetError(f'{path} has a member that leads outside of it ({first_line(e)}); do not trust it') from e
+    raise DatasetError(
+      f'{path} has a member that leads outside of the target folder or is a device ({first_line(e)}); '
+      'do not trust this archive'
+    ) from e
   except _RefusedError as e:
-    raise DatasetError(f'{path} {e}; do not trust it') from e
+    raise DatasetError(f'{path} {e}; do not trust this archive') from e
   except Exception as e:  # The standard library raises many kinds of errors for broken archives.
     if isinstance(e, OSError) and e.errno is not None:  # Decoders raise an OSError without a number.
       raise DatasetError(
-        f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make sure that it is writable and has free space'
+        f'{path} cannot be unpacked to {to.parent} ({first_line(e)}); make sure that this directory '
+        'can be written and that its disk has free space'
       ) from e
     raise DatasetError(f'{path} is broken ({first_line(e)}); get the file again') from e
 
@@ -63,8 +69,8 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
 def _unpack_zip(path: pathlib.Path, to: pathlib.Path) -> None:
   with zipfile.ZipFile(path) as archive:
     members = archive.infolist()
-    _check_amount(len(members), sum(member.file_size for member in members))  # No member is read past its file_size.
-    archive.extractall(to)  # It removes '..' and the root from names, and it writes links as regular files.
+    _check_amount(len(members), sum(member.file_size for member in members))  # zipfile reads no member past its size.
+    archive.extractall(to)  # extractall removes '..' and the root from names, and writes links as regular files.
 
 
 def _unpack_tar(path: pathlib.Path, to: pathlib.Path) -> None:
@@ -73,9 +79,9 @@ def _unpack_tar(path: pathlib.Path, to: pathlib.Path) -> None:
     for count, member in enumerate(archive, 1):
       total += member.size
       _check_amount(count, total)
-      if member.issym() or member.islnk():  # In some versions of the filter, a chain of links can lead outside.
-        raise _RefusedError(f'has a member that leads outside of it (the link {member.name!r:.200})')
-      archive.extract(member, to, filter='data')  # The filter refuses names that lead outside, and devices.
+      if member.issym() or member.islnk():  # In some versions of the filter, a chain of links can leave the folder.
+        raise _RefusedError(f'has the link {member.name!r:.200}, which may lead outside of the target folder')
+      archive.extract(member, to, filter='data')  # The filter refuses devices, and names outside of the folder.
     while plain.read(1 << 20):
       pass  # The checksum of the contents is at the end of the file, and tarfile does not read to the end.
 
@@ -88,7 +94,11 @@ def _check_amount(members: int, size: int) -> None:
 
 
 class _LimitedGzip(gzip.GzipFile):
-  """A gzip file that refuses reads past a limit and very large reads, because even a header can claim gigabytes."""
+  """A gzip file of limited contents.
+
+  A read past `MOST_BYTES` raises _RefusedError. So does a single read of more than `_MOST_AT_ONCE` bytes, because
+  tarfile reads the header of a member at once, and the file says how long the header is.
+  """
 
   def read(self, size: int | None = -1) -> bytes:
     if size is None or not 0 <= size <= _MOST_AT_ONCE:

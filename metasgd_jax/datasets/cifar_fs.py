@@ -1,4 +1,4 @@
-"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 from tfds' builder, with its 100 classes split 64 / 16 / 20.
+"""CIFAR-FS (Bertinetto et al. 2019): CIFAR-100 from tfds' builder, with its 100 classes split into 64 / 16 / 20.
 
 TensorFlow is not needed to prepare the data or to read it.
 """
@@ -30,13 +30,13 @@ def load(
     data_dir: Data directory of tfds. The data set is in its sub-directory `cifar100/3.0.2`. In `data_dir` and in
       `archives`, `~` is the home directory.
     archives: Directory that contains `cifar-100-binary.tar.gz`. By default the archive is downloaded.
-    verify_archives: Whether the archive must have the registered checksum.
+    verify_archives: Whether the archive must have the checksum that is registered in tfds.
     report: Function that is called with a line of text before anything that takes seconds, and every few seconds while
       images are read.
 
   Raises:
-    DatasetError: if a directory is missing or cannot be written, if the archive is missing, broken or not the
-      registered one, if there is no network, or if the data in the directory is not CIFAR-100 in array_record files.
+    DatasetError: if a directory is missing or cannot be written, if the archive is missing, is broken or has
+      another checksum, if there is no network, or if the data in the directory is not CIFAR-100 in array_record files.
   """
   with prepared('cifar100', 'CIFAR-100', data_dir, archives, verify_archives, report) as builder:
     return _read(builder, report)
@@ -52,8 +52,9 @@ def _read(builder, report: Report) -> Splits:
   names = builder.info.features['label'].names
   lists = published_split('cifar_fs')
   if wrong := sorted(set(names) ^ {name for part in lists for name in part}):
-    raise ValueError(f'it has other classes than CIFAR-100: {wrong[0]} is missing or unknown')
+    state = 'unknown' if wrong[0] in names else 'missing'
+    raise ValueError(f'its classes are not those of CIFAR-100: {wrong[0]} is {state}')
   sizes = np.bincount(labels, minlength=CLASSES)
   check_counts(names, sizes, IMAGES_OF_A_CLASS, 'images')
-  order = np.lexsort((ids, labels))  # tfds shuffles. The ids restore the order of the archive within a class.
+  order = np.lexsort((ids, labels))  # tfds shuffles the images. The ids restore the order of the archive.
   return split_bank(ClassBank(images[order], sizes), names, lists)

@@ -1,7 +1,7 @@
 """Keeps decoded images on disk, so that image files are decoded only once.
 
 A cached bank is a .npy file with the images, `[M, H, W, D]` uint8, and a .json file with the fingerprint of the image
-files and the sizes of the classes. Functions of this module take the path of these files without its suffix.
+files and the number of images of each class. Functions of this module take the path of these files without the suffix.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ DECODING = 1
 def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, Any]:
   """Returns a fingerprint of a set of files, which distinguishes the set from other sets.
 
-  The fingerprint has the version of the decoder, the number of files, their total size in bytes, and a hash of the
-  names and sizes of the files.
+  The fingerprint is a dict with the version of the decoding, the number of files, their total size in bytes, and a hash
+  of the names and sizes of the files.
   """
   digest, total = hashlib.sha256(), 0
   for path in paths:
     try:
       size = path.stat().st_size
-    except (OSError, ValueError):  # A name in a list may have a NUL.
+    except (OSError, ValueError):  # A name in a list may have a NUL character.
       size = -1
     total += max(size, 0)
     digest.update(f'{path.relative_to(directory).as_posix()}\0{size}\n'.encode('utf-8', 'surrogateescape'))
@@ -46,7 +46,10 @@ def kept(
   decode: Callable[[], ClassBank],
   report: Report,
 ) -> ClassBank:
-  """Returns the cached bank as a memory map. If there is none, decodes the images and caches them.
+  """Returns the class bank of some image files, which is decoded only if it is not in the cache yet.
+
+  A bank from the cache is a memory map. A bank that has just been decoded is in memory, and is also written to the
+  cache.
 
   Args:
     cache: Path of the cached bank, without the suffix.
@@ -61,8 +64,8 @@ def kept(
   """
   bank = _read(cache, source, form, classes, report)
   if bank is None:
-    if reason := why_not_writable(cache.parent):  # Decoding takes minutes, so this is reported first.
-      raise DatasetError(f'the cache {cache.parent} cannot be written ({reason}); give another directory')
+    if reason := why_not_writable(cache.parent):  # The check comes first, because decoding takes minutes.
+      raise DatasetError(f'the cache {cache.parent} cannot be written ({reason}); give another directory for the cache')
     bank = decode()
     _write(cache, source, bank, report)
   return bank
@@ -75,20 +78,23 @@ def _read(cache: pathlib.Path, source, form, classes: int, report: Report) -> Cl
   try:
     description = json.loads(described.read_bytes())
     sizes = np.array(description['sizes'], int)
-    images = np.lib.format.open_memmap(images_path, mode='r')  # It does not read pickles.
+    images = np.lib.format.open_memmap(images_path, mode='r')  # open_memmap does not read pickles.
     same = description['source'] == source and images.dtype == np.uint8
     whole = sizes.shape == (classes,) and images.shape == (sizes.sum(), *form)
   except Exception:  # NumPy raises many kinds of errors for broken files. Decoding again repairs all of them.
     same = whole = False
   if not (same and whole):
-    report(f'{images_path} is not of these files or is broken; the images are decoded again')
+    report(f'{images_path} was decoded from other image files or is broken; the images are decoded again')
     return None
   report(f'taking decoded images from {images_path}')
   return ClassBank(images, sizes)
 
 
 def _write(cache: pathlib.Path, source: dict[str, Any], bank: ClassBank, report: Report) -> None:
-  """Writes a bank to the cache. A reader sees the whole bank or none. A full disk is reported, but not raised."""
+  """Writes a bank to the cache. A reader never finds an incomplete bank.
+
+  If the bank cannot be written, for example because the disk is full, this is reported, and no error is raised.
+  """
   images_path, described = cache.with_suffix('.npy'), cache.with_suffix('.json')
   try:
     described.unlink(missing_ok=True)  # The old description must never be found with new images.

@@ -45,8 +45,8 @@ _large_ones = threading.BoundedSemaphore(2)
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 """Numbers of the TIFF tags for the size of a tile."""
 _SMALL_TILE = 1 << 20
-"""Number of pixels that a tile of a TIFF file may always have. A larger tile may have at most four times the number of
-pixels of the image."""
+"""A tile of a TIFF file may have this number of pixels, whatever the size of the image. A larger tile may have at most
+four times the number of pixels of the image."""
 
 _FORMATS = ('PNG', 'JPEG', 'BMP', 'DIB', 'GIF', 'WEBP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'ICO')
 
@@ -68,10 +68,12 @@ class Images(NamedTuple):
 def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: Fit = 'crop') -> np.ndarray:
   """Returns an image file as an array, `[H, W, D]` uint8.
 
-  The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored by its EXIF
-  orientation. Transparent parts become white, or black if the contrast on white would be less than half of that on
-  black, as it is for white strokes. Only the first frame of an animation is used. Grey values of 16 bits are reduced to
-  eight; they are taken to have 8, 10, 12, 14 or 16 bits, the fewest that can hold all values of the image.
+  The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored as its EXIF
+  orientation says. Transparent parts become white. They become black if the image has less than half as much contrast
+  on white as on black, for example because its strokes are white. Only the first frame of an animation is used.
+
+  A grey image of 16 bits is reduced to 8 bits. The number of bits that its values really use is assumed to be 8, 10,
+  12, 14 or 16: the smallest of these numbers that can hold all values of the image.
 
   Args:
     path: Path of a PNG, JPEG, BMP, GIF, WebP, TIFF, PNM, AVIF, JPEG 2000, ICO or TGA file, or of a HEIC file if the
@@ -93,14 +95,17 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
 def read_all(
   paths: Sequence[pathlib.Path], size: int | tuple[int, int], channels: int, report: Report, fit: Fit = 'crop'
 ) -> Images:
-  """Decodes many files in threads; see `read_image`.
+  """Returns the images of many files, and the files that cannot be decoded.
+
+  Each file is decoded as `read_image` does it. Several threads decode files at the same time.
 
   Args:
     paths: Paths of the files. The images have the same order.
     size: Height and width (H, W) of the images, or one number for both.
     channels: Number of channels D, 3 for RGB or 1 for grey.
-    report: Function that is called with a line of text every few seconds, and for each of the first skipped files and
-      of the first uniform images. A last line says how many more there are.
+    report: Function that is called with a line of text every few seconds. It is also called for each of the first 10
+      files that are skipped, for each of the first 10 images whose pixels all have the same value, and at the end with
+      the number of further such files and images.
     fit: How an image is brought to the aspect ratio of `size`; see `Fit`.
 
   Raises:
@@ -157,12 +162,12 @@ def list_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def list_images(directory: pathlib.Path) -> list[pathlib.Path]:
-  """Returns those paths of `list_files` that are images by their suffix or by the beginning of their content."""
+  """Returns the paths of `list_files` for which `is_image` is true."""
   return [path for path in list_files(directory) if is_image(path)]
 
 
 def is_image(path: pathlib.Path) -> bool:
-  """Returns whether a file is an image by its suffix, or by the beginning of its content."""
+  """Returns whether a file has the suffix of an image, or begins like an image of a known format."""
   if path.suffix.lower() in _SUFFIXES:
     return True
   try:
@@ -185,11 +190,13 @@ def list_directory(directory: pathlib.Path) -> list[pathlib.Path]:
   try:
     paths = sorted(directory.iterdir())
   except FileNotFoundError as e:
-    raise DatasetError(f'the directory of images {directory} does not exist') from e
+    raise DatasetError(f'the directory of images {directory} does not exist; give another directory') from e
   except NotADirectoryError as e:
     raise DatasetError(f'{directory} is a file and not a directory of images; give a directory') from e
   except (OSError, ValueError) as e:
-    raise DatasetError(f'the directory of images {directory} cannot be listed ({first_line(e)})') from e
+    raise DatasetError(
+      f'the directory of images {directory} cannot be listed ({first_line(e)}); make the directory readable'
+    ) from e
   return [path for path in paths if not path.name.startswith('.') and path.name != '__MACOSX']
 
 
@@ -206,25 +213,25 @@ def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') ->
     raise ValueError(f'fit must be one of {get_args(Fit)}, got {fit!r}')
   sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
   if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-    raise ValueError(f'size must be an integer of 1 or more, or two of them as (height, width), got {size!r}')
+    raise ValueError(f'size must be an integer of 1 or more, or a pair (height, width) of such integers, got {size!r}')
   if channels not in (1, 3):
     raise ValueError(f'channels must be 3 (RGB) or 1 (grey), got {channels!r}')
   return sides
 
 
 def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | str:
-  """Returns the image, or the reason why it cannot be decoded."""
+  """Returns the image, `[H, W, D]` uint8, or a clause that says why it cannot be decoded."""
   try:
     status = pathlib.Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait forever.
-      return 'it is not a file'
+      return 'it is not a regular file'
     if status.st_size == 0:
       return 'the file is empty'
     with _Timed(path) as file, Image.open(file, formats=_formats(path)) as opened, _turn(opened):
-      file.restart()  # The time limit leaves out the wait for other images.
+      file.restart()  # The time limit does not include the time that this file waited in `_turn`.
       return _resized(in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    return f'it has more pixels than Pillow takes to be safe ({Image.MAX_IMAGE_PIXELS:,})'
+    return f'it has more pixels than Pillow considers safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
     if pathlib.Path(path).suffix.lower() in ('.heic', '.heif') and not _heif():
       return "it is HEIC, which needs pillow-heif; run pip install 'metasgd_jax[heic]'"
@@ -236,7 +243,7 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
 
 
 def _formats(path: PathLike) -> tuple[str, ...]:
-  """Returns the formats that a file may have. A file of another format is TGA only if its suffix says so."""
+  """Returns the formats that are tried for a file. TGA, which has no signature, is tried only for the suffix .tga."""
   Image.init()
   by_suffix = ('TGA',) if pathlib.Path(path).suffix.lower() == '.tga' else ()
   return tuple(name for name in (*_FORMATS, *_heif(), *by_suffix) if name in Image.OPEN)
@@ -269,10 +276,15 @@ class _Timed(io.BufferedReader):
 
 
 def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
-  """Returns a context manager that waits until an image may be decoded. Refuses an image that is too large.
+  """Returns a context manager. On entry, a large image waits while two other large images are being decoded.
 
-  The tiles of a TIFF file are checked because a tile is always decoded as a whole. Strips need no check: Pillow and
-  libtiff decode no more rows than the image has, whatever the tag of the strips says.
+  The wait limits the memory that images take. The size of the tiles of a TIFF file is checked because a tile is always
+  decoded as a whole. Strips need no check: Pillow and libtiff decode no more rows than the image has, even if the file
+  says that a strip has more rows.
+
+  Raises:
+    DecompressionBombError: if the image has more pixels than Pillow considers safe.
+    OSError: if the image is stored in tiles that are much larger than the image.
   """
   pixels = image.width * image.height
   if _are_too_many(pixels):

@@ -38,11 +38,13 @@ def load(
   fit: Fit = 'crop',
   report: Report = lambda line: None,
 ) -> ImageFolder:
-  """Reads a folder whose sub-folders are the classes. A class has all images in its sub-folder, at any depth.
+  """Returns the classes of a folder that has one sub-folder per class.
+
+  A class has all images in its sub-folder, at any depth.
 
   Images are brought to the aspect ratio of `size` and scaled with Lanczos; `read_image` describes the decoding. A file
-  that cannot be decoded is skipped and reported. Images outside of the class folders are left out and reported. Files
-  that are no images by their suffix and by their content are ignored.
+  that cannot be decoded is skipped and reported. Images outside of the class folders are left out and reported. A file
+  is ignored if neither its suffix nor the beginning of its content is that of an image.
 
   Args:
     directory: Directory that contains the class folders. `~` is the home directory.
@@ -78,10 +80,10 @@ def class_sizes(directory: pathlib.Path, names: Sequence[str], labels: Sequence[
   """Returns the number of images of each class, `[C]`.
 
   Args:
-    directory: Directory of the images, for the message.
+    directory: Directory of the images, which the error message names.
     names: Names of the C classes.
-    labels: Class of each image that could be read.
-    advice: Advice that ends the message.
+    labels: Index of the class of each image that could be read.
+    advice: Advice that ends the error message.
 
   Raises:
     DatasetError: if a class has no image.
@@ -102,7 +104,8 @@ def read_images(
 ) -> Images:
   """Reads all images of a folder and its sub-folders, without labels. The images are sorted by path.
 
-  Every file is tried. A file that is no image, or cannot be decoded, is skipped and reported.
+  Every file is opened, whatever its suffix is. A file that is not an image, or that cannot be decoded, is skipped and
+  reported.
 
   Args:
     directory: Directory that contains the images. `~` is the home directory.
@@ -122,5 +125,5 @@ def read_images(
   report(f'reading {len(paths):,} files from {directory}')
   found = read_all(paths, size, channels, report, fit)
   if not found.paths:
-    raise DatasetError(f'{directory} has no image that can be read ({len(found.skipped)} were tried)')
+    raise DatasetError(f'{directory} has no image that can be read ({len(found.skipped)} files were tried); add images')
   return found

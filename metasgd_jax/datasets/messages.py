@@ -39,7 +39,7 @@ def printing(report: Report) -> Report:
 
 
 def with_progress(items: Iterable[_T], total: int, report: Report) -> Iterator[_T]:
-  """Yields the items, which are images that are read, and reports every few seconds how many of them have been read."""
+  """Yields the items, one for each image that is read. Reports every few seconds how many images have been read."""
   reported = time.monotonic()
   for count, item in enumerate(items, 1):
     yield item
@@ -52,7 +52,7 @@ def at_home(path: PathLike) -> pathlib.Path:
   """Returns a path in which `~` at the beginning is replaced by the home directory.
 
   Raises:
-    ValueError: if `path` is not a path.
+    ValueError: if `path` is neither a string nor a path.
     DatasetError: if the path begins with `~` or `~user` and there is no such home directory.
   """
   try:

@@ -1,7 +1,7 @@
-"""mini-ImageNet (Vinyals et al. 2016) in Ravi & Larochelle's split, from image files in any of the usual layouts.
+"""mini-ImageNet (Vinyals et al. 2016) in Ravi & Larochelle's split, from image files in one of several layouts.
 
-The images may not be redistributed, so they are found in many layouts of folders. The class of an image is a WordNet
-id, such as n01532829, which comes from one of three sources:
+Because the images may not be redistributed, there is no standard layout of the folders. The class of an image is a
+WordNet id, such as n01532829, which comes from one of three sources:
 
 - If the directory has the files train.csv, val.csv or test.csv, the id is the label in these files.
 - Otherwise, the id is the name of the folder that contains the image. Other folders may be above or below this folder.
@@ -47,7 +47,7 @@ def load(
   The directory has one of these layouts:
 
   - One folder per class, named by the WordNet id of the class.
-  - Folders train, val and test (or base, val and novel) that contain such folders.
+  - Folders train, val and test (or base, val and novel) that contain one folder per class.
   - Images named `n01532829_00000005.jpg` or `n0153282900000005.jpg`, in the directory or in a sub-folder.
   - train.csv, val.csv and test.csv with the columns filename and label. The images are in the directory or in its
     sub-folder `images`.
@@ -64,9 +64,9 @@ def load(
       read.
 
   Raises:
-    DatasetError: if the directory is missing or has only pickles, if a class is missing, has no image that can be read
-      or is in two folders, if a CSV file is broken or names a file outside of the directory, if a file is listed under
-      two labels, or if the cache cannot be written.
+    DatasetError: if the directory is missing or has the data only as pickles, if a class is missing, has no image that
+      can be read or is in two folders, if a CSV file is broken or names a file outside of the directory, if a file is
+      listed under two labels, or if the cache cannot be written.
     ValueError: if a size is not an integer of at least 1.
   """
   height, width = check_form(size, 3)
@@ -94,14 +94,14 @@ def load(
 
 
 def _in_parts(bank: ClassBank, lists: ClassNames) -> Splits:
-  """Cuts a bank of all classes into three banks without a copy. The classes must be in the order of the lists."""
+  """Splits a bank of all classes without copying the images. The classes must be in the order of the lists."""
   sizes = np.split(bank.sizes, np.cumsum([len(part) for part in lists])[:-1])
   images = np.split(bank.images, np.cumsum([part.sum() for part in sizes])[:-1])
   return Splits(*map(ClassBank, images, sizes))
 
 
 def _labelled(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
-  """Yields each image whose class is known from a CSV list, a folder or the file name, with the class's WordNet id."""
+  """Yields pairs (path of an image, WordNet id of its class). An image whose class is not known is left out."""
   lists = [path for path in list_directory(directory) if path.suffix.lower() == '.csv' and path.stem.lower() in _LISTS]
   for path in lists:
     yield from _listed(directory, path)
@@ -118,7 +118,7 @@ def _labelled(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
-  """Yields the images that a CSV file lists, with their labels."""
+  """Yields a pair (path of an image, label) for each line of a CSV file."""
   folder = directory / 'images' if is_folder(directory / 'images') else directory
   rows = csv.DictReader(io.StringIO(read_text(path, 'a CSV file in UTF-8')))
   try:
@@ -136,11 +136,11 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[tuple[pathl
         )
       yield folder.joinpath(*parts), label
   except csv.Error as e:
-    raise DatasetError(f'{path} cannot be read as a CSV file ({first_line(e)})') from e
+    raise DatasetError(f'{path} cannot be read as a CSV file ({first_line(e)}); correct the file') from e
 
 
 def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report) -> dict[str, list[pathlib.Path]]:
-  """Returns the image files of each class, sorted by file name. All of `classes` are among the classes."""
+  """Returns `{class: paths of its image files, sorted}`, which has all of `classes` and may have further classes."""
   label_of: dict[pathlib.Path, str] = {}
   for path, label in _labelled(directory):
     first = label_of.setdefault(path, label)
@@ -161,14 +161,13 @@ def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report)
       raise DatasetError(
         f'the images of class {name} are in {folders[0]} and in {folders[1]}; '
         'keep one of these folders, and remove the other'
-        'other'
       )
   return paths
 
 
 def _what_is_missing(directory, missing) -> str:
   if len(missing) < 100:
-    return f'{directory} lacks {some(missing, "class", "classes")} of mini-ImageNet; add them'
+    return f'{directory} lacks {some(missing, "class", "classes")} of mini-ImageNet; add these classes'
   if names := [path.name for path in list_directory(directory) if path.suffix.lower() in ('.pkl', '.pickle')]:
     return (
       f'{directory} has mini-ImageNet only as pickles ({", ".join(names[:3])}), which are not read because opening a '

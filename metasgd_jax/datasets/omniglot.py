@@ -18,7 +18,7 @@ CHARACTERS, DRAWINGS, ORIGINAL, SIZE = 1623, 20, 105, 28
 TRAIN_CHARACTERS = 1200
 """Number of random characters to train on in Li et al. 2017, section 4.2. The other 423 characters are for testing."""
 
-_VINYALS_TEST_GURMUKHI = range(41, 45)  # The split divides Gurmukhi: its 42nd to 45th characters are for testing.
+_VINYALS_TEST_GURMUKHI = range(41, 45)  # The 42nd to 45th of the 45 characters. The others are for training.
 
 
 class Characters(NamedTuple):
@@ -51,16 +51,16 @@ def load(
   Args:
     data_dir: Data directory of tfds. The data set is in its sub-directory `omniglot/3.0.0`. In `data_dir` and in
       `archives`, `~` is the home directory.
-    archives: Directory that contains the four zip files of Omniglot under their own names. By default the files are
-      downloaded.
-    verify_archives: Whether the archives must have the registered checksums.
+    archives: Directory that contains the four zip files of Omniglot under their original file names. By default
+      the files are downloaded.
+    verify_archives: Whether the archives must have the checksums that are registered in tfds.
     size: Height and width of a drawing in pixels, 1 to 105. The paper uses 28. Koch's network needs 105.
     report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
     ValueError: if `size` is not from 1 to 105.
-    DatasetError: if a directory is missing or cannot be written, if an archive is missing, broken or not the
-      registered one, if there is no network, or if the data in the directory is not Omniglot in array_record files.
+    DatasetError: if a directory is missing or cannot be written, if an archive is missing, is broken or has another
+      checksum, if there is no network, or if the data in the directory is not Omniglot in array_record files.
   """
   if not 1 <= size <= ORIGINAL:
     raise ValueError(f'size must be from 1 to {ORIGINAL} pixels, got {size}')
@@ -69,7 +69,7 @@ def load(
 
 
 def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) -> Splits:
-  """Returns a random split as in the paper: 1200 characters to train on, and the other 423 to test on.
+  """Returns a random split as in Li et al. 2017: 1200 characters to train on, and the other 423 to test on.
 
   Args:
     characters: All characters of Omniglot.
@@ -88,7 +88,10 @@ def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) 
 
 
 def vinyals_split(characters: Characters) -> Splits:
-  """Returns the split by alphabets of Vinyals et al. 2016, which later papers use: 1028 / 172 / 423 characters."""
+  """Returns the split by alphabets of Vinyals et al. 2016, which later papers use.
+
+  The split has 1028 characters to train on, 172 for validation, and 423 to test on.
+  """
   alphabets = characters.alphabets
   cut = (alphabets == 'Gurmukhi') & np.isin(characters.numbers, _VINYALS_TEST_GURMUKHI)
   validation = np.isin(alphabets, class_list('omniglot_vinyals_validation'))
@@ -109,7 +112,10 @@ def _read(builder, size: int, report: Report) -> Characters:
   for example in examples(builder, report):
     label = int(example['label'])
     if not 0 <= label < CHARACTERS or example['image'].shape[:2] != (ORIGINAL, ORIGINAL):
-      raise ValueError(f'there is a drawing of character {label} with shape {example["image"].shape}')
+      raise ValueError(
+        f'there is a drawing of character {label} with shape {example["image"].shape}, expected characters from 0 to '
+        f'{CHARACTERS - 1} and drawings of {ORIGINAL}x{ORIGINAL} pixels'
+      )
     if count[label] < DRAWINGS:
       images[label, count[label], :, :, 0] = _shrink(example['image'], size)
     count[label] += 1

@@ -1,17 +1,18 @@
-"""Converts an opened image to eight bits, upright, without transparency."""
+"""Converts an opened image to an upright image with eight bits per channel and without transparency."""
 
 import numpy as np
 from PIL import Image, ImageOps
 
 _DEPTHS = (8, 10, 12, 14, 16)
-"""Numbers of bits that a value of a 16-bit image may really have; cameras and microscopes store 10, 12 or 14 of 16."""
+"""Numbers of bits that the values of a 16-bit image may really use. Cameras and microscopes often use 10, 12 or 14."""
 
 
 def in_mode(opened: Image.Image, mode: str) -> Image.Image:
   """Decodes an image, turns it upright, fills its transparent parts, and converts it to the mode 'L' or 'RGB'.
 
   Raises:
-    ValueError: if its values have no known range, or if it is a 16-bit colour image that is black but for low bits.
+    ValueError: if the range of the image's pixel values is unknown, or if it is a colour image of 16 bits whose values
+      are so small that it would be almost black with eight bits.
   """
   colour_of_16_bits = 'RGB;16' in str(getattr(opened, 'tile', ''))  # Pillow keeps only the upper eight bits.
   opened.load()
@@ -21,7 +22,7 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
     image = opened
   image = _eight_bit(image)
   if colour_of_16_bits and 0 < np.asarray(image).max() < 16:
-    raise ValueError('its 16-bit colours use only low bits; save it with 8 bits')
+    raise ValueError('its 16-bit colours would be almost black with 8 bits; save the image with 8 bits')
   if image.has_transparency_data:
     image = _filled(image.convert('RGBA'))
   return image.convert('RGB').convert(mode)
@@ -30,14 +31,15 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
   """Returns a 16-bit grey image as an 8-bit image, and an image of another mode unchanged.
 
-  The number of bits of its values is taken to be the smallest of `_DEPTHS` that can hold all of them. A transparent
-  value becomes an alpha channel.
+  The number of bits that the values of the image use is assumed to be the smallest of `_DEPTHS` that can hold all
+  values. If the file declares one grey value as transparent, the result has an alpha channel in which the pixels of
+  this value are transparent.
   """
   if not image.mode.startswith(('I', 'F')):
     return image
   values = np.asarray(image)
   if image.mode == 'F' or values.min() < 0 or values.max() > 0xFFFF:
-    raise ValueError(f'pixels of mode {image.mode} have no known range')
+    raise ValueError(f'the range of its pixel values is unknown (mode {image.mode}); save the image with 8 bits')
   bits = next(bits for bits in _DEPTHS if values.max() < 1 << bits)
   grey = Image.fromarray((values.astype(np.uint32) >> (bits - 8)).astype(np.uint8))
   if 'transparency' in image.info:
@@ -47,7 +49,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _filled(image: Image.Image) -> Image.Image:
-  """Returns an RGBA image on a white ground, or on a black one if light strokes would vanish on white."""
+  """Returns an RGBA image on white, or on black if its contrast on white is less than half of that on black."""
   on_white, on_black = (
     Image.alpha_composite(Image.new('RGBA', image.size, ground), image) for ground in ('white', 'black')
   )

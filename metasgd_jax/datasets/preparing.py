@@ -42,13 +42,13 @@ def prepared(
     name: Name of the data set for tfds.
     what: Name of the data set in messages.
     data_dir: Data directory of tfds. In `data_dir` and in `archives`, `~` is the home directory.
-    archives: Directory that contains the zip or tar files under their own names. If it is `None`, the files are
-      downloaded.
-    verify: Whether files from `archives` must have the registered checksums.
+    archives: Directory that contains the zip or tar files under their original file names. If it is `None`, the
+      files are downloaded.
+    verify: Whether files from `archives` must have the checksums that are registered in tfds.
     report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
-    DatasetError: if the data directory cannot be written, if an archive is missing, broken or not the registered one,
+    DatasetError: if the data directory cannot be written, if an archive is missing, is broken or has another checksum,
       if a download fails, or if any error is raised in the `with` block.
   """
   data_dir, report = at_home(data_dir), printing(report)
@@ -67,8 +67,8 @@ def prepared(
     raise
   except Exception as e:
     raise DatasetError(
-      f'{data_dir / name} is not the whole of {what} in array_record files that can be read ({first_line(e)}); '
-      'prepare it again in another data_dir'
+      f'{data_dir / name} does not contain all of {what} in array_record files that can be read ({first_line(e)}); '
+      'prepare the data set again in another data_dir'
     ) from e
   finally:
     logging.set_verbosity(verbosity)
@@ -81,7 +81,7 @@ def examples(builder: Any, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images: str) -> None:
-  """Raises ValueError unless each class has the expected number of images. `images` is their name in the message."""
+  """Raises ValueError unless each class has the expected number of images, which the message calls `images`."""
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
     raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')
@@ -113,7 +113,7 @@ def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, ver
 
 
 def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[str, pathlib.Path]:
-  """Returns the downloaded archives by their URLs."""
+  """Downloads the archives of a builder. Returns `{URL: path of the archive}`."""
   import requests
   import tensorflow_datasets as tfds
 
@@ -126,12 +126,12 @@ def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[
   except Exception as e:  # tfds raises several kinds of errors.
     raise DatasetError(
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
-      f'check data_dir, or get {", ".join(urls)} in another way and give their directory as archives'
+      f'check data_dir, or get {", ".join(urls)} in another way and pass the directory of these files as archives'
     ) from e
 
 
 def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathlib.Path]:
-  """Returns the archives in a directory by their URLs, after a check of each archive."""
+  """Finds the archives of a builder in a directory and checks them. Returns `{URL: path of the archive}`."""
   import tensorflow_datasets as tfds
 
   if not archives.is_dir():
@@ -141,12 +141,14 @@ def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathl
     )
   paths = {url: archives / registered.filename for url, registered in builder.url_infos.items()}
   if missing := [path.name for path in paths.values() if not path.is_file()]:
-    raise DatasetError(f'{archives} has no {missing[0]}; put all of the archives there, under their own names')
+    raise DatasetError(
+      f'{archives} has no {missing[0]}; put all of the archives there, under their original file names'
+    )
   for url, path in paths.items():
     if not is_archive(path):
       kind = path.suffixes[0][1:]
       raise DatasetError(
-        f'{path} is not a whole {kind} file ({path.stat().st_size} bytes); get the file again from {url}'
+        f'{path} is not a complete {kind} file ({path.stat().st_size} bytes); get the file again from {url}'
       )
     expected = builder.url_infos[url].checksum
     if verify and (found := tfds.core.download.checksums.compute_url_info(path).checksum) != expected:
@@ -161,8 +163,8 @@ class _UnpackedArchives(NamedTuple):
   """Takes the place of tfds' download manager, because the archives are already unpacked.
 
   Attributes:
-    folders: Folder with the contents of the archive from each URL.
-    downloaded_size: Size of all archives in bytes, which tfds writes down.
+    folders: Folder with the contents of each archive, by the URL of the archive.
+    downloaded_size: Size of all archives in bytes, which tfds records in its description of the data set.
   """
 
   folders: dict[str, str]
@@ -174,7 +176,7 @@ class _UnpackedArchives(NamedTuple):
 
 
 def _write_records(builder: Any, folders: dict[str, str], archives_size: int) -> None:
-  """Makes a builder write array_record files from unpacked archives, and replaces TensorFlow for that time."""
+  """Makes a builder write array_record files from unpacked archives. While the builder runs, TensorFlow is replaced."""
   generate_examples = builder._generate_examples
 
   def with_pillow_images(*args, **kwargs):

@@ -1,7 +1,7 @@
 """Splits classes into those to train, validate and test on: by seed, by lists of names, or as published.
 
-A split begins as names of classes, `ClassNames`, which can be inspected and saved. Then `split_bank` splits the images
-by these names.
+The functions `split_by_…` and `published_split` split only the names of the classes. Their result, `ClassNames`, can be
+inspected and saved. Then `split_bank` splits the images by these names.
 """
 
 import collections
@@ -112,7 +112,7 @@ def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
   listed = [name for part in lists for name in part]
   _check_unique(listed, 'the lists of classes')
   if missing := sorted(set(listed) - set(names)):
-    raise ValueError(f'the lists have {some(missing, "class", "classes")} that the data has not; correct the lists')
+    raise ValueError(f'the lists have {some(missing, "class", "classes")} that are not in the data; correct the lists')
   return ClassNames(*(tuple(part) for part in lists))
 
 
@@ -134,7 +134,7 @@ def read_list(path: PathLike) -> tuple[str, ...]:
     ...   read_list(path)
     ('cat',)
   """
-  return _names(read_text(at_home(path), 'the list of classes, which is UTF-8 text with one class name a line'))
+  return _names(read_text(at_home(path), 'the list of classes, which is UTF-8 text with one class name per line'))
 
 
 def read_text(path: pathlib.Path, what: str) -> str:
@@ -142,14 +142,14 @@ def read_text(path: pathlib.Path, what: str) -> str:
 
   Args:
     path: Path of a file in UTF-8.
-    what: What the file should be, in messages.
+    what: Description of the file that is expected, such as 'a CSV file in UTF-8'. Error messages contain it.
 
   Raises:
     DatasetError: if the file is missing, is not a regular file, or is not UTF-8 text.
   """
   try:
     if os.path.lexists(path) and not path.is_file():  # Reading a pipe would wait forever.
-      raise DatasetError(f'{path} is not a file; replace it by {what}')
+      raise DatasetError(f'{path} is not a regular file; replace it by {what}')
     return path.read_text(encoding='utf-8-sig')
   except (OSError, ValueError) as e:
     raise DatasetError(
@@ -178,7 +178,7 @@ def published_split(dataset: str) -> ClassNames:
 
 
 def class_list(name: str) -> tuple[str, ...]:
-  """Returns the names in one of the lists of classes that this package has in `class_lists`."""
+  """Returns the class names in the file `class_lists/NAME.txt` of this package."""
   return _names((importlib.resources.files('metasgd_jax.datasets') / 'class_lists' / f'{name}.txt').read_text('utf-8'))
 
 
@@ -191,7 +191,8 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
     lists: Names of the classes in each part. The classes of a part are returned in the order of its list.
 
   Raises:
-    ValueError: if there are not C names, if a name occurs twice, or if a class in the lists is not in `names`.
+    ValueError: if there are not C names, if a name occurs twice in `names` or in the lists, or if a class in the lists
+      is not in `names`.
 
   Example:
     >>> from metasgd_jax.datasets import split_bank, split_by_seed
@@ -223,7 +224,7 @@ def _take(bank, classes) -> ClassBank:
 
 
 def _ends(shares: dict[str, float], classes: int) -> list[int]:
-  """Returns how many of the classes are in the parts up to and including each part."""
+  """Returns for each part the number of classes in this part and in all parts before it."""
   ends = list(itertools.accumulate(shares.values()))
   text = ', '.join(f'{name}={value}' for name, value in shares.items())
   if all(isinstance(value, numbers.Integral) for value in shares.values()):

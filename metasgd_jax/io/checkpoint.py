@@ -2,8 +2,8 @@
 
 The checkpoints are written in the background. A checkpoint is never half-written.
 
-With several processes, one of them reads and writes the checkpoints, and does not wait for the others. This is possible
-because each process has the whole arrays.
+In a run with several processes, one process reads and writes the checkpoints, and does not wait for the others. This is
+possible because each process has complete copies of the arrays.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ LATEST = 2
 Config = Mapping[str, Any]
 Report = Callable[[str], None]
 
-_REMOVED = 'removed'  # Orbax moves a checkpoint into this folder to remove it, so that no half of it is ever seen.
+# Orbax moves a checkpoint into this folder before it deletes its files, so that no checkpoint is found half-deleted.
+_REMOVED = 'removed'
 
 
 class CheckpointError(Exception):
@@ -58,8 +59,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
   Attributes:
     latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none.
-    best: The `keep_best` checkpoints with the greatest metrics among `latest` and the older ones, the best first. If
-      two metrics are equal, the later checkpoint comes first.
+    best: The `keep_best` checkpoints with the greatest metrics among `latest` and all older checkpoints, the best
+      first. If two metrics are equal, the later checkpoint comes first.
     last: Step of the newest checkpoint, whether it was read or saved, or -1 if there is none.
   """
 
@@ -69,7 +70,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Opens the directory, and creates it if necessary. Removes the checkpoints that are newer than `latest`.
 
     Args:
-      directory: Directory of this training run alone.
+      directory: Directory for the checkpoints of this training run. No other run may use the directory.
       like: A state with the structure, shapes and dtypes that the checkpoints must have.
       config: Configuration, which is stored in each checkpoint. Checkpoints of another configuration are refused.
       keep_best: Number of checkpoints with the greatest metrics that are kept in addition to the latest.
@@ -84,7 +85,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     self.last = -1 if self.latest is None else self.latest.step
     there = [step for step in steps(self._directory) if step <= self.last]
     older = [self._directory / str(step) for step in there[:-1]] if keep_best else []
-    found = [_try_read(path, like, config, report, 'the best are chosen without it') for path in older] + [self.latest]
+    found = [
+      _try_read(path, like, config, report, 'it is left out when the best checkpoints are chosen') for path in older
+    ] + [self.latest]
     with_metric = [checkpoint for checkpoint in found if checkpoint and checkpoint.metric is not None]
     self.best = sorted(with_metric, key=lambda c: (c.metric, c.step), reverse=True)[:keep_best]
     self._metrics = {checkpoint.step: checkpoint.metric for checkpoint in self.best}
@@ -93,7 +96,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       cleanup_tmp_directories=True,
       todelete_subdir=_REMOVED,
       lightweight_initialize=True,  # Otherwise orbax would raise an error if a file of any checkpoint is damaged.
-      create=False,  # Orbax does not create the directory if it does not wait for other processes.
+      create=False,  # Orbax cannot create the directory if `active_processes` is set.
       multiprocessing_options=_by_itself(),
     )
     with self._told():
@@ -159,7 +162,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     except (OSError, ValueError) as e:  # tensorstore raises ValueError for a full or vanished disk.
       raise CheckpointError(
         f'a checkpoint cannot be written to {self._directory} ({files.first_line(e)}); '
-        'make room, or give another directory'
+        'free disk space, or give another directory'
       ) from e
 
 
@@ -170,7 +173,7 @@ class _LatestAndBest(NamedTuple):
   """
 
   keep_best: int
-  metrics: dict[int, Any]  # By step. `Checkpoints.save` adds to it.
+  metrics: dict[int, Any]  # Metrics by step. `Checkpoints.save` adds each new metric.
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     there = [checkpoint.step for checkpoint in checkpoints]
@@ -189,7 +192,7 @@ def steps(directory: files.PathLike) -> list[int]:
 def newest(
   directory: files.PathLike, *, like: TrainState, config: Config, until: int | None = None, report: Report = print
 ) -> Checkpoint | None:
-  """Returns the newest checkpoint in a directory that can be read, or `None` if there is none. It changes no files.
+  """Returns the newest checkpoint in a directory that can be read, or `None` if there is none. No file is changed.
 
   Args:
     directory: Directory of one training run.
@@ -207,7 +210,7 @@ def newest(
     return None
   while there:
     step = there.pop()
-    otherwise = f'the one before, {there[-1]}, is taken' if there else 'there is none before it'
+    otherwise = f'the checkpoint before it, {there[-1]}, is used' if there else 'there is no checkpoint before it'
     if found := _try_read(path / str(step), like, config, report, otherwise):
       return found
   raise CheckpointError(f'none of the checkpoints in {path} can be read; remove them, or give another directory')
@@ -233,7 +236,10 @@ def _by_itself():
 
 
 def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Report, otherwise: str):
-  """Returns a checkpoint. If it is damaged, reports this and what is done `otherwise`, and returns `None`."""
+  """Returns the checkpoint at `path`, or `None` if it is damaged.
+
+  If the checkpoint is damaged, `report` receives a sentence that ends with `otherwise`: what happens instead.
+  """
   try:
     return _read(path, like, config)
   except CheckpointError:
@@ -252,14 +258,16 @@ def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
   about = _read_about(path)
   check_config(about['config'], config, path.parent)
   if difference := first_difference(about['leaves'], leaf_types(like)):
-    raise CheckpointError(f'checkpoint {path} does not fit what is trained: {difference}; give another directory')
+    raise CheckpointError(
+      f'checkpoint {path} does not fit the state that is trained: {difference}; give another directory'
+    )
   arrays = {}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_by_itself()) as reader:
     for name, leaf in named(like):
-      # If orbax read several arrays at once and one of them were damaged, it would leave the others to a closed event
-      # loop, and Python would print a traceback for each of them.
+      # Each array is read by a separate call. If one call read all arrays and one array were damaged, orbax would close
+      # the event loop while the other arrays are being read, and Python would print a traceback for each of them.
       only = ocp.args.PyTreeRestore(item={name: 0}, partial_restore=True)
-      empty = np.size(leaf) == 0  # It was not stored.
+      empty = np.size(leaf) == 0  # `save` has not stored it.
       arrays[name] = np.zeros(leaf.shape, leaf.dtype) if empty else reader.restore(path / 'state', args=only)[name]
       if zlib.crc32(arrays[name].tobytes()) != about['crc32'][name]:
         raise ValueError(f'the array {name} has changed since the checkpoint was written')

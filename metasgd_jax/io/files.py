@@ -1,4 +1,4 @@
-"""Files that are never half-written: JSON, arrays and parameters. Also the check that a directory can be written."""
+"""Writes JSON, arrays and parameters to files that are never half-written. Checks that directories can be written."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from metasgd_jax.types import PyTree
 
 PathLike = str | os.PathLike[str]
 
-_ADVICE = 'make room, or give another directory'
+_ADVICE = 'free disk space, or give another directory'
 
 
 class WriterError(Exception):
@@ -25,7 +25,7 @@ class WriterError(Exception):
 
 
 def as_path(path: PathLike) -> pathlib.Path:
-  """Returns the path. Raises ValueError if it is neither a string nor a path, such as `None`.
+  """Returns `path` as a `pathlib.Path`. Raises ValueError if it is neither a string nor a path; for example, `None`.
 
   Example:
     >>> ms.files.as_path('runs/a').name
@@ -39,7 +39,7 @@ def as_path(path: PathLike) -> pathlib.Path:
 def first_line(text: object) -> str:
   r"""Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
 
-  If the text of an error is empty, the result is the name of its type.
+  If the text of an error is empty, the result is the name of the error's type.
 
   Example:
     >>> ms.files.first_line(ValueError('x is negative\nand y too'))
@@ -65,7 +65,7 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     True
   """
   if path == '':  # An unset shell variable gives an empty path, which would be the current directory.
-    raise WriterError('workdir is empty; give a directory, such as .')
+    raise WriterError("workdir is empty; give a directory, such as '.'")
   if reason := why_not_writable(path):
     raise WriterError(f'workdir {path} cannot be written ({reason}); give another directory')
   return pathlib.Path(path).expanduser()
@@ -94,9 +94,9 @@ def why_not_writable(directory: PathLike) -> str | None:
 
 @contextlib.contextmanager
 def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
-  """Opens a file that gets its name only when it is complete.
+  """Opens a file for writing, as a context manager. The file gets the name `path` only when it is complete.
 
-  After an error, a previous file of that name is unchanged. If there was none, there is still none.
+  If an error is raised in the `with` block, a previous file at `path` is unchanged, and no new file is left.
 
   Args:
     path: Path of the file.
@@ -117,18 +117,18 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
   aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
   with told(path, advice):
     try:
-      with aside.open('xb') as file:  # Files of tempfile are readable by their owner alone.
+      with aside.open('xb') as file:  # tempfile makes files that only their owner can read.
         yield file
         file.flush()
         os.fsync(file.fileno())
-      aside.replace(path)  # The file is closed: Windows renames no open file.
+      aside.replace(path)  # The file is closed by now, because Windows cannot rename an open file.
     finally:
       aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
-  """Turns an error of the operating system into a WriterError.
+  """Turns an error of the operating system in a `with` block into a WriterError.
 
   Args:
     path: Path of the file that is written in the `with` block.
@@ -199,7 +199,7 @@ def write_array(path: PathLike, array: np.ndarray) -> None:
 def write_params(path: PathLike, params: PyTree) -> None:
   """Writes the arrays of a pytree to a safetensors file, under names such as 'theta.Dense_0.kernel'.
 
-  `read_params` reads them.
+  `read_params` reads such a file.
 
   Args:
     path: Path of the file, which is never half-written.
@@ -219,7 +219,7 @@ def write_params(path: PathLike, params: PyTree) -> None:
   """
   import safetensors.numpy
 
-  # safetensors writes the memory of an array as it is, so it must be in the order of C.
+  # safetensors writes the memory of an array as it is, so the memory must be in row-major (C) order.
   arrays = {name: np.asarray(leaf, order='C') for name, leaf in named(jax.device_get(params))}
   with atomic(path) as file:
     file.write(safetensors.numpy.save(arrays))
@@ -233,8 +233,8 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
     like: A pytree of the same structure, shapes and dtypes, such as the result of `init`.
 
   Raises:
-    ValueError: if there is no such file, if it is not a file of `write_params`, or if its structure, a shape or a dtype
-      is not that of `like`.
+    ValueError: if there is no such file, if `write_params` did not write it, or if its structure, a shape or a dtype is
+      not that of `like`.
 
   Example:
     >>> import tempfile
@@ -245,21 +245,21 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
   """
   import safetensors
 
-  said = f'{path} does not hold the parameters asked for'
+  said = f'{path} does not hold the expected parameters'
   if not as_path(path).is_file():
-    raise ValueError(f'{said}: there is no such file')
+    raise ValueError(f'{said}: there is no such file; check the path')
   try:
     with safetensors.safe_open(path, framework='np') as file:
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(f'{said}: it is no safetensors file, or not the whole of it ({e})') from e
+    raise ValueError(f'{said}: it is not a safetensors file, or is incomplete ({e}); get the file again') from e
   if difference := first_difference(leaf_types(arrays), leaf_types(like)):
-    raise ValueError(f'{said}: {difference}; was it trained with other settings?')
+    raise ValueError(f'{said}: {difference}; use the settings that the parameters were trained with')
   return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name, _ in named(like)])
 
 
 def plain(value: Any) -> Any:
-  """Returns `value` with NumPy's types converted to Python's, and with None in place of floats that JSON lacks.
+  """Returns `value` with NumPy's types converted to Python's, and with None in place of infinities and NaN.
 
   Example:
     >>> ms.files.plain({'loss': np.float32(0.5), 'rates': np.array([0.1, np.nan])})

@@ -31,14 +31,14 @@ class Writer(Protocol):
     Args:
       label: Name of the run.
       step: Number of meta-iterations done.
-      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
+      values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
     """
 
 
 class MetricsWriter:
   """A `Writer` that appends JSON lines to a file, such as metrics.jsonl, and wall-clock times to a second file.
 
-  The times have a separate file so that the same run writes the same metrics, byte for byte. The times for
+  The times have a separate file so that a repeated run writes the same metrics, byte for byte. The times for
   metrics.jsonl go to timings.jsonl, and the times for valid.jsonl go to valid_timings.jsonl.
 
   Example:
@@ -48,14 +48,14 @@ class MetricsWriter:
     ...   writer = MetricsWriter(f'{directory}/metrics.jsonl')
     ...   for step in (1, 2):
     ...     writer.write('MAML', step, {'loss': 0.5, 'seconds': 2.0})
-    ...   kept = writer.cut('MAML', step=1)  # To go on from step 1.
+    ...   kept = writer.cut('MAML', step=1)  # Removes the lines after step 1.
     ...   writer.sync()
     ...   print(pathlib.Path(f'{directory}/metrics.jsonl').read_text().strip())
     {"label": "MAML", "step": 1, "loss": 0.5}
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
-    """Starts with empty files, or with `go_on` keeps the lines of existing files.
+    """Starts with empty files. If `go_on` is true, the lines of existing files are kept instead.
 
     Args:
       path: Path of the metrics file.
@@ -78,7 +78,7 @@ class MetricsWriter:
     Args:
       label: Name of the run.
       step: Number of meta-iterations done.
-      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
+      values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
 
     Raises:
       ValueError: if a value is called label or step.
@@ -93,7 +93,9 @@ class MetricsWriter:
       _append(self._path, {'label': label, 'step': step, **values})
 
   def cut(self, label: str, step: int) -> list[dict[str, Any]]:
-    """Removes the lines of a run after a step, and all incomplete lines. Returns the remaining metrics of the run.
+    """Removes the lines of a run after a step, and all incomplete lines.
+
+    Returns the lines of the metrics file that remain of this run, each as a dict.
 
     Args:
       label: Name of the run.
@@ -118,12 +120,15 @@ def _append(path: pathlib.Path, line: Mapping[str, Any]) -> None:
 
 
 def _cut(path: pathlib.Path, label: str, step: int) -> list[dict[str, Any]]:
-  """Returns the lines that are kept. The file is replaced as a whole, and only if a line is removed."""
+  """Removes lines as `MetricsWriter.cut` does. Returns the kept lines of all runs, each as a dict.
+
+  The file is replaced as a whole, and only if a line is removed.
+  """
   with told(path):
     old = path.read_bytes().splitlines(keepends=True) if path.exists() else []
   kept, lines = [], []
   for text in old:
-    with contextlib.suppress(ValueError):  # The run was killed while it wrote this line.
+    with contextlib.suppress(ValueError):  # A run that is killed may leave an incomplete line.
       line = json.loads(text)
       if text.endswith(b'\n') and (line['label'] != label or line['step'] <= step):
         kept.append(text)
@@ -142,7 +147,7 @@ class TensorBoardWriter:
     >>> from metasgd_jax.io.writers import TensorBoardWriter
     >>> with tempfile.TemporaryDirectory() as directory:
     ...   writer = TensorBoardWriter(directory)
-    ...   writer.write('MAML', 100, {'loss': np.array([0.5, 0.7])})  # Of two runs: their mean.
+    ...   writer.write('MAML', 100, {'loss': np.array([0.5, 0.7])})  # Writes the mean over two runs.
     ...   writer.histograms('MAML', 100, {'alpha': np.array([0.1, -0.1])})
     ...   writer.close()
     ...   len(os.listdir(directory))
@@ -171,7 +176,7 @@ class TensorBoardWriter:
     Args:
       label: Name of the run.
       step: Number of meta-iterations done.
-      values: Numbers, or arrays `[R]` with one number for each of R runs, by name.
+      values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
     """
     for name, value in values.items():
       self._writer.add_scalar(f'{label}/{name}', float(np.mean(value)), step)

@@ -1,4 +1,4 @@
-"""Curves, histograms and tables as figures."""
+"""Figures of curves, histograms and accuracies."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Fit(NamedTuple):
 def adaptation_curves(
   x: np.ndarray, truths: Sequence[np.ndarray], supports: Sequence[Batch], fits: Sequence[Sequence[Fit]]
 ) -> Figure:
-  """Draws Figure 3 of Li et al. 2017, with one column per curve and one row per learner.
+  """Draws a figure like Figure 3 of Li et al. 2017, with one column per curve and one row per learner.
 
   Each panel shows the true curve, the support, and the fit before and after adaptation.
 
@@ -163,9 +163,9 @@ class Accuracy(NamedTuple):
 
 
 def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
-  """Draws accuracies as a table, with one panel per setting and one line per learner.
+  """Draws accuracies with their confidence intervals, with one panel per setting and one row per learner.
 
-  The best learner is at the top. Diamonds show the accuracies that the paper reports.
+  The best learner is at the top of each panel. Diamonds show the accuracies that the paper reports.
 
   Args:
     panels: Accuracies of the learners in each setting, `{setting: learners}`.

@@ -1,4 +1,4 @@
-"""Paths of a point in the plane before and after adaptation: Figure 4 of Li et al. 2017, and an animation of it."""
+"""Paths of a point in the plane before and after adaptation, as in Figure 4 of Li et al. 2017, or as an animation."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -121,7 +121,7 @@ def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, mi
 
   draw(0)
   figure.draw_without_rendering()
-  figure.set_layout_engine('none')  # All frames share the first layout. A new layout takes a quarter of a frame's time.
+  figure.set_layout_engine('none')  # A new layout would take a quarter of the time of a frame.
   frames = len(walks[0].paths) * (shown + rest)
   return FuncAnimation(figure, draw, frames=frames, interval=milliseconds, blit=False)
 

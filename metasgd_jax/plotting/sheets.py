@@ -1,4 +1,4 @@
-"""Sheets of images: a few-shot task, and the answers of a classifier."""
+"""Figures that show many images: a few-shot task, or the answers of a classifier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,10 @@ from metasgd_jax.types import Batch
 
 
 def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
-  """Draws one few-shot task with one row per class.
+  """Draws one few-shot task, with one row per class, and the answers of a learner to the query.
 
-  The support is on the left and the query is on the right. Wrong answers are red.
+  The support is on the left and the query is on the right. At most 10 query images of a class are drawn. Wrong answers
+  are red.
 
   Args:
     support: Support, with images x `[N·K, H, W, D]` from 0 to 1 and labels y `[N·K]`.
@@ -128,7 +129,7 @@ def prediction_sheet(
 
 
 def _displayed(image: np.ndarray) -> np.ndarray:
-  """Returns an image `[H, W, D]` in a form that imshow accepts: grey, or red, green and blue."""
+  """Returns an image `[H, W, D]` in a form that imshow accepts: grey `[H, W]`, or `[H, W, D]` with D 3 or 4."""
   return image if image.shape[-1] in (3, 4) else image.mean(-1)
 
 

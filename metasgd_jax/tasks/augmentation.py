@@ -17,8 +17,9 @@ Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
 def augmented(tasks: Tasks, augment: Augment) -> Tasks:
   """Returns the tasks with `augment` applied to each image of an episode, in the support and in the query.
 
-  The augmentation does not change which images an episode contains. The choice of images still depends only on the
-  key of the episode, so that a stream sends the right images. `chain` combines several augmentations into one.
+  The augmentation does not change which images an episode contains. The choice of images still depends only on the key
+  of the episode, so that `stream` still sends the images that the episode needs. `chain` combines several augmentations
+  into one.
 
   Raises:
     ValueError: if the tasks are augmented already, because their keys would be used twice.
@@ -47,7 +48,7 @@ def flip(key: chex.PRNGKey, image: chex.Array) -> chex.Array:
 def shift(pixels: int) -> Augment:
   """Returns an augmentation that shifts an image by at most `pixels` pixels vertically and horizontally.
 
-  The shifts are random. The pixels at the edge of the image are repeated.
+  The shifts are random. The space that a shift leaves at an edge is filled with copies of the pixels at that edge.
 
   Raises:
     ValueError: if `pixels` is below 0.
@@ -102,7 +103,7 @@ class _Augmented:
 def _episode(episode, augment, task, key) -> Episode:
   parts = []
   # `split(key)[i]` equals `fold_in(key, i)`. The episode function splits the same key, but never into more than 2**31
-  # keys, so that the keys below are not used twice.
+  # keys, so that the keys below differ from its keys.
   for i, part in enumerate(episode(task, key)):
     keys = jax.random.split(jax.random.fold_in(key, 2**31 + i), part.x.shape[0])
     parts.append(part._replace(x=jax.vmap(augment)(keys, part.x)))

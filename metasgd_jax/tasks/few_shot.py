@@ -45,12 +45,14 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
   """
   if isinstance(images, np.ndarray | jax.Array):
     if images.ndim != 5:
-      raise ValueError(f'class_bank takes images [C, I, H, W, D] or a list of classes, got shape {images.shape}')
+      raise ValueError(f'images must be [C, I, H, W, D] or a list of arrays [I, H, W, D], got shape {images.shape}')
     bank = ClassBank(images.reshape(-1, *images.shape[2:]), np.full(images.shape[0], images.shape[1]))
   else:
     shapes = sorted({np.shape(one) for one in images})
     if len({shape[1:] for shape in shapes}) != 1 or len(shapes[0]) != 4:
-      raise ValueError(f'classes must have images [I, H, W, D] of one size, got shapes {shapes}; resize the images')
+      raise ValueError(
+        f'classes must be [I, H, W, D], with images of the same size, got shapes {shapes}; resize the images'
+      )
     bank = ClassBank(np.concatenate(images), np.array([len(one) for one in images]))
   check_bank(bank)
   return bank
@@ -89,8 +91,8 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
 def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistribution:
   """Returns the distribution of `few_shot` with indices of images in place of images.
 
-  The indices are positions in the bank, int32 `[N·K]` in the support and `[N·query]` in the query. The errors are those
-  of `few_shot`.
+  The indices are positions in the bank, int32 `[N·K]` in the support and `[N·query]` in the query. The same errors are
+  raised as by `few_shot`.
 
   Args:
     bank: Bank of classes and images, as in `few_shot`.
@@ -110,7 +112,7 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
   if way > len(sizes):
     raise ValueError(f'way={way} is more than the number of classes in the bank ({len(sizes)}); lower way')
   if shot + query > sizes.min():
-    limit, advice = f'the {sizes.min()} images of class {int(sizes.argmin())}', 'lower one, or leave the class out'
+    limit, advice = f'the {sizes.min()} images of class {int(sizes.argmin())}', 'lower shot or query, or omit the class'
     raise ValueError(f'shot + query = {shot} + {query} = {shot + query} is more than {limit}; {advice}')
   sample = equal_partial(_sample_classes, classes=len(sizes), way=way)
   episode = equal_partial(_episode_of_indices, most=int(sizes.max()), shot=shot, query=query)
@@ -143,7 +145,7 @@ def check_bank(bank: ClassBank) -> None:
   images, sizes, total = np.shape(bank.images), np.shape(bank.sizes), np.sum(bank.sizes)
   if len(images) != 4 or len(sizes) != 1 or images[0] != total:
     got = f'images of shape {images} and sizes of shape {sizes} with sum {total}'
-    raise ValueError(f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got {got}; use class_bank')
+    raise ValueError(f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got {got}; call class_bank')
   if bank.images.dtype != np.uint8:
     raise ValueError(f'a ClassBank has uint8 images (0 to 255), got {bank.images.dtype}; convert the images')
 
@@ -191,10 +193,10 @@ def rotate_classes(bank: ClassBank) -> ClassBank:
 
 
 def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
-  """Returns the distribution of supervised batches: the query is `batch` images of any classes, labels 0 to C − 1.
+  """Returns the distribution of supervised batches: the query is `batch` images of any classes.
 
-  The distribution is meant for training on all classes jointly, as `learners.fine_tuning` does. The support is one of
-  the query items, and serves only to give shapes.
+  The labels are from 0 to C − 1. The distribution is meant for training on all classes jointly, as
+  `learners.fine_tuning` does. The support has only the first item of the query, and only its shapes are used.
 
   Args:
     bank: Bank of classes and images, as in `few_shot`.
@@ -215,7 +217,7 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
 def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
   """Returns the distribution of `all_classes` with indices of images in place of images.
 
-  The indices are positions in the bank, int32 `[batch]` in the query. The errors are those of `all_classes`.
+  The indices are positions in the bank, int32 `[batch]` in the query. The same errors are raised as by `all_classes`.
 
   Args:
     bank: Bank of classes and images, as in `all_classes`.

@@ -14,7 +14,7 @@ _CURVE_POINTS = 12  # Number of points on a stroke, joined by straight lines. Mo
 
 @dataclasses.dataclass(frozen=True)
 class GlyphConfig:
-  """How characters vary, and how the drawings of one character vary. Lengths are in units of the image's width.
+  """Parameters of random characters and of their random drawings. Lengths are in units of the image's width.
 
   The default values were chosen by eye: two drawings of a character look as if two people had written it.
 
@@ -54,8 +54,8 @@ def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: i
   """Returns the distribution of N-way K-shot tasks on random characters.
 
   A task consists of the control points of N characters, `[N, strokes, 4, 2]`. Every task has new characters. An episode
-  has the form of an episode of `few_shot`: images x `[N·K, size, size, 1]`, float32 from 0 to 1, and labels `[N·K]`, in
-  shuffled order. Each item is a separate drawing.
+  has the form of an episode of `few_shot`: the support has images x `[N·K, size, size, 1]`, float32 from 0 to 1, and
+  labels y `[N·K]`, in shuffled order. Each item is a separate drawing.
 
   Args:
     config: Variation of characters and drawings.

@@ -17,7 +17,7 @@ class MarkovConfig:
     tokens: Number of tokens, V. The tokens are the states of the chain.
     length: Number of input tokens of a sequence, L. The sequence has one token more.
     concentration: Concentration of the Dirichlet distribution from which each row of transition probabilities is drawn.
-      Near 0, each row has one likely successor. At 1, the distribution is uniform over all rows.
+      Near 0, one token is by far the most probable in each row. At 1, all rows of probabilities are equally likely.
 
   Example:
     >>> tasks = ms.tasks.markov_chains(ms.tasks.MarkovConfig(tokens=4, length=6), shot=3, query=2)
@@ -43,8 +43,8 @@ class MarkovChain(NamedTuple):
 
   Example:
     >>> chain = ms.tasks.MarkovChain(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]])))
-    >>> logits = chain(jnp.array([0, 1, 0]))  # Of three tokens.
-    >>> print(jax.nn.softmax(logits)[1])  # After token 1 comes token 0.
+    >>> logits = chain(jnp.array([0, 1, 0]))  # Logits of the token after each of three tokens.
+    >>> print(jax.nn.softmax(logits)[1])  # Token 0 always follows token 1.
     [1. 0.]
   """
 

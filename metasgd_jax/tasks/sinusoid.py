@@ -43,7 +43,8 @@ class SinusoidConfig:
 META_SGD_SINUSOIDS = SinusoidConfig()
 """Ranges for the sine curves of Li et al. 2017, section 4.1.
 
-The range of x is stated in the paper. The other ranges agree with the results in the paper's table; ω = 1 does not.
+The paper states the range of x, but not the other ranges. With these ranges, the results agree with the paper's table.
+With ω = 1 they do not.
 """
 
 MAML_SINUSOIDS = SinusoidConfig(frequency=(1.0, 1.0))

@@ -11,7 +11,9 @@ from metasgd_jax.types import Batch, Episode, TaskDistribution, TaskStream
 
 
 def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
-  """Returns the tasks of a bank as a stream. For each chunk it sends only the images that the chunk's episodes contain.
+  """Returns the tasks of a bank as a stream of chunks of episodes.
+
+  For each chunk, the stream sends to the device only the images that the episodes of the chunk contain.
 
   The same keys give the same episodes as with `few_shot` or `all_classes`, bit for bit. The host finds the images that
   a chunk needs from the keys that the device will use. An image that was not sent would be NaN in the episode.
@@ -29,7 +31,7 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
     >>> tasks = ms.tasks.stream(bank, ms.tasks.image_indices(bank, way=5, shot=1, query=3))
-    >>> type(tasks).__name__  # What `train` and `evaluate` take.
+    >>> type(tasks).__name__  # `train` and `evaluate` accept it.
     'TaskStream'
   """
   indices = jax.device_get(indices)
@@ -43,7 +45,7 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
       )
     found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host_device())))
     rows = np.unique(found)
-    images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # The same shape for all chunks.
+    images = np.zeros((min(total, found.size), *bank.images.shape[1:]), np.uint8)  # All chunks have this shape.
     images[: len(rows)] = bank.images[rows]
     places = np.full(total, -1, np.int32)
     places[rows] = np.arange(len(rows))

@@ -42,11 +42,12 @@ class TestArchives:
   @pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE])
   def test_links_in_tar_files_are_refused_even_to_members(self, tmp_path, kind):
     data = self.tar(('a/b', dict(size=3)), ('a/c', dict(type=kind, linkname='a/b' if kind == tarfile.LNKTYPE else 'b')))
-    assert 'leads outside' in self.unpack(tmp_path, data)
+    assert 'outside of the target folder' in self.unpack(tmp_path, data)
 
   @pytest.mark.parametrize('kind', [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
   def test_devices_and_pipes_in_tar_files_are_refused(self, tmp_path, kind):
-    assert 'do not trust it' in self.unpack(tmp_path, self.tar(('zero', dict(type=kind, devmajor=1, devminor=5))))
+    data = self.tar(('zero', dict(type=kind, devmajor=1, devminor=5)))
+    assert 'do not trust this archive' in self.unpack(tmp_path, data)
 
   @pytest.mark.parametrize('compression', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
   def test_a_zip_bomb_is_refused_before_it_is_unpacked(self, tmp_path, monkeypatch, compression):

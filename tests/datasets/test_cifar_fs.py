@@ -113,7 +113,7 @@ class TestBadArchives:
     return cifar_fs.load(tmp_path / 'data', archives=archives, **{'verify_archives': False, **options})
 
   def test_missing(self, tmp_path):
-    with pytest.raises(DatasetError, match=saying(f'no {ARCHIVE}', 'put all', 'own names')):
+    with pytest.raises(DatasetError, match=saying(f'no {ARCHIVE}', 'put all', 'original file names')):
       self.load(tmp_path, tmp_path)
 
   def test_not_the_registered_file(self, tmp_path, archives):
@@ -123,7 +123,7 @@ class TestBadArchives:
   @pytest.mark.parametrize('kept', [0, 5])
   def test_not_a_tar_file(self, tmp_path, archives, kept):
     (tmp_path / ARCHIVE).write_bytes((archives / ARCHIVE).read_bytes()[:kept])
-    with pytest.raises(DatasetError, match=saying('whole tar file', f'({kept} bytes)', 'get the file again from http')):
+    with pytest.raises(DatasetError, match=saying('complete tar file', f'({kept} bytes)', 'file again from http')):
       self.load(tmp_path, tmp_path)
 
   def test_cut_short(self, tmp_path, archives):
@@ -144,7 +144,9 @@ class TestBadArchives:
   )
   def test_a_member_that_leads_outside(self, tmp_path, name, data):
     write_archive(tmp_path / 'archives', contents(**{name: data}))
-    with pytest.raises(DatasetError, match=saying(ARCHIVE, 'leads outside', 'do not trust it')):
+    with pytest.raises(
+      DatasetError, match=saying(ARCHIVE, 'outside of the target folder', 'do not trust this archive')
+    ):
       self.load(tmp_path, tmp_path / 'archives')
     assert list(tmp_path.rglob('outside')) == []
     assert list((tmp_path / 'data').glob('cifar100/*')) == []
@@ -163,11 +165,11 @@ class TestBadArchives:
 
   def test_images_are_missing(self, tmp_path):
     write_archive(tmp_path / 'archives', contents(**{'cifar-100-binary/test.bin': records([3])}))
-    with pytest.raises(DatasetError, match=saying('not the whole of CIFAR-100', 'apple has 4', 'be 5')):
+    with pytest.raises(DatasetError, match=saying('not contain all of CIFAR-100', 'apple has 4', 'be 5')):
       self.load(tmp_path, tmp_path / 'archives')
 
   def test_classes_of_another_data_set(self, tmp_path):
     names = '\n'.join(['unicorn', *NAMES[1:]]).encode()
     write_archive(tmp_path / 'archives', contents(**{'cifar-100-binary/fine_label_names.txt': names}))
-    with pytest.raises(DatasetError, match=saying('other classes than CIFAR-100', 'apple')):
+    with pytest.raises(DatasetError, match=saying('classes are not those of CIFAR-100', 'apple')):
       self.load(tmp_path, tmp_path / 'archives')

@@ -134,7 +134,7 @@ class TestReadImage:
     header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
     parts = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
     (tmp_path / 'a.png').write_bytes(b'\x89PNG\r\n\x1a\n' + parts)
-    with pytest.raises(DatasetError, match=saying('16-bit colours', 'low bits', 'save it with 8 bits')):
+    with pytest.raises(DatasetError, match=saying('16-bit colours', 'almost black', 'save the image with 8 bits')):
       read_image(tmp_path / 'a.png', 8, 3)
 
   @pytest.mark.parametrize('light', [255, 240])
@@ -199,14 +199,14 @@ def broken_files(directory):
   png, jpeg = (whole / 'a.png').read_bytes(), (whole / 'a.jpg').read_bytes()
   contents = {
     'bits.png': (png[:3000] + bytes(2000) + png[5000:], ''),
-    'bomb.png': (png_that_claims(100_000, 100_000), 'more pixels than Pillow takes to be safe'),
+    'bomb.png': (png_that_claims(100_000, 100_000), 'more pixels than Pillow considers safe'),
     'cut.jpg': (jpeg[: len(jpeg) // 2], 'truncated'),
     'cut.png': (png[: len(png) // 2], ''),
     'empty.png': (b'', 'the file is empty'),
     'head.png': (png[:20], ''),
-    'large.png': (png_that_claims(10_000, 10_000), 'more pixels than Pillow takes to be safe'),
+    'large.png': (png_that_claims(10_000, 10_000), 'more pixels than Pillow considers safe'),
     'postscript.png': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not an image of a known format'),
-    'real.tif': ((whole / 'a.tif').read_bytes(), 'pixels of mode F have no known range'),
+    'real.tif': ((whole / 'a.tif').read_bytes(), 'the range of its pixel values is unknown (mode F)'),
     'text.png': (b'a letter', 'not an image of a known format'),
   }
   directory.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ class TestBrokenFiles:
     save(tmp_path / 'good.png')
     os.mkfifo(tmp_path / 'pipe.png')
     found = image_folder.read_images(tmp_path, size=8)
-    assert found.skipped == ((tmp_path / 'pipe.png', 'it is not a file'),)
+    assert found.skipped == ((tmp_path / 'pipe.png', 'it is not a regular file'),)
 
 
 class TestLoad:
@@ -377,7 +377,7 @@ class TestReadImages:
       assert any(f'skipped {tmp_path / name}: ' in line for line in lines)
 
   def test_none(self, tmp_path):
-    with pytest.raises(DatasetError, match=saying(tmp_path, 'no image', '0 were tried')):
+    with pytest.raises(DatasetError, match=saying(tmp_path, 'no image', '0 files were tried')):
       image_folder.read_images(tmp_path, size=8)
 
 

@@ -191,7 +191,7 @@ class TestBadArchives:
   def test_one_is_missing(self, tmp_path, archives):
     (tmp_path / 'some').mkdir()
     shutil.copy(archives / f'{NAMES[0]}.zip', tmp_path / 'some')
-    with pytest.raises(DatasetError, match=saying('some has no images_', '.zip', 'put all', 'own names')):
+    with pytest.raises(DatasetError, match=saying('some has no images_', '.zip', 'put all', 'original file names')):
       self.load(tmp_path, tmp_path / 'some')
 
   def test_not_the_registered_file(self, tmp_path, archives):
@@ -204,7 +204,7 @@ class TestBadArchives:
     path.write_bytes(path.read_bytes()[:kept])
     size = path.stat().st_size
     with pytest.raises(
-      DatasetError, match=saying('small2.zip', 'whole zip file', f'({size} bytes)', 'get the file again')
+      DatasetError, match=saying('small2.zip', 'complete zip file', f'({size} bytes)', 'get the file again')
     ):
       self.load(tmp_path, few, verify_archives=False)
 
@@ -263,7 +263,7 @@ def test_drawings_are_missing(tmp_path, monkeypatch):
 
   builder = builder_of(tmp_path, train=[example(0)], test=[example(0)])
   monkeypatch.setattr(tfds, 'builder', lambda *args, **options: builder)
-  with pytest.raises(DatasetError, match=saying('not the whole of Omniglot', 'character 0 has 2 drawings', 'be 20')):
+  with pytest.raises(DatasetError, match=saying('not contain all of Omniglot', 'character 0 has 2 drawings', 'be 20')):
     omniglot.load(tmp_path)
 
 

@@ -82,7 +82,7 @@ class TestByLists:
     assert split_by_lists(NAMES, lists) == lists
 
   def test_missing_classes_are_named(self):
-    with pytest.raises(ValueError, match=saying('lists', '2 classes (cat, dog)', 'the data has not')):
+    with pytest.raises(ValueError, match=saying('lists', '2 classes (cat, dog)', 'not in the data')):
       split_by_lists(NAMES, ClassNames(('dog', 'class 1'), ('cat',), ()))
 
   def test_a_class_in_two_lists(self):
@@ -120,7 +120,7 @@ class TestReadList:
 
   def test_not_text(self, tmp_path):
     (tmp_path / 'list').write_bytes(b'\xff\xfe\xff')
-    with pytest.raises(DatasetError, match=saying(tmp_path / 'list', 'UTF-8', 'one class name a line')):
+    with pytest.raises(DatasetError, match=saying(tmp_path / 'list', 'UTF-8', 'one class name per line')):
       read_list(tmp_path / 'list')
 
 

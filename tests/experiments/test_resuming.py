@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(tmp_path, at, 
     path.write_bytes(path.read_bytes()[:10])
   regression.run(MAML, tmp_path, KEEPING)
   out = capsys.readouterr().out
-  assert re.search(saying(f'checkpoint {newest} cannot be read', '4, is taken', 'goes on from meta-iteration 4'), out)
+  assert re.search(saying(f'checkpoint {newest} cannot be read', '4, is used', 'goes on from meta-iteration 4'), out)
   assert_same(tmp_path, whole_maml)
 
 

@@ -239,7 +239,7 @@ def test_a_damaged_one_of_the_best_is_told_of(tmp_path):
   said = []
   with opened(tmp_path, keep_best=2, report=said.append) as kept:
     assert [c.step for c in kept.best] == [20, 40]
-  assert 'the best are chosen without it' in said[0]
+  assert 'left out when the best checkpoints are chosen' in said[0]
 
 
 def test_one_that_was_being_written_is_not_there(two):
@@ -280,7 +280,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
   ],
 )
 def test_other_arrays_are_refused(two, other, said):
-  with pytest.raises(CheckpointError, match=saying('does not fit what is trained: ', *said)):
+  with pytest.raises(CheckpointError, match=saying('does not fit the state that is trained: ', *said)):
     opened(two, like=other(a_state()))
 
 
@@ -296,7 +296,7 @@ def test_up_to_a_step(two):
 def test_a_directory_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(
-    CheckpointError, match=saying('cannot be written', tmp_path, 'make room, or give another directory')
+    CheckpointError, match=saying('cannot be written', tmp_path, 'free disk space, or give another directory')
   ):
     opened(tmp_path / 'file' / 'c')
 

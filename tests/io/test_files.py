@@ -112,11 +112,11 @@ def test_a_random_key_is_no_parameter(tmp_path):
     (
       None,
       {'a': np.zeros((3, 2))},
-      ('does not hold the parameters', 'a is stored as float64[2, 3], expected float64[3, 2]'),
+      ('does not hold the expected parameters', 'a is stored as float64[2, 3], expected float64[3, 2]'),
     ),
-    (None, {'z': np.zeros((2, 3))}, ('does not hold the parameters',)),
-    (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
-    (b'', {'a': np.zeros((2, 3))}, ('does not hold the parameters',)),
+    (None, {'z': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
+    (b'\x81', {'a': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
+    (b'', {'a': np.zeros((2, 3))}, ('does not hold the expected parameters',)),
   ],
 )
 def test_params_that_are_not_those(tmp_path, data, like, said):
@@ -138,7 +138,7 @@ def test_whoever_may_read_other_files_may_read_these(tmp_path, umask):
 
 
 def test_a_workdir_of_no_name_is_refused():
-  with pytest.raises(files.WriterError, match=saying('workdir is empty', 'give a directory, such as .')):
+  with pytest.raises(files.WriterError, match=saying('workdir is empty', "give a directory, such as '.'")):
     files.open_workdir('')
 
 

@@ -137,7 +137,7 @@ class TestNoFiles:
 
   def test_csv(self, tmp_path, kind):
     make(tmp_path / 'train.csv', kind)
-    assert 'train.csv is not a file' in refused(lambda: mini_imagenet.load(tmp_path), tmp_path, DatasetError)
+    assert 'train.csv is not a regular file' in refused(lambda: mini_imagenet.load(tmp_path), tmp_path, DatasetError)
 
   @pytest.mark.parametrize('ending', ['npy', 'json'])
   def test_cache(self, tmp_path, kind, ending):
@@ -173,7 +173,7 @@ class TestCache:
     kept(tmp_path)
     np.savez(file := io.BytesIO(), a=BANK.images)
     (tmp_path / 'a.npy').write_bytes(zipped or file.getvalue())
-    assert says(kept(tmp_path)[1][0], 'not of these files', 'broken')
+    assert says(kept(tmp_path)[1][0], 'from other image files', 'broken')
 
   def test_sizes_whose_sum_overflows(self, tmp_path):
     kept(tmp_path)
@@ -250,11 +250,11 @@ class TestParams:
   def test_another_structure_with_as_many_leaves(self, tmp_path):
     whole = np.zeros((2, 3), np.float32)
     for params in ({'a': {'c': whole}, 'b': None}, {'a': None, 'b': whole}, {'a': [whole], 'b': None}):
-      assert says(self.refuse(tmp_path, params), 'not hold', 'parameters asked for')
+      assert says(self.refuse(tmp_path, params), 'not hold', 'expected parameters')
 
   def test_another_dtype(self, tmp_path):
     said = self.refuse(tmp_path, {'a': np.zeros((2, 3), np.int64), 'b': None})
-    assert says(said, 'not hold', 'parameters asked for', 'a is stored as int64[2, 3], expected float32[2, 3]')
+    assert says(said, 'not hold', 'expected parameters', 'a is stored as int64[2, 3], expected float32[2, 3]')
 
   def test_no_file(self, tmp_path):
     read = lambda: files.read_params(tmp_path / 'p', self.LIKE)

@@ -15,7 +15,7 @@ def test_a_full_disk_under_the_metrics_is_told_in_a_sentence(tmp_path, monkeypat
   def full(*args, **options):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  sentence = saying('metrics.jsonl cannot be written', 'No space left on device', 'make room', 'another directory')
+  sentence = saying('metrics.jsonl cannot be written', 'No space left on device', 'free disk space', 'another')
   monkeypatch.setattr('os.fsync', full)
   with pytest.raises(files.WriterError, match=sentence):
     writer.sync()

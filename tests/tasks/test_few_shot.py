@@ -102,7 +102,7 @@ def test_rotations_are_classes_of_their_own():
   ('options', 'message'),
   [
     (dict(way=9), ('way=9', '(8)')),
-    (dict(shot=4, query=3), ('shot + query', '4 + 3 = 7', '6 images of class 0', 'lower one')),
+    (dict(shot=4, query=3), ('shot + query', '4 + 3 = 7', '6 images of class 0', 'lower shot or query')),
     (dict(way=1), ('way', 'at least 2', 'got 1')),
     (dict(shot=0), ('shot', 'at least 1', 'got 0')),
     (dict(query=0), ('query', 'at least 1', 'got 0')),
@@ -160,7 +160,7 @@ class TestUnequalClasses:
       assert len({*support, *query}) == 12
 
   def test_the_smallest_class_is_the_limit(self):
-    with pytest.raises(ValueError, match=saying('2 + 2 = 4', '3 images of class 0', 'lower one', 'leave')):
+    with pytest.raises(ValueError, match=saying('2 + 2 = 4', '3 images of class 0', 'lower shot', 'omit')):
       few_shot(self.bank(), way=2, shot=2, query=2)
 
   def test_rotations_keep_the_sizes(self):
