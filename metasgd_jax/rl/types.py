@@ -21,8 +21,8 @@ class Environment(NamedTuple):
     reset: `(task, key) → state`, a pytree; consumes key.
     observe: `(task, state) → observation [O]`.
     step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` says whether
-      the task ends the trajectory, for example because a goal is reached. The end by time is not reported: `rollout` ends
-      each trajectory after `horizon` steps.
+      the task ends the trajectory, for example because a goal is reached. The end by time is not reported:
+      `rollout` ends each trajectory after `horizon` steps.
     observation_size: Number of entries O of an observation.
     action_size: Number of entries A of an action.
     horizon: Number of steps H after which a trajectory ends by time.
