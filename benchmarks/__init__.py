@@ -1,4 +1,4 @@
-"""Ours against its peers, side by side."""
+"""Benchmarks that compare metasgd_jax with other libraries and with plain JAX."""
 
 ALPHA = 0.1
-"""The rate of every program's inner step, where it starts."""
+"""Initial learning rate α of the inner step, in every program that is compared."""

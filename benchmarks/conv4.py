@@ -1,4 +1,7 @@
-"""Conv4-64 on Omniglot's shapes: our programs, plain JAX's, how much work they do, and the machine's roof."""
+"""Conv4-64 on images with Omniglot's shape: the programs of metasgd_jax and of plain JAX, and their number of FLOPs.
+
+The roof is the rate at which the machine computes a large matrix product, in FLOP/s.
+"""
 
 import functools
 
@@ -24,13 +27,13 @@ VARIANTS = (
 
 
 class PlainConv4(nn.Module):
-  """Conv4 as one would write it with flax; its parameters have the names of ours."""
+  """Conv4 written with flax and lax only. Its parameters have the same names as those of `ms.nn.Conv4`."""
 
   way: int
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, way]`."""
+    """Maps `[B, H, W, D]` to `[B, way]`."""
     for i in range(4):
       x = PlainBlock(64, name=f'ConvBlock_{i}')(x)
     x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
@@ -42,7 +45,7 @@ class PlainBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """`[B, H, W, D]` → `[B, H // 2, W // 2, features]`."""
+    """Maps `[B, H, W, D]` to `[B, H // 2, W // 2, features]`."""
     kernel = self.param('kernel', nn.initializers.glorot_uniform(), (3, 3, x.shape[-1], self.features))
     scale = self.param('scale', nn.initializers.ones, (self.features,))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
@@ -52,22 +55,23 @@ class PlainBlock(nn.Module):
 
 
 def learner(network, **options) -> ms.Learner:
-  """Meta-SGD on a network."""
+  """Returns a Meta-SGD learner for a network."""
   return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha=ms.AlphaConfig(ALPHA, ALPHA), **options)
 
 
 def task_distribution(way: int, shot: int) -> ms.TaskDistribution:
-  """Tasks of noise."""
+  """Returns few-shot tasks whose images are noise."""
   images = np.random.default_rng(0).integers(0, 256, (200, INSTANCES, 28, 28, 1), np.uint8)
   return ms.tasks.few_shot(ms.tasks.class_bank(images), way=way, shot=shot, query=QUERY)
 
 
 def work(way: int, shot: int, tasks: int, filters: int = 64, side: int = 28) -> float:
-  """Returns the FLOP of a meta-iteration's convolutions, done directly: 2·9·D·F for each output.
+  """Returns the number of FLOPs of the convolutions in a meta-iteration, if they are computed directly.
 
-  A layer's query pass has three of the forward's size (forward, and the gradients of the kernel and the input); its
-  support pass nine: three, and each of these has derivatives by both of its operands. The first layer's input needs
-  none, which leaves two and four.
+  A direct 3×3 convolution from D to F channels takes 2·9·D·F FLOPs for each pixel of the output. For the query, a layer
+  takes 3 operations of this size: the convolution, and the gradients of its kernel and of its input. For the support, a
+  layer takes 9: the same 3, and the derivatives of each of them with respect to its two operands. The first layer needs
+  no gradient of its input, and takes 2 operations for the query and 4 for the support.
   """
   total = 0.0
   for i in range(4):
@@ -78,7 +82,7 @@ def work(way: int, shot: int, tasks: int, filters: int = 64, side: int = 28) -> 
 
 
 def our_runs(way: int, shot: int, tasks: int, names) -> dict:
-  """Returns those of our programs, and plain JAX's, that are among the names."""
+  """Returns the programs of metasgd_jax and of plain JAX whose names are in `names`, as a dict by name."""
   build = functools.partial(ours.Run, tasks=task_distribution(way, shot), num_tasks=tasks, chunk=20)
   net = ms.nn.Conv4(way)
   half = ms.nn.Conv4(way, dtype=jnp.bfloat16)
@@ -99,7 +103,7 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
 
 
 def matrix_product():
-  """Returns the roof's program: an iteration is a product of two SIDE×SIDE float32 matrices, over all cores."""
+  """Returns the program that measures the roof: an iteration is one product of two SIDE×SIDE float32 matrices."""
   a = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
   product = jax.jit(lambda a, n: jax.lax.fori_loop(0, n, lambda i, b: a @ b * 0.02, a))
   return lambda iterations: jax.block_until_ready(product(a, iterations))

@@ -1,10 +1,11 @@
-"""How time and memory of a meta-gradient grow with tasks, ways, shots, inner steps and filters; a table and a picture.
+"""Measures how time and memory of a meta-gradient grow with tasks, ways, shots, inner steps and filters.
 
     python -m benchmarks.growth
 
-From 5-way 1-shot with 5 query drawings, 4 tasks, Conv4 with 32 filters and one step, one thing is varied at a time, on
-one device. Memory is what XLA sets aside for a program's intermediates. The exponent is of the line through the points
-from the middle on, in logarithms: 1 is a straight line, 0 is flat.
+The program prints a table and draws a picture. The basic setting is 5-way 1-shot with 5 query images per class, 4
+tasks, Conv4 with 32 filters, and 1 inner step, on one device. One quantity of this setting is varied at a time. Memory
+is the size of the intermediates that XLA plans for the compiled program. The exponent p is that of a power law xᵖ,
+which is fitted to the second half of the points. Linear growth has p = 1, and a constant has p = 0.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ PICTURE = 'benchmarks/growth.png'
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A program to measure."""
+  """Settings of a meta-gradient to measure."""
 
   tasks: int = 4
   way: int = 5
@@ -40,7 +41,7 @@ class Point:
 
 LINES: tuple[
   tuple[str, tuple[int, ...], dict[str, Any]], ...
-] = (  # what is varied, its values, and what else is chosen
+] = (  # the field of Point that is varied, its values, and other fields
   ('tasks', (1, 2, 4, 8, 16, 32, 64, 128), {}),
   ('tasks', (1, 4, 16, 64, 128), {'tasks_at_once': 'all'}),
   ('way', (2, 5, 10, 20), {}),
@@ -53,7 +54,7 @@ LINES: tuple[
 
 
 def measure(point: Point) -> tuple[float, float]:
-  """Returns milliseconds of a meta-gradient, median of several, and MiB of intermediates."""
+  """Returns (milliseconds per meta-gradient, the median of several calls; MiB of intermediates)."""
   images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
   tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=point.way, shot=point.shot, query=5)
   model = ms.nn.from_linen(ms.nn.Conv4(point.way, filters=point.filters))
@@ -76,13 +77,13 @@ def measure(point: Point) -> tuple[float, float]:
 
 
 def exponent(x, y) -> float:
-  """Returns the slope in logarithms from the middle of x on."""
+  """Returns p for the power law y ∝ xᵖ that is fitted to the second half of the points."""
   half = len(x) // 2
   return float(np.polyfit(np.log(x[half:]), np.log(y[half:]), 1)[0])
 
 
 def draw(results) -> None:
-  """Writes the picture: a column for each thing varied, time above and memory below."""
+  """Writes the picture. Each varied quantity has a column, with time in the upper row and memory in the lower row."""
   varied = list(dict.fromkeys(name for name, *_ in results))
   figure, axes = plt.subplots(2, len(varied), figsize=(3 * len(varied), 5.5), sharex='col', layout='constrained')
   for name, label, x, milliseconds, mebibytes in results:
@@ -102,9 +103,9 @@ def draw(results) -> None:
 
 
 def main() -> None:
-  """Measures all points, prints the table and draws the picture."""
+  """Measures all settings, prints the table and draws the picture."""
   results = []
-  print('| varied | choice | values | ms | MiB | exponent of time | of memory |\n|' + ' --- |' * 7)
+  print('| varied | other settings | values | ms | MiB | exponent of time | exponent of memory |\n|' + ' --- |' * 7)
   for name, values, chosen in LINES:
     points: list[dict[str, Any]] = [{name: v, **chosen} for v in values]
     found = [measure(Point(**p)) for p in points]

@@ -1,12 +1,13 @@
-"""Memory and time of a meta-gradient through 2, 20 and 200 inner steps, each in a process of its own; a table.
+"""Prints a table of memory and time of a meta-gradient through 2, 20 and 200 inner steps.
 
     python -m benchmarks.inner_steps
     python -m benchmarks.inner_steps --query=15 --adjoint=revolve --steps=2,200
 
-Meta-SGD on Conv4 with 64 filters, one task of 5 ways and 1 shot of 28×28, second order, one device. Intermediates and
-results are what XLA sets aside. Resident memory is the peak while the program runs, from when it is compiled, less
-what is resident then: the compiler's own is several times as much. With adjoint='revolve' 200 steps are to take less
-than 1.5 times the memory of 2.
+The learner is Meta-SGD on Conv4 with 64 filters and second derivatives. It computes one 5-way 1-shot task of 28×28
+images on one device. Each measurement runs in a separate process. Planned memory is the size of the intermediates and
+results that XLA plans for the compiled program. Resident memory is the peak while the program runs, minus the resident
+memory just after compilation, because the compiler itself needs several times as much. The goal for adjoint='revolve'
+is that 200 steps take less than 1.5 times the memory of 2 steps.
 """
 
 import json
@@ -26,14 +27,20 @@ from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import provenance
 from metasgd_jax.outer import host_memory
 
-STEPS = flags.DEFINE_list('steps', ['2', '20', '200'], 'Inner steps.')
-ADJOINT = flags.DEFINE_list('adjoint', ['revolve', 'hvp', 'checkpoint', 'reverse'], 'Ways back.')
-QUERY = flags.DEFINE_integer('query', 5, 'Query drawings of a class.')
-ALONE = flags.DEFINE_bool('alone', False, 'Measure the first of each in this process, and print it as JSON.')
+STEPS = flags.DEFINE_list('steps', ['2', '20', '200'], 'Numbers of inner steps to measure.')
+ADJOINT = flags.DEFINE_list(
+  'adjoint',
+  ['revolve', 'hvp', 'checkpoint', 'reverse'],
+  'Adjoint methods to measure; see metasgd_jax.inner.adaptation.Adjoint.',
+)
+QUERY = flags.DEFINE_integer('query', 5, 'Number of query images per class.')
+ALONE = flags.DEFINE_bool(
+  'alone', False, 'Measure only the first of --steps and of --adjoint, in this process, and print JSON.'
+)
 
 
 def measure(steps: int, adjoint: Adjoint, query: int) -> dict[str, float]:
-  """Returns MiB and seconds of a program."""
+  """Returns the measurements of one program, by name: memory in MiB, and times in seconds."""
   images = np.random.default_rng(0).integers(0, 256, (40, 20, 28, 28, 1), np.uint8)
   tasks = ms.tasks.few_shot(ms.tasks.class_bank(images), way=5, shot=1, query=query)
   model = ms.nn.from_linen(ms.nn.Conv4(5, filters=64))
@@ -61,31 +68,33 @@ def measure(steps: int, adjoint: Adjoint, query: int) -> dict[str, float]:
 
 
 def alone(steps: str, adjoint: str, query: int) -> dict[str, float]:
-  """Returns what `measure` does in a fresh process."""
+  """Returns the result of `measure`, called in a new process."""
   command = [sys.executable, '-m', 'benchmarks.inner_steps', '--alone', f'--steps={steps}', f'--adjoint={adjoint}']
   found = subprocess.run([*command, f'--query={query}'], stdout=subprocess.PIPE, text=True, check=True).stdout
   return json.loads(found.splitlines()[-1])
 
 
 def main(argv) -> None:
-  """Measures each, and prints a line."""
+  """Measures each pair of an adjoint and a number of steps, and prints it as a row of the table."""
   del argv
   if ALONE.value:
     print(json.dumps(measure(int(STEPS.value[0]), cast(Adjoint, ADJOINT.value[0]), QUERY.value)))
     return
   if not set(ADJOINT.value) <= set(get_args(Adjoint)):
-    raise app.UsageError(f'adjoint must be some of {", ".join(get_args(Adjoint))}, got {",".join(ADJOINT.value)}')
+    raise app.UsageError(
+      f'--adjoint must be a comma-separated list of {", ".join(get_args(Adjoint))}, got {",".join(ADJOINT.value)}'
+    )
   columns = (
     'adjoint',
     'steps',
     'planned, MiB',
-    'beside the first',
+    'ratio to the first row',
     'resident, MiB',
-    'beside the first',
+    'ratio to the first row',
     's',
-    'ms a step',
+    'ms per step',
   )
-  print(f'| {" | ".join(columns)} | compiling, s |')
+  print(f'| {" | ".join(columns)} | compilation, s |')
   print('|' + ' --- |' * 9)
   for adjoint in ADJOINT.value:
     first: dict[str, float] | None = None
@@ -98,7 +107,7 @@ def main(argv) -> None:
         f'{1000 * found["seconds"] / int(steps):.0f} | {found["compiling"]:.0f} |',
         flush=True,
       )
-  print(f'\n{QUERY.value} query drawings of a class; {provenance.collect()}')
+  print(f'\n{QUERY.value} query images per class; {provenance.collect()}')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,17 @@
-"""Meta-training with TRPO on 2D navigation, 20 tasks × 20 trajectories × 100 steps before and after; ours and a peer.
+"""Compares the speed of meta-training with TRPO on 2D navigation, in metasgd_jax and in a peer written with PyTorch.
 
     python -m benchmarks.navigation
 
-Before anything is timed, both work on the same trajectories, from the same weights and in float64: advantages, inner
-gradients, the surrogate's meta-gradient, the divergence elsewhere, its curvature's product with a vector, and what one
-TRPO step makes of θ and α must be equal; and the peer's environments must give the same rewards for the same actions.
-Each program has a process of its own, and waits while another has its turn. Both draw new tasks in each iteration.
-Processor seconds count all threads, and say more than rates where a machine has other work.
+A meta-iteration has 20 tasks. In each task, 20 trajectories of 100 steps are drawn before the inner step, and 20 after
+the inner step. The programs draw new tasks in each meta-iteration.
+
+Before the timing, both programs compute the following values in float64, for the same trajectories and weights:
+advantages, inner gradients, the meta-gradient of the surrogate, the divergence at other meta-parameters, the product of
+a vector with the Fisher matrix, and the changes of θ and α by one TRPO step. These values must be equal. The
+environments of the peer must also give the same rewards for the same actions.
+
+Each program runs in a separate process, and waits while another program has its turn. Processor seconds are summed over
+all threads. If the machine has other work, processor seconds are more reliable than rates.
 """
 
 import functools
@@ -31,26 +36,31 @@ from metasgd_jax.rl.navigation import navigation
 from metasgd_jax.rl.surrogate import likelihood_ratio
 
 RATE = 0.5
-"""Of the inner step, where it starts: that of MAML's released script."""
+"""Initial rate of the inner step; MAML's released script uses the same value."""
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
 TASKS = 20
 CURVED = Config().curved
 
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
-_LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'What to train.')
-_THREADS = flags.DEFINE_multi_integer('threads', None, "The peer's; 1 and as many as there are if not given.")
-_SECONDS = flags.DEFINE_float('seconds', 4.0, 'About how long a turn takes.', lower_bound=0.1)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Number of timed turns of each program.', lower_bound=1)
+_LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'Learners to time.')
+_THREADS = flags.DEFINE_multi_integer(
+  'threads', None, "Thread counts of PyTorch to time. By default 1 and PyTorch's own choice."
+)
+_SECONDS = flags.DEFINE_float('seconds', 4.0, 'Approximate duration of a turn, in seconds.', lower_bound=0.1)
 
 
 def build_inner(learner: str, **environment) -> rl.PolicyGradient:
-  """Returns our inner loop; its defaults are the paper's."""
+  """Returns the inner loop of metasgd_jax, with the settings of the paper by default."""
   alpha = RATE if learner == 'MAML' else AlphaConfig(RATE, RATE)
   return rl.policy_gradient(navigation(**environment), rl.gaussian(2, 2), alpha=alpha)
 
 
 class Ours:
-  """Our meta-iterations on all cores, as many as are asked for in one call of a compiled loop."""
+  """The program of metasgd_jax: `program(n)` takes n meta-iterations on all cores, in one call of a compiled loop.
+
+  If `whole` is False, the program only draws trajectories, takes inner steps and computes advantages.
+  """
 
   def __init__(self, learner: str, whole: bool = True, curvature_tasks: int | None = None) -> None:
     sharding.cpu_cores_as_devices()
@@ -62,7 +72,10 @@ class Ours:
     self.key = sharding.on_all(mesh, jax.random.key(1))
 
     def draw(meta, keys):
-      """A meta-iteration's trajectories and advantages in new tasks, without the update; a scalar that needs all."""
+      """Draws the trajectories of a meta-iteration and computes their advantages, without the update.
+
+      Returns a scalar that depends on all of them, so that the compiler cannot remove any of this work.
+      """
       tasks = jax.vmap(inner.environment.sample)(keys[0])
       (before,), thetas = explore_tasks(inner, meta, tasks, keys[1], 1)
       after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
@@ -84,22 +97,25 @@ class Ours:
 
 
 def check(learner: str, tasks: int = 3) -> None:
-  """Raises AssertionError unless peer and ours agree.
+  """Raises AssertionError unless the peer and metasgd_jax compute the same values.
 
-  A goal ten times as wide ends trajectories early, so that this is compared too.
+  The tolerance of the goal is ten times larger than usual. Some trajectories then end early, and the check also covers
+  such trajectories.
   """
-  import torch  # Not in our program's process.
+  import torch  # The process of metasgd_jax must not import torch.
 
   from benchmarks import navigation_peer as peers
 
   with jax.enable_x64(True):
     inner = build_inner(learner, tolerance=0.1)
     meta, key = inner.init(jax.random.key(0)), jax.random.key(1)
-    keys = jax.random.split(key, (3, tasks))  # As `trpo_meta_step` splits it.
+    keys = jax.random.split(key, (3, tasks))  # `trpo_meta_step` splits the key in the same way.
     drawn = jax.vmap(inner.environment.sample)(keys[0])
     (before,), path = jax.jit(jax.vmap(inner.explore, (None, 0, 0)))(meta, drawn, keys[1])
     after = jax.jit(jax.vmap(inner.experience))(path[-1], drawn, keys[2])
-    assert not after.trajectories.valid.all(), 'no trajectory ends early'
+    assert not after.trajectories.valid.all(), (
+      'no trajectory ended early, so the check would not cover early ends; change the key'
+    )
     noise = [jax.random.normal(k, leaf.shape) for k, leaf in zip(_keys(meta), jax.tree.leaves(meta), strict=True)]
     vector = jax.tree.unflatten(jax.tree.structure(meta), noise)
     moved = jax.tree.map(lambda m, v: m + 1e-3 * v, meta, vector)
@@ -107,7 +123,7 @@ def check(learner: str, tasks: int = 3) -> None:
     gradient, divergence, product = jax.device_get(parts)
     step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=tasks)
     updated, info = jax.device_get(jax.jit(step)(meta, key))
-    assert info['step'] > 0, 'no step was taken'
+    assert info['step'] > 0, 'the TRPO step was not taken, so it cannot be compared; change the key'
     inner_gradients = jax.tree.map(lambda t, after: (t - after) / RATE, meta.theta, path[-1])
 
   peer = peers.Peer([torch.tensor(a) for a in in_torchs_order(meta.theta)], RATE, meta.alpha is not None)
@@ -136,7 +152,11 @@ def check(learner: str, tasks: int = 3) -> None:
 
 
 def _parts(inner, before, after, meta, moved, vector):
-  """The surrogate's gradient, the divergence of what is moved, and curvature · vector, as `trpo_meta_step` has them."""
+  """Returns three values that `trpo_meta_step` computes: a gradient, a divergence and a Fisher product.
+
+  They are the gradient of the surrogate, the divergence between the policies of `meta` and of `moved`, and the product
+  of the Fisher matrix with `vector`.
+  """
   acted = after.trajectories
 
   def distributions(meta):
@@ -182,13 +202,16 @@ def _check_dynamics(peers) -> None:
 
 
 def in_torchs_order(tree) -> list[np.ndarray]:
-  """Returns θ, or what has its form, as weights and biases in turn, and log σ."""
+  """Returns the arrays of θ, or of a pytree with θ's structure, in the order of PyTorch.
+
+  The list has the weight and the bias of each layer, and log σ at the end.
+  """
   layers = [tree[f'Dense_{i}'] for i in range(3)]
   return [np.array(a) for layer in layers for a in (layer['kernel'].T, layer['bias'])] + [np.array(tree['log_std'])]
 
 
 def parameters(meta) -> list[np.ndarray]:
-  """Returns θ and, where it is learned, α in torch's order."""
+  """Returns the arrays of θ and, if α is learned, of α, both in the order of PyTorch."""
   return in_torchs_order(meta.theta) + ([] if meta.alpha is None else in_torchs_order(meta.alpha))
 
 
@@ -196,11 +219,11 @@ def check_close(what: str, found, expected, limit: float = 1e-6) -> None:
   """Raises AssertionError unless |found − expected| < limit |expected|, over all arrays together."""
   flat = lambda arrays: np.concatenate([np.ravel(np.asarray(a)) for a in arrays])
   error = np.linalg.norm(flat(found) - flat(expected)) / np.linalg.norm(flat(expected))
-  assert error < limit, f'{what}: they differ by {error:.1e}'
+  assert error < limit, f'{what}: the two programs differ by a relative error of {error:.1e}, more than {limit:.0e}'
 
 
 class Program:
-  """A program in a process of its own: `program(n)` takes n iterations there."""
+  """A program that runs in a separate process: `program(n)` takes n iterations in that process."""
 
   def __init__(self, build, *args) -> None:
     context = multiprocessing.get_context('spawn')
@@ -215,7 +238,7 @@ class Program:
     self._cpu.append((iterations, self._pipe.recv()))
 
   def cpu(self) -> float:
-    """Returns the processor's seconds, of all threads, that an iteration took; the first call's left out."""
+    """Returns the processor seconds per iteration, summed over all threads. The first call is not counted."""
     iterations, seconds = zip(*self._cpu[1:], strict=True)
     return sum(seconds) / sum(iterations)
 
@@ -225,7 +248,10 @@ class Program:
 
 
 def serve(pipe, build, *args) -> None:
-  """Does as many iterations as each message says, and answers with the processor's seconds; 0 ends it."""
+  """Runs a program in this process, with the number of iterations that each message of the pipe gives.
+
+  The answer to each message is the number of processor seconds. The message 0 ends the loop.
+  """
   run = build(*args)
   while iterations := pipe.recv():
     start = time.process_time()
@@ -234,7 +260,7 @@ def serve(pipe, build, *args) -> None:
 
 
 def main(argv) -> None:
-  """Checks, times and prints."""
+  """Checks that the programs agree, times them, and prints tables."""
   del argv
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   import torch
@@ -244,17 +270,17 @@ def main(argv) -> None:
   threads = _THREADS.value or sorted({1, torch.get_num_threads()})
   for learner in _LEARNERS.value:
     check(learner)
-    print(f'\n## {learner}: both agree in float64; timing in turn', flush=True)
+    print(f'\n## {learner}: the programs agree in float64; timing them in turn', flush=True)
     for whole in (True, False):
-      print('\nmeta-iterations:' if whole else '\nthe same without updates, sampling and inner steps alone:')
+      print('\nmeta-iterations:' if whole else '\nonly sampling and inner steps, without updates:')
       programs = {OURS: Program(Ours, learner, whole)}
       if whole:
-        programs[f'{OURS}, curvature of {CURVED} tasks'] = Program(Ours, learner, whole, CURVED)
+        programs[f'{OURS}, curvature from {CURVED} tasks'] = Program(Ours, learner, whole, CURVED)
       for count in threads:
         name = f'torch and Gymnasium, {count} thread(s)'
         programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, whole)
       found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
-      columns = {'processor seconds an iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
+      columns = {'processor seconds per iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
       print(timing.table(found, OURS, columns), flush=True)
       for program in programs.values():
         program.close()

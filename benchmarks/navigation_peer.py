@@ -1,7 +1,8 @@
-"""Meta-SGD and MAML with TRPO on 2D navigation, in the way of PyTorch's users: Gymnasium's environments, autograd.
+"""Meta-SGD and MAML with TRPO on 2D navigation, written as usual in PyTorch, with autograd and Gymnasium environments.
 
-Trajectories are sampled task by task, a task's environments stepping together in a `SyncVectorEnv`. Products with the
-curvature are second derivatives of a divergence whose graph is built once for all of them.
+Trajectories are sampled for one task after another. The environments of a task are stepped together in a
+`SyncVectorEnv`. Products with the Fisher matrix are second derivatives of the divergence. The graph of the divergence
+is built once and is used for all products.
 """
 
 import itertools
@@ -22,7 +23,7 @@ SIZES = (2, 100, 100, 2)
 
 
 class Navigation2D(gymnasium.Env):
-  """The point that walks to a goal."""
+  """2D navigation: a point moves in the plane to a goal that it cannot observe."""
 
   def __init__(self) -> None:
     self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -44,7 +45,7 @@ class Navigation2D(gymnasium.Env):
 
 
 class Batch(NamedTuple):
-  """Trajectories of one task, `[B, H]` in front of each, and their advantages."""
+  """Trajectories of one task, and their advantages. Every tensor has the leading axes `[B, H]`."""
 
   observations: torch.Tensor
   actions: torch.Tensor
@@ -55,7 +56,7 @@ class Batch(NamedTuple):
 
 
 def new_theta() -> list[torch.Tensor]:
-  """Returns weights and biases of the policy's layers in turn, and the logarithm of its deviation."""
+  """Returns the initial weight and bias of each layer of the policy, and log σ at the end of the list."""
   theta = []
   for inputs, outputs in itertools.pairwise(SIZES):
     theta += [torch.nn.init.xavier_uniform_(torch.empty(outputs, inputs)), torch.zeros(outputs)]
@@ -63,19 +64,19 @@ def new_theta() -> list[torch.Tensor]:
 
 
 def mean_of(theta, x):
-  """The policy's mean."""
+  """Returns the mean of the policy at the observations x."""
   x = F.relu(F.linear(x, theta[0], theta[1]))
   x = F.relu(F.linear(x, theta[2], theta[3]))
   return F.linear(x, theta[4], theta[5])
 
 
 def log_prob(mean, log_std, actions):
-  """The log density of actions."""
+  """Returns the log density of each action."""
   return _normal(mean, log_std).log_prob(actions).sum(-1)
 
 
 def discounted(values, discount):
-  """Sums of each value and those after it, `[B, H]`."""
+  """Returns y_t = x_t + discount · y_{t+1} for values x, `[B, H]`."""
   total, sums = torch.zeros_like(values[:, 0]), []
   for t in reversed(range(values.shape[1])):
     total = values[:, t] + discount * total
@@ -84,7 +85,7 @@ def discounted(values, discount):
 
 
 def advantages(observations, rewards, valid):
-  """Generalised advantages over a linear baseline fitted to the same trajectories, normalised."""
+  """Returns normalised generalised advantages `[B, H]`, with a linear baseline fitted to the same trajectories."""
   o = observations.clamp(-10, 10)
   t = (torch.arange(o.shape[1], dtype=o.dtype) / 100).expand(o.shape[:2]).unsqueeze(-1)
   features = torch.cat([o, o**2, t, t**2, t**3, torch.ones_like(t)], -1)
@@ -99,7 +100,10 @@ def advantages(observations, rewards, valid):
 
 
 class Peer:
-  """θ and, for Meta-SGD, α with meta-iterations by TRPO."""
+  """A learner with parameters θ and rates α: `peer(n)` takes n meta-iterations with TRPO.
+
+  Meta-SGD learns α. MAML keeps it fixed.
+  """
 
   def __init__(self, theta: Sequence[torch.Tensor], rate: float, learns_alpha: bool) -> None:
     self.theta = [t.clone().requires_grad_() for t in theta]
@@ -127,7 +131,7 @@ class Peer:
       return Batch(seen, done, log_probs, reward, valid, advantages(seen, reward, valid))
 
   def inner_loss(self, theta, batch: Batch):
-    """DiCE, the mean over steps."""
+    """Returns the negative of the DiCE surrogate, averaged over the valid steps."""
     log_ratios = (
       log_prob(mean_of(theta, batch.observations), theta[-1], batch.actions) - batch.log_probs
     ) * batch.valid
@@ -139,7 +143,10 @@ class Peer:
     return [t - a * g for t, a, g in zip(self.theta, self.alpha, grads, strict=True)]
 
   def objective(self, before, after, old=None, create_graph: bool = True):
-    """TRPO's surrogate, the divergence from the old policies (at first from these themselves), and these policies."""
+    """Returns (surrogate, divergence, policies): TRPO's surrogate, KL(old ‖ new), and the adapted policies.
+
+    The policies are a list with (mean, log σ) for each task. If `old` is `None`, the new policies also serve as old.
+    """
     surrogate, divergence, count, now = 0.0, 0.0, 0, []
     for i, (b, a) in enumerate(zip(before, after, strict=True)):
       theta = self.adapt(b, create_graph)
@@ -153,7 +160,7 @@ class Peer:
     return surrogate, divergence / count, now
 
   def curvature(self, divergence) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The product with the divergence's second derivatives."""
+    """Returns the function `v → F v`, where F is the Hessian of the divergence plus DAMPING times the identity."""
     first = _flat(torch.autograd.grad(divergence, self.params, create_graph=True))
 
     def product(v):
@@ -162,7 +169,7 @@ class Peer:
     return product
 
   def update(self, before, after) -> None:
-    """One TRPO step."""
+    """Takes one TRPO step, which changes the parameters in place."""
     surrogate, divergence, old = self.objective(before, after)
     gradient = _flat(torch.autograd.grad(surrogate, self.params, retain_graph=True))
     product = self.curvature(divergence)
@@ -177,7 +184,7 @@ class Peer:
     self._set(start)
 
   def draw(self) -> tuple[list[Batch], list[Batch]]:
-    """Samples new tasks' trajectories before and after the inner step."""
+    """Returns (before, after): for new tasks, a list of batches before the inner step, and one after it."""
     goals = np.random.default_rng().uniform(-0.5, 0.5, (TASKS, 2)).astype(np.float32)
     start = np.zeros(2, np.float32)
     before, after = [], []
@@ -187,12 +194,12 @@ class Peer:
     return before, after
 
   def draw_only(self, iterations: int) -> None:
-    """Meta-iterations without their updates."""
+    """Runs meta-iterations without updates: only sampling and inner steps."""
     for _ in range(iterations):
       self.draw()
 
   def __call__(self, iterations: int) -> None:
-    """That many meta-iterations."""
+    """Takes `iterations` meta-iterations."""
     for _ in range(iterations):
       self.update(*self.draw())
 
@@ -201,7 +208,7 @@ class Peer:
 
 
 def conjugate_gradient(product, b):
-  """X with product(x) ≈ b."""
+  """Returns x with product(x) ≈ b."""
   x, r, p = torch.zeros_like(b), b.clone(), b.clone()
   square = r @ r
   for _ in range(CG_STEPS):
@@ -216,7 +223,10 @@ def conjugate_gradient(product, b):
 
 
 def build(learns_alpha: bool, rate: float, threads: int, whole: bool = True) -> Callable[[int], None]:
-  """Returns a peer with new weights, or what it does without updates; sets the process's threads."""
+  """Returns a function that takes n meta-iterations of a new peer, without updates if `whole` is False.
+
+  `threads` becomes the number of PyTorch's threads in this process.
+  """
   torch.set_num_threads(threads)
   peer = Peer(new_theta(), rate, learns_alpha)
   return peer if whole else peer.draw_only

@@ -1,14 +1,18 @@
-"""Meta-training of Conv4-64 on Omniglot's shapes, one step, second order; ours against its peers, in one run.
+"""Compares the speed of meta-training Conv4-64 on images with Omniglot's shape, in metasgd_jax and in its peers.
 
     python -m benchmarks.omniglot
 
-Speed does not depend on what is drawn, so the images are noise: no download, and no two equal values for a max-pool to
-choose between. Before anything is timed, all compute the loss and the meta-gradient of the same two tasks from the same
-weights, in float64, and these must be equal. Ours draws new tasks in each iteration; the peers go over the same ones.
+The peers are programs written with PyTorch libraries. All programs take one inner step with second derivatives.
 
-Each program has a process of its own, and waits while another has its turn. The roof is what a product of two 2048×2048
-float32 matrices reaches in the same run, in turn with the rest. Work is counted as direct convolutions, whatever a
-program does in fact. Memory is a process's resident peak.
+Speed does not depend on the content of the images, so the images are noise. Nothing is downloaded, and max-pooling
+never has to choose between equal values. Before the timing, all programs compute the loss and the meta-gradient of the
+same two tasks, from the same weights and in float64. The results must be equal. In the timing, metasgd_jax draws new
+tasks in each iteration, while the peers use the same tasks again.
+
+Each program runs in a separate process, and waits while another program has its turn. The roof is the rate, in FLOP/s,
+of a product of two 2048×2048 float32 matrices. It is measured in the same run, in turn with the programs. The FLOPs of
+a program are those of direct convolutions, even if the program uses a faster algorithm. Memory is the peak of a
+process's resident memory.
 """
 
 import concurrent.futures
@@ -29,22 +33,26 @@ from metasgd_jax.io import provenance
 from metasgd_jax.outer import sharding
 
 SETTINGS = ((5, 1, 16), (5, 1, 32), (20, 1, 16), (20, 1, 32))  # way, shot, tasks
-SECONDS = 6.0  # Of a turn: the first second after a pause is slow.
-SLOW = (PLAIN, 'torch.func')  # Timed once, not in turns.
+SECONDS = 6.0  # Duration of a turn. It is long because the first second after a pause is slow.
+SLOW = (PLAIN, 'torch.func')  # These programs are timed once, not in turns.
 
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each program.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Number of timed turns of each program.', lower_bound=1)
 _PARTS = flags.DEFINE_multi_enum(
   'parts',
   ['settings', 'malloc', 'variants', 'slow'],
   ['settings', 'malloc', 'variants', 'slow'],
-  'What to measure: all settings; the first with a malloc that keeps what is freed; our variants; the slow programs.',
+  'Parts to measure. settings: all settings. malloc: the first setting, with a malloc that keeps freed memory. '
+  'variants: options of metasgd_jax. slow: programs that are timed only once.',
 )
 
 
 def check(way: int, shot: int, tasks: int, ours_too, theirs, path: str) -> None:
-  """Writes episodes for the peers; raises AssertionError unless all have the same loss and meta-gradient on two.
+  """Writes episodes for the peers to the file `path`, and checks that all programs agree.
 
-  For a process of its own, which sets up JAX for itself.
+  Call this function in a separate process, because it sets up the devices of JAX.
+
+  Raises:
+    AssertionError: if the programs do not have the same loss and meta-gradient on two tasks.
   """
   sharding.cpu_cores_as_devices()
   runs = conv4.our_runs(way, shot, tasks, [OURS, *ours_too])
@@ -63,16 +71,16 @@ def check(way: int, shot: int, tasks: int, ours_too, theirs, path: str) -> None:
 
 
 def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int, environment=None) -> None:
-  """Checks that all agree, times them in turn, and prints a table.
+  """Checks that all programs agree, times them in turn, and prints a table.
 
   Args:
-    way: N.
-    shot: K.
-    tasks: T.
-    ours_too: our programs besides the first.
-    theirs: the peers.
-    rounds: turns of each.
-    environment: variables for all of them.
+    way: Number of classes of a task, N.
+    shot: Number of support images per class, K.
+    tasks: Number of tasks of a meta-iteration, T.
+    ours_too: Names of the programs of metasgd_jax and of plain JAX, besides `OURS`.
+    theirs: Names of the peers.
+    rounds: Number of timed turns of each program.
+    environment: Environment variables to set for all programs.
   """
   with contextlib.ExitStack() as stack:
     episodes = str(pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'episodes.npz')
@@ -82,7 +90,10 @@ def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int, envi
     for name in (OURS, *ours_too, *theirs, ROOF):
       programs[name] = worker.Worker(name, (way, shot, tasks), episodes, environment)
       stack.callback(programs[name].close)
-    print(f'\n## {way}-way {shot}-shot, {tasks} tasks: losses and meta-gradients are equal; timing in turn', flush=True)
+    print(
+      f'\n## {way}-way {shot}-shot, {tasks} tasks: losses and meta-gradients are equal; timing the programs in turn',
+      flush=True,
+    )
     if environment:
       print(' '.join(f'{k}={v}' for k, v in environment.items()))
     first = {name: f'{program(1):.1f} s' for name, program in programs.items()}
@@ -96,14 +107,14 @@ def measure(way: int, shot: int, tasks: int, ours_too, theirs, rounds: int, envi
     'share of the roof': {n: share(v) for n, v in found.items() if n != ROOF},
     'first iteration, with compilation': first,
     'peak memory in training, MiB': {n: f'{p[0]:,.0f}' for n, p in peaks.items()},
-    "from its process's start": {n: f'{p[1]:,.0f}' for n, p in peaks.items()},
+    "peak memory since the process's start, MiB": {n: f'{p[1]:,.0f}' for n, p in peaks.items()},
   }
   print('\n' + timing.table(found, OURS, columns))
-  print(f'\nroof {roof / 1e9:.0f} GFLOP/s; {work(way, shot, tasks) / 1e9:.1f} GFLOP a meta-iteration', flush=True)
+  print(f'\nroof {roof / 1e9:.0f} GFLOP/s; {work(way, shot, tasks) / 1e9:.1f} GFLOP per meta-iteration', flush=True)
 
 
 def main(argv) -> None:
-  """All settings, the first with another malloc, our variants, the slow ones."""
+  """Measures the parts that --parts names."""
   del argv
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   peer_names = [name for name in peers.ON_CONV4 if name not in SLOW]

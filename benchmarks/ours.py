@@ -1,4 +1,4 @@
-"""Our side of a benchmark."""
+"""The programs of metasgd_jax that benchmarks compare with other programs."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from metasgd_jax.types import Tasks
 
 
 class Run:
-  """Meta-training by `metasgd_jax.train`, tasks drawn on the device; the state stays where it is between turns."""
+  """Meta-training with `metasgd_jax.train`: `run(n)` takes n more meta-iterations from the state of the last call."""
 
   def __init__(
     self,
@@ -35,12 +35,13 @@ class Run:
       meta_batch=self.num_tasks, placement=self.placement, chunk=self.chunk,
     )  # fmt: skip
     if done == 0:
-      host_memory.release_freed()  # The compiler has freed hundreds of MiB.
+      host_memory.release_freed()  # The compiler has freed hundreds of MiB, which malloc would keep.
 
   def meta_gradient(self, episodes):
-    """Returns the loss and the meta-gradient on given episodes `[T, …]`, computed as in training but in float64.
+    """Returns the loss and the meta-gradient for episodes `[T, …]`, computed as in training but in float64.
 
-    In float32 two right programs may differ by percents: where rounding changes a max-pool's winner.
+    In float32, two correct programs may differ by several percent, because rounding may change which value max-pooling
+    selects.
     """
     count, at_once = len(episodes.query.y), self.placement.tasks_at_once
     at_once = min(at_once, count) if isinstance(at_once, int) else at_once
@@ -61,12 +62,12 @@ def _float64(a):
 
 
 def error(a, b) -> float:
-  """Returns |a − b| / |b| over all leaves together."""
+  """Returns ‖a − b‖ / ‖b‖, where the norms are over all leaves of a pytree together."""
   flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
   return float(np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b)))
 
 
 def draw(tasks: ms.TaskDistribution, num_tasks: int):
-  """Returns episodes for the peers, and for comparing meta-gradients."""
+  """Returns `num_tasks` episodes as NumPy arrays `[T, …]`. The same episodes are drawn at each call."""
   keys = jax.random.split(jax.random.key(1), (2, num_tasks))
   return jax.device_get(jax.jit(lambda: jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys[0]), keys[1]))())

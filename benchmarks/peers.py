@@ -1,8 +1,9 @@
-"""Meta-training by PyTorch, in the ways its users have: the same nets, weights and tasks as ours.
+"""Peers: meta-training programs with PyTorch libraries, for the same networks, weights and tasks as metasgd_jax.
 
-Each peer is made of a net, its parameters, α and tasks `(x, y, query_x, query_y)` with T in front, and can tell its
-loss and meta-gradient, and take meta-iterations with Adam. `Loop` and `Func` do Meta-SGD, with a rate for each entry;
-TorchOpt and higher do MAML with the same rate for all, as their own examples write it.
+A peer is built from a network, its parameters, α, and tasks `(x, y, query_x, query_y)` with the leading axis T. It has
+a method for its loss and meta-gradient, and `peer(n)` takes n meta-iterations with Adam. `Loop` and `Func` are Meta-SGD
+with one rate per parameter entry. `TorchOpt` and `Higher` are MAML with one rate for all parameters, as in the examples
+of the two libraries.
 """
 
 import functools
@@ -17,19 +18,19 @@ from torch import nn
 
 
 def mlp() -> nn.Module:
-  """The regression net."""
+  """Returns the network for regression, 1-40-40-1."""
   return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
 
 
 def mlp_apply(p, x):
-  """The same as a function of its parameters, in order."""
+  """Returns the outputs of `mlp` for the list p of its parameters."""
   x = F.relu(F.linear(x, p[0], p[1]))
   x = F.relu(F.linear(x, p[2], p[3]))
   return F.linear(x, p[4], p[5])
 
 
 def conv4(way: int, filters: int = 64) -> nn.Module:
-  """The paper's classifier, with pooling before ReLU as ours has it."""
+  """Returns the classifier of the paper, with max-pooling before ReLU as in `ms.nn.Conv4`."""
   layers: list[nn.Module] = []
   for i in range(4):
     layers += [
@@ -42,7 +43,7 @@ def conv4(way: int, filters: int = 64) -> nn.Module:
 
 
 def conv4_apply(p, x):
-  """The same as a function of its parameters, in order."""
+  """Returns the outputs of `conv4` for the list p of its parameters."""
   for i in range(0, 12, 3):
     x = F.batch_norm(F.conv2d(x, p[i], padding=1), None, None, p[i + 1], p[i + 2], True, eps=1e-3)
     x = F.relu(F.max_pool2d(x, 2))
@@ -50,7 +51,7 @@ def conv4_apply(p, x):
 
 
 def in_torchs_order(theta) -> list[np.ndarray]:
-  """Our θ, or a gradient of its form, as the list of arrays that the nets above have."""
+  """Returns the θ of metasgd_jax, or a gradient with θ's structure, as a list in the order of the networks above."""
   out = []
   for name in sorted(theta):
     leaf = theta[name]
@@ -62,10 +63,10 @@ def in_torchs_order(theta) -> list[np.ndarray]:
 
 
 class Loop:
-  """One task after the other with torch.autograd.grad, each task's meta-gradient added up at once."""
+  """Meta-SGD with torch.autograd.grad, one task after another. The meta-gradients are summed as they are computed."""
 
   learns_alpha = True
-  draw: Callable[[], list] | None = None  # Gives new tasks for each meta-iteration; without it they stay the same.
+  draw: Callable[[], list] | None = None  # Returns new tasks for a meta-iteration. If None, the tasks stay.
 
   def __init__(self, net, apply, loss_fn, theta, alpha, tasks) -> None:
     del net
@@ -100,7 +101,7 @@ class Loop:
 
 
 class Func(Loop):
-  """torch.func: vmap over tasks of grad of the task's loss; `compiled` by torch.compile."""
+  """Meta-SGD with torch.func: the gradient of a task's loss is vmapped over tasks, and compiled if `compiled`."""
 
   def __init__(self, *args, compiled: bool = False) -> None:
     super().__init__(*args)
@@ -140,7 +141,7 @@ class _OfModule(Loop):
 
 
 class TorchOpt(_OfModule):
-  """TorchOpt's differentiable SGD, its state kept and put back for each task."""
+  """MAML with TorchOpt's differentiable SGD, whose state is saved and then restored after each task."""
 
   def __init__(self, *args) -> None:
     super().__init__(*args)
@@ -162,7 +163,7 @@ class TorchOpt(_OfModule):
 
 
 class Higher(_OfModule):
-  """higher's patched module and differentiable SGD."""
+  """MAML with the patched module and the differentiable SGD of the library higher."""
 
   def backward(self) -> float:
     self.outer.zero_grad()
@@ -177,7 +178,7 @@ class Higher(_OfModule):
     return total
 
 
-# All but torch.compile, which comes to no end over a vmapped convolution.
+# All peers except torch.compile, whose compilation of a vmapped convolution did not end.
 ON_CONV4 = ('torch, autograd loop', 'torch.func', 'TorchOpt, MAML', 'higher, MAML')
 PEERS: dict[str, Callable[..., Loop]] = {
   'torch, autograd loop': Loop,
@@ -189,7 +190,16 @@ PEERS: dict[str, Callable[..., Loop]] = {
 
 
 def of_conv4(way: int, theta, alpha: float, episodes, names=None, dtype=torch.float32) -> dict[str, Loop]:
-  """Returns the peers, or those among the names, on Conv4, for θ in torch's order and episodes of NumPy arrays."""
+  """Returns peers on Conv4, as a dict by name.
+
+  Args:
+    way: Number of classes, N.
+    theta: Arrays of θ from `in_torchs_order`.
+    alpha: Initial rate of the inner step.
+    episodes: Episodes `[T, …]` of NumPy arrays.
+    names: Names of the peers to return. By default they are `ON_CONV4`.
+    dtype: Data type of the parameters and images.
+  """
   images = lambda a: torch.tensor(np.array(a), dtype=dtype).permute(0, 1, 4, 2, 3).contiguous()
   labels = lambda a: torch.tensor(np.array(a)).long()
   arrays = [f(a) for part in episodes for f, a in zip((images, labels), part, strict=True)]
@@ -202,10 +212,10 @@ def of_conv4(way: int, theta, alpha: float, episodes, names=None, dtype=torch.fl
 
 
 def check_equal(peer: Loop, loss: float, theta, alpha) -> None:
-  """Raises AssertionError unless the peer's loss and meta-gradient, in float64, are those given."""
+  """Raises AssertionError unless the peer, in float64, has the given loss and meta-gradient (theta, alpha)."""
   their_loss, their_grads = peer.meta_gradient()
   np.testing.assert_allclose(their_loss, loss, rtol=1e-6)
   ours = in_torchs_order(theta) + (in_torchs_order(alpha) if peer.learns_alpha else [])
   flat = lambda arrays: np.concatenate([np.ravel(a) for a in arrays])
   error = np.linalg.norm(flat(their_grads) - flat(ours)) / np.linalg.norm(flat(ours))
-  assert error < 1e-6, f'meta-gradients differ by {error:.1e}'
+  assert error < 1e-6, f'the meta-gradient of {type(peer).__name__} differs by a relative error of {error:.1e}'

@@ -1,10 +1,12 @@
-"""Meta-training from a bank that stays on the host, beside the same from one on the device: does the device wait?
+"""Compares meta-training from images in host memory with meta-training from images in device memory.
 
     python -m benchmarks.streaming
 
-Meta-SGD on Conv4-32, 5-way 1-shot, 15 query images, 4 tasks, of 84×84 RGB images as mini-ImageNet's are: noise, 64
-classes of 600, 813 MB, streamed from memory and from a memory map. All train on the same tasks, to the bit, which is
-first. A chunk is 25 meta-iterations; while the device works on one, the images of the next are gathered and sent.
+The question is whether the device has to wait for images. The learner is Meta-SGD on Conv4-32, with 4 tasks of 5-way
+1-shot and 15 query images per class. The images are noise in the shape of mini-ImageNet: 64 classes of 600 RGB images
+of 84×84 pixels, 813 MB. They are streamed from memory or from a memory map. Before the timing, all programs train on
+the same tasks, and their results must be equal to the bit. A chunk is 25 meta-iterations. While the device computes one
+chunk, the images of the next chunk are gathered and sent.
 """
 
 import pathlib
@@ -26,7 +28,7 @@ RESIDENT, STREAMED, MAPPED = 'on the device', 'streamed from memory', 'streamed 
 
 
 def build(directory: pathlib.Path) -> dict[str, ms.TaskDistribution | ms.TaskStream]:
-  """Returns the same tasks three times."""
+  """Returns the same tasks from three stores of images, as a dict by the name of the store."""
   path = directory / 'images.npy'
   images = np.lib.format.open_memmap(path, 'w+', np.uint8, (CLASSES * INSTANCES, SIDE, SIDE, 3))
   rng = np.random.default_rng(0)
@@ -45,7 +47,7 @@ def build(directory: pathlib.Path) -> dict[str, ms.TaskDistribution | ms.TaskStr
 
 
 def main(argv) -> None:
-  """Checks, times and prints."""
+  """Checks that the programs agree, times them, and prints a table."""
   del argv
   with tempfile.TemporaryDirectory() as directory:
     tasks, learns = build(pathlib.Path(directory)), learner(ms.nn.Conv4(5, filters=32, hidden=0))
@@ -54,8 +56,8 @@ def main(argv) -> None:
       run(2)
     first, *others = (jax.device_get(run.state.meta) for run in runs.values())
     for other in others:
-      assert ours.error(other, first) == 0, 'another bank, another result'
-    print('all have learned the same; timing in turn', flush=True)
+      assert ours.error(other, first) == 0, 'the streamed images gave another result than the images on the device'
+    print('all programs learned the same parameters; timing them in turn', flush=True)
     found = timing.rates(runs, seconds=20, rounds=4)
     keys = jax.random.split(jax.random.key(0), (2, CHUNK * TASKS))
     seconds = {}
@@ -64,7 +66,7 @@ def main(argv) -> None:
         start = time.perf_counter()
         jax.block_until_ready(of.send(*keys))
         seconds[name] = f'{1000 * (time.perf_counter() - start):.0f} ms'
-  print(timing.table(found, RESIDENT, {f'to gather a chunk of {CHUNK}': seconds}))
+  print(timing.table(found, RESIDENT, {f'time to gather a chunk of {CHUNK}': seconds}))
   print(f'\n{provenance.collect()}')
 
 

@@ -1,4 +1,4 @@
-"""Rates of several programs, measured in turn so that what else a machine does falls on all of them alike."""
+"""Measures the rates of several programs in turn, so that other work of the machine slows all of them equally."""
 
 import statistics
 import time
@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 def rates(
   programs: Mapping[str, Callable[[int], object]], *, seconds: float = 2.0, rounds: int = 7
 ) -> dict[str, list[float]]:
-  """Returns each program's iterations per second in each round.
+  """Returns the iterations per second of each program in each round, as a dict of lists by name.
 
   Args:
-    programs: `{name: run}`; `run(n)` does n iterations and returns when they are done. Each runs once beforehand, to
-      compile and warm up, and its rate then sets its n.
-    seconds: about how long a program's turn takes; one iteration at the least.
-    rounds: turns of each.
+    programs: Dict `{name: run}`. `run(n)` takes n iterations and returns when they are done. Each program runs before
+      the first round, to compile and to find the n that takes `seconds`.
+    seconds: Approximate duration of a turn. A turn has at least one iteration.
+    rounds: Number of turns of each program.
   """
   counts = {}
   for name, run in programs.items():
@@ -38,20 +38,23 @@ def rates(
 
 
 def ratio(found: Mapping[str, list[float]], a: str, b: str) -> float:
-  """Returns the median over rounds of a's rate divided by b's."""
+  """Returns the median over rounds of the rate of program `a` divided by the rate of program `b`."""
   return statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
 
 
 def table(found: Mapping[str, list[float]], ours: str, more: Mapping[str, Mapping[str, str]] | None = None) -> str:
-  """Returns Markdown: each program's median rate, its range, the median over rounds of ours divided by it, and more.
+  """Returns a table in Markdown with a row for each program.
+
+  The columns are the median rate, its range, the median over rounds of the rate of `ours` divided by the rate of this
+  program, and the columns in `more`.
 
   Args:
-    found: from `rates`.
-    ours: the program to divide by the others.
-    more: `{heading: {program: cell}}`.
+    found: Rates from `rates`.
+    ours: Name of the program whose rate is divided by the rates of the others.
+    more: Further columns, `{heading: {program: cell}}`.
   """
   more = more or {}
-  headings = ['program', 'iterations/s, median', 'least to greatest', 'ours / it', *more]
+  headings = ['program', 'iterations/s, median', 'least to greatest', 'ours / this program', *more]
   lines = ['| ' + ' | '.join(headings) + ' |', '|' + ' --- |' * len(headings)]
   show = lambda v: f'{v:,.0f}' if v >= 100 else f'{v:.3g}'
   for name, values in found.items():

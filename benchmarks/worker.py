@@ -1,9 +1,10 @@
-"""One program on Conv4, alone in a process that does as it is told; `Worker` is the other end.
+"""Runs one program on Conv4 in a separate process, and takes commands from stdin. `Worker` starts such a process.
 
     python -m benchmarks.worker NAME WAY SHOT TASKS [FILE]
 
-What one program has freed, another in its process would take without asking the system for pages: PyTorch's loop was a
-fifth faster beside others than alone. So each has a process, which waits while the others work.
+Programs in one process would influence each other: a program can reuse memory that another program has freed, without
+new pages from the operating system. PyTorch's loop was a fifth faster in this way than alone. Therefore each program
+has a separate process, which waits while the other programs have their turns.
 """
 
 import json
@@ -17,17 +18,17 @@ from collections.abc import Sequence
 import numpy as np
 
 OF_JAX = ('metasgd_jax', 'plain JAX', 'matrix product')
-"""What the names of JAX's programs begin with; the others are PyTorch's."""
+"""Beginnings of the names of programs that use JAX. All other programs use PyTorch."""
 
 KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**34)}
-"""Environment in which glibc never gives memory back, so that no page is asked for twice."""
+"""Environment variables with which glibc never returns freed memory to the operating system."""
 
 
 class Worker:
-  """A program in a process of its own: `worker(n)` takes n iterations."""
+  """A program in a separate process: `worker(n)` takes n iterations in that process."""
 
   def __init__(self, name: str, setting: Sequence[int], episodes: str, environment=None) -> None:
-    """Starts the process, which builds the program; the file of episodes, from `save`, is for peers."""
+    """Starts the process, which builds the program. Peers read the file `episodes`, which `save` writes."""
     command = [sys.executable, '-m', 'benchmarks.worker', name, *map(str, setting), episodes]
     environment = {**os.environ, **(environment or {})}
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -36,11 +37,14 @@ class Worker:
     self._to, self._from = self._process.stdin, self._process.stdout
 
   def __call__(self, iterations: int) -> float:
-    """Returns the seconds that n iterations took there; with the first call, compilation too."""
+    """Returns the seconds that the iterations took. The first call includes the time for compilation."""
     return self._ask(iterations)
 
   def peak(self) -> tuple[float, float]:
-    """Returns MiB of resident memory, the peak since its second call began, and that since its process did (Linux)."""
+    """Returns two peaks of resident memory in MiB: since the second call of the worker, and since the process started.
+
+    This works on Linux only.
+    """
     here, always = self._ask('peak')
     return here, always
 
@@ -53,19 +57,22 @@ class Worker:
     print(json.dumps(what), file=self._to, flush=True)
     answer = self._from.readline()
     if not answer:
-      raise RuntimeError(f'{self._process.args!r} ended with {self._process.wait()}')
+      raise RuntimeError(
+        f'the worker process ended with exit code {self._process.wait()}, got no answer from the command '
+        f'{self._process.args!r}; see its error above'
+      )
     return json.loads(answer)
 
 
 def save(path: str, theta, episodes) -> None:
-  """Writes θ in torch's order, and episodes, for peers."""
+  """Writes a file for peers, with the arrays of θ in the order of PyTorch and with the episodes."""
   arrays = {f'theta{i:02d}': t for i, t in enumerate(theta)}
   arrays |= {f'episode{i}': a for i, a in enumerate(a for part in episodes for a in part)}
   np.savez(path, **arrays)
 
 
 def _peer(name, way, path):
-  from benchmarks import ALPHA, peers  # JAX is not imported here.
+  from benchmarks import ALPHA, peers  # This process does not import JAX.
 
   with np.load(path, allow_pickle=False) as file:
     theta = [file[k] for k in sorted(file) if k.startswith('theta')]
@@ -74,7 +81,7 @@ def _peer(name, way, path):
 
 
 def _of_jax(name, way, shot, tasks):
-  from benchmarks import conv4  # Nor torch here.
+  from benchmarks import conv4  # This process does not import torch.
   from metasgd_jax.outer import sharding
 
   if name == conv4.ROOF:
@@ -84,7 +91,10 @@ def _of_jax(name, way, shot, tasks):
 
 
 def resident(*, peak: bool = True, reset: bool = False) -> float:
-  """Returns MiB of this process's resident memory (Linux): the peak, or what is there now; may begin the peak anew."""
+  """Returns the resident memory of this process in MiB: its peak, or its current value if `peak` is False.
+
+  With `reset`, the peak is reset after it is read. This works on Linux only.
+  """
   status = pathlib.Path('/proc/self/status').read_text()
   if reset:
     pathlib.Path('/proc/self/clear_refs').write_text('5')
@@ -92,7 +102,11 @@ def resident(*, peak: bool = True, reset: bool = False) -> float:
 
 
 def main() -> None:
-  """Answers each line of JSON on stdin, a number of iterations or "peak", with one on stdout."""
+  """Answers each line of stdin with a line of JSON on stdout.
+
+  The answer to a number of iterations is their duration in seconds. The answer to "peak" is the result of
+  `Worker.peak`.
+  """
   name, way, shot, tasks = sys.argv[1], *map(int, sys.argv[2:5])
   run = _of_jax(name, way, shot, tasks) if name.startswith(OF_JAX) else _peer(name, way, sys.argv[5])
   calls, before = 0, 0.0

@@ -21,10 +21,11 @@ def from_linen(module: nn.Module) -> Model:
   """Returns a `Model` of a Linen module whose only variables are parameters.
 
   θ is the 'params' collection of the module. `Model.statistics` returns the collection 'statistics', which the layers
-  `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives that collection, these layers normalise by it.
+  `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives this collection, these layers normalise with its
+  means and variances.
 
   Raises (from `init`):
-    ValueError: if the module has other collections, such as running averages.
+    ValueError: if the module has a collection other than 'params', such as one of running averages.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP())
@@ -50,12 +51,12 @@ def from_linen(module: nn.Module) -> Model:
 def from_nnx(build: Callable[[Any], Any]) -> Model:
   """Returns a `Model` of an NNX module whose only variables are parameters.
 
-  θ is a dict of the module's parameters, nested like the module. `nnx.merge(nnx.graphdef(module), θ)` is a module
-  again. The names that `adapt_only` receives are paths of attributes, such as 'layers.0.kernel'.
+  θ is a dict of the module's parameters, nested like the module. `nnx.merge(nnx.graphdef(module), θ)` returns a module
+  with the parameters θ. The names that `adapt_only` receives are paths of attributes, such as 'layers.0.kernel'.
 
   Args:
     build: Function `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. `init` calls `build`.
-      `from_nnx` also traces `build` once to find the module's structure, and creates no array. The module is called
+      `from_nnx` also traces `build` once to find the module's structure. This creates no array. The module is called
       with a batch `[B, …]`.
 
   Raises:
@@ -83,7 +84,10 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
     for path, node in nnx.iter_graph(module):
       if any(map(_is_array, jax.tree.leaves(node, is_leaf=lambda n: isinstance(n, nnx.Variable | nnx.Pytree)))):
         name = '.'.join([type(module).__name__, *map(str, path)])
-        raise ValueError(f'{name} is an array, but not an nnx.Variable; wrap it in nnx.Variable, or close over it')
+        raise ValueError(
+          f'{name} is an array, but not an nnx.Variable; '
+          'wrap it in nnx.Param to learn it, or create it outside the module if it is a constant'
+        )
     return module
 
   abstract = nnx.eval_shape(lambda: checked(build(nnx.Rngs(0))))
@@ -102,15 +106,15 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   """Returns a `Model` of an Equinox module without state.
 
-  θ is the module with `None` in place of everything that is not a parameter. `eqx.combine(θ, module)` is a module
-  again. The parameters are the floating-point JAX arrays of the module. NumPy arrays, and JAX arrays of integers or
-  Booleans, are constants, which must be the same for every key. The names that `adapt_only` receives are paths of
-  attributes, such as 'layers.0.weight'. `checkpoint`, `io.files.write_params` and `eqx.tree_serialise_leaves` can save
-  such a θ.
+  θ is the module with `None` in place of everything that is not a parameter. `eqx.combine(θ, module)` returns a module
+  with the parameters θ. The parameters are the floating-point JAX arrays of the module. NumPy arrays, and JAX arrays of
+  integers or Booleans, are constants, which must be the same for every key. The names that `adapt_only` receives are
+  paths of attributes, such as 'layers.0.weight'. `checkpoint`, `io.files.write_params` and `eqx.tree_serialise_leaves`
+  can save such a θ.
 
   Args:
     build: Function `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. `init` calls
-      `build`. `from_equinox` also traces `build` to find the module's structure and constants, and creates no
+      `build`. `from_equinox` also traces `build` to find the module's structure and constants. This creates no
       parameter. The module is called with a single item, as is usual in Equinox, inside a `jax.vmap` over the batch.
 
   Raises:
@@ -128,7 +132,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   try:
     import equinox as eqx
   except ImportError as error:
-    raise ImportError("Equinox is not installed; pip install 'metasgd_jax[compose]'") from error
+    raise ImportError("Equinox is not installed; run pip install 'metasgd_jax[compose]'") from error
 
   given: Any = build
   holds_arrays = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
@@ -154,10 +158,11 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   _check_floating(name, jax.tree.leaves(parameters))
   if not jax.tree.leaves(parameters):
     raise ValueError(
-      f'{name} has no parameters, that is, no floating-point JAX arrays; convert its arrays by jnp.asarray'
+      f'{name} has no parameters, that is, no floating-point JAX arrays; '
+      'if its parameters are NumPy arrays, convert them with jnp.asarray'
     )
   if jax.tree.leaves(constants):
-    # The function is compiled, because the compiler removes the parameters and so creates none.
+    # The function is compiled, because the compiler then removes the parameters, which are not used, and creates none.
     constants_of = jax.jit(lambda key: eqx.filter(arrays(key), _is_parameter, inverse=True))
     constants, others = (constants_of(jax.random.key(seed)) for seed in (0, 1))
     if not all(map(np.array_equal, jax.tree.leaves(constants), jax.tree.leaves(others))):
@@ -182,9 +187,9 @@ def _is_parameter(leaf) -> bool:
 
 
 def _not_pure(module, what: str) -> ValueError:
-  """Returns the error for a module that has something besides its parameters."""
+  """Returns the error for a module that has `what`: variables, collections or state that are not parameters."""
   has = f'{type(module).__name__} has {what}'
-  return ValueError(f'{has}, but a Model is a pure function of its parameters; see docs/composition.md')
+  return ValueError(f'{has}, but a Model is a pure function of its parameters; docs/composition.md shows what to do')
 
 
 def _check_function(build, kind: str, argument: str, is_module: bool) -> None:
@@ -200,4 +205,4 @@ def _check_returned(module, kind: type, name: str) -> None:
 def _check_floating(name: str, leaves) -> None:
   if wrong := sorted({str(leaf.dtype) for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.floating)}):
     has = f'{name} has parameters of dtype {", ".join(wrong)}, which cannot be learned'
-    raise ValueError(f'{has}; make them floating-point, and split a complex parameter into two real arrays')
+    raise ValueError(f'{has}; make each parameter floating-point, and split a complex parameter into two real arrays')

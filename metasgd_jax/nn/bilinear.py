@@ -1,21 +1,22 @@
-"""A convolution and the gradient of its kernel, as two bilinear primitives that are closed under differentiation.
+"""A convolution and its kernel gradient, as two bilinear primitives that are closed under differentiation.
 
-The convolution y = conv(x, κ) is bilinear, and so is the gradient of its kernel, κ̄ = kernel_gradient(x, ȳ). The
-gradient of its input is a convolution of ȳ with the kernel rotated by 180 degrees. Every derivative of the two
-primitives, of any order, forward or reverse, is again one of the two primitives:
+The convolution y = conv(x, κ) is bilinear. The gradient with respect to its kernel, κ̄ = kernel_gradient(x, ȳ), is
+bilinear too. The gradient with respect to its input is a convolution of ȳ with the kernel rotated by 180 degrees. Every
+derivative of the two primitives, of any order, forward or reverse, is again one of the two primitives:
 
     conv(x, κ)              d/dx: conv(ȳ, rotated κ)       d/dκ: kernel_gradient(x, ȳ)
     kernel_gradient(x, ȳ)   d/dx: conv(ȳ, rotated κ̄)       d/dȳ: conv(x, κ̄)
 
 The algorithm of each primitive is therefore chosen in this module only, when a program is lowered for a platform. The
-choices for the CPU were measured (WORKSPACE_NOTES.md has the figures); the choices for other platforms were not.
+choices for the CPU are based on measurements, which are in WORKSPACE_NOTES.md. The choices for other platforms were not
+measured.
 
 - CPU: The convolution of each task has the layout NHWC, HWIO → NHWC, and its operands are transposed explicitly. XLA
   converts convolutions to this layout only at the entry of a program; in the body of a loop any other layout is tens of
-  times slower. The gradient of the kernel contracts 16 images at a time, so that the operand that is read repeatedly
-  stays in the cache. Large 3×3 convolutions and the gradients of their kernels use Winograd's algorithm.
-- Other platforms: A single task is a convolution in the same layout. Several tasks, each with its own kernel, are one
-  batched matrix product over patches.
+  times slower. The kernel gradient contracts 16 images at a time, so that the operand that is read repeatedly
+  stays in the cache. Large 3×3 convolutions and their kernel gradients use Winograd's algorithm.
+- Other platforms: A single task is computed by one convolution in the same layout. Several tasks, each with its own
+  kernel, are computed by one batched matrix product over patches.
 """
 
 import functools
@@ -36,11 +37,12 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 # Number of images that a kernel gradient on a CPU contracts at a time; 16 float32 fill a vector register of 512 bits.
 IMAGES_AT_ONCE = 16
 
-# Number of images above which Winograd's algorithm is used. With few images, as in a small support, the program would
-# only take longer to compile.
+# Winograd's algorithm is used for more than this number of images. With few images, as in a small support, it would not
+# be faster, and the program would take longer to compile.
 MANY_IMAGES = 16
 
-# Greatest h·w·D for which a kernel gradient is one product with patches, as in a first layer on grey images.
+# Largest h·w·D for which a kernel gradient is computed as one matrix product with patches. The limit is that of a 3×3
+# kernel on grey images, as in a first layer.
 FEW_TAPS = 9
 
 
@@ -62,21 +64,21 @@ class Window(NamedTuple):
 
 def conv(x, kernel, window: Window, precision=None):
   """Returns the cross-correlation of images `[B, H, W, D]` with a kernel `[h, w, D, F]`: `[B, H', W', F]`."""
-  if precision is None:  # The setting may have another value when the program is lowered.
+  if precision is None:  # The setting may change until the program is lowered.
     precision = getattr(jax.config, 'jax_default_matmul_precision')  # noqa: B009
   x, kernel = _vary_alike(x[None], kernel[None])
   return conv_p.bind(x, kernel, window=window, precision=precision)[0]
 
 
 def _vary_alike(*operands):
-  """Makes the operands vary over the same mesh axes, which a primitive inside of `shard_map` requires."""
+  """Makes the operands vary over the same mesh axes, which a primitive inside `shard_map` requires."""
   over = [_varies_over(jax.typeof(a)) for a in operands]
   missing = [tuple(sorted(frozenset.union(*over) - mine)) for mine in over]
   return [lax.pcast(a, axes, to='varying') if axes else a for a, axes in zip(operands, missing, strict=True)]
 
 
 def _varies_over(aval) -> frozenset:
-  kind = getattr(aval, 'manual_axis_type', None)  # jax 0.10 has it; other versions have `vma`.
+  kind = getattr(aval, 'manual_axis_type', None)  # jax 0.10 has this attribute; other versions have `vma`.
   return getattr(aval, 'vma', frozenset()) if kind is None else kind.varying
 
 
@@ -136,8 +138,8 @@ def _batch(primitive, operands, axes, **options):
   return out.reshape(size, -1, *out.shape[1:]), 0
 
 
-# The algorithms. An algorithm for one task returns sums in float32 or a wider type. The sums are rounded only once, at
-# the end.
+# The following functions are the algorithms. An algorithm for one task returns sums in float32 or a wider type. The
+# sums are rounded only once, at the end.
 
 
 def _sums(x):
@@ -205,9 +207,9 @@ def _conv_on_cpu(x, kernel, *, window, precision):
 
 
 def _suits_winograd(x, kernel, window):
-  """Returns whether Winograd's algorithm was measured to be faster.
+  """Returns whether Winograd's algorithm is used, because measurements with such shapes found it faster.
 
-  It needs enough images, tiles and channels to make up for the cost of its transforms.
+  The algorithm needs enough images, tiles and channels to make up for the cost of its transforms.
   """
   plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
   many = _more_than(x.shape[0], MANY_IMAGES) and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
@@ -215,7 +217,7 @@ def _suits_winograd(x, kernel, window):
 
 
 def _more_than(images, few: int) -> bool:
-  """Returns whether there are more than `few` images; False if an exported program leaves their number open."""
+  """Returns whether there are more than `few` images, or False if the number is symbolic, as in an exported program."""
   return not jax.export.is_symbolic_dim(images) and images > few
 
 
@@ -265,7 +267,7 @@ def _kernel_gradient_by_patches(x, y, *, window, size, precision):
 
 
 def _primitive(name, shape, to_first, to_second):
-  """Returns a bilinear primitive, given its output shape and the rules for the derivatives by its two operands."""
+  """Returns a bilinear primitive, given its output shape and the derivatives with respect to its two operands."""
   primitive = Primitive(name)
   primitive.def_abstract_eval(shape)
   ad.defbilinear(primitive, to_first, to_second)
@@ -274,7 +276,7 @@ def _primitive(name, shape, to_first, to_second):
 
 
 def _compute(primitive, on_cpu, elsewhere):
-  """Sets the algorithms of a primitive for a CPU and for other platforms, inside of jit and outside."""
+  """Sets the algorithms of a primitive for a CPU and for other platforms, inside and outside of jit."""
   mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
   mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
 

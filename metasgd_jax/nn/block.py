@@ -1,4 +1,4 @@
-"""Batch norm by the statistics of the current batch, and the convolution block of few-shot networks."""
+"""Batch norm with the statistics of the current batch, and the convolution block of few-shot networks."""
 
 import chex
 import flax.linen as nn
@@ -27,14 +27,16 @@ def conv_block(
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
 
   With y = conv(x, kernel), batch norm increases with y if the scale of the channel is not negative, and decreases
-  otherwise. The winner of a window can therefore be found before batch norm: m = pool(sign(scale) ∘ y) ∘ sign(scale).
-  Only the winners are normalised: scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU
+  otherwise. The winner of a window, which is the value that max-pool selects, can therefore be found before batch
+  norm: m = pool(sign(scale) ∘ y) ∘ sign(scale). Only the winners are normalised:
+  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU
   never decreases. If a scale is exactly 0, all values of a window are equal after batch norm. The derivative with
   respect to this scale is then that of the largest y, while separate layers would use the first y of the window.
 
   The array y itself is needed only for its mean and variance. If the convolution is cheap and its output is large, as
   in a first layer, the images are processed in parts: y is computed again for the derivatives, and is never stored. The
-  means and variances of the parts give those of the whole exactly: var = mean(var_p) + mean((mean_p − mean)²).
+  means and variances of the parts p give those of all images exactly: mean = mean(mean_p) and
+  var = mean(var_p) + mean((mean_p − mean)²).
 
   Args:
     x: Images, `[B, H, W, D]`.
@@ -43,7 +45,7 @@ def conv_block(
     bias: Bias of batch norm, `[F]`.
     epsilon: Constant ε that is added to the variance.
     parts: Number of parts, a divisor of B. By default it is chosen by platform and size, and is 1 except on a CPU.
-    statistics: Mean and variance to normalise by, `[F]` and `[F]`. By default they are those of conv(x, kernel).
+    statistics: Mean and variance to normalise with, `[F]` and `[F]`. By default they are those of conv(x, kernel).
 
   Returns:
     `[B, H // 2, W // 2, F]`, of x's dtype. Statistics are summed in float32 or a wider type.
@@ -60,7 +62,7 @@ def conv_block(
 
 
 def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None) -> tuple:
-  """Returns the output of `conv_block`, and the pair (mean, variance) by which batch norm normalised."""
+  """Returns the output of `conv_block`, and the pair (mean, variance) that batch norm used."""
   parts = default_parts(x.shape, kernel.shape) if parts is None else parts
   if parts < 1 or x.shape[0] % parts:
     raise ValueError(f'parts must be a divisor of the number of images ({x.shape[0]}), got {parts}')
@@ -87,10 +89,11 @@ def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
   """Returns the default number of parts for images `[B, H, W, D]` and a kernel `[h, w, D, F]` of these shapes.
 
   On a CPU, for a cheap convolution, the number is a divisor of B that makes parts of about `PART_BYTES`. In all other
-  cases it is 1. It is also 1 if B has no suitable divisor, is 0, or is not known yet.
+  cases it is 1. It is also 1 if B has no suitable divisor, if B is 0, or if B is not known because the program is
+  exported.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
-  is_open = jax.export.is_symbolic_dim(batch)  # An exported program may leave the number of images open.
+  is_open = jax.export.is_symbolic_dim(batch)  # A program may be exported for any number of images.
   if is_open or batch == 0 or jax.default_backend() != 'cpu' or h * w * depth > CHEAP:
     return 1
   least = -(-batch * height * width * features * 4 // PART_BYTES)
@@ -113,7 +116,7 @@ def normalise(x, mean, variance, scale, bias, epsilon: float) -> chex.Array:
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel by the statistics of the current batch, or by given statistics.
+  """Normalises each channel with the statistics of the current batch, or with given statistics.
 
   The layer computes scale ∘ (x − mean) / √(var + ε) + bias, with the mean and variance over all axes except the last.
   There are no running averages. By default the layer uses the current batch in training and at test time, as MAML's

@@ -87,7 +87,7 @@ def conv_general_dilated(
 
 
 def _suits_bilinear(lhs, rhs, dtype) -> bool:
-  """Returns whether images and kernel have a form that `bilinear.conv` takes, for an output of the given dtype."""
+  """Returns whether images and kernel have a form that `bilinear.conv` accepts, for an output of the given dtype."""
   inexact = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
   sharded = any(axis is not None for a in (lhs, rhs) for axis in jax.typeof(a).sharding.spec)
   return inexact and not sharded and lhs.ndim in (3, 4) and all((*lhs.shape, *rhs.shape))
@@ -136,9 +136,9 @@ def max_pool(
   """Returns the result of `flax.linen.max_pool`, and takes the same arguments.
 
   The fast case is images with windows that do not overlap: the strides equal the window, and the padding is 'VALID'.
-  Slices are compared, the index of the winner of each window is stored, and derivatives of every order select the
-  winner by its index. If values are equal, the first one in row-major order wins; a NaN always wins. The winner is not
-  found by comparing the values with their maximum: XLA may compute values and maximum in different fusions, which
+  The winner of a window is its largest value. The index of each winner is stored, and derivatives of every order select
+  the winner by its index. If values are equal, the first one in row-major order wins; a NaN always wins. The winner is
+  not found by comparing the values with their maximum: XLA may compute values and maximum in different fusions, which
   round differently, and the gradient would be lost. All other cases use the function of flax, whose derivatives are
   slow.
 

@@ -80,7 +80,7 @@ class Conv4(nn.Module):
     Raises:
       ValueError: if the images have another rank, or are smaller than 16×16.
     """
-    check_images('Conv4', x, 16, 16)  # It halves them four times.
+    check_images('Conv4', x, 16, 16)  # The blocks halve the images four times.
     for _ in range(4):
       x = ConvBlock(self.filters, dtype=self.dtype)(x)
     x = x.reshape(x.shape[0], -1)

@@ -12,14 +12,14 @@ from metasgd_jax.nn.conv import Conv, check_images, max_pool
 SLOPE = 0.1
 """Slope of leaky ReLU for negative inputs (Lee et al. 2019, section 4.1)."""
 
-_KERNEL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # The code of Lee et al. uses it.
+_KERNEL = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # The code of Lee et al. uses this initialiser.
 
 
 class ResidualBlock(nn.Module):
   """A residual block: three 3×3 convolutions, plus a 1×1 convolution of the input as the shortcut.
 
-  Each convolution is followed by batch norm and has no bias. Leaky ReLU follows the first two 3×3 convolutions, and the
-  sum of the third one and the shortcut. A 2×2 max-pool comes last.
+  Each convolution is followed by batch norm and has no bias. Leaky ReLU is applied after each of the first two 3×3
+  convolutions, and to the sum of the third one and the shortcut. A 2×2 max-pool comes last.
 
   Attributes:
     features: Number of output channels, F.

@@ -1,4 +1,4 @@
-"""Winograd's 3×3 convolution, and the gradient of its kernel, with 2.25 times fewer products.
+"""Winograd's 3×3 convolution and its kernel gradient, which need 2.25 times fewer multiplications.
 
 The algorithm is F(2×2, 3×3) of Lavin and Gray 2016, section 4.1. Each tile of 2×2 outputs is
 Aᵀ[(G κ Gᵀ) ⊙ (Bᵀ d B)]A, where κ is the kernel and d is the 4×4 tile of inputs under the outputs. The elementwise

@@ -24,10 +24,11 @@ class AdvantageConfig:
     baseline: Whether the linear baseline is subtracted. It is fitted to the same trajectories whose advantages are
       estimated. If False, the baseline is zero.
     ridge: Ridge coefficient of the baseline's fit.
-    bootstrap: Whether the baseline's value of the last observation stands for the rewards that would follow, if time
-      and not the task ended a trajectory. In MAML's released code it does not. The baseline knows the time step and is
-      fitted to returns that stop at the horizon. If time ends all trajectories, the baseline therefore predicts a value
-      close to zero at the horizon. If the task ends some trajectories earlier, the predicted value is larger.
+    bootstrap: Whether the baseline's value of the last observation replaces the rewards that would follow, if time and
+      not the task ended a trajectory. MAML's released code does not do so. The time step is an input of the baseline,
+      and the baseline is fitted to returns that stop at the horizon. If time ends all trajectories, the baseline
+      therefore predicts a value close to zero at the horizon. If the task ends some trajectories earlier, the predicted
+      value is larger.
     normalized: Whether advantages are normalised to mean 0 and standard deviation 1 over the valid steps of a task.
 
   Example:
@@ -48,7 +49,7 @@ class AdvantageConfig:
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}')
     if not self.ridge > 0:
-      raise ValueError(f'ridge must be above 0, got {self.ridge}; take 1e-5, as features may be linearly dependent')
+      raise ValueError(f'ridge must be above 0, got {self.ridge}; use 1e-5, because features may be linearly dependent')
     if self.bootstrap and not self.baseline:
       raise ValueError('bootstrap=True needs the values of the baseline, got baseline=False; set baseline=True')
 
@@ -142,7 +143,7 @@ def linear_features(observations: chex.Array, first_step: chex.Numeric = 0) -> c
   """Returns the features o, o², t/100, (t/100)², (t/100)³ and 1 of each step: `[H, O]` → `[H, 2 O + 4]`.
 
   These are the features of the linear baseline of Duan et al. 2016. The observation o is clipped to ±10, and the time
-  step t is divided by 100 for every horizon. Both details are those of rllab's code for this baseline.
+  step t is divided by 100, whatever the horizon is. Both details are those of rllab's code for this baseline.
 
   Args:
     observations: Observations o, `[H, O]`.

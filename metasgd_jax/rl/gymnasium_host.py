@@ -53,7 +53,7 @@ def collect_on_host(
 
   All `num` environments are stepped together: at each step one call of the jitted policy draws the actions for all
   environments. An environment that has ended is not stepped again. `terminated` is Gymnasium's `terminated`.
-  Gymnasium's `truncated` ends a trajectory by time, like `horizon`. Observations are flattened by
+  If Gymnasium's `truncated` is True, time ended the trajectory, as at the horizon. Observations are flattened by
   `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type, whatever the environment's type is.
 
   Args:
@@ -82,7 +82,7 @@ def collect_on_host(
     ((2, 5, 3), (2, 5, 1))
   """
   _gymnasium()  # Raises ImportError before anything else is done.
-  check_count('num, of trajectories,', num)
+  check_count('num (number of trajectories)', num)
   check_count('horizon', horizon)
   theta, task = jax.lax.stop_gradient((theta, task))
   task = jax.device_get(task)
@@ -144,8 +144,8 @@ def policy_gradient_on_host(
   functions that call only these two. `jax.grad` of the loss of `policy_learner` works.
 
   Args:
-    make: Function `task → environment`, as in `collect_on_host`. It is also called once here, with the task that is
-      sampled with key 0, to find the sizes of observations and actions.
+    make: Function `task → environment`, as in `collect_on_host`. `policy_gradient_on_host` itself calls `make` once,
+      with the task that is sampled with key 0, to find the sizes of observations and actions.
     sample: Function `key → task`, which consumes key.
     policy: Policy that adapts.
     horizon: Largest number of steps H, as in `collect_on_host`.
@@ -165,7 +165,7 @@ def policy_gradient_on_host(
     >>> policy = ms.rl.gaussian(3, 1, hidden=(8,))
     >>> inner = ms.rl.policy_gradient_on_host(make, sample, policy, horizon=5, trajectories=2)
     >>> meta, task = inner.init(jax.random.key(0)), sample(jax.random.key(1))
-    >>> experiences, path = inner.explore(meta, task, jax.random.key(2))  # Not to be jitted; what follows may be.
+    >>> experiences, path = inner.explore(meta, task, jax.random.key(2))  # This call cannot be jitted.
     >>> adapted = jax.jit(inner.replay)(meta, experiences)
     >>> experiences[0].advantages.shape, jax.tree.structure(adapted) == jax.tree.structure(meta.theta)
     ((2, 5), True)
@@ -223,7 +223,10 @@ def _filled(steps: list[np.ndarray], horizon: int) -> jax.Array:
 def _check_actions(space, act: Act) -> None:
   bounded = isinstance(space, _gymnasium().spaces.Box) and bool(np.all(np.isfinite([space.low, space.high])))
   if act is to_box and not bounded:
-    raise ValueError(f'actions are scaled to the finite bounds of a Box, got the action space {space}; give act')
+    raise ValueError(
+      f'by default, actions are scaled to the finite bounds of a Box, got the action space {space}; '
+      'set act to a function that converts actions'
+    )
 
 
 def _check_distinct(environments: list) -> None:
@@ -245,7 +248,7 @@ def _only_on_host(*args):
   del args
   raise RuntimeError(
     'a Gymnasium environment cannot be stepped on the device, got a call to its reset, observe or step; '
-    'use collect_on_host, or the functions experience and explore, which call it'
+    'use collect_on_host, or the functions experience and explore of policy_gradient_on_host'
   )
 
 

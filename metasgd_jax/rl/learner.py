@@ -27,11 +27,14 @@ from metasgd_jax.types import (
 )
 
 MeanOver = Literal['step', 'trajectory']
-"""What a surrogate is averaged over: the valid steps of a task, as in MAML's released code, or its trajectories.
+"""What a surrogate is averaged over.
 
-The mean over trajectories has the derivatives of the expected return. The derivatives of the mean over steps are
-smaller: they are divided by the mean length of the trajectories. This length differs from task to task if some
-trajectories end early.
+- `step`: the valid steps of a task, as in MAML's released code.
+- `trajectory`: the trajectories of a task.
+
+The derivatives of the mean over trajectories are estimates of those of the expected return. The derivatives of the mean
+over steps are smaller: they are divided by the mean length of the trajectories. This length differs from task to task
+if some trajectories end early.
 """
 
 
@@ -77,11 +80,11 @@ class PolicyGradient(NamedTuple):
     experience: `(θ, task, key) → Experience` of the policy with parameters θ; consumes key. No gradient flows through
       the experience.
     step: `(meta, θ, experience, i) → θ`, inner step i, counted from 0.
-    explore: `(meta, task, key) → (experiences, path)`; consumes key, which is split into one key per step. It takes k
-      inner steps, and each step uses new experience of the policy before the step. `experiences` is a k-tuple of
-      `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
-    replay: `(meta, experiences) → θ′`. It takes the inner steps of `explore` on experiences that were drawn before, for
-      the same meta or for another meta.
+    explore: `(meta, task, key) → (experiences, path)`; consumes key, which is split into one key per step. `explore`
+      takes k inner steps, and each step uses new experience of the policy before the step. `experiences` is a k-tuple
+      of `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
+    replay: `(meta, experiences) → θ′`. `replay` takes the same inner steps as `explore`, but on experiences that were
+      drawn before, with the same meta or with another meta.
     surrogate: `(surrogate, distributions [B, H], experience) → scalar`, the mean of the surrogate over the experience.
 
   Example:
@@ -90,7 +93,7 @@ class PolicyGradient(NamedTuple):
     >>> experiences, path = jax.jit(inner.explore)(meta, task, jax.random.key(2))
     >>> len(experiences), len(path)  # k = 1 step: experience of θ, then θ and θ′.
     (1, 2)
-    >>> again = jax.jit(inner.replay)(meta, experiences)  # The same step, nothing drawn anew.
+    >>> again = jax.jit(inner.replay)(meta, experiences)  # The same step on the same trajectories.
     >>> bool(jnp.allclose(again['log_std'], path[-1]['log_std'], atol=1e-5))
     True
   """
@@ -133,9 +136,10 @@ def policy_gradient(
   Args:
     environment: Environment that gives the tasks.
     policy: Policy that adapts.
-    alpha: An `AlphaConfig`, which says how a learned α starts, and the learner is Meta-SGD. Anything else is a fixed
-      rate, in a form that `adapt` accepts. A fixed rate is not part of meta, and the learner is MAML. MAML's released
-      script uses 0.5 for 2D navigation with actions in [−1, 1].
+    alpha: Either an `AlphaConfig` or fixed rates. With an `AlphaConfig`, which says how α starts, α is learned: the
+      learner is Meta-SGD. Any other value is interpreted as fixed rates, in a form that `adapt` accepts. Fixed rates
+      are not part of meta: the learner is MAML. For 2D navigation with actions in [−1, 1], MAML's released script uses
+      0.5.
     trajectories: Number of trajectories B of each inner step, and of the evaluation after the last inner step. The
       paper uses 20.
     steps: Number of inner steps k. The paper uses 1.
@@ -147,10 +151,10 @@ def policy_gradient(
     mean_over: What a surrogate is averaged over; see `MeanOver`.
 
   Raises:
-    ValueError: if the sizes of the policy are not those of the environment, if `alpha` is `None` or has rates
-      by step, if `estimator` or `mean_over` is unknown, if `rates` is not a sequence of `steps` finite numbers, if
-      `steps` is not an integer of at least 0, or if `trajectories` is not an integer of at least 1. The function
-      `init` of the result raises ValueError if `alpha` does not fit θ, and the message names the leaf.
+    ValueError: if the sizes of the policy are not those of the environment, if `alpha` is `None` or an `AlphaConfig`
+      with `by_step=True`, if `estimator` or `mean_over` is unknown, if `rates` is not a sequence of `steps` finite
+      numbers, if `steps` is not an integer of at least 0, or if `trajectories` is not an integer of at least 1. The
+      function `init` of the result raises ValueError if `alpha` does not fit θ, and the message names the leaf.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -162,7 +166,9 @@ def policy_gradient(
   """
   learned = isinstance(alpha, AlphaConfig)
   if alpha is None or (learned and alpha.by_step):
-    raise ValueError(f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; see also `rates`')
+    raise ValueError(
+      f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; `rates` sets a factor per step'
+    )
   check_count('steps', steps, 0)
   check_count('trajectories', trajectories)
   check_choice('mean_over', mean_over, MeanOver)
@@ -232,7 +238,7 @@ def _check_sizes(environment: Environment, policy: Policy) -> None:
     shape = jax.eval_shape(policy.sample, distribution, key).shape
   except (TypeError, ValueError) as e:
     raise ValueError(
-      f"the policy cannot be applied to the environment's observations, got shape {observation.shape}; "
+      f"the policy cannot be applied to the environment's observations, whose shape is {observation.shape}; "
       f"build the policy with the environment's observation_size. The error of the policy is: {e}"
     ) from e
   if shape != (environment.action_size,):
@@ -245,8 +251,8 @@ def _check_sizes(environment: Environment, policy: Policy) -> None:
 def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
   """Returns the policy's distributions `[B, H]` at the observations of the experience.
 
-  Observations after the end of a trajectory are replaced by zero. An observation there may not be finite, and a mask
-  on later results would not keep it out of the gradient.
+  Observations after the end of a trajectory are replaced by zero. Such an observation may be NaN or infinite, and the
+  gradient would then be NaN even if later results were masked.
   """
   drawn = experience.trajectories
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))
@@ -264,7 +270,7 @@ def policy_learner(inner: PolicyGradient) -> Learner:
 
   The gradient of the loss approaches that of the negative expected return as the number of inner trajectories grows, if
   the estimator is DiCE, the mean is over trajectories, and advantages are neither discounted nor normalised. Otherwise
-  the weight of a task depends on the deviation of its advantages and on its number of steps.
+  the weight of a task depends on the standard deviation of its advantages and on its number of steps.
 
   The value of the loss does not measure progress: it is zero if advantages are normalised. Therefore info has the mean
   undiscounted returns before and after adapting, `return_before` and `return_after`. The outer optimiser can be any
@@ -362,7 +368,7 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
     >>> meta, task = inner.init(jax.random.key(0)), inner.environment.sample(jax.random.key(1))
     >>> of = jax.jit(ms.rl.returns_by_step, static_argnums=0)
     >>> returns = of(ms.rl.policy_learner(inner), meta, task, jax.random.key(2))
-    >>> returns.shape, returns.mean(1).shape  # [k + 1, B]; the mean return before the step, and after.
+    >>> returns.shape, returns.mean(1).shape  # [k + 1, B]; [k + 1], the mean returns before and after the step.
     ((2, 3), (2,))
   """
   adapt_key, judge_key = jax.random.split(key)

@@ -26,12 +26,13 @@ def trpo_meta_step(
   trpo: TrpoConfig = TrpoConfig(),
   placement: Placement = Placement(),
 ) -> tuple[MetaParams, dict[str, chex.Array]]:
-  """Returns meta after one meta-iteration with TRPO, and its info. This is the whole Algorithm 2 of Li et al. 2017.
+  """Returns the new meta and a dict of scalars after one meta-iteration with TRPO (Li et al. 2017, Algorithm 2).
 
   The meta-iteration samples tasks. In each task, the policy adapts on trajectories of θ and then draws trajectories of
   θ′. Then one `trpo_update` changes θ and α together, or only θ if α is fixed. The surrogate is TRPO's surrogate on the
-  trajectories after adapting, averaged over tasks, as a function of meta through the inner steps. The divergence is
-  that of the adapted policies, averaged over the valid steps of all tasks, as in MAML's released code.
+  trajectories after adapting, averaged over tasks. The surrogate depends on meta through the inner steps. The
+  divergence is KL(old ‖ new), where old and new are the policies that adapt from the old and from the new meta. It is
+  averaged over the valid steps of all tasks, as in MAML's released code.
 
   Many meta-iterations can be compiled together:
   `jax.jit(lambda meta, keys: jax.lax.scan(functools.partial(trpo_meta_step, inner=inner), meta, keys))`.
@@ -57,7 +58,8 @@ def trpo_meta_step(
 
   Raises:
     ValueError: if `meta_batch`, `tasks_at_once` or `curvature_tasks` is not an integer of at least 1, if
-      `curvature_tasks` is greater than `meta_batch`, or if the mesh cannot share one of these two numbers evenly.
+      `curvature_tasks` is greater than `meta_batch`, or if the devices of the mesh cannot share `meta_batch` or
+      `curvature_tasks` tasks evenly.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -73,7 +75,7 @@ def trpo_meta_step(
   for name, count in (('meta_batch', meta_batch), ('curvature_tasks', curved)):
     check_count(name, count)
   if curved > meta_batch:
-    raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}')
+    raise ValueError(f'curvature_tasks must be at most meta_batch={meta_batch}, got {curved}; lower curvature_tasks')
   placement.check(meta_batch)
   check_curvature(placement.mesh, curved)
   step = functools.partial(
@@ -89,7 +91,10 @@ def trpo_meta_step(
 
 
 def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
-  """Computes the meta-iteration for the tasks of one device, `curved` of which give the curvature (`None` is all)."""
+  """Returns the new meta and the info of a meta-iteration, computed for the tasks of one device.
+
+  The Fisher matrix is computed from `curved` of these tasks, or from all of them if `curved` is `None`.
+  """
   tasks = jax.vmap(inner.environment.sample)(keys[0])
   experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
   after = jax.vmap(inner.experience)(thetas, tasks, keys[2])
@@ -143,7 +148,10 @@ def _mean_surrogate(inner, after, distributions):
 
 
 def _gradient(inner, tasks_at_once, collected, meta):
-  """Differentiates each task separately, so that its intermediates are not kept while the next task is computed."""
+  """Returns ((surrogate, distributions), gradient), where the surrogate and the gradient are means over tasks.
+
+  Each task is differentiated separately, so that its intermediates are not kept while the next task is computed.
+  """
 
   def surrogate(meta, collected):
     distributions = _adapted_distributions(inner, meta, collected)
@@ -191,10 +199,10 @@ def _inner_step(inner, meta, i, task):
 
 
 def _map_tasks(function, tasks, tasks_at_once: int):
-  """Maps a function over all tasks, and computes `tasks_at_once` tasks at the same time."""
+  """Returns the results of a function for all tasks, computed for `tasks_at_once` tasks at the same time."""
   return jax.lax.map(function, tasks, batch_size=tasks_at_once if tasks_at_once > 1 else None)
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-  """Returns `count` evenly spaced indices below `total`, so that any number of devices chooses the same tasks."""
+  """Returns `count` evenly spaced indices below `total`: with any number of devices, the same tasks are chosen."""
   return np.arange(count) * total // count

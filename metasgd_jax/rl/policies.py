@@ -81,7 +81,7 @@ def gaussian(
     return {**theta, 'log_std': jnp.full(action_size, math.log(std), theta['Dense_0']['bias'].dtype)}
 
   def apply(theta, observations) -> Gaussian:
-    # A matrix with one row per step, because XLA would transpose before a product over several axes.
+    # The matrix x has one row per step. With more axes, XLA would transpose the operands before each product.
     x = observations.reshape(-1, observation_size)
     for i, name in enumerate(layers):
       x = x @ theta[name]['kernel']

@@ -21,8 +21,8 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
     policy: Policy that draws the actions.
     theta: Parameters of the policy.
     task: Task from `environment.sample`.
-    key: Random key, consumed. It is split into one key for the start and one key for the steps. The latter is split
-      into keys `[H, 2]`, one for the action and one for the dynamics of each step.
+    key: Random key, consumed. It is split into one key for the start and one key for the steps. The key for the steps
+      is split into keys `[H, 2]`: for each step one key for the action and one for the dynamics.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -57,10 +57,10 @@ def collect(
   """Returns `num` trajectories of one task, which are stepped together. Every leaf has the leading axis `[num]`.
 
   Args:
-    environment: As in `rollout`, like the next three arguments.
-    policy: As in `rollout`.
-    theta: As in `rollout`.
-    task: As in `rollout`.
+    environment: Environment that defines the dynamics.
+    policy: Policy that draws the actions.
+    theta: Parameters of the policy.
+    task: Task from `environment.sample`.
     key: Random key, consumed. It is split into one key per trajectory.
     num: Number of trajectories B. The paper uses 20 before and 20 after the update (Li et al. 2017, section 4.3).
 
@@ -73,7 +73,7 @@ def collect(
     >>> ms.rl.collect(environment, policy, theta, task, jax.random.key(2), num=3).actions.shape
     (3, 20, 2)
   """
-  check_count('num, of trajectories,', num)
+  check_count('num (number of trajectories)', num)
   return jax.vmap(functools.partial(rollout, environment, policy, theta, task))(jax.random.split(key, num))
 
 

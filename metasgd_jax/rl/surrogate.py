@@ -25,7 +25,7 @@ At the θ that sampled the trajectories, all three surrogates have the same grad
 """
 
 Surrogate = Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Array]
-"""`(log_probs [H], sampled_log_probs [H], advantages [H], valid [H]) → []`."""
+"""Function `(log_probs [H], sampled_log_probs [H], advantages [H], valid [H]) → []` of one trajectory."""
 
 
 def dice(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, valid: chex.Array) -> chex.Array:

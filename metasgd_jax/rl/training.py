@@ -45,7 +45,7 @@ def init(key: chex.PRNGKey, inner: PolicyGradient) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class _TrpoIteration:
-  """`trpo_meta_step` as a `MetaIteration`. The fields are the options of `trpo_meta_step`."""
+  """A `MetaIteration` that calls `trpo_meta_step`. The fields are the options of `trpo_meta_step`."""
 
   inner: PolicyGradient
   meta_batch: int
@@ -58,11 +58,11 @@ class _TrpoIteration:
     return jax.default_backend() == 'cpu'
 
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
-    del tasks  # The environment samples them.
+    del tasks  # The environment of `inner` samples the tasks.
     key = jax.random.fold_in(state.key, state.step)
     meta, info = trpo_meta_step(state.meta, key, **vars(self))
     info['taken'] = info.pop('step')
-    # A gradient that is not finite leaves meta unchanged, so the loss reports it.
+    # If the gradient is not finite, meta stays unchanged. The loss is then NaN, so that the failure is visible.
     loss = jnp.where(jnp.isfinite(info['improvement']), -info['return_after'], jnp.nan)
     return TrainState(state.step + 1, state.key, meta, ()), {**info, 'loss': loss}
 

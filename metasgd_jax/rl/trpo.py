@@ -16,15 +16,15 @@ class TrpoInfo(NamedTuple):
   """The result of a TRPO step, scalars `[]`.
 
   Attributes:
-    improvement: Improvement of the surrogate. It is NaN if the surrogate or its gradient is not finite, and then meta
-      is unchanged.
+    improvement: New surrogate minus old surrogate. It is NaN if the surrogate or its gradient is not finite; meta is
+      then unchanged.
     kl: Divergence KL(old ‖ new), in nats.
-    step: Fraction of the largest step that was taken. It is 0 if no step that was tried was good, and then meta is
-      unchanged.
+    step: Fraction r^i of the largest step that was taken; see `trpo_update`. It is 0 if no step that was tried was
+      good; meta is then unchanged.
 
   Example:
     >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
-    >>> bool(info.step > 0)  # No step was good: meta is what it was.
+    >>> bool(info.step > 0)  # No step was good, so meta is unchanged.
     False
   """
 
@@ -41,7 +41,7 @@ class TrpoConfig:
     max_kl: Bound on the mean divergence KL(old ‖ new), in nats.
     cg_steps: Largest number of conjugate-gradient steps.
     cg_tolerance: Tolerance of the conjugate-gradient method; see `conjugate_gradient`.
-    damping: Number that is added to the diagonal of the Fisher matrix F, unless `trpo_update` is given `fisher`.
+    damping: Number that is added to the diagonal of the Fisher matrix F, unless `trpo_update` receives `fisher`.
     backtrack_ratio: Ratio r of one candidate step to the next larger one.
     max_backtracks: Number of candidate steps.
 
@@ -86,19 +86,19 @@ def trpo_update(
   mean: Callable[[PyTree], PyTree] = lambda tree: tree,
   config: TrpoConfig = TrpoConfig(),
 ) -> tuple[PyTree, TrpoInfo]:
-  """Returns meta after one step that raises the surrogate within the bound `max_kl`, and a `TrpoInfo`.
+  """Returns the new meta and a `TrpoInfo` after one step that raises the surrogate and satisfies the bound `max_kl`.
 
   The direction s ≈ F⁻¹ g is computed by conjugate gradients. Here g is the gradient of the surrogate, p are the old
   distributions, J is the derivative of the distributions, and F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I.
 
   The new meta is meta + r^i √(2 max_kl / sᵀ F s) s for some i = 0, 1, …, where r is `backtrack_ratio`. A step is good
-  if it raises the surrogate and KL(p ‖ new) ≤ max_kl. The i that is taken is good, and i − 1 is not good or i is 0.
-  Schulman et al. 2015, appendix C, take the first good i. Not every i is tried; see `largest_good`. If no step that was
-  tried is good, meta is unchanged.
+  if it raises the surrogate and KL(p ‖ new) ≤ max_kl. The step that is taken is good, and the next larger step either
+  is not good or does not exist (i = 0). Schulman et al. 2015, appendix C, take the first good i. Here not every i is
+  tried; see `largest_good`. If no step that was tried is good, meta is unchanged.
 
   The surrogate and the divergence are functions of the distributions, so that the distributions are computed only once
-  for each candidate step. The constants are those of rllab. sᵀ F s is computed from the residual of the conjugate
-  gradients.
+  for each candidate step. The default settings are those of rllab. sᵀ F s is computed from the residual of the
+  conjugate gradients.
 
   Args:
     meta: Any pytree of floating-point arrays, such as `MetaParams(theta, alpha)` or `MetaParams(theta, None)`.
@@ -161,18 +161,20 @@ def largest_good(
   count: int,
   like: chex.Array,
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
-  """Returns the improvement, divergence and share r^i of the largest good step with i < count, or zeros without one.
+  """Returns (improvement, divergence, r^i) for the largest good step that was found, or zeros if none was found.
+
+  The candidate steps are the fractions r^i of the full step, for i = 0, …, count − 1.
 
   A step is good if its improvement is above 0 and its divergence is at most `max_kl`. The divergence is nearly
-  proportional to the square of the step. After a step whose divergence is too large, this rule gives the next i to try.
-  After a good step i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and step i − 1 is
-  not, or when the last step is not good.
+  proportional to the square of the step. After a step that is not good, this rule gives the next i to try, which is at
+  least i + 1. After a good step i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and
+  step i − 1 is not, or when the last step is not good.
 
   If all steps smaller than a good step are good too, the result is the one that trying i = 0, 1, 2, … in order gives,
-  with about half of the tries. A good step between two steps that are not good may be missed.
+  with about half as many tries. A good step between two steps that are not good may be missed.
 
   Args:
-    try_out: Function `share → (improvement, divergence)`.
+    try_out: Function `r^i → (improvement, divergence)` that tries one candidate step.
     max_kl: Bound on the divergence.
     ratio: Ratio r of one step to the next larger one, in (0, 1).
     count: Number of candidate steps.

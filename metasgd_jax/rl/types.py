@@ -14,14 +14,15 @@ from metasgd_jax.types import Adapts, PyTree
 
 
 class Environment(NamedTuple):
-  """A distribution of tasks, as pure functions of one task. Each task is a Markov decision process.
+  """A distribution of tasks and the dynamics of each task, as pure functions. Each task is a Markov decision process.
 
   Attributes:
     sample: `key → task`, a pytree; consumes key.
     reset: `(task, key) → state`, a pytree; consumes key.
     observe: `(task, state) → observation [O]`.
     step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` says whether
-      the task ends the trajectory, for example because a goal is reached. The rollout ends a trajectory by time.
+      the task ends the trajectory, for example because a goal is reached. The end by time is not reported:
+      `rollout` ends each trajectory after `horizon` steps.
     observation_size: Number of entries O of an observation.
     action_size: Number of entries A of an action.
     horizon: Number of steps H after which a trajectory ends by time.
@@ -65,7 +66,7 @@ class Policy(NamedTuple):
   Example:
     >>> policy = ms.rl.gaussian(observation_size=3, action_size=2, hidden=(8,))
     >>> theta = policy.init(jax.random.key(0))
-    >>> distributions = policy.apply(theta, jnp.zeros((5, 3)))  # Of five observations.
+    >>> distributions = policy.apply(theta, jnp.zeros((5, 3)))  # For five observations.
     >>> actions = jax.vmap(policy.sample)(distributions, jax.random.split(jax.random.key(1), 5))
     >>> actions.shape, policy.log_prob(distributions, actions).shape, policy.kl(distributions, distributions).shape
     ((5, 2), (5,), (5,))

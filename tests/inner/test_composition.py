@@ -305,7 +305,7 @@ class TestMistakes:
         self.dense = nnx.Linear(3, 3, rngs=rngs)
         self.scale = array()
 
-    with pytest.raises(ValueError, match=saying('Scaled.scale', 'an array', 'in nnx.Variable', 'close over it')):
+    with pytest.raises(ValueError, match=saying('Scaled.scale', 'an array', 'in nnx.Param', 'outside the module')):
       ms.nn.from_nnx(Scaled)
 
   @pytest.mark.parametrize(

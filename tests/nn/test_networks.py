@@ -135,7 +135,7 @@ class TestTransformer:
     ('x', 'options', 'parts'),
     [
       (np.ones((2, 3), np.float32), {}, ('integer tokens', '[B, L]', 'float32')),
-      (np.ones((2, 7), int), {}, ('6 places', 'got 7', 'length')),
+      (np.ones((2, 7), int), {}, ('6 tokens', 'got 7', 'length')),
       (np.ones((2, 3), int), dict(heads=3), ('multiple', 'width=8', 'heads=3')),
     ],
   )

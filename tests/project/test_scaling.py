@@ -26,7 +26,7 @@ def test_a_worker_trains_on_as_many_devices_as_it_is_told(monkeypatch):
 def test_a_worker_that_fails_is_told_of(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'no_such_platform')
   worker = scaling.Worker('sinusoids', 1, 1, 1)
-  with pytest.raises(RuntimeError, match='ended with 1'):
+  with pytest.raises(RuntimeError, match='exit code 1'):
     worker(1)
   worker.close()
 

@@ -253,7 +253,7 @@ def test_actions_of_another_kind():
   assert np.all((steps > 5) & (drawn.terminated | (steps == 40)))  # Chance does not balance a pole for long.
   np.testing.assert_array_equal(drawn.rewards.sum(1), steps)
   assert np.all(np.abs(drawn.observations[:, 0]) <= 0.05)
-  with pytest.raises(ValueError, match=saying('bounds of a Box', 'Discrete(2)', 'give act')):
+  with pytest.raises(ValueError, match=saying('bounds of a Box', 'Discrete(2)', 'set act')):
     collect_on_host(make, policy, theta, None, jax.random.key(1), horizon=40)
   endless = gymnasium.spaces.Box(-np.inf, 1, (1,))
   with pytest.raises(ValueError, match='bounds of a Box'):

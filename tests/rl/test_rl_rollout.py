@@ -146,7 +146,7 @@ def test_double_precision():
 
 @pytest.mark.parametrize('num', [0, -1, 2.0, True])
 def test_a_number_of_trajectories_that_is_none(num):
-  with pytest.raises(ValueError, match=saying('num, of trajectories', 'at least 1', num)):
+  with pytest.raises(ValueError, match=saying('num (number of trajectories)', 'at least 1', num)):
     rl.collect(ENVIRONMENT, POLICY, THETA, TASK, jax.random.key(0), num=num)
 
 
