@@ -124,7 +124,7 @@ def _report_images(support, query, answers: Sequence[str], inverted: bool) -> No
   if inverted:
     say('light and dark were exchanged; see --invert')
   if skipped := len(support.skipped) + len(query.skipped):
-    say(f'skipped: {skipped} of the files, which cannot be read; see above')
+    say(f'skipped unreadable files: {skipped}, listed above')
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -76,7 +76,7 @@ def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(says), allow_nan=False))
   except (TypeError, ValueError, RecursionError) as e:
     raise ValueError(
-      f'says has a fact that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
+      f'says contains a fact that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
     ) from e
 
 

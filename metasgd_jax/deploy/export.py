@@ -137,7 +137,7 @@ def export_learner(
     >>> with tempfile.TemporaryDirectory() as directory:
     ...   exported = ms.export_learner(f'{directory}/sine.zip', learner, meta, episode)
     >>> adapted = exported.adapt(exported.parameters, *episode.support)
-    >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # The number of query items may be any.
+    >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # Any number of query items is allowed.
     (7, 1)
   """
   path, platforms = checks.writable(path), checks.known_platforms(platforms)
@@ -236,9 +236,7 @@ def _why_not(e: Exception, platforms: Sequence[str], any_support: bool) -> str:
   if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
     return f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave out the platform that fails'
   advice = 'any_support=False fixes the number of support items; ' if any_support else ''
-  return (
-    f'the learner does not work with any number of items ({why}); {advice}predict must take any number of query items'
-  )
+  return f'the learner needs a fixed number of items ({why}); {advice}predict must take any number of query items'
 
 
 def _write(file: IO[bytes], about: Any, programs: Mapping[str, jax.export.Exported], meta: PyTree) -> None:
