@@ -32,37 +32,46 @@ MODEL_FACTS = (
   *('schedule', 'alpha', 'seed', 'eval_seed', 'eval_tasks', 'eval_query', 'inductive', 'augmentation', 'precision'),
   *('multi_step_loss', 'clip', 'validate_every'),
 )
-"""Settings that a model file contains, beside the accuracy."""
+"""Settings that a model file contains, in addition to the accuracies."""
 
 BATCH_NORM = {
   'none': 'no batch norm',
-  'transductive': 'batch norm by the batch at hand',
-  'inductive': "batch norm by the support's statistics",
+  'transductive': 'batch norm by the statistics of the batch',
+  'inductive': 'batch norm by the statistics of the support',
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings with which a CPU takes minutes.
+  """Settings of an experiment. With the defaults, a CPU trains in minutes.
 
-  The paper has 15 query images. MAML has batches of 32 tasks and 60,000 meta-iterations, and on mini-ImageNet it clips
-  the outer gradient at 10. Glyphs are drawn on the device. `stream=auto` keeps images in host memory if they would fill
-  more than half of the device's memory. A folder without class lists is split by `split_seed`.
+  The paper has 15 query images per class. MAML (Finn et al. 2017) has batches of 32 tasks and 60,000 meta-iterations,
+  and on mini-ImageNet it clips the outer gradient at 10. Glyphs are drawn on the device. `stream=auto` keeps images in
+  host memory if they would fill more than half of the device's memory. If a folder has no class lists, its classes are
+  split at random, with the seed `split_seed`.
   """
 
-  learner: tuple[str, ...] = option((), 'Learners; Meta-SGD by default, and all for a table.', choices=LEARNERS)
-  table2: bool = option(False, "Make the paper's Table 2, on Omniglot; cells that are in workdir are kept.")
-  table3: bool = option(False, "Make the paper's Table 3, on mini-ImageNet; cells that are in workdir are kept.")
+  learner: tuple[str, ...] = option((), 'Learners to train; Meta-SGD by default, or all for a table.', choices=LEARNERS)
+  table2: bool = option(False, "Make the paper's Table 2, on Omniglot; finished cells are kept.")
+  table3: bool = option(False, "Make the paper's Table 3, on mini-ImageNet; finished cells are kept.")
   dataset: str | None = option(None, "Glyphs by default, or the table's data set.", choices=DATASETS, kind=str)
   data_dir: str | None = option(None, 'Directory of images, or of tfds for omniglot and cifar_fs.', kind=str)
-  archives: str | None = option(None, "Directory of a tfds data set's archives, to prepare data_dir from.", kind=str)
+  archives: str | None = option(None, 'Directory of downloaded archives, from which tfds prepares data_dir.', kind=str)
   verify_archives: bool = option(True, 'Whether the archives must have the registered checksums.')
-  cache: str | None = option(None, "Directory for mini-ImageNet's decoded images; later starts take seconds.", kind=str)
-  split: str = option('random', "Omniglot's split: 1200/423, or Vinyals' alphabets.", choices=('random', 'vinyals'))
+  cache: str | None = option(
+    None, "Directory for mini-ImageNet's decoded images; later runs start in seconds.", kind=str
+  )
+  split: str = option(
+    'random', "Omniglot's split: random 1200/423, or Vinyals' alphabets.", choices=('random', 'vinyals')
+  )
   split_seed: int = option(0, 'Seed of a random split.', low=0, high=2**31 - 1)
-  validation_classes: int = option(0, "Characters of Omniglot's 1200 for validation.", low=0, high=1000)
-  class_lists: str | None = option(None, 'Directory of class names: train.txt, validation.txt and test.txt.', kind=str)
-  image_size: int | None = option(None, 'Image size; by default 28, or 84 for photos.', low=16, high=1024, kind=int)
+  validation_classes: int = option(0, "Characters for validation, out of Omniglot's 1200.", low=0, high=1000)
+  class_lists: str | None = option(
+    None, 'Directory of lists of classes: train.txt, validation.txt and test.txt.', kind=str
+  )
+  image_size: int | None = option(
+    None, 'Height and width of images; by default 28, or 84 for photos.', low=16, high=1024, kind=int
+  )
   channels: int = option(3, 'Channels of images from a folder: 3, or 1 for grey.', low=1, high=3)
   augmentation: str = option('none', 'Augmentation of training images.', choices=tuple(AUGMENTATIONS))
   stream: str = option('auto', 'Keep images on the host; auto does so for large data.', choices=('auto', 'yes', 'no'))
@@ -73,23 +82,25 @@ class Config:
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
   adjoint: str = option('reverse', 'Outer gradient; revolve suits hundreds of inner steps.', choices=get_args(Adjoint))
   alpha: float | None = option(
-    None, "MAML's inner rate, its paper's by default; initial α of Meta-SGD, from U[0.005, 0.1].", **running.RATE
+    None,
+    "MAML's inner rate, by default that of its paper; initial α of Meta-SGD, by default from U[0.005, 0.1].",
+    **running.RATE,
   )
-  start: str | None = option(None, 'Model to start from: a name that ships, or a file of a run.', kind=str)
-  inductive: bool = option(False, 'Normalise query images by the statistics of the support, in training.')
+  start: str | None = option(None, 'Model to start from: name of a shipped model, or a model file.', kind=str)
+  inductive: bool = option(False, 'In training, normalise query images by the statistics of the support.')
   multi_step_loss: bool = option(False, 'Meta-SGD: train on the mean of the query losses after each inner step.')
-  alpha_by_step: bool = option(False, 'Meta-SGD: learn rates for each inner step (MAML++).')
-  ensemble: int = option(1, 'Checkpoints, the best of validation, that answer together.', low=1, high=100)
-  validate_every: int = option(0, 'Meta-iterations between validations; 0 keeps the last checkpoint.', low=0)
+  alpha_by_step: bool = option(False, 'Meta-SGD: learn separate rates for each inner step, as in MAML++.')
+  ensemble: int = option(1, 'Checkpoints, the best in validation, whose predictions are averaged.', low=1, high=100)
+  validate_every: int = option(0, 'Meta-iterations between validations; with 0 the last state is tested.', low=0)
   network: str = option('conv4', "Embedding of metric learners: Conv4, or Koch's.", choices=('conv4', 'koch'))
-  floor_rate: float = option(0.1, 'Rate of plain SGD on the support.', low=1e-6, high=100.0)
+  floor_rate: float = option(0.1, 'Inner rate of the learners joint and random.', low=1e-6, high=100.0)
   filters: int | None = option(None, 'Filters; by default 64, or 32 on mini-ImageNet.', low=1, high=4096, kind=int)
   precision: str = option('float32', 'Type of activations; all else is float32.', choices=('float32', 'bfloat16'))
   meta_batch: int = option(4, 'Tasks per meta-iteration.', low=1, high=10_000)
   tasks_at_once: int = option(0, 'Tasks that a device computes together; 0 depends on the size.', low=0, high=10_000)
   meta_iterations: int = option(500, 'Meta-iterations.', low=1, high=2**31 - 1)
   learning_rate: float = option(1e-3, 'Initial learning rate of Adam, the outer optimiser.', low=1e-12, high=1e3)
-  clip: float = option(0.0, 'Largest entry of the outer gradient; 0 for no limit.', low=0.0)
+  clip: float = option(0.0, 'Clip entries of the outer gradient to this size; 0 does not clip.', low=0.0)
   schedule: str = option('constant', 'Learning rate: constant, or a cosine to 0.', choices=('constant', 'cosine'))
   seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
@@ -102,7 +113,7 @@ class Config:
   def __post_init__(self):
     options.check(self)
     if self.table2 and self.table3:
-      raise ValueError('table2 and table3 are two commands; give one')
+      raise ValueError('table2 and table3 need separate commands, got both; give one of them')
     if self.dataset is None:
       dataset = 'omniglot' if self.table2 else 'mini_imagenet' if self.table3 else 'glyphs'
       object.__setattr__(self, 'dataset', dataset)
@@ -117,18 +128,23 @@ class Config:
       raise ValueError('channels must be 1 or 3, got 2')
     for name in ('multi_step_loss', 'alpha_by_step'):
       if getattr(self, name) and self.inner_steps < 2:
-        raise ValueError(f'{name} is for several inner steps, got inner_steps={self.inner_steps}; give at least 2')
+        raise ValueError(f'{name} needs several inner steps, got inner_steps={self.inner_steps}; give at least 2')
     if self.ensemble > 1 and self.ensemble > self.meta_iterations // self.validate_every:
       raise ValueError(
-        f'ensemble={self.ensemble} is more than the {self.meta_iterations // self.validate_every} validations of '
-        f'{self.meta_iterations} meta-iterations; lower validate_every={self.validate_every}'
+        f'ensemble={self.ensemble} needs as many validations, because each validation gives one checkpoint, but there '
+        f'are {self.meta_iterations // self.validate_every} validations in {self.meta_iterations} meta-iterations with '
+        f'validate_every={self.validate_every}; lower ensemble or validate_every'
       )
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
-      raise ValueError(f'start is a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave it out')
+      raise ValueError(
+        f'start must be a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave start out'
+      )
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
-      raise ValueError('table2 and table3 need real images, got dataset=glyphs; leave dataset out for their own')
+      raise ValueError(
+        'table2 and table3 need real images, got dataset=glyphs; leave dataset out, as a table has its own'
+      )
     if self.class_lists and self.dataset != 'folder':
-      raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave it out')
+      raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave class_lists out')
 
   @property
   def learners(self) -> tuple[str, ...]:
@@ -137,13 +153,13 @@ class Config:
 
   @property
   def sizes(self) -> tuple[int, int]:
-    """Filters of a convolution, and units of the fully connected layer, 0 for none (Li et al. 2017, section 4.2)."""
+    """Number of filters, and of units in the fully connected layer or 0 for no layer (Li et al. 2017, section 4.2)."""
     filters = self.filters or (32 if self.dataset == 'mini_imagenet' else 64)
     return filters, 32 if self.dataset in CHARACTERS else 0
 
   @property
   def test_shots(self) -> tuple[int, ...]:
-    """Support images per class in testing."""
+    """Numbers of support images per class in testing, one for each test."""
     return self.eval_shots or (self.shot,)
 
 
@@ -195,9 +211,9 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
 
 
 def _save_model(path, name: str, meta: Any, results: list[Result], config: Config, setup: Setup) -> None:
-  """Writes the first run as a file for `metasgd predict` and `FewShotClassifier`."""
+  """Writes the model of the first run to a file, for `metasgd predict` and `FewShotClassifier`."""
   places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
-  # Private paths are not published.
+  # A model file may be published, so it has no private paths.
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
   training = running.settings(config, *MODEL_FACTS) | provenance.collect()
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
@@ -245,7 +261,9 @@ def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
 def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> running.Prepared:
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
-      raise ValueError('plan and debug_task are for one cell; give its flags and workdir instead')
+      raise ValueError(
+        'plan and debug_task are for one cell, not for a whole table; replace table2 or table3 by the flags of a cell'
+      )
     of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping, cell=True)
     return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
   setup = build(config, devices=devices)

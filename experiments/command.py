@@ -1,4 +1,4 @@
-"""Command line of an experiment: help that fits a screen, settings from a file, and one sentence for a mistake."""
+"""Parses the command line of an experiment, reads settings from the file of `--config`, and writes `--help`."""
 
 import dataclasses
 import json
@@ -22,10 +22,10 @@ MOST_USED = (
 
 
 def parse(config_class: type, argv: Sequence[str]) -> list[str]:
-  """Sets all flags for `app.run`, and returns a list of the program's name only.
+  """Sets all flags, and returns a list that contains only the program's name, as `app.run` expects.
 
-  `--help` and `--helpfull` end the program with exit code 0. A mistake in the arguments prints one sentence, and ends
-  the program with exit code 2.
+  `--help` and `--helpfull` end the program with exit code 0. If an argument is wrong, this function prints one sentence
+  to stderr and ends the program with exit code 2.
 
   Args:
     config_class: Class of the experiment's configuration. The file of `--config` contains values of its fields.
@@ -53,7 +53,7 @@ def parse(config_class: type, argv: Sequence[str]) -> list[str]:
 
 
 def from_file(path: str, config_class: type, experiment: str) -> list[str]:
-  """Returns the flags that give the settings in a results.json or config.json of an earlier run.
+  """Returns the flags, such as '--way=5', for the settings in the results.json or config.json of an earlier run.
 
   Args:
     path: path of the file.
@@ -61,7 +61,8 @@ def from_file(path: str, config_class: type, experiment: str) -> list[str]:
     experiment: name of the experiment, for messages.
 
   Raises:
-    ValueError: if the file cannot be read, has no settings or unknown ones, or has values that are not allowed.
+    ValueError: if the file cannot be read, has no settings, has unknown settings, or has values that are not
+      allowed.
   """
   try:
     found = json.loads(pathlib.Path(path).expanduser().read_bytes())
@@ -77,7 +78,7 @@ def from_file(path: str, config_class: type, experiment: str) -> list[str]:
 
 
 def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
-  """Returns the flags that give this configuration: one for each value that is not the default.
+  """Returns the flags, such as '--way=5', of all values of a configuration that are not the defaults.
 
   Args:
     config: the configuration.
@@ -97,7 +98,7 @@ def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
 def help_text() -> str:
   """Returns the text of `--help`: a description of each flag used most, and the names of the others."""
   about, experiment = (sys.modules['__main__'].__doc__ or '').partition('\n')[0], pathlib.Path(sys.argv[0]).stem
-  usage = f'usage: python -m experiments.{experiment} [--name=value …]; --helpfull says more of each flag'
+  usage = f'usage: python -m experiments.{experiment} [--name=value …]; --helpfull describes all flags'
   ours = [*flags.FLAGS.get_key_flags_for_module(sys.argv[0]), flags.FLAGS['compilation_cache']]
   used = [flag for flag in ours if flag.name in MOST_USED]
   others = [_brief(flag) for flag in ours if flag not in used]
@@ -112,7 +113,7 @@ def help_text() -> str:
 
 
 def _brief(flag: flags.Flag) -> str:
-  """Returns a flag with its default."""
+  """Returns a flag with its default value as text, such as '--way=5'."""
   if flag.boolean:
     return f'--no{flag.name}' if flag.default else f'--{flag.name}'
   return f'--{flag.name}={textwrap.shorten(flag.default_unparsed or "…", 20, placeholder="…")}'

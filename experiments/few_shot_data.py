@@ -33,7 +33,7 @@ class Data(NamedTuple):
 
 
 def load(config: Any) -> Data:
-  """Returns the banks of `config.dataset`.
+  """Returns the class banks of `config.dataset`.
 
   Raises:
     ValueError: if settings do not fit the data.
@@ -80,26 +80,26 @@ def load_folder(config: Any) -> splits.Splits:
 
 
 def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, way: int, shot: int, query: int) -> None:
-  """Raises ValueError, with the name of the class, if a part of a folder has too few classes or images."""
+  """Raises ValueError if a part of a folder has too few classes, or if a class of the part has too few images."""
   if way > len(names):
-    raise ValueError(f'way={way} is more than the classes of the {part} part ({len(names)}); add classes, or lower way')
+    raise ValueError(f'way={way} is more than the {len(names)} classes of the {part} part; add classes, or lower way')
   least = int(np.argmin(bank.sizes))
   if shot + query > bank.sizes[least]:
     raise ValueError(
       f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images, but a task needs '
-      f'shot + query = {shot} + {query}; add images, lower query (eval_query in testing), or leave the class out'
+      f'shot + query = {shot} + {query}; add images, lower query (eval_query in testing), or remove the class'
     )
 
 
 def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:
-  """Returns few-shot tasks from the classes of a bank, or tasks of glyphs if there is no bank."""
+  """Returns few-shot tasks from the classes of a bank, or tasks of generated glyphs if `bank` is `None`."""
   if bank is None:
     return ms.tasks.glyphs(way=config.way, shot=shot, query=query)
   return from_indices(bank, ms.tasks.image_indices(bank, way=config.way, shot=shot, query=query))
 
 
 def from_indices(bank: ms.tasks.ClassBank, indices: ms.TaskDistribution) -> Tasks:
-  """Returns tasks whose images the indices select. The tasks are streamed if the bank's images are on the host."""
+  """Returns tasks with the images that `indices` selects, which are streamed if the bank's images are on the host."""
   if isinstance(bank.images, jax.Array):
     return ms.tasks.few_shot_from(indices, bank.images)
   return ms.tasks.stream(bank, indices)

@@ -44,13 +44,13 @@ FLOOR_STEPS = 20
 
 
 def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = False, inductive: bool | None = None):
-  """Returns a learner.
+  """Returns the learner with the given name, for training or for testing.
 
   Args:
     name: One of `LEARNERS`.
     config: Configuration of the experiment.
     classes: Number of training classes, which the learner 'joint' distinguishes.
-    test: Whether the learner is for testing. MAML with 5 steps then takes 10 (Finn et al. 2017).
+    test: Whether the learner is for testing. The learner 'maml_5' then takes 10 inner steps (Finn et al. 2017).
     inductive: Whether batch norm is inductive. The default is `config.inductive`.
   """
   metrics = {'accuracy': accuracy}
@@ -120,7 +120,7 @@ def maml_rate(name: str, config: Any) -> float:
 
 
 def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
-  """Returns Adam. The gradient is clipped first if the learner's paper or the configuration says so."""
+  """Returns the outer optimiser: Adam, after clipping if the learner's paper or the configuration has it."""
   rate: Any = config.learning_rate
   if config.schedule == 'cosine':
     rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
@@ -133,7 +133,7 @@ def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
 
 
 def _infinite_to_nan(grads: Any, _: Any) -> Any:
-  """Makes infinite entries NaN. Clipping would make them finite, and the bad step would go unnoticed."""
+  """Replaces infinite entries by NaN. Clipping would make them finite, so that a bad step would not be detected."""
   return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.nan), grads)
 
 
@@ -141,8 +141,8 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
   """Returns the tasks that a learner is trained on, with augmented images if `config.augmentation` says so.
 
   Raises:
-    ValueError: if joint training has a data set without training classes, or if there are more shots than a sequence
-      has items.
+    ValueError: if the learner is 'joint' and the data set has no training classes, or if there are more shots than a
+      sequence has items.
   """
   if name != 'joint':
     found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))

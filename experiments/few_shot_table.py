@@ -46,8 +46,8 @@ def paper_figure(learner: str, dataset: str, way: int, shot: int) -> str | None:
 def cells(config: Any) -> list[Any]:
   """Returns the configurations of all trainings of a table.
 
-  The 5-shot figures of Table 2 come from 1-shot training, as in the paper, and the 5-shot figures of Table 3 come from
-  5-shot training.
+  The 5-shot accuracies of Table 2 come from 1-shot training, as in the paper. The 5-shot accuracies of Table 3 come
+  from 5-shot training.
   """
   shots = [(1, SHOTS)] if config.table2 else [(shot, (shot,)) for shot in SHOTS]
   return [
@@ -68,7 +68,8 @@ def prepare(
     workdir: Directory of the table and its cells.
     build: Function `(configuration of a cell, data) → Setup`.
     run: Function `(configuration of a cell, directory, Setup) → rows`.
-    restart: Whether a cell that `resuming.check` refuses is trained from the start. Otherwise no cell is trained.
+    restart: Whether a cell is trained from the start if `resuming.check` refuses the run in its directory. Without
+      `restart`, the error of `resuming.check` is raised before any cell is trained.
   """
   todo = cells(config)
   _refuse_others(workdir, config.dataset)
@@ -87,7 +88,7 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
     directory = _directory(workdir, cell)
     about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
     done = processes.from_first(np.bool_(_done(cell, directory)))
-    logging.info('%s%s', about, ': is there already' if done else '')
+    logging.info('%s%s', about, ': is finished already' if done else '')
     try:
       if not done:
         run(cell, directory)
@@ -103,7 +104,10 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
 
 
 def _refuse_others(workdir: pathlib.Path, dataset: str) -> None:
-  """Raises WriterError if a file has a name of the table's files and is not the table's. The JSON file marks them."""
+  """Raises WriterError if writing the table would overwrite files that are not from an earlier table.
+
+  Existing files are from an earlier table if the JSON file among them has rows.
+  """
   paths = [workdir / f'table_{dataset}.{ending}' for ending in ('json', 'md', 'png')]
   with contextlib.suppress(OSError, TypeError, ValueError):
     if 'rows' in json.loads(paths[0].read_bytes()):
@@ -138,7 +142,7 @@ def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
     try:
       rows += _read_rows(path)
     except (OSError, ValueError) as e:
-      print(f'{path} has no results of a cell and is not in the table ({e}); --restart makes the cell again')
+      print(f'{path} cannot be read, so the table lacks its cell ({e}); --restart trains the cell again')
   return sorted(rows, key=_place)
 
 
@@ -165,7 +169,7 @@ def write(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-  """Returns the table: a line for each learner and kind of batch norm, with the paper's figures in brackets."""
+  """Returns the table: a line for each learner and kind of batch norm, with the paper's accuracies in brackets."""
   if not rows:
     return ''
   settings = sorted({(row['way'], row['test_shot']) for row in rows})
@@ -188,14 +192,14 @@ def _caption(rows: list[dict[str, Any]]) -> str:
   return (
     f'Accuracy in percent on {shown["tasks"]} unseen tasks of {shown["dataset"]}, ± 95% interval over tasks. The '
     f'learners were trained {trained}, with {shown["query"]} query images per class, and tested with '
-    f"{shown['eval_query']}. In brackets are the paper's figures, after 60,000 meta-iterations and with transductive "
-    'batch norm, which uses the statistics of the batch. Inductive batch norm uses the statistics of the support, so '
-    'that each query image is classified separately.'
+    f"{shown['eval_query']}. In brackets are the paper's accuracies, after 60,000 meta-iterations and with "
+    'transductive batch norm, which uses the statistics of the batch. Inductive batch norm uses the statistics of '
+    'the support, so that each query image is classified separately.'
   )
 
 
 def draw(rows: list[dict[str, Any]], plotting) -> Any:
-  """Draws the table's figures, without those of inductive batch norm, beside the paper's."""
+  """Returns a figure of the accuracies, beside those of the paper. It leaves out the rows with inductive batch norm."""
   panels: dict[str, list[Any]] = {}
   for row in sorted(rows, key=lambda row: (row['way'], row['test_shot'])):
     if row['batch_norm'] != 'inductive':

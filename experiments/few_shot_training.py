@@ -23,12 +23,12 @@ class Setup(NamedTuple):
     data: Class banks.
     train: Training tasks, by name of the learner.
     learners: Learners for training, by name.
-    testers: Learners for testing, by name and by whether batch norm is inductive. If the configuration asks for
-      ensembles, they are ensembles.
+    testers: Learners for testing, by (name, whether batch norm is inductive). If `ensemble` is more than 1, they are
+      ensembles.
     optimizers: Outer optimisers, by name of the learner.
     tests: Unseen tasks, by number of shots.
     validation: Tasks of the validation classes, or `None` if there is no validation.
-    start: Meta-parameters that training starts from, or `None` if the learner draws them.
+    start: Meta-parameters that training starts from, or `None` if the learner initialises them.
     devices: Number of devices of each process that share the tasks, or `None` for as many as possible.
   """
 
@@ -57,7 +57,8 @@ def build(config: Any, data: few_shot_data.Data | None = None, devices: int | No
   """
   data = few_shot_data.placed(data or few_shot_data.load(config), config.stream)
   if config.validate_every and data.train is not None and data.validation is None:
-    raise ValueError('validate_every needs validation classes; give --validation_classes=100, or --split=vinyals')
+    advice = 'give --validation_classes=100 or --split=vinyals'
+    raise ValueError(f'validate_every={config.validate_every} needs validation classes, got none; {advice}')
   names, classes = config.learners, 2 if data.train is None else len(data.train.sizes)
   unseen = functools.partial(few_shot_data.tasks, config=config, query=config.eval_query)
   setup = Setup(
@@ -138,7 +139,7 @@ def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any,
     metas = [_members([_first_state(name, r, config, setup).meta], config) for r in range(config.seeds)]
     return _stacked(metas), None, {}
   metas, curves, skipped = [], [], []
-  validator = build_learner(name, config, test=True)  # Every run has the same one, so it is compiled once.
+  validator = build_learner(name, config, test=True)  # All runs share the validator, which is compiled once.
   for r in range(config.seeds):
     training = _training(name, r, config, setup)
     best = _best(training.label, validator, config, setup, run) if setup.validation else None
@@ -170,7 +171,7 @@ def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: res
     how: Any = dict(num_tasks=count, placement=ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices)))
     values = ms.evaluate(validator, meta, tasks, key, metric_fn=ms.losses.accuracy, **how)
     accuracy = float(values[:, 0, -1].mean())
-    logging.info('%s: %.2f%% on validation classes, at %d', label, 100 * accuracy, step)
+    logging.info('%s: validation accuracy %.2f%% at meta-iteration %d', label, 100 * accuracy, step)
     for writer in run.metrics:
       writer.write(label, step, {'validation_accuracy': accuracy})
     return accuracy
@@ -179,7 +180,10 @@ def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: res
 
 
 def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[reporting.Result]:
-  """Returns a result for each kind of batch norm, transductive and inductive. Sequential learners have none."""
+  """Tests on unseen tasks, and returns a result for each kind of batch norm: first transductive, then inductive.
+
+  Sequential learners have no batch norm, so their list has one result.
+  """
   results = []
   modes = {'none': False} if name in SEQUENTIAL else {'transductive': False, 'inductive': True}
   for mode, inductive in modes.items():
@@ -194,7 +198,7 @@ def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[re
 def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:
   """Returns the accuracy at the n-th item of a class in sequences of unseen classes: `[n]`.
 
-  The meta-parameters are those of the first run, and the best of an ensemble.
+  Only the first run is tested and, if it is an ensemble, only its best member.
   """
   sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=DRAWINGS - 1)
   best = reporting.one_run(meta, 0)

@@ -1,10 +1,10 @@
-"""Larger learners of which a part adapts: ResNet-12 on images, a transformer on Markov chains.
+"""Meta-SGD with larger networks: ResNet-12 on images, or a transformer on Markov chains.
 
-python -m experiments.large_learners                         low-rank changes of a narrow ResNet-12, on drawn characters
+python -m experiments.large_learners                         low-rank changes of a narrow ResNet-12, on glyphs
 python -m experiments.large_learners --network=transformer
 python -m experiments.large_learners --plan --widths=64,160,320,640 --dataset=omniglot --data_dir=~/tensorflow_datasets
 
-The memory that training takes is printed before training begins.
+All or a part of the network adapts. The memory that training takes is printed before training begins.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ METRICS = {
   'transformer': {'loss': per_token(cross_entropy), 'accuracy': per_token(accuracy)},
 }
 PARTS = ('all', 'head', 'norms', 'low_rank')
-LEAVES = {  # Leaves that adapt. The names with 'low_rank' are those of matrices with a low-rank change.
+LEAVES = {  # Functions that select leaves by name: those that adapt or, for 'low_rank', that get a low-rank change.
   ('resnet12', 'head'): lambda name: name.startswith('Dense'),
   ('resnet12', 'norms'): lambda name: 'BatchNorm' in name,
   ('resnet12', 'low_rank'): lambda name: (
@@ -46,12 +46,15 @@ LEAVES = {  # Leaves that adapt. The names with 'low_rank' are those of matrices
   ('transformer', 'low_rank'): lambda name: name.startswith('block') and name.endswith('kernel'),
 }
 FLOOR_TASKS = 500
-"""Number of chains whose own loss is averaged."""
+"""Number of Markov chains over which the loss of the true transition probabilities is averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings of narrow networks, which a CPU trains in minutes. The papers of ResNet-12 have widths 64,160,320,640."""
+  """Settings of an experiment. A CPU trains the narrow default networks in minutes.
+
+  Papers with ResNet-12 use the widths 64,160,320,640.
+  """
 
   network: str = option('resnet12', 'Network that is meta-trained by Meta-SGD.', choices=tuple(NETWORKS))
   adapts: str = option('low_rank', 'Part of θ that adapts; low_rank includes the last layer.', choices=PARTS)
@@ -63,8 +66,8 @@ class Config:
   dataset: str = option('glyphs', 'Images for ResNet-12; glyphs are drawn on the device.', choices=DATASETS)
   data_dir: str | None = option(None, 'Directory of the data set; see experiments.classification.', kind=str)
   way: int = option(5, 'Classes per task of images.', low=2, high=1000)
-  tokens: int = option(8, 'Tokens of a Markov chain.', low=2, high=65_536)
-  length: int = option(16, 'Length of a sequence of a Markov chain.', low=1, high=65_536)
+  tokens: int = option(8, 'Number of different tokens in a Markov chain.', low=2, high=65_536)
+  length: int = option(16, 'Number of tokens in a sequence.', low=1, high=65_536)
   shot: int = option(1, 'Support images per class, or support sequences per chain.', low=1, high=1000)
   query: int = option(5, 'Query images per class, or query sequences per chain.', low=1, high=1000)
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=1000)
@@ -91,7 +94,7 @@ class Config:
 
 
 class Setup(NamedTuple):
-  """What a configuration stands for: the learner, unseen tasks, the training, and the devices of each process."""
+  """The objects that a configuration describes, and the number of devices of each process, `None` for all that fit."""
 
   learner: ms.Learner
   tests: Tasks
@@ -115,11 +118,11 @@ def build_model(config: Config) -> ms.Model:
 
 
 def build_tasks(config: Config) -> tuple[Tasks, Tasks]:
-  """Returns tasks to train on, and unseen tasks.
+  """Returns two distributions: tasks to train on, and unseen tasks to test on.
 
   Raises:
     ValueError: if the settings do not fit the data.
-    DatasetError: if the data set cannot be had.
+    DatasetError: if the data set cannot be loaded.
   """
   counts = running.settings(config, 'shot', 'query')
   if config.network == 'transformer':
@@ -132,7 +135,7 @@ def build_tasks(config: Config) -> tuple[Tasks, Tasks]:
 
 
 def build(config: Config, devices: int | None = None) -> Setup:
-  """Builds and checks everything.
+  """Builds and checks the learner, the training and the unseen tasks.
 
   Args:
     config: Configuration of the experiment.
@@ -140,7 +143,7 @@ def build(config: Config, devices: int | None = None) -> Setup:
 
   Raises:
     ValueError: if settings do not fit the data or one another, or if the devices cannot share the tasks evenly.
-    DatasetError: if the data set cannot be had.
+    DatasetError: if the data set cannot be loaded.
   """
   train, tests = build_tasks(config)
   loss, others = METRICS[config.network]['loss'], {'accuracy': METRICS[config.network]['accuracy']}
@@ -152,15 +155,15 @@ def build(config: Config, devices: int | None = None) -> Setup:
   how = dict(learner=learner, optimizer=optimizer, placement=placement, chunk=chunk)
   key = jax.random.key(config.seed)
   training = running.by_gradient(config, config.network, config.label, key, train, **how)
-  meta = jax.eval_shape(training.start).meta  # Raises what is wrong with the network.
+  meta = jax.eval_shape(training.start).meta  # Raises an error if the network does not fit the tasks.
   placement.group(meta, config.meta_batch // placement.devices)
   return Setup(learner, tests, training, devices)
 
 
 def run(config: Config, workdir: PathLike, setup: Setup | None = None, keeping: Keeping | None = None) -> list[dict]:
-  """Prints the memory, trains, tests, prints, draws and writes. Returns the rows of results.json.
+  """Trains and tests the learner, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  `setup` is `build(config)`, which is called if it is left out.
+  The memory that training takes is printed first. If `setup` is left out, `build(config)` creates the setup.
   """
   setup = setup or build(config)
   with resuming.open_run(workdir, config, keeping) as opened:
@@ -179,7 +182,7 @@ def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
   for result in results:
     print(_sentence(result, about_run, config))
   if config.network == 'transformer':
-    print(f'  loss of whoever knows the chain: {_floor(setup.tests, config):.3f}')
+    print(f'  loss of the true transition probabilities: {_floor(setup.tests, config):.3f}')
   curves = {config.label: trained.curves['loss']}
   draw = methodcaller('learning_curves', curves, ylabel='query loss on training tasks')
   reporting.save_pictures(opened.path, {'learning_curves': draw}, opened.metrics)
@@ -208,7 +211,7 @@ def _sentence(result: Result, about_run: dict[str, Any], config: Config) -> str:
 
 
 def _floor(tasks: Any, config: Config) -> float:
-  """Returns the mean loss of the chains themselves."""
+  """Returns the mean loss of the true transition probabilities, the lowest that any learner can expect."""
 
   def of_task(key):
     task_key, episode_key = jax.random.split(key)

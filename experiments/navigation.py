@@ -1,6 +1,6 @@
 """2D navigation by policy gradients: Table 4 and Figure 4 of Li et al. 2017.
 
-python -m experiments.navigation             Meta-SGD and MAML from a fixed start, beside the paper's figures
+python -m experiments.navigation             Meta-SGD and MAML from a fixed start, beside the paper's numbers
 python -m experiments.navigation --table4    both task sets: all of Table 4
 """
 
@@ -35,7 +35,7 @@ STARTS = ('fixed', 'varying')
 MAML_RATE = 0.5
 """Inner rate of MAML's released script, with actions in [−1, 1]."""
 FILM_STEPS = 30
-"""Number of steps that an animation shows. A path that knows its goal reaches it sooner."""
+"""Number of environment steps that an animation shows. An adapted policy reaches the goal sooner."""
 
 PAPER_TABLE = {  # (learner, start) → mean return after one update and half-width; Li et al. 2017, Table 4.
   ('maml', 'fixed'): (-9.12, 0.66),
@@ -47,11 +47,12 @@ PAPER_TABLE = {  # (learner, start) → mean return after one update and half-wi
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings of the paper, section 4.3. What the paper leaves out is as in MAML's released code, with four exceptions.
+  """Settings of the paper, section 4.3. Settings that the paper does not give are mostly those of MAML's released code.
 
-  MAML's code uses the estimator 'score', which is biased. Its decay is 1, which gives noisier updates. Its damping is
-  1e-5, like rllab's, and gives steps that are too long if few tasks give the curvature. Its curvature is that of all
-  tasks, which would be most of the work. `later_rate` is that of MAML's test script, which halves the rate.
+  Four defaults differ from MAML's code. The estimator of MAML's code is 'score', which is biased. The decay in MAML's
+  code is 1, which gives noisier updates. The damping in MAML's code is 1e-5, as in rllab, which gives too long steps
+  if few tasks give the curvature. MAML's code computes the curvature from all tasks, which would be most of the
+  work here. `later_rate` is the factor of MAML's test script, which halves the rate.
   """
 
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)
@@ -60,7 +61,7 @@ class Config:
   inner_steps: int = option(1, 'Updates in training.', low=1, high=10)
   eval_updates: int = option(3, 'Updates in testing, each on new trajectories.', low=1, high=100)
   alpha: float | None = option(None, 'Inner rate of MAML, initial α of Meta-SGD; 0.5 by default.', **running.RATE)
-  later_rate: float = option(0.5, 'Factor of α in updates of the test after --inner_steps.', low=0.0, high=100.0)
+  later_rate: float = option(0.5, 'Factor of α in the updates of the test beyond --inner_steps.', low=0.0, high=100.0)
   estimator: str = option('lvc', 'Estimator of the inner gradient; score is biased.', choices=get_args(Estimator))
   trajectories: int = option(20, 'Trajectories per task, before each update and after the last.', low=2, high=1000)
   meta_batch: int = option(20, 'Tasks per meta-iteration.', low=1, high=10_000)
@@ -81,7 +82,9 @@ class Config:
   def __post_init__(self):
     options.check(self)
     if self.curvature_tasks is not None and self.curvature_tasks > self.meta_batch:
-      raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={self.meta_batch}; lower it')
+      raise ValueError(
+        f'curvature_tasks={self.curvature_tasks} is more than meta_batch={self.meta_batch}; lower curvature_tasks'
+      )
 
   @property
   def curved(self) -> int:
@@ -90,22 +93,25 @@ class Config:
 
   @property
   def runs(self) -> list[tuple[str, str]]:
-    """The trainings: (start, learner)."""
+    """Returns a pair (start, learner) for each training."""
     starts, learners = (STARTS, LEARNERS) if self.table4 else (self.start, self.learner)
     return [(start, learner) for start in starts for learner in learners]
 
 
 AllTrained = dict[tuple[str, str], trainings.Trained]
-"""What was trained, by start and learner."""
+"""The result of each training, by (start, learner)."""
 
 
 def build_environments() -> dict[str, rl.Environment]:
-  """Returns both task sets."""
+  """Returns the environments of both task sets by their start: {'fixed': …, 'varying': …}."""
   return {start: rl.navigation(cast(Any, start)) for start in STARTS}
 
 
 def build_inner(name: str, environment: rl.Environment, config: Config, steps: int | None = None) -> rl.PolicyGradient:
-  """Returns how the learner adapts, with the paper's policy, 2-100-100-2. MAML and Meta-SGD differ only in α."""
+  """Returns the inner loop of a learner, with a policy of layer sizes 2-100-100-2, as in the paper.
+
+  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `config.inner_steps` by default.
+  """
   steps, rate = steps or config.inner_steps, MAML_RATE if config.alpha is None else config.alpha
   how: dict[str, Any] = running.settings(config, 'trajectories', 'estimator')
   how['alpha'] = rate if name == 'maml' else ms.AlphaConfig(rate, rate)
@@ -120,7 +126,7 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
 
   Args:
     config: Configuration of the experiment.
-    environments: Both task sets, from `build_environments`.
+    environments: Environments of both task sets, from `build_environments`.
     devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
 
   Raises:
@@ -158,7 +164,10 @@ def _label(start: str, name: str) -> str:
 
 
 def run(config: Config, workdir: PathLike, keeping: Keeping | None = None, devices: int | None = None) -> list[dict]:
-  """Trains, tests, prints, draws and writes. Returns the rows of results.json. `devices` is as in `plan`."""
+  """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
+
+  `devices` is as in `plan`.
+  """
   with resuming.open_run(workdir, config, keeping) as opened:
     return opened.rows or _run(config, opened, devices)
 
@@ -188,7 +197,7 @@ def _test(name: str, meta: ms.MetaParams, environment: rl.Environment, config: C
 
 
 def _table(results: list[Result], config: Config) -> str:
-  """Returns the table as text: mean returns after each update, the paper's, and differences on the same tasks."""
+  """Returns as text the mean returns before and after each update, beside the paper's, and how the learners differ."""
   counts = range(config.eval_updates + 1)
   lines = [
     f'mean undiscounted return ± 95% interval over {config.eval_tasks} unseen tasks; {config.seeds} training run(s) of '
@@ -234,7 +243,7 @@ def _draw_paths(walks, start: str, plotting):
 
 
 def _walks(trained: AllTrained, environments, config: Config, start: str) -> list[list]:
-  """Returns what the first run of each learner does in each of three unseen tasks."""
+  """Returns a list for each of three unseen tasks, with the `Walks` of the first run of each learner."""
   from metasgd_jax.plotting import Walks
 
   columns: list[list] = [[], [], []]
@@ -251,7 +260,7 @@ def _walks(trained: AllTrained, environments, config: Config, start: str) -> lis
 
 
 def _act(inner: rl.PolicyGradient, meta, task, key):
-  """Returns the positions `[k + 1, B, H + 1, 2]` and mean returns `[k + 1]` of new trajectories after each update."""
+  """Returns the positions `[k + 1, B, H + 1, 2]` and mean returns `[k + 1]` of trajectories after 0, …, k updates."""
   explore_key, act_key = jax.random.split(key)
   _, thetas = inner.explore(meta, task, explore_key)
   keys = jax.random.split(act_key, len(thetas))

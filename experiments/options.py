@@ -27,11 +27,11 @@ _CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'metasgd
 _FAILURES = (checkpoint.CheckpointError, datasets.DatasetError, files.WriterError, reporting.TrainingError)
 
 flags.DEFINE_string('compilation_cache', str(_CACHE), 'Directory that keeps compiled programs; empty to keep none.')
-flags.disclaim_key_flags()  # The flags that this module defines for an experiment are listed as the experiment's.
+flags.disclaim_key_flags()  # Then --help lists the flags defined here as flags of the experiment.
 
 
 class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
-  """Converts the value of an option from text and to text. The items of a tuple have commas between them."""
+  """Converts the value of an option from text and to text. In the text, commas separate the items of a tuple."""
 
   def __init__(self, kind: type, low: Bound, high: Bound, choices: Names):
     bounds: Any = dict(lower_bound=low, upper_bound=high)
@@ -58,7 +58,7 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
     return ','.join(map(str, value)) if self.kind is tuple else str(value)
 
   def allows(self, value: Any) -> bool:
-    """Returns whether a value has the right type and is not empty, and whether `parse` gives it again from its text."""
+    """Returns whether a value has the right type, is not an empty tuple, and equals `parse(serialize(value))`."""
     types = (int, float) if self.kind is float else self.kind
     if not isinstance(value, types) or (self.kind is tuple and not value):
       return False
@@ -78,7 +78,7 @@ def _description(kind: type, low: Bound, high: Bound, choices: Names) -> str:
   """Returns the words that follow "must be" in a message."""
   if kind is tuple:
     items = f'some of {", ".join(choices)}' if choices else f'whole numbers of at least {low}'
-    return f'of type tuple, {items}, each once, with commas between'
+    return f'of type tuple, {items}, each once, separated by commas'
   if choices:
     return f'one of {", ".join(choices)}'
   bounds = '' if low is None else f', at least {low}' if high is None else f', from {low} to {high}'
@@ -104,7 +104,7 @@ def option(
 
 
 def check(config: Any) -> None:
-  """Raises ValueError if an option does not allow its value; for `__post_init__`."""
+  """Raises ValueError if a field has a value that its option does not allow. `__post_init__` of a config calls this."""
   for field in dataclasses.fields(config):
     value, parser = getattr(config, field.name), field.metadata['parser']
     if value is not field.default and not parser.allows(value):
@@ -126,7 +126,7 @@ def from_flags(config_class: type[C]) -> C:
 
 
 def as_flags(config: Any) -> str:
-  """Returns the flags that give this configuration, as one text."""
+  """Returns the flags of all values that are not the defaults as one text, separated by spaces."""
   return ' '.join(flag_texts(config))
 
 

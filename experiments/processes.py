@@ -1,7 +1,7 @@
 """Runs an experiment in several processes, on one host or on many. Only the first process writes files and prints.
 
-All processes run the same program on the same numbers, and so take the same branches. The first process sends the
-others the values that only the first process knows, such as the newest checkpoint.
+All processes run the same program on the same numbers, and so take the same branches. The first process sends values
+that only it knows, such as the newest checkpoint, to the other processes.
 """
 
 import atexit
@@ -33,7 +33,7 @@ from metasgd_jax.types import PyTree
 PATIENCE = 300
 """Seconds to wait for the other processes at the start."""
 FAREWELL = 20
-"""Seconds that a process which fails with an error waits for the other processes. Then JAX ends these too."""
+"""Seconds that a process waits for the other processes after it has failed. Then JAX ends the other processes too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,15 @@ class Machines:
   """
 
   devices: int | None = option(
-    None, 'Devices per process; by default as many as share the tasks, in regression 1.', low=1, high=100_000, kind=int
+    None,
+    'Devices per process; by default as many as can share the tasks, but 1 in regression.',
+    low=1,
+    high=100_000,
+    kind=int,
   )
-  distributed: bool = option(False, 'Ask the cluster (SLURM, Cloud TPU, Open MPI) which of its processes this is.')
-  coordinator: str | None = option(None, 'HOST:PORT of the first process, for all, without a cluster.', kind=str)
-  num_processes: int | None = option(None, 'With coordinator: number of processes.', low=1, high=100_000, kind=int)
+  distributed: bool = option(False, 'Get the number of this process from the cluster: SLURM, Cloud TPU or Open MPI.')
+  coordinator: str | None = option(None, 'Without a cluster: HOST:PORT of process 0, in all processes.', kind=str)
+  num_processes: int | None = option(None, 'Number of processes; needs --coordinator.', low=1, high=100_000, kind=int)
   process_id: int | None = option(None, 'Number of this process; the first is 0.', low=0, high=99_999, kind=int)
 
   def __post_init__(self):
@@ -56,11 +60,14 @@ class Machines:
     three = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
     given = {name: value for name, value in three.items() if value is not None}
     if self.distributed and given:
-      raise ValueError(f'distributed finds {" and ".join(given)} from the cluster; leave out one or the other')
+      twice = f'distributed gets {" and ".join(given)} from the cluster, but the command line gives values too'
+      raise ValueError(f'{twice}; leave out one or the other')
     if given and len(given) < 3:
       missing = ' and '.join(f'--{name}' for name in three if name not in given)
       got = ', '.join(f'{name}={value}' for name, value in given.items())
-      raise ValueError(f'coordinator, num_processes and process_id go together, got only {got}; give {missing} too')
+      raise ValueError(
+        f'coordinator, num_processes and process_id must be given together, got only {got}; give {missing} too'
+      )
     if self.coordinator is None or self.num_processes is None or self.process_id is None:
       return
     host, _, port = self.coordinator.rpartition(':')
@@ -72,9 +79,9 @@ class Machines:
 
 
 def start(machines: Machines) -> None:
-  """Joins the other processes. Afterwards the first process alone prints, except for errors.
+  """Connects this process with the others. Then only the first process prints; the others report warnings and errors.
 
-  Call this function before JAX is used. A single process has nobody to join.
+  Call this function before JAX is used. It does nothing if neither `coordinator` nor `distributed` is set.
 
   Raises:
     ValueError: if `distributed` is set and there is no cluster, if the coordinator's host is not known, if a process
@@ -90,7 +97,7 @@ def start(machines: Machines) -> None:
       socket.getaddrinfo(host.strip('[]'), int(port))
     except (socket.gaierror, UnicodeError) as e:
       advice = 'give the name or the address of the host of process 0'
-      raise ValueError(f'coordinator={coordinator} is at no known host ({e}); {advice}') from e
+      raise ValueError(f'coordinator={coordinator} has an unknown host ({e}); {advice}') from e
     if machines.process_id:
       _greet(coordinator, machines.process_id)
     else:
@@ -101,18 +108,24 @@ def start(machines: Machines) -> None:
   try:
     jax.distributed.initialize(coordinator, machines.num_processes, machines.process_id, **timeouts)
   except (RuntimeError, ValueError) as e:
-    who, advice = 'no cluster tells of its processes', 'give --coordinator=HOST:PORT, --num_processes and --process_id'
+    who, advice = (
+      'JAX cannot connect the processes of a cluster',
+      'give --coordinator=HOST:PORT, --num_processes and --process_id',
+    )
     if coordinator is not None:
-      who, advice = f'the processes cannot meet at {coordinator}', 'give a host and a port that all of them reach'
+      who, advice = (
+        f'the processes cannot connect to coordinator={coordinator}',
+        'give a host and a port that all of them reach',
+      )
     reason = ' '.join(str(e).split())
-    raise ValueError(f'{who} ({reason:.300}), so JAX cannot connect them; {advice}') from e
+    raise ValueError(f'{who} ({reason:.300}); {advice}') from e
   _keep_stdout(first())
   if not first():
     logging.set_verbosity(logging.WARNING)
 
 
 def _keep_stdout(ours: bool) -> None:
-  """Keeps stdout for the output of the first process. The output of libraries such as Gloo goes to stderr."""
+  """Prints to stdout in the first process only (`ours`). What libraries such as Gloo print goes to stderr."""
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
   os.dup2(2, 1)
@@ -139,7 +152,7 @@ def _greet(coordinator: str, process_id: int) -> None:
       reason = e.strerror or str(e)
     if time.monotonic() > end:
       advice = 'start process 0 on that host, and make sure that its port can be reached from this host'
-      raise ValueError(f'nobody answers at coordinator={coordinator} ({reason}); {advice}')
+      raise ValueError(f'process 0 does not answer at coordinator={coordinator} ({reason}); {advice}')
     time.sleep(0.2)
 
 
@@ -149,8 +162,8 @@ def _gather(coordinator: str, num_processes: int) -> None:
   The first process then answers the other processes. When the function returns, the port is free for JAX.
 
   Raises:
-    ValueError: if a process does not connect in time, or if the port is taken. The message names the missing
-      processes.
+    ValueError: if a process does not connect in time, or if another program uses the port. The message names
+      the missing processes.
   """
   end = time.monotonic() + PATIENCE
   there: dict[int, socket.socket] = {}
@@ -172,7 +185,7 @@ def _gather(coordinator: str, num_processes: int) -> None:
       advice = 'start them, and make sure that the port can be reached from their hosts'
       raise ValueError(f'not all processes have connected to coordinator={coordinator}: {names}; {advice}') from None
     except OSError as e:
-      raise ValueError(f'the processes cannot meet at {coordinator} ({e.strerror}); give another port') from e
+      raise ValueError(f'process 0 cannot listen at coordinator={coordinator} ({e.strerror}); give another port') from e
 
 
 def first() -> bool:
@@ -193,9 +206,10 @@ def open_workdir(path: files.PathLike) -> pathlib.Path:
 
 
 def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
-  """Returns the devices that share `num_tasks` test tasks evenly: as many of each process as possible, up to `devices`.
+  """Returns a mesh of devices that share the test tasks evenly, with as many devices of each process as possible.
 
-  If the processes cannot share the tasks evenly, the result is `None`: each process tests on all tasks, on one device.
+  A mesh has at most `devices` devices of each process, or all if `devices` is `None`. If the processes cannot share the
+  `num_tasks` tasks evenly, the result is `None`: each process tests on all tasks, on one device.
   """
   processes = jax.process_count()
   most = min(devices or jax.local_device_count(), jax.local_device_count())
@@ -204,9 +218,9 @@ def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
 
 
 def from_first(tree: PyTree) -> PyTree:
-  """Returns the first process's tree in all processes, equal to the bit.
+  """Returns the tree of the first process in all processes, bit for bit.
 
-  The trees of the other processes only give the structure, the shapes and the dtypes.
+  In the other processes, `tree` only gives the structure, the shapes and the dtypes.
   """
   if jax.process_count() == 1:
     return tree
@@ -254,4 +268,4 @@ def together() -> Iterator[None]:
     any_of(True)
     raise
   if any_of(False):
-    raise SystemExit('error: another process has failed, and says why')
+    raise SystemExit('error: another process has failed; the output of that process says why')

@@ -1,6 +1,6 @@
 """Few-shot regression on sine curves: Table 1 and Figure 3 of Li et al. 2017.
 
-python -m experiments.regression             Meta-SGD and MAML, trained on 5 shots, beside the paper's figures
+python -m experiments.regression             Meta-SGD and MAML, trained on 5 shots, beside the paper's numbers
 python -m experiments.regression --table1    all of Table 1
 """
 
@@ -34,14 +34,17 @@ PAPER_TABLE = {  # (learner, shots in training) → mean and half-width at 5, 10
   ('meta_sgd', 20): ((1.01, 0.17), (0.54, 0.08), (0.31, 0.05)),
 }
 SECOND_HAND = {(shot, test_shot) for shot in (10, 20) for test_shot in (5, 10)}
-"""Cells of which we saw no quotation that names the paper; they are printed with a star."""
+"""Cells (shots in training, shots in testing) for which we found no quotation that names the paper as its source.
+
+They are printed with a star.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Settings of the paper, section 4.1.
 
-  The paper gives neither the batch of 4 tasks nor Adam's rate of 1e-3. They are what reimplementations chose.
+  The paper gives neither the batch of 4 tasks nor Adam's rate of 1e-3. Both are values that reimplementations use.
   """
 
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)
@@ -70,17 +73,17 @@ class Config:
 
   @property
   def runs(self) -> list[tuple[str, int]]:
-    """The trainings: (learner, shots)."""
+    """Returns a pair (learner, shots) for each training."""
     learners, shots = (LEARNERS, TEST_SHOTS) if self.table1 else (self.learner, (self.shot,))
     return [(learner, shot) for shot in shots for learner in learners]
 
 
 AllTrained = dict[tuple[str, int], trainings.Trained]
-"""What was trained, by learner and shots."""
+"""The result of each training, by (learner, shots)."""
 
 
 def build_learner(name: str, config: Config) -> ms.Learner:
-  """Returns the learner with the paper's network, 1-40-40-1."""
+  """Returns the learner with the paper's network, of layer sizes 1-40-40-1."""
   model = ms.nn.from_linen(ms.nn.MLP())
   if name == 'maml':
     rate = 0.01 if config.alpha is None else config.alpha
@@ -114,7 +117,10 @@ def plan(config: Config, devices: int = 1) -> list[tuple[trainings.Training, ms.
 
 
 def run(config: Config, workdir: PathLike, keeping: resuming.Keeping | None = None, devices: int = 1) -> list[dict]:
-  """Trains, tests, prints, draws and writes. Returns the rows of results.json. `devices` is as in `plan`."""
+  """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
+
+  `devices` is as in `plan`.
+  """
   with resuming.open_run(workdir, config, keeping) as opened:
     return opened.rows or _run(config, opened, devices)
 
@@ -143,7 +149,7 @@ def _test(about: dict, learner: ms.Learner, meta: ms.MetaParams, tasks, config: 
 
 
 def _table(results: list[Result], config: Config) -> str:
-  """Returns the mean squared errors as text, each beside the paper's if the paper has it."""
+  """Returns the mean squared errors as text, each beside the paper's number if the paper has one."""
   cells = {(r.about['learner'], r.about['train_shot'], r.about['test_shot']): r for r in results}
   papers = PAPER_TABLE if config.dataset == 'sinusoids' and config.inner_steps == 1 else {}
   lines = [
@@ -159,7 +165,7 @@ def _table(results: list[Result], config: Config) -> str:
       line += f'{cells[name, shot, test_shot].estimate!s:<14}{published:<14}'
     lines.append(line)
   if papers and any(shot in (10, 20) for _, shot in config.runs):
-    lines.append('* second-hand: no quotation that names the paper was at hand')
+    lines.append('* second-hand: we found no quotation of this number that names the paper as its source')
   if config.seeds > 1:
     lines.append('95% interval of the mean over training runs:')
     for name, shot in config.runs:
@@ -186,7 +192,7 @@ def _pictures(trained: AllTrained, config: Config) -> running.Pictures:
 
 
 def _draw_fits(metas: dict[str, ms.MetaParams], shot: int, config: Config, plotting):
-  """Draws Figure 3 with three unseen curves and the first run of each learner."""
+  """Returns a figure like Figure 3 of the paper, with three unseen curves and the first run of each learner."""
   tasks = sinusoid(DATASETS[config.dataset], shot=shot)
   x = np.linspace(-5.0, 5.0, 200, dtype=np.float32)
   learners = {name: build_learner(name, config) for name in metas}

@@ -1,4 +1,4 @@
-"""What every experiment does with its numbers: it records metrics, makes rows of results, and draws pictures."""
+"""Functions for the numbers of all experiments: they record metrics, make rows of results, and save pictures."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ NAMES = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
 """The names of the learners in tables and pictures."""
 
 _NOT_CURVES = ('label', 'step', 'alpha_negative', 'skipped')
-"""Fields of a line of metrics that are not means of what training reports."""
+"""Fields of a line of metrics that are not means over a chunk of training, and so have no curve."""
 
 
 class TrainingError(Exception):
@@ -37,13 +37,13 @@ def seed_keys(seed: int, seeds: int) -> jax.Array:
 
 
 def test_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys of tests and of pictures. Every learner gets the same keys, and so the same tasks."""
+  """Returns two keys: one for tests, one for pictures. Every learner gets the same keys, and so the same tasks."""
   keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31))
   return keys[0], keys[1]
 
 
 def one_run(tree: PyTree, run: int) -> PyTree:
-  """Returns run `run` of a tree whose leaves have a leading axis of R runs."""
+  """Returns the tree of the run with index `run`, given a tree whose leaves have a leading axis of R runs."""
   return jax.tree.map(lambda leaf: leaf[run], tree)
 
 
@@ -74,12 +74,12 @@ class Recorder:
     for line in history:
       if 'loss' in line:
         self._keep(line['step'], {name: value for name, value in line.items() if name not in _NOT_CURVES})
-    off = True if jax.process_index() else None  # None: without a terminal.
+    off = True if jax.process_index() else None  # With None, tqdm hides the bar if there is no terminal.
     self._bar = tqdm.tqdm(desc=label, initial=self._steps[-1] if self._steps else 0, disable=off)
 
   @property
   def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the means over each chunk, by name: `{name: (steps [n], values [n, R])}`."""
+    """Returns the mean of each metric over each chunk: `{name: (steps [n], values [n, R])}`."""
     return {name: (np.array(self._steps), np.array(values)) for name, values in self._values.items()}
 
   def __call__(self, progress: Progress) -> None:
@@ -92,7 +92,7 @@ class Recorder:
     self._show(progress, {name: means[name] for name in sorted(means) if not name.startswith('instance_')})
 
   def close(self) -> None:
-    """Ends the line of the progress bar."""
+    """Closes the progress bar."""
     self._bar.close()
 
   def _keep(self, step: int, values: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """One figure of a table, and where it comes from.
+  """A number in a table, with the values of which it is the mean.
 
   Attributes:
     about: Learner, shots and so on, which distinguish the rows of the table.
@@ -167,16 +167,17 @@ class Result:
 
 
 def draw_alpha(alpha: PyTree, plotting):
-  """Draws the α of the first of R runs. For `save_pictures`."""
+  """Returns a figure of the α of the first of R runs. `save_pictures` calls this function."""
   return plotting.alpha_histograms(one_run(alpha, 0))
 
 
 def save_pictures(
   path_of: PathOf, pictures: dict[str, Callable[[Any], Any]], metrics: Sequence[writers.Writer] = ()
 ) -> None:
-  """Draws each figure, `plotting → Figure`, to `path_of('NAME.png')`, and to TensorBoard if it is among `metrics`.
+  """Draws each picture to the file `path_of('NAME.png')`, and to TensorBoard if `metrics` has a `TensorBoardWriter`.
 
-  The first process draws. Without matplotlib, a sentence says what to install.
+  `pictures` maps a NAME to a function that takes the module `plotting` and returns a figure. Only the first process
+  draws. If matplotlib is not installed, nothing is drawn, and a sentence says what to install.
   """
   if jax.process_index():
     return

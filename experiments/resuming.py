@@ -1,4 +1,4 @@
-"""A run in its work directory: it works there alone, begins or continues, and saves its state when it is stopped."""
+"""Manages a run in its work directory: locks the directory, begins or resumes the run, and ends it after a signal."""
 
 import contextlib
 import dataclasses
@@ -19,22 +19,22 @@ from experiments.options import option
 from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
 
-flags.disclaim_key_flags()  # As in options.
+flags.disclaim_key_flags()  # Then --help lists the flags defined here as flags of the experiment.
 
 RECORD = 'metasgd_run.json'
-"""Marks a directory as the directory of a run, and lists the files that the run has written."""
+"""Name of the file that marks a directory as the directory of a run, and lists the files that the run has written."""
 
 OWN_PATTERNS = (
   *('config.json', 'metrics.jsonl', 'timings.jsonl', 'results.json', 'checkpoints', 'profile', 'per_task_*.npy'),
   *('params_*.safetensors', 'model_*.safetensors', 'events.out.tfevents.*', 'learning_curves.png', 'curves_*.png'),
   *('alpha_*.png', 'task_*.png', 'instances_*.png', 'paths_*.png', 'adaptation_*.gif'),
 )
-"""Names of the files that runs write. No run begins beside such files if the directory is not marked as a run's."""
+"""Names of the files that runs write. A run does not begin in a directory that has such files but no `RECORD`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-  """How a run is kept and inspected. These options do not change what is computed, and so are no part of a `Config`."""
+  """Options for saving and inspecting a run. They do not change what is computed, and so are not part of a `Config`."""
 
   checkpoint_every: int = option(
     0, 'Meta-iterations between checkpoints, rounded up to whole chunks; 0 saves one about every 15 seconds.', low=0
@@ -62,23 +62,23 @@ def define_flags(*configs: type) -> None:
 
 @dataclasses.dataclass
 class Run:
-  """A run that is open.
+  """A run that works in its directory.
 
-  After SIGTERM or Ctrl-C, a training ends after a chunk, when its state is saved. Outside of training, a single process
-  ends at once. Several processes end together, at the next point where all of them `ask`, because otherwise some would
-  wait for the others. A second Ctrl-C raises KeyboardInterrupt.
+  After SIGTERM or Ctrl-C, a training finishes its chunk, saves its state and ends the program. Outside of training, a
+  single process ends at once. Several processes end together, at the next point where all of them call `ask`, because
+  otherwise some would wait for the others. A second Ctrl-C raises KeyboardInterrupt.
 
   Attributes:
     workdir: Directory of the run.
-    config: Configuration, as values that JSON can store. A run that goes on has the configuration of its record.
+    config: Configuration, as values that JSON can store. A resumed run has the configuration that its record stores.
     keeping: Options that do not change what is computed.
     cell: Whether the run is a cell of a table.
     metrics: Writers of metrics. The first is the `MetricsWriter`.
     rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
-    begun: Whether the directory is marked as this run's. If it is not, an earlier run is still there.
+    begun: Whether the directory is marked as the directory of this run. Until then, it may hold an earlier run.
     written: Names of the files that the run in the directory has written, or is about to write.
-    asked: The signal that has come, SIGTERM or SIGINT, or 0.
-    idle: Whether nothing is under way that must be saved.
+    asked: Number of the signal that was received, SIGTERM or SIGINT, or 0 if there was none.
+    idle: Whether the program may end at once, because there is no training whose state must be saved first.
   """
 
   workdir: pathlib.Path
@@ -105,7 +105,7 @@ class Run:
     return self.workdir / name
 
   def begin(self) -> None:
-    """Removes the files of an earlier run, and marks the directory as this run's. It must precede the first file.
+    """Removes the files of an earlier run, and marks the directory as this run's. Call it before any file is written.
 
     `trainings.train` calls it after the first meta-iteration.
     """
@@ -137,7 +137,7 @@ class Run:
   def finish(self) -> None:
     """Marks the run as finished. Its checkpoints are removed afterwards, so that a kill at any moment loses nothing."""
     for name in {RECORD, *self.written}:
-      for half in self.workdir.glob(f'.{name}-????????'):  # Half of a file that was being written at a kill.
+      for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
         half.unlink()
     self.note(finished=True)
     if not self.keeping.keep_checkpoints:
@@ -151,16 +151,16 @@ class Run:
       self.leave('what was trained is saved')
 
   def ask(self) -> None:
-    """Ends the program if a signal has come to any process. All processes must call this when all is saved."""
+    """Ends the program if a signal has come to any process. All processes must call it, after they have saved."""
     if processes.any_of(self.asked > 0):
       self.leave('all that was trained is saved')
 
   def leave(self, what: str) -> None:
-    """Ends the program with a sentence that says what is saved, and which command goes on.
+    """Ends the program with a sentence that says what is saved, and which command continues the run.
 
     The exit code is the one that shells give to a program that the signal ended.
     """
-    number = self.asked or signal.SIGTERM  # It may have come to another process.
+    number = self.asked or signal.SIGTERM  # The signal may have come to another process.
     command = 'the same command without --restart' if self.keeping.restart and not self.cell else 'the same command'
     said = f'{what}; {command} goes on from there'
     if not (self.begun and trainings(self.workdir)):
@@ -184,7 +184,7 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
   An unfinished run of the same configuration continues. A finished run of the same configuration stays as it is, and
   its rows are in `Run.rows`. With `keeping.restart`, an earlier run is replaced when the new run calls `Run.begin`, and
   only files that the record of the earlier run lists are removed. In a `cell` of a table, `keeping.restart` replaces
-  only a run that `check` refuses, so that the same command can make a table in several goes.
+  only a run that `check` refuses, so that a table can be made by running the same command several times.
 
   Raises:
     WriterError: if another program trains in the directory, if the directory cannot be written, or if it holds files
@@ -208,11 +208,11 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
       run.idle = False  # A run that is finished ignores signals.
     if run.begun:
       run.finish()
-    processes.any_of(False)  # The others wait until the first has drawn its pictures.
+    processes.any_of(False)  # The other processes wait until the first one has drawn the pictures.
 
 
 def _enter(run: Run, config: Any) -> None:
-  """Decides whether the run begins, continues or is finished already, and says so."""
+  """Decides whether the run begins, continues or is finished already, and prints the decision."""
   workdir, record = run.workdir, _read_record(run.workdir)
   if record is None:
     there = sorted(path.name for pattern in OWN_PATTERNS for path in workdir.glob(pattern))
@@ -233,8 +233,8 @@ def _enter(run: Run, config: Any) -> None:
   if record['finished']:
     run.rows, run.idle = _read_rows(workdir), False
     changed = changed_versions(record['versions'])
-    versions = f' with other versions ({changed})' if changed else ''
-    print(f'{workdir} holds this run, finished{versions}; --restart makes it again')
+    versions = f', with other versions ({changed})' if changed else ''
+    print(f'{workdir} holds a finished run of this configuration{versions}; --restart trains it again')
   elif trainings(workdir):
     run.begun = True
     run.open_events()
@@ -246,20 +246,20 @@ def _enter(run: Run, config: Any) -> None:
 
 
 def refuse(paths: Sequence[pathlib.Path]) -> None:
-  """Raises WriterError if one of the files is there, because nothing that a run has not written is overwritten."""
+  """Raises WriterError if one of the files exists. A run overwrites only files that a run has written."""
   if there := [path for path in paths if os.path.lexists(path)]:
-    raise files.WriterError(f'no run has written {there[0]}; move it away, or give another --workdir')
+    raise files.WriterError(f'{there[0]} exists, and no run has written it; move it away, or give another --workdir')
 
 
 def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
-  """Returns the configuration with which a run in a directory begins or goes on, as values that JSON can store.
+  """Returns the configuration with which a run in a directory begins or resumes, as values that JSON can store.
 
-  It is the configuration of the run that is there, which may be older than an option, and otherwise `config`. A run
-  that is not finished and has no checkpoints is ignored.
+  If the directory holds a run, the result is the configuration of that run, which may lack options that were added
+  later. Otherwise the result is `config`. A run that is not finished and has no checkpoints is ignored.
 
   Raises:
-    CheckpointError: if the run that is there has another configuration, or is finished and has lost its results, or if
-      its record cannot be read. The message names the fields.
+    CheckpointError: if the run in the directory has another configuration, if it is finished and its results cannot be
+      read, or if its record cannot be read. The message names the fields that differ.
   """
   record = _read_record(workdir)
   if record is None or not (record['finished'] or trainings(workdir)):
@@ -325,11 +325,11 @@ def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return list(json.loads((workdir / 'results.json').read_bytes())['rows'])
   except (OSError, KeyError, RecursionError, TypeError, ValueError) as e:
     reason = f'its results.json cannot be read ({e!r:.200})'
-    raise CheckpointError(f'{workdir} holds this run, finished, but {reason}; --restart makes it again') from e
+    raise CheckpointError(f'{workdir} holds a finished run, but {reason}; --restart trains it again') from e
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Deletes a file or a directory. Half of a directory is never left under its name."""
+  """Deletes a file or a directory. A directory is renamed first, so that a kill never leaves a part under its name."""
   aside = path.with_name(f'.{path.name}-removed')
   shutil.rmtree(aside, ignore_errors=True)
   if path.is_dir():

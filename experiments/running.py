@@ -19,17 +19,17 @@ from metasgd_jax.io import files
 from metasgd_jax.outer.placement import TasksAtOnce
 from metasgd_jax.types import Tasks
 
-flags.disclaim_key_flags()  # So that --help lists the flags as those of the experiment.
+flags.disclaim_key_flags()  # Then --help lists the flags defined here as flags of the experiment.
 
 Pictures = dict[str, Callable[[Any], Any]]
-"""Functions `metasgd_jax.plotting → Figure` by the names of the figures."""
+"""Maps the name of each figure to the function that draws it: the function takes the module `metasgd_jax.plotting`."""
 
 Prepared = tuple[Sequence[Training], Callable[[], object]]
 """The trainings of a command, and the function that runs the command."""
 
 TABLES = ('table1', 'table2', 'table3', 'table4')
 WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start')
-"""Options that the default work directory is named after, and so are the learners unless they are those of a table."""
+"""Options whose values are in the name of the default work directory. The learners are too, unless a table is made."""
 
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
 """Bounds and type of an option that is an inner rate."""
@@ -65,11 +65,11 @@ def default_workdir(experiment: str, config: Any) -> str:
   """Returns the default work directory, such as runs/classification_omniglot or runs/regression_table1.
 
   Its name contains the name of the experiment and the values of `WHAT_IS_TRAINED` that are not defaults. The name of a
-  table contains no learner, because the cells of all learners lie in one directory.
+  table's directory contains no learner, because that directory holds the cells of all learners.
   """
   table = any(getattr(config, name, False) for name in TABLES)
   texts = options.flag_texts(config, WHAT_IS_TRAINED if table else ('learner', *WHAT_IS_TRAINED))
-  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # A start may be a path.
+  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # --start may be a path.
   return '_'.join([f'runs/{experiment}', *values])
 
 
@@ -92,12 +92,12 @@ def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, opt
 
 
 def chunk(config: Any, most: int) -> int:
-  """Returns the number of meta-iterations between callbacks: at most `most`, and at most a twentieth of all."""
+  """Returns the number of meta-iterations between callbacks: at most `most`, and at most a twentieth of the total."""
   return min(most, -(-config.meta_iterations // 20))
 
 
 def settings(config: Any, *names: str) -> dict[str, Any]:
-  """Returns the settings with these names."""
+  """Returns the values of the settings with these names as a dict."""
   return {name: getattr(config, name) for name in names}
 
 
@@ -127,7 +127,7 @@ def evaluate(
     config: Configuration, whose `eval_tasks` and `eval_seed` determine the tasks.
     devices: Number of devices of each process that may share the tasks; `None` for all.
     tasks_at_once: Number of tasks that a device computes at the same time.
-    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. The values are means over `repeats`.
+    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. Values are averaged over `repeats`.
   """
   logging.info('testing on %d unseen tasks', config.eval_tasks)
   key, _ = reporting.test_keys(config.eval_seed)
@@ -142,7 +142,7 @@ def each_run(meta: Any) -> list[Any]:
 
 
 def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, Any]]) -> None:
-  """Writes the available rows to results.json. Then ends the program if it has received a signal to stop."""
+  """Writes the rows so far to results.json. Then ends the program if it has received a signal to stop."""
   files.write_json(run.path('results.json'), {**options.recipe(experiment, config), 'rows': rows})
   run.ask()
 

@@ -65,7 +65,7 @@ class Training:
 
   Attributes:
     name: Name of the training's directory of checkpoints.
-    label: Name of the training in printed text and in metrics. Each training of a run has another label.
+    label: Name of the training in printed text and in metrics. Each training of a run has a different label.
     total: Number of meta-iterations.
     chunk: Number of meta-iterations between callbacks. A resumed training has the same chunks, and so the same metrics.
     start: Function that returns the state before the first meta-iteration.
@@ -148,8 +148,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   """
   with contextlib.ExitStack() as opened:
     opened.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings('ignore', 'the loss is not finite', RuntimeWarning)  # `_AfterChunk` says more of it.
-    if processes.any_of(not run.begun):  # An earlier run stays until one meta-iteration has shown that this one trains.
+    warnings.filterwarnings('ignore', 'the loss is not finite', RuntimeWarning)  # `_AfterChunk` reports more.
+    if processes.any_of(not run.begun):  # Earlier files stay until one meta-iteration has worked.
       jax.block_until_ready(training.go(training.start(), 1, ()))
     run.idle = False
     state = training.start()
@@ -185,7 +185,7 @@ def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, s
   print(f'{training.label}: {at}', flush=True)
   changed = resuming.changed_versions(found.versions)
   if changed:
-    print(f'{training.label}: versions have changed ({changed}), so the rest may differ in its last digits')
+    print(f'{training.label}: versions have changed ({changed}), so the results may differ in the last digits')
   return reporting.Recorder(training.label, run.metrics, history), found.state
 
 
@@ -222,10 +222,10 @@ class _AfterChunk:
   first: bool = True
 
   def __call__(self, progress: ms.Progress) -> None:
-    """Receives a chunk."""
+    """Checks, records and saves the chunk that has just been trained."""
     self.stop_at_bad_numbers(progress)
     if self.first:
-      host_memory.release_freed()  # The memory was freed by the compiler.
+      host_memory.release_freed()  # The compiler has freed much memory.
       if self.run.keeping.profile:
         profile(self.training, self.good, self.run.path('profile'))
       self.first = False
@@ -261,22 +261,22 @@ class _AfterChunk:
     raise TrainingError(f'{said}; {saved}; --debug_task={bad.step} shows the step; {lower}, or {skip}')
 
   def is_due(self, progress: ms.Progress, last: int) -> bool:
-    """Returns whether it is time for a checkpoint after the one of step `last`."""
+    """Returns whether a checkpoint is due now. The newest checkpoint is that of meta-iteration `last`."""
     every = self.run.keeping.checkpoint_every
     waited = progress.step // every > max(last, 0) // every if every else time.monotonic() - self.saved >= SECONDS
     return waited or progress.step == progress.total
 
 
 def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) -> pathlib.Path:
-  """Traces a few meta-iterations after `state`, and logs where the trace is. Their results are not kept.
+  """Traces a few meta-iterations after `state`, and logs where the trace is. It discards their results.
 
   Returns:
-    The directory PROFILES/NAME, with a file for TensorBoard's profiler and one for Perfetto.
+    The directory of the trace, with a file for TensorBoard's profiler and one for Perfetto.
   """
   directory = profiles / training.name
   before = int(np.max(state.step))
   step = min(training.total, before + PROFILED)
-  jax.block_until_ready(training.go(state, step, ()))  # Compiles.
+  jax.block_until_ready(training.go(state, step, ()))  # Compiles before the trace begins.
   with jax.profiler.trace(directory, create_perfetto_trace=True):
     jax.block_until_ready(training.go(state, step, ()))
   traces = sorted(directory.rglob('perfetto_trace.json.gz'))  # Earlier traces are in folders with earlier dates.
@@ -299,13 +299,15 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
   if step is None and not keeping.plan:
     return None
   if step is not None and keeping.plan:
-    raise ValueError('plan and debug_task are two commands; give one')
+    raise ValueError('plan and debug_task need separate commands, got both; give one of them')
   if not plan:
     raise ValueError('plan and debug_task need a training, but this command trains nothing; leave the flag out')
   if step is None:
     return functools.partial(print_memory, plan)
   if jax.process_count() > 1:
-    raise ValueError('debug_task reads the checkpoints, which the first process has; give it without --coordinator')
+    raise ValueError(
+      f'debug_task needs a single process, got {jax.process_count()}; leave out --coordinator or --distributed'
+    )
   if step >= plan[0].total:
     raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; the first one is 0')
   return functools.partial(debug, plan, config, workdir, step)
@@ -323,9 +325,10 @@ def print_memory(plan: Sequence[Training]) -> None:
 
 
 def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:
-  """Replays a meta-iteration of the last training with checkpoints, or else of the first, and prints its tasks.
+  """Replays one meta-iteration of a training and prints its tasks. No file is changed.
 
-  The replay starts at the newest checkpoint that is not past the meta-iteration, or at the beginning. No file changes.
+  The training is the last one of `plan` that has checkpoints, or the first one if none has. The replay starts at the
+  newest checkpoint that is not past the meta-iteration, or at the beginning.
 
   Raises:
     CheckpointError: if the checkpoints have another configuration.

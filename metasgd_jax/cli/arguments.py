@@ -8,7 +8,7 @@ from typing import Any, Literal
 from metasgd_jax.version import __version__
 
 INVERT: dict[str, bool | Literal['auto']] = {'auto': 'auto', 'yes': True, 'no': False}
-"""Values of `FewShotClassifier.invert` by the words of the command line."""
+"""Value of `FewShotClassifier.invert` for each value of --invert."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,35 +25,57 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _predict(commands: Any) -> argparse.ArgumentParser:
-  description = 'Adapts to the classes of --support in one step, and sorts the pictures of --query among them.'
-  parser = commands.add_parser('predict', help='sort a folder of pictures by a few examples', description=description)
-  parser.add_argument('--model', default='omniglot', help="a model's file or name (default: omniglot)")
+  description = (
+    'Adapts a model to the classes of --support, and assigns each picture of --query to one of these classes.'
+  )
+  parser = commands.add_parser(
+    'predict', help='classify pictures, given a few examples of each class', description=description
+  )
+  parser.add_argument(
+    '--model', default='omniglot', help='path of a model file, or name of a shipped model (default: omniglot)'
+  )
   parser.add_argument('--support', metavar='DIR', required=True, help='examples: a sub-folder for each class')
-  parser.add_argument('--query', metavar='DIR', required=True, help='the pictures to sort')
-  parser.add_argument('--out', metavar='DIR', required=True, help='gets predictions.csv and predictions.png')
+  parser.add_argument('--query', metavar='DIR', required=True, help='folder of the pictures to classify')
+  parser.add_argument(
+    '--out', metavar='DIR', required=True, help='folder to write predictions.csv and predictions.png to'
+  )
   mode = parser.add_mutually_exclusive_group()
-  mode.add_argument('--inductive', action='store_true', default=True, help='normalise by the examples (default)')
-  transductive = 'normalise all of --query together: better if it has dozens of pictures, and all classes among them'
+  mode.add_argument(
+    '--inductive', action='store_true', default=True, help='batch norm uses the statistics of the examples (default)'
+  )
+  transductive = (
+    'batch norm uses the statistics of all pictures of --query: better for dozens of pictures of all classes'
+  )
   mode.add_argument('--transductive', dest='inductive', action='store_false', help=transductive)
-  invert = 'turn light into dark; auto: of each picture with a light background, where the model wants dark ones'
+  invert = (
+    'exchange light and dark; auto: only in pictures with a light background, if the model needs a dark background'
+  )
   parser.add_argument('--invert', choices=INVERT, default='auto', help=invert)
   return parser
 
 
 def _info(commands: Any) -> argparse.ArgumentParser:
   parser = commands.add_parser('info', help='describe a model, or list the models that ship with metasgd')
-  parser.add_argument('--model', help="a model's file or name (default: list the models that ship)")
+  parser.add_argument(
+    '--model', help='path of a model file, or name of a shipped model (default: list the shipped models)'
+  )
   return parser
 
 
 def _export(commands: Any) -> argparse.ArgumentParser:
-  description = 'Writes adapt and predict as programs of jax.export, with the parameters; docs/export.md reads them.'
+  description = (
+    'Writes adapt and predict as programs of jax.export, with the parameters; docs/export.md shows how to run them.'
+  )
   parser = commands.add_parser('export', help='write a model as one file that needs only JAX', description=description)
-  parser.add_argument('--model', default='omniglot', help="a model's file or name (default: omniglot)")
-  parser.add_argument('--out', metavar='FILE', required=True, help='the file to write, a zip')
+  parser.add_argument(
+    '--model', default='omniglot', help='path of a model file, or name of a shipped model (default: omniglot)'
+  )
+  parser.add_argument('--out', metavar='FILE', required=True, help='zip file to write')
   parser.add_argument('--way', metavar='N', type=int, help="number of classes (default: the model's)")
   parser.add_argument('--shot', metavar='K', type=int, help='examples of each class (default: any number)')
-  parser.add_argument('--transductive', action='store_true', help='normalise the pictures of a call together')
-  platforms = 'some of cpu,cuda,tpu,rocm, with commas between (default: cpu,cuda,tpu)'
+  parser.add_argument(
+    '--transductive', action='store_true', help='batch norm uses the statistics of all query pictures'
+  )
+  platforms = 'platforms to export for, some of cpu,cuda,tpu,rocm, separated by commas (default: cpu,cuda,tpu)'
   parser.add_argument('--platforms', default='cpu,cuda,tpu', help=platforms)
   return parser

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
   for name in model_file.shipped_models():
     config = model_file.load_model(name).config
     say(f'{name}: {_LEARNERS[config.learner]}, 2 to {config.way} classes, {_images(config)}')
-  say('more of one: metasgd info --model=NAME')
+  say('metasgd info --model=NAME describes one of them')
 
 
 def about(model: Any, size: int) -> list[str]:
@@ -32,12 +32,12 @@ def about(model: Any, size: int) -> list[str]:
   return [
     f'learner      {_LEARNERS[config.learner]}, {config.inner_steps} inner step(s)',
     f'network      Conv4, {config.filters} filters, hidden layer {config.hidden or "none"}',
-    f'tells apart  2 to {config.way} classes',
+    f'classes      2 to {config.way}',
     f'images       {_images(config)}',
     f'parameters   {sum(leaf.size for leaf in jax.tree.leaves(theta)):,}',
     f'alpha        {_rates(config, alpha)}',
     f'size         {size / 1e6:.2f} MB',
-    'training' if facts else 'training     nothing is said of it',
+    'training' if facts else 'training     the file has no facts about it',
     *(f'  {name:{width}}  {_fact(value)}' for name, value in facts.items()),
   ]
 

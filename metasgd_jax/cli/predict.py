@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> None:
   model, out, query_dir = load_model(args.model), at_home(args.out), at_home(args.query)
   support, query = _read(args, model.config)
   _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
-  say('adapting, and compiling for it first, which takes some seconds')
+  say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
-  say(f'answering {len(query.paths)} pictures')
+  say(f'classifying {len(query.paths)} pictures')
   probabilities = classifier.predict_proba(query.images)
   names = [path.relative_to(query_dir) for path in query.paths]
   folders = _folders(names, support.names)
@@ -67,13 +67,13 @@ def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
 
 
 def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str | None]:
-  """Returns the class that has the name of each image's folder, or None if there is no such class."""
+  """Returns for each image the name of its top folder in --query, or None if no class has this name."""
   folders = [name.parts[0] if len(name.parts) > 1 else None for name in names]
   return [folder if folder in classes else None for folder in folders]
 
 
 def _unseen(folders: Sequence[str | None], support, query) -> list[str | None]:
-  """Returns the folders' classes, with None for images that are also examples: they do not count for the accuracy."""
+  """Returns `folders` with None for images that are also examples, because these do not count for the accuracy."""
   examples = {path.resolve() for path in support.paths}
   seen = [path.resolve() in examples for path in query.paths]
   return [None if s else folder for s, folder in zip(seen, folders, strict=True)]
@@ -93,7 +93,7 @@ def _picture(support, query, names, probabilities, truth) -> bytes | None:
   try:
     from metasgd_jax.plotting import prediction_sheet
   except ImportError:
-    say("there is no predictions.png, for want of matplotlib; pip install 'metasgd_jax[plots]'")
+    say("predictions.png is not written, because matplotlib is missing; pip install 'metasgd_jax[plots]'")
     return None
   classes = [printable(name) for name in support.names]
   examples = np.split(support.bank.images / 255, np.cumsum(support.bank.sizes)[:-1])
@@ -122,9 +122,9 @@ def _report_images(support, query, answers: Sequence[str], inverted: bool) -> No
   say('', f'classes: {_counted(dict(zip(support.names, support.bank.sizes, strict=True)))}')
   say(f'answers: {_counted(Counter(answers))}')
   if inverted:
-    say('light and dark were exchanged, as the model wants')
+    say('light and dark were exchanged; see --invert')
   if skipped := len(support.skipped) + len(query.skipped):
-    say(f'skipped: {skipped} that cannot be read, named above')
+    say(f'skipped unreadable files: {skipped}, listed above')
 
 
 def _counted(counts: Mapping[str, int]) -> str:

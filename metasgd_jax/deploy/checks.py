@@ -1,4 +1,4 @@
-"""Checks of what is to be written or exported: path, platforms, parameters, episode, facts, and exported numbers."""
+"""Checks before and after an export: of path, platforms, parameters, episode, facts, and numbers of the programs."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def writable(path: PathLike) -> pathlib.Path:
   if place.is_dir():
     reason = 'it is a folder'
   elif '\0' in place.name:
-    reason = 'its name has a NUL'
+    reason = 'its name contains a NUL character'
   elif not place.parent.is_dir():
     reason = f'No such file or directory: there is no folder {place.parent}'
   if reason:
@@ -43,11 +43,11 @@ def known_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 
 
 def as_arrays(meta: PyTree) -> PyTree:
-  """Returns the parameters as arrays of JAX's dtypes. Raises ValueError if a file of NumPy cannot hold one of them."""
+  """Returns the parameters as arrays of JAX's dtypes. Raises ValueError if a .npy file cannot store one of them."""
   for name, leaf in named(meta):
     if is_key(leaf) or np.asarray(leaf).dtype.kind not in 'biufc':
       got = str(leaf.dtype) if isinstance(leaf, jax.Array) else repr(leaf)
-      advice = 'cast it to float32, or take jax.random.key_data(key) of a key of jax.random'
+      advice = 'cast it to float32, or replace a key of jax.random by jax.random.key_data(key)'
       raise ValueError(f'the parameter {name} must be an array of numbers of a NumPy dtype, got {got:.80}; {advice}')
   return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), meta)
 
@@ -61,11 +61,13 @@ def check_episode(episode: Episode) -> None:
   for name, leaf in named(used):
     if is_key(leaf) or not np.shape(leaf):
       got = 'a key of jax.random' if is_key(leaf) else f'the scalar {leaf!r:.80}'
-      raise ValueError(f'{name} must be an array of numbers with the items in front, got {got}')
+      raise ValueError(f'{name} must be an array of numbers whose first dimension is the items, got {got}')
   for what, batch in used._asdict().items():
     counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
     if len(counts) != 1 or 0 in counts:
-      raise ValueError(f'the leaves of {what} must have one number of items in front, at least 1, got {sorted(counts)}')
+      raise ValueError(
+        f'all leaves of {what} must start with the same number of items, at least 1, got {sorted(counts)}'
+      )
 
 
 def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,18 +75,23 @@ def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
   try:
     return json.loads(json.dumps(dict(says), allow_nan=False))
   except (TypeError, ValueError, RecursionError) as e:
-    raise ValueError(f'the file cannot hold this fact ({first_line(e)}); facts must be values of JSON') from e
+    raise ValueError(
+      f'says contains a fact that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
+    ) from e
 
 
 def check_close(ours: PyTree, theirs: PyTree) -> None:
-  """Raises WriterError unless outputs of the programs are those of the learner, to float32 rounding."""
+  """Raises WriterError unless the outputs of the programs equal those of the learner, up to float32 rounding."""
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     a, b = np.asarray(a), np.asarray(b)
     finite = np.isfinite(a) & np.isfinite(b)  # Logits of absent classes may be -inf.
     size = np.max(np.abs(a[finite]), initial=1e-30)
     if not np.allclose(a, b, rtol=0, atol=_CLOSE * size, equal_nan=True):
       off = np.max(np.abs(a[finite] - b[finite]), initial=0)
-      raise WriterError(f'the exported programs differ from the learner by {off:.3g} where both are finite; report it')
+      raise WriterError(
+        f'the exported programs differ from the learner by {off:.3g} where both are finite, so no file is '
+        'written; report this to the developers of metasgd_jax'
+      )
 
 
 def is_int(value: Any) -> bool:

@@ -134,7 +134,7 @@ class FewShotClassifier:
     Args:
       X: Query images, in any of the forms that the class documents.
     """
-    from scipy.special import softmax  # scipy is imported only where it is used.
+    from scipy.special import softmax  # Imported here, because only this method needs scipy.
 
     return softmax(self._logits(X).astype(np.float64), axis=1)
 
@@ -164,8 +164,10 @@ class FewShotClassifier:
     answers = self.predict(X)
     labels = _as_labels(y, len(answers))
     if _is_text(labels) != _is_text(self.classes_):
+      ours, theirs = self.classes_.tolist()[0], labels.tolist()[0]
+      wanted = f'{type(ours).__name__} such as {ours!r}'
       raise ValueError(
-        f'labels must be of the kind of the classes, such as {str(self.classes_[0])!r}, got {labels[0]}; convert them'
+        f'labels must be {wanted}, like the classes, got {type(theirs).__name__} {theirs!r}; convert them'
       )
     return float(np.average(answers == labels, weights=sample_weight))
 
@@ -224,7 +226,9 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
   try:
     x = np.asarray(images)
   except ValueError as e:
-    raise ValueError('images must all have one shape, got a list of several shapes; resize them') from e
+    raise ValueError(
+      'images must all have the same shape, got a list of images of different shapes; resize them'
+    ) from e
   height, width, channels = shape
   flat = height * width * channels
   if x.ndim and not len(x):
@@ -268,7 +272,7 @@ def _as_labels(labels, count: int) -> np.ndarray:
 def _is_missing(label: Any) -> bool:
   try:
     return label is None or bool(label != label)
-  except (TypeError, ValueError):  # NA of pandas is neither equal to itself nor different; an array is no label.
+  except (TypeError, ValueError):  # pandas.NA has no truth value when compared; an array is no label.
     return np.ndim(label) == 0
 
 
@@ -286,7 +290,7 @@ def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
   if len(classes) < 2:
     raise ValueError(f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add another class')
   if len(classes) > most:
-    raise ValueError(f'the model supports at most {most} classes, got {len(classes)}; give it fewer')
+    raise ValueError(f'the model supports at most {most} classes, got {len(classes)}; give fewer classes')
   return classes, y.astype(np.int32)
 
 

@@ -38,7 +38,7 @@ def export_model(
   platforms: Sequence[str] = PLATFORMS,
   report: Callable[[str], None] | None = None,
 ) -> Exported:
-  """Writes a trained classifier as `export_learner` does, and returns the content of the file, which it reads back.
+  """Writes a trained classifier as `export_learner` does, and returns the content read back from the file.
 
   The file takes support images, float32 `[S, H, W, D]` with values from 0 to 1, and their labels, int32 `[S]` from 0 to
   N − 1. It returns logits `[Q, N]` for Q query images. The user of the file must do the preprocessing that
@@ -137,14 +137,14 @@ def export_learner(
     >>> with tempfile.TemporaryDirectory() as directory:
     ...   exported = ms.export_learner(f'{directory}/sine.zip', learner, meta, episode)
     >>> adapted = exported.adapt(exported.parameters, *episode.support)
-    >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # Of any number of query items.
+    >>> exported.predict(adapted, jnp.zeros((7, 1))).shape  # Any number of query items is allowed.
     (7, 1)
   """
   path, platforms = checks.writable(path), checks.known_platforms(platforms)
   meta, facts = checks.as_arrays(meta), checks.as_json(says or {})
   checks.check_episode(episode)
   if report:
-    report('exporting, and comparing what was written with the learner, which may take half a minute')
+    report('exporting, and comparing the exported programs with the learner, which may take half a minute')
   programs = _programs(learner, meta, episode, any_support, platforms)
   checked_on, device = _where_to_check(platforms)
   about = {
@@ -170,7 +170,11 @@ def _adapt(learner: Learner, meta: PyTree, support: Batch) -> PyTree:
 
 
 def _programs(learner: Learner, meta, episode: Episode, any_support: bool, platforms) -> dict[str, jax.export.Exported]:
-  """Returns the two programs by name. They take and return the leaves of meta and of the adapted parameters by name."""
+  """Returns the two programs, `{'adapt': …, 'predict': …}`.
+
+  `adapt` takes the leaves of meta as a dict by name. It returns the leaves of the adapted parameters as a dict by name,
+  which `predict` takes.
+  """
   adapted = _trace(learner, meta, episode)
 
   def adapt(parameters, x, y):
@@ -189,10 +193,15 @@ def _programs(learner: Learner, meta, episode: Episode, any_support: bool, platf
 
 
 def _trace(learner: Learner, meta: PyTree, episode: Episode) -> PyTree:
-  """Returns the shapes of what adapt returns. The learner's own errors show here, before the sizes are left open."""
+  """Returns the shapes and dtypes of the adapted parameters.
+
+  The numbers of items are still fixed here, so that an error of the learner itself is raised before the export.
+  """
   adapted = jax.eval_shape(functools.partial(_adapt, learner), meta, episode.support)
   if any(map(is_key, jax.tree.leaves(adapted))):
-    raise ValueError('what adapt returns contains a key of jax.random; return jax.random.key_data(key) in its place')
+    raise ValueError(
+      'the adapted parameters contain a key of jax.random; let adapt return jax.random.key_data(key) in its place'
+    )
   jax.eval_shape(learner.predict, adapted, episode.query.x)
   return adapted
 
@@ -223,11 +232,11 @@ def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Expo
 def _why_not(e: Exception, platforms: Sequence[str], any_support: bool) -> str:
   why = first_line(e)
   if 'callback' in why:
-    return f'the file cannot hold an operation that calls back into Python ({why}); remove it'
+    return f'the file cannot contain an operation that calls back into Python ({why}); remove the operation'
   if isinstance(e, NotImplementedError) and 'polymorphi' not in why:
-    return f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave a platform out'
+    return f'the learner cannot be lowered for {", ".join(platforms)} ({why}); leave out the platform that fails'
   advice = 'any_support=False fixes the number of support items; ' if any_support else ''
-  return f'the number of items cannot be left open ({why}); {advice}predict must take any number of query items'
+  return f'the learner needs a fixed number of items ({why}); {advice}predict must take any number of query items'
 
 
 def _write(file: IO[bytes], about: Any, programs: Mapping[str, jax.export.Exported], meta: PyTree) -> None:
@@ -253,8 +262,8 @@ def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | 
 
 
 def _check_numbers(found: Exported, learner: Learner, meta: PyTree, episode: Episode, device: jax.Device) -> None:
-  """Raises WriterError unless the programs of the file give the numbers of the learner, to float32 rounding."""
-  meta, support, x = jax.device_get((meta, episode.support, episode.query.x))  # They may be on different devices.
+  """Raises WriterError unless the programs of the file give the numbers of the learner, up to float32 rounding."""
+  meta, support, x = jax.device_get((meta, episode.support, episode.query.x))  # These may be on different devices.
   with jax.default_device(device), jax.default_matmul_precision('highest'):
     ours = jax.jit(learner.predict)(jax.jit(functools.partial(_adapt, learner))(meta, support), x)
     theirs = found.predict(found.adapt(found.parameters, *support), x)

@@ -1,6 +1,6 @@
-"""The format of an exported learner's file: the names and descriptions of its members, and the code that reads it.
+"""The format of the zip archive that stores an exported learner: names of the archived files, and how they are read.
 
-export.py writes the file. docs/export.md has the code that reads it with jax and numpy alone.
+export.py writes the archive. docs/export.md has the code that reads it with jax and numpy alone.
 """
 
 import json
@@ -22,7 +22,7 @@ _MOST_ABOUT = 2**20  # Largest size of about.json in bytes.
 
 
 class _NewerError(ValueError):
-  """The file was written by a newer version of this package, so that it is not damaged."""
+  """The file was written by a newer version of this package. It may be intact."""
 
 
 class Exported(NamedTuple):
@@ -31,7 +31,7 @@ class Exported(NamedTuple):
   Attributes:
     about: Content of about.json.
     parameters: Leaves of meta by name, such as 'theta.Dense_0.kernel'.
-    adapt: Function `(parameters, support_x [S, …], support_y [S, …]) → adapted`, which is a dict of arrays by name.
+    adapt: Function `(parameters, support_x [S, …], support_y [S, …]) → adapted`, a dict of arrays by name.
     predict: Function `(adapted, x [Q, …]) → outputs [Q, …]`.
 
   Both functions may be jitted, and mapped over tasks with `jax.lax.map`. JAX supports neither `vmap` nor derivatives of
@@ -56,11 +56,11 @@ class Exported(NamedTuple):
 
 
 def load_exported(path: PathLike) -> Exported:
-  """Returns the content of the exported file at `path`. Its functions are compiled when they are first called.
+  """Returns the content of the exported file at `path`. The programs are compiled when they are first called.
 
-  A program in such a file is code that XLA compiles and runs, so load only files from people whom you trust. The
-  format, the sizes and the checksums of the members are checked here. An error inside a program may show only when the
-  program is called.
+  The file is a zip archive. Its programs are code that XLA compiles and runs, so load only files from people whom you
+  trust. The format, the sizes and the checksums of the archived files are checked here. An error inside a program may
+  show only when the program is called.
 
   Raises:
     ValueError: if there is no such file, if it is not an exported learner, if it is damaged, if it is from a newer
@@ -101,7 +101,7 @@ def _check_bits(path: pathlib.Path, program: jax.export.Exported) -> None:
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
-  """Returns the inputs and outputs of a program as JSON: trees of strings such as 'float32[S,28,28,1]'."""
+  """Returns what a program takes and gives, as `{'takes': …, 'gives': …}`, trees of text like 'float32[S,28,28,1]'."""
   takes, _ = jax.tree.unflatten(program.in_tree, map(_text, program.in_avals))
   gives = jax.tree.unflatten(program.out_tree, map(_text, program.out_avals))
   return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # JSON turns tuples into lists.
@@ -112,7 +112,7 @@ def _text(aval: Any) -> str:
 
 
 def member(name: str) -> str:
-  """Returns the name of the zip archive's member that holds a parameter."""
+  """Returns the name of the archived file that stores a parameter."""
   return f'parameters/{name}.npy'
 
 
@@ -128,12 +128,12 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], li
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
-  """Raises ValueError unless the size of the file limits the size of the data that is read."""
+  """Raises ValueError if reading the archive, a file of `size` bytes, could take more memory than about `size`."""
   infos = archive.infolist()
   if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-    raise ValueError('its members are compressed')
-  if sum(info.file_size for info in infos) > size:  # Members overlap.
-    raise ValueError(f'its members are larger together than the file of {size:,} bytes')
+    raise ValueError('the files in it are compressed')
+  if sum(info.file_size for info in infos) > size:  # Archived files overlap.
+    raise ValueError(f'the files in it are larger together than its own {size:,} bytes')
 
 
 def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _check_members(archive: zipfile.ZipFile, about: dict[str, Any]) -> None:
     raise ValueError('about.json does not name the parameters')
   wanted = {'about.json', *(f'{name}.bin' for name in PROGRAMS), *map(member, names)}
   if odd := sorted(wanted ^ set(archive.namelist())):
-    raise ValueError(f'{odd[0]} is {"missing" if odd[0] in wanted else "more than belongs there"}')
+    raise ValueError(f'{odd[0]} {"is missing" if odd[0] in wanted else "does not belong in it"}')
 
 
 def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) -> jax.export.Exported:
@@ -183,9 +183,11 @@ def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if (shape, dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
-        f'its parameter {name} has another shape or dtype than its program adapt.bin takes, {_text(wanted)}'
+        f'its parameter {name} has the dtype {dtype} and the shape {shape}, but adapt.bin takes {_text(wanted)}'
       )
     data = bytearray(file.read())
   if len(data) != math.prod(shape) * dtype.itemsize:
-    raise ValueError('a parameter has another size than it says')
+    raise ValueError(
+      f'its parameter {name} has {len(data)} bytes, but its header describes {math.prod(shape) * dtype.itemsize}'
+    )
   return np.ndarray(shape, dtype, data, order='F' if fortran_order else 'C')

@@ -30,7 +30,7 @@ Background = Literal['dark', 'any']
 
 _RANGES = {'way': (2, 10_000), 'filters': (1, 10_000), 'hidden': (0, 100_000), 'inner_steps': (0, 1000)}
 _MOST_ALPHA = 1_000_000_000  # JAX cannot represent larger integers in 32 bits.
-_MOST_LEVELS = 10  # Depth to which facts may be nested.
+_MOST_LEVELS = 10  # Largest depth of nested facts.
 _SHIPPED = pathlib.Path(__file__).with_name('models')
 
 
@@ -47,8 +47,7 @@ class ModelConfig:
     inner_steps: Number of inner steps k.
     alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is a tensor among the parameters.
     background: Background of the training images, 'dark' or 'any'.
-    training: Facts about the training by name, for people who read the file. Their values are anything that JSON can
-      store.
+    training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
     ValueError: if a field has another type or is out of its range. The message names the field.
@@ -86,13 +85,14 @@ class ModelConfig:
     if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= _MOST_ALPHA):
       raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
-      raise ValueError(f'training must be a dict of facts by name, got {self.training!r}')
+      raise ValueError(f'training must be a dict, such as {{"seed": 0}}, got {self.training!r}')
     try:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
       raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
     if _levels(self.training) > _MOST_LEVELS:
-      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep; make it flatter')
+      levels = _levels(self.training)
+      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
 
 
 def _levels(facts: Any) -> int:
@@ -189,9 +189,7 @@ def load_model(path_or_name: PathLike) -> FewShotModel:
   try:
     return _read(path)
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(
-      f'{path} is not a safetensors file, or not the whole of it ({first_line(e)}); get the file again'
-    ) from e
+    raise ValueError(f'{path} is not a safetensors file, or is incomplete ({first_line(e)}); get the file again') from e
 
 
 def shipped_models() -> list[str]:
@@ -221,7 +219,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> FewShotModel:
-  """Returns the model of a file. Its tensors are read only if their names, shapes and dtypes are right."""
+  """Returns the model that a file stores. The tensors are read only if their names, shapes and dtypes are right."""
   with safetensors.safe_open(path, framework='np') as file:
     config = _read_config(path, file.metadata() or {})
     structure = _structure(config)
@@ -270,13 +268,13 @@ def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) 
   """Raises ValueError unless the tensors found, such as 'float32 (5,)', have the names and shapes of the structure."""
   wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
   if odd := sorted(wanted.keys() ^ found.keys()):
-    what = 'lacks' if odd[0] in wanted else 'has beside what belongs there'
+    what = 'lacks' if odd[0] in wanted else 'has, but should not have,'
     raise ValueError(
-      f'{whose} {what} the tensor {first_line(odd[0])} ({len(odd)} in all); was it made with its config?'
+      f'{whose} {what} the tensor {first_line(odd[0])} (missing or unexpected: {len(odd)}); was it made with another config?'
     )
   for name, text in found.items():
     if text != wanted[name]:
-      advice = f'where its config asks for {wanted[name]}; was it made with another config?'
+      advice = f'but its config asks for {wanted[name]}; was it made with another config?'
       raise ValueError(f'{whose} has {text} for the tensor {name}, {advice}')
 
 

@@ -62,7 +62,7 @@ def test_a_folder_nobody_prepared_is_sorted(folders, model_file, mode, capsys):
   out, err = capsys.readouterr()
   assert err == ''
   assert 'broken.png' in out
-  assert 'skipped: 1 that cannot be read' in out
+  assert 'skipped unreadable files: 1, listed above' in out
   assert 'classes: blot 2, columns 1, diagonals 3, frame 4, rows 2' in out
   assert '% of 5 pictures in folders named like a class' in out
   assert 'among the examples' not in out
@@ -269,7 +269,7 @@ def test_info_of_maml_and_of_nothing_known(model_file, capsys):
   out = capsys.readouterr().out
   assert 'MAML, 20 inner step(s)' in out
   assert '0.2, one rate for all' in out
-  assert 'nothing is said of it' in out
+  assert 'the file has no facts about it' in out
 
 
 def test_info_of_no_model(capsys):

@@ -249,7 +249,7 @@ def test_scoring_needs_a_label_for_each(fitted):
 
 def test_scoring_compares_labels_of_one_kind_and_counts_weights(fitted):
   x = pictures([0, 1])
-  with pytest.raises(ValueError, match=saying('labels', 'kind of the classes', 'got 1')):
+  with pytest.raises(ValueError, match=saying('labels', 'like the classes', 'got int 1')):
     fitted.score(x, [1, 2])
   with pytest.raises(ValueError, match=saying('labels', 'missing')):
     fitted.score(x, ['rows', None])

@@ -69,11 +69,11 @@ def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
     (dict(alpha=0.4), ('alpha', 'None for meta_sgd', 'got 0.4')),
     (dict(background='light'), ('background', 'one of', "got 'light'")),
     (dict(training=[1]), ('training', 'a dict', 'got [1]')),
-    (dict(filters=8), ('for the tensor', 'where its config asks for')),
+    (dict(filters=8), ('for the tensor', 'but its config asks for')),
     (dict(hidden=0), ('tensor', 'was it made with its config')),
-    (dict(learner='maml', alpha=0.4), ('beside what belongs there', 'tensor alpha/')),
+    (dict(learner='maml', alpha=0.4), ('should not have', 'tensor alpha/')),
     (dict(tensors=lambda t: {}), ('lacks the tensor alpha/',)),
-    (dict(tensors=lambda t: t | {'extra': np.zeros(1)}), ('beside', 'tensor extra (1 in all)')),
+    (dict(tensors=lambda t: t | {'extra': np.zeros(1)}), ('should not have', 'tensor extra (missing or unexpected: 1)')),
     (dict(tensors=lambda t: {k: v.astype(np.float64) for k, v in t.items()}), ('F64', 'asks for float32')),
     (dict(tensors=lambda t: {k: v.ravel() for k, v in t.items()}), ('its config asks for float32',)),
     (dict(tensors=lambda t: {k: v * np.float32('nan') for k, v in t.items()}), ('tensor', 'not finite')),
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_quite_a_model_is_refused_by_name(tmp_path, model, ch
 def test_a_file_cut_short_is_refused(tmp_path, model, cut):
   ms.save_model(tmp_path / 'm', model)
   (tmp_path / 'm').write_bytes((tmp_path / 'm').read_bytes()[:cut])
-  with pytest.raises(ValueError, match=saying(tmp_path / 'm', 'not the whole', 'get the file again')):
+  with pytest.raises(ValueError, match=saying(tmp_path / 'm', 'incomplete', 'get the file again')):
     ms.load_model(tmp_path / 'm')
 
 

@@ -50,7 +50,7 @@ def test_help_fits_a_screen_and_names_every_flag(name):
   assert max(map(len, lines)) <= 100
   for flag in names(EXPERIMENTS[name]):
     assert f' --{flag}' in done.stdout or f' --no{flag}' in done.stdout, flag
-  assert '--helpfull says more of each' in done.stdout
+  assert '--helpfull describes all flags' in done.stdout
 
 
 def test_the_whole_help_says_all_of_each_flag():

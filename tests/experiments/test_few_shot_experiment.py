@@ -213,7 +213,7 @@ class TestTable:
     with caplog.at_level('INFO', 'absl'):
       few_shot_table.prepare(config, workdir, few_shot_training.build, run)()
     assert made == ['mini_imagenet_joint_20way_5shot']
-    assert caplog.text.count('is there already') == 7
+    assert caplog.text.count('is finished already') == 7
     (directory / 'kept.json').rename(directory / 'results.json')
     made.clear()
     other = dataclasses.replace(config, meta_iterations=2, learner=('joint',))
@@ -303,7 +303,7 @@ def test_images_stay_on_the_host_where_asked():
     (dict(alpha_by_step=True), ('alpha_by_step', 'inner_steps=1', 'at least 2')),
     (dict(ensemble=3, validate_every=200), ('ensemble=3', '2 validations', '500 meta-iterations', 'lower')),
     (dict(table2=True, dataset='glyphs'), ('table', 'dataset=glyphs', 'leave dataset out')),
-    (dict(class_lists='lists'), ('class_lists', 'folder', 'dataset=glyphs', 'leave it out')),
+    (dict(class_lists='lists'), ('class_lists', 'folder', 'dataset=glyphs', 'leave class_lists out')),
   ],
 )
 def test_settings_that_do_not_go_together(values, message):
@@ -411,7 +411,7 @@ def test_training_starts_from_a_model(tmp_path):
   for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
     with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden)', 'make them the same')):
       few_shot_training.build(classification.Config(start=path, **options | other))
-  with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave it out')):
+  with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave start out')):
     classification.Config(start=path, learner=('lstm',))
 
 
@@ -471,7 +471,7 @@ def test_a_folder_with_too_few_images_of_a_class(tmp_path):
 def test_a_folder_with_too_few_classes(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(10)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=1, eval_query=1)
-  with pytest.raises(ValueError, match=saying('way=3', 'test part (2)', 'add classes')):
+  with pytest.raises(ValueError, match=saying('way=3', '2 classes of the test part', 'add classes')):
     few_shot_training.build(config)
 
 

@@ -52,7 +52,7 @@ def test_a_finished_run_of_this_configuration_stays(tmp_path, monkeypatch, capsy
   monkeypatch.setattr(regression, '_run', lambda *_: crash())
   assert regression.run(MAML, tmp_path) == ROWS
   (said,) = capsys.readouterr().out.splitlines()
-  assert re.match(saying(f'{tmp_path} holds this run', 'finished', '--restart'), said)
+  assert re.match(saying(f'{tmp_path} holds a finished run', '--restart'), said)
   assert contents(tmp_path) == before
 
 
@@ -77,7 +77,10 @@ def test_a_finished_run_of_other_versions_is_told_of_and_stays(tmp_path, monkeyp
   monkeypatch.setattr(provenance, 'collect', lambda: now | {'versions': now['versions'] | {'jax': '99'}})
   assert regression.run(MAML, tmp_path) == ROWS
   said = capsys.readouterr().out
-  assert re.match(saying('holds this run, finished with other versions', f'jax {jax.__version__} → 99', '--rest'), said)
+  assert re.match(
+    saying('holds a finished run of this configuration, with other versions', f'jax {jax.__version__} → 99', '--rest'),
+    said,
+  )
   assert contents(tmp_path) == before
 
 

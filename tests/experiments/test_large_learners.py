@@ -30,7 +30,7 @@ def check_run(config, folder, capsys):
   out = capsys.readouterr().out
   assert out.index('memory of a meta-iteration') < out.index('unseen tasks')
   assert (folder / 'learning_curves.png').is_file()
-  assert ('whoever knows the chain' in out) == (config.network == 'transformer')
+  assert ('true transition probabilities' in out) == (config.network == 'transformer')
   return losses[0]
 
 

@@ -154,7 +154,7 @@ def test_a_finished_run_stays_in_all(whole):
   with two('regression', workdir, *FLAGS) as running:
     (out, _), (_, other_error) = printed = ended(running)
     assert [process.returncode for process in running] == [0, 0], printed
-  assert f'{workdir} holds this run, finished; --restart makes it again' in out
+  assert f'{workdir} holds a finished run of this configuration; --restart trains it again' in out
   assert 'Meta-SGD' not in other_error
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
@@ -220,7 +220,7 @@ def test_a_mistake_of_one_ends_both_with_a_sentence(tmp_path):
     (_, error), (_, other_error) = ended(running)
     assert [process.returncode for process in running] == [1, 1]
   assert f'error: workdir {tmp_path / "file" / "x"} cannot be written' in error  # The first's alone is looked at.
-  assert 'error: another process has failed, and says why' in other_error
+  assert 'error: another process has failed; the output of that process says why' in other_error
   assert 'Traceback' not in error + other_error
 
 
@@ -282,15 +282,18 @@ def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch, no_picture
 @pytest.mark.parametrize(
   ('given', 'said'),
   [
-    (dict(coordinator='a:1'), ('go together', 'coordinator=a:1', '--num_processes and --process_id')),
-    (dict(num_processes=2), ('go together', 'num_processes=2', '--coordinator and --process_id')),
-    (dict(num_processes=2, process_id=0), ('go together', 'num_processes=2, process_id=0', 'give --coordinator ')),
+    (dict(coordinator='a:1'), ('be given together', 'coordinator=a:1', '--num_processes and --process_id')),
+    (dict(num_processes=2), ('be given together', 'num_processes=2', '--coordinator and --process_id')),
+    (
+      dict(num_processes=2, process_id=0),
+      ('be given together', 'num_processes=2, process_id=0', 'give --coordinator '),
+    ),
     (dict(coordinator='a:1', num_processes=2, process_id=2), ('process_id', 'less than num_processes=2', 'got 2')),
     (dict(coordinator='a', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "'a'")),
     (dict(coordinator='a:x', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "'a:x'")),
     (dict(coordinator=':1', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "':1'")),
     (dict(coordinator='a:1', num_processes=2, process_id=-1), ('process_id', 'from 0 to 99999', 'got -1')),
-    (dict(distributed=True, num_processes=2), ('distributed finds num_processes', 'leave out one')),
+    (dict(distributed=True, num_processes=2), ('distributed gets num_processes', 'leave out one')),
     (dict(devices=0), ('devices', 'from 1 to 100000', 'got 0')),
   ],
 )
@@ -322,7 +325,9 @@ def test_without_a_cluster_there_is_none_to_ask(tmp_path):
   command = [sys.executable, '-m', 'experiments.regression', f'--workdir={tmp_path}/w', '--distributed']
   done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
   assert done.returncode == 1
-  assert re.search(saying('error: no cluster tells of its processes (', '--coordinator=HOST:PORT'), done.stderr)
+  assert re.search(
+    saying('error: JAX cannot connect the processes of a cluster (', '--coordinator=HOST:PORT'), done.stderr
+  )
   assert 'before any JAX calls' not in done.stderr
   assert 'Traceback' not in done.stderr
 
@@ -330,7 +335,7 @@ def test_without_a_cluster_there_is_none_to_ask(tmp_path):
 @pytest.mark.parametrize('process_id', [0, 1])
 @pytest.mark.parametrize('host', ['nosuchhost.invalid', 'x' * 70])
 def test_a_host_that_is_not_known_gets_a_sentence_at_once(host, process_id):
-  with pytest.raises(ValueError, match=saying(f'coordinator={host}:1234', 'no known host', 'process 0')):
+  with pytest.raises(ValueError, match=saying(f'coordinator={host}:1234', 'unknown host', 'process 0')):
     processes.start(Machines(coordinator=f'{host}:1234', num_processes=2, process_id=process_id))
 
 
@@ -341,7 +346,9 @@ def test_what_jax_says_of_a_coordinator_is_a_sentence(monkeypatch):
   monkeypatch.setattr(processes, '_gather', lambda *_: None)
   monkeypatch.setattr(processes.jax, 'config', types.SimpleNamespace(update=lambda *_: None))
   monkeypatch.setattr(processes.jax.distributed, 'initialize', fail)
-  said = saying('cannot meet at localhost:1234', 'DEADLINE_EXCEEDED: nobody came', 'give a host and a port')
+  said = saying(
+    'cannot connect to coordinator=localhost:1234', 'DEADLINE_EXCEEDED: nobody came', 'give a host and a port'
+  )
   with pytest.raises(ValueError, match=said):
     processes.start(Machines(coordinator='localhost:1234', num_processes=1, process_id=0))
 
@@ -349,7 +356,7 @@ def test_what_jax_says_of_a_coordinator_is_a_sentence(monkeypatch):
 def test_nobody_at_the_port(monkeypatch):
   monkeypatch.setattr(processes, 'PATIENCE', 0)
   where = f'localhost:{free_port()}'
-  with pytest.raises(ValueError, match=saying('nobody answers', where, 'start process 0')):
+  with pytest.raises(ValueError, match=saying('process 0 does not answer', where, 'start process 0')):
     processes.start(Machines(coordinator=where, num_processes=2, process_id=1))
 
 
@@ -363,7 +370,7 @@ def test_the_others_do_not_come(monkeypatch):
 def test_the_port_is_taken():
   with socket.create_server(('', 0)) as taken:
     where = f'localhost:{taken.getsockname()[1]}'
-    with pytest.raises(ValueError, match=saying('cannot meet', where, 'give another port')):
+    with pytest.raises(ValueError, match=saying('cannot listen', where, 'give another port')):
       processes.start(Machines(coordinator=where, num_processes=2, process_id=0))
 
 
