@@ -270,7 +270,8 @@ def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) 
   if odd := sorted(wanted.keys() ^ found.keys()):
     what = 'lacks' if odd[0] in wanted else 'has, but should not have,'
     raise ValueError(
-      f'{whose} {what} the tensor {first_line(odd[0])} (missing or unexpected: {len(odd)}); was it made with another config?'
+      f'{whose} {what} the tensor {first_line(odd[0])} (missing or unexpected: {len(odd)}); '
+      'was it made with another config?'
     )
   for name, text in found.items():
     if text != wanted[name]:
