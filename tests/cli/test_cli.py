@@ -258,7 +258,7 @@ def test_info_says_what_a_model_is(tmp_path, capsys):
   out = capsys.readouterr().out
   count = sum(a.size for v in alpha.values() for a in v.values())
   for words in (
-    'Meta-SGD, 1 inner step', '4 filters, hidden layer 8', '2 to 5 classes', '28x28, grey, light on a dark background',
+    'Meta-SGD, 1 inner step', '4 filters, hidden layer 8', '2 to 5', '28x28, grey, light on a dark background',
     f'{count:,}', 'mean -0.25, 100.0% negative', ' MB', '60,000', '0.987', 'yes', '0, 1',
   ):  # fmt: skip
     assert words in out

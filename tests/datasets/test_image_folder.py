@@ -181,7 +181,7 @@ class TestReadImage:
 
   @pytest.mark.parametrize('size', [0, -3, (3,), (0, 3), (2.5, 2), 2.5])
   def test_sizes_that_cannot_be(self, tmp_path, size):
-    with pytest.raises(ValueError, match=saying('size', 'integer of 1 or more', 'two', f'got {size}')):
+    with pytest.raises(ValueError, match=saying('size', 'integer of 1 or more', 'pair', f'got {size}')):
       read_image(save(tmp_path / 'a.png'), size, 3)
 
   def test_channels_that_cannot_be(self, tmp_path):

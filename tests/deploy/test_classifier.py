@@ -198,7 +198,7 @@ def test_drawings_of_two_values_may_be_booleans(fitted):
     (np.float32(3), [0, 1], ('[n, 28, 28, 1]', 'shape ()')),
     (np.zeros((0, 28, 28)), [], ('at least one image', '(0, 28, 28)')),
     ([], [], ('at least one image', '(0,)')),
-    ([np.zeros((28, 28)), np.zeros((20, 20))], [0, 1], ('images', 'several shapes', 'resize them')),
+    ([np.zeros((28, 28)), np.zeros((20, 20))], [0, 1], ('images', 'different shapes', 'resize them')),
     (np.full((2, 784), np.nan), [0, 1], ('images', 'finite', 'leave those pictures out')),
     (np.full((2, 784), np.inf), [0, 1], ('images', 'finite', 'leave those pictures out')),
     (np.full((2, 784), 255.0), [0, 1], ('0 to 1', '255 to 255', 'divide by 255')),

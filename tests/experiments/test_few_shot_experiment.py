@@ -365,7 +365,7 @@ def test_a_table_is_made_without_a_cell_whose_results_are_broken(text, tmp_path,
   few_shot_table.write(tmp_path, 'omniglot')
   out = capsys.readouterr().out
   assert f'{broken}/results.json' in out
-  assert 'not in the table' in out
+  assert 'the table lacks its cell' in out
   assert len(json.loads((tmp_path / 'table_omniglot.json').read_text())['rows']) == 1
 
 

@@ -193,7 +193,7 @@ def test_whatever_file_is_damaged_what_is_read_is_right(written, tmp_path, damag
       assert_equal(kept.latest.state, a_state(kept.latest.step))
       if kept.latest.step == 10:
         fell_back.add(file.parts[1])
-        assert re.search(saying(f'checkpoint {directory / "20"} cannot be read (', 'the one before, 10'), told[0])
+        assert re.search(saying(f'checkpoint {directory / "20"} cannot be read (', 'checkpoint before it, 10'), told[0])
         assert checkpoint.steps(directory) == [10]
         kept.save(a_state(20))
     assert checkpoint.steps(directory) == [10, 20]
