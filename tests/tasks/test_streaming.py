@@ -49,12 +49,9 @@ def test_training_on_a_stream_is_training_on_the_bank(runs, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('runs', 'mesh'), [(None, False), (2, True)])
-def test_training_a_convolutional_network_on_a_stream_is_training_it_on_the_bank(runs, mesh, optimized):
+def test_training_a_convolutional_network_on_a_stream_is_training_it_on_the_bank(optimized):
   learner = conv_learner(way=WAY)
-  keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
-  options = dict(placement=ms.Placement(mesh=ms.sharding.task_mesh(2))) if mesh else {}
-  resident, streamed = (trained(tasks, keys=keys, learner=learner, **options) for tasks in (RESIDENT, STREAM))
+  resident, streamed = (trained(tasks, learner=learner) for tasks in (RESIDENT, STREAM))
   for a, b in zip(jax.tree.leaves(resident.meta), jax.tree.leaves(streamed.meta), strict=True):
     assert np.array_equal(a, b)
 
