@@ -119,6 +119,7 @@ class TestTransformer:
     expected = a + inner @ theta['dense_out']['kernel']
     np.testing.assert_allclose(jax.jit(block.apply)(theta, x)[0], expected, rtol=1e-4, atol=1e-5)
 
+  @pytest.mark.slow
   def test_meta_gradient_by_differences(self):
     """Of an inner loop that moves norms and a low-rank change of attention."""
     model = ms.adapt_only(ms.nn.from_linen(ms.nn.Transformer(**SMALL | dict(depth=1))), lambda name: 'norm' in name)

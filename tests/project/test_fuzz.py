@@ -43,5 +43,5 @@ def test_changed_files_are_accepted_or_refused_in_a_sentence(reader):
 @pytest.mark.parametrize('name', KINDS)
 def test_values_give_what_an_oracle_says_or_are_refused(name):
   counts = collections.Counter()
-  run(KINDS[name], 25, 0, counts)
+  run(KINDS[name], 10, 0, counts)
   assert counts['accepted'] > 0

@@ -217,7 +217,7 @@ def loss_and_slope(name):
   return jax.jit(not_compiled(name))
 
 
-DERIVED = ('meta_sgd, 2 steps', 'meta_sgd, rates by layer', 'maml, score, over trajectories')
+DERIVED = ('meta_sgd, 2 steps', 'maml, score, over trajectories')
 """Those whose second derivatives are looked at whenever tests run."""
 
 

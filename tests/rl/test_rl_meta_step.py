@@ -67,7 +67,7 @@ def of_run(tree, i):
   ('curved', 'options'),
   [
     ([True, True, True], dict(placement=ms.Placement(1))),
-    ([True, True, False], dict(placement=ms.Placement(2), curvature_tasks=2)),
+    pytest.param([True, True, False], dict(placement=ms.Placement(2), curvature_tasks=2), marks=pytest.mark.slow),
   ],
 )
 def test_a_trpo_meta_step_by_its_parts(metas, curved, options):

@@ -38,7 +38,7 @@ def trained(tasks, meta_iterations=7, keys=None, learner=LEARNER, **options):
 
 @pytest.mark.parametrize(
   ('runs', 'mesh'),
-  [(None, False), (2, True), *[pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, False), (None, True))]],
+  [(None, False), *[pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, True), (2, False), (None, True))]],
 )
 def test_training_on_a_stream_is_training_on_the_bank(runs, mesh):
   keys = None if runs is None else jax.random.split(jax.random.key(3), runs)
