@@ -50,9 +50,10 @@ class Config:
   """Settings of the paper, section 4.3. Settings that the paper does not give are mostly those of MAML's released code.
 
   Four defaults differ from MAML's code. The estimator of MAML's code is 'score', which is biased. The decay in MAML's
-  code is 1, which gives noisier updates. The damping in MAML's code is 1e-5, as in rllab, which gives too long steps
-  if few tasks give the curvature. MAML's code computes the curvature from all tasks, which would be most of the
-  work here. `later_rate` is the factor of MAML's test script, which halves the rate.
+  code is 1, which gives noisier updates. The damping in MAML's code is 1e-5, as in rllab, which gives too long steps if
+  few tasks give the curvature. MAML's code computes the curvature from all tasks, which would be most of the work here.
+  `later_rate` multiplies the inner rate after the inner steps of the training; its default, 0.5, is that of MAML's test
+  script.
   """
 
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)

@@ -230,7 +230,7 @@ def from_first(tree: PyTree) -> PyTree:
 
 
 def _from_first(leaf: Any, gathered: np.ndarray) -> Any:
-  """Returns the first of the gathered values as a key, an array of JAX or an array of NumPy, whichever `leaf` is."""
+  """Returns the first of the gathered values, converted to the type of `leaf`: a key, a JAX or a NumPy array."""
   if is_key(leaf):
     return jax.random.wrap_key_data(gathered[0], impl=jax.random.key_impl(leaf))
   return jax.numpy.asarray(gathered[0]) if isinstance(leaf, jax.Array) else gathered[0]

@@ -41,8 +41,9 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   Args:
     experiment: Name of the experiment.
     config_class: Class of its configuration.
-    prepare: `(config, workdir, keeping, devices) → (plan, run)`. It builds and checks everything. `main`
-      then calls `run()`, or inspects the trainings of `plan` if `--plan` or `--debug_task` is given.
+    prepare: Function `(config, workdir, keeping, devices) → (plan, run)`, where `keeping` is a `resuming.Keeping`. It
+      loads the data, builds the learners and checks the settings, but trains nothing. `main` then calls `run()`, or
+      inspects the trainings of `plan` if `--plan` or `--debug_task` is given.
   """
 
   def prepare_from_flags():
@@ -148,7 +149,7 @@ def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, A
 
 
 def difference(first: Result, second: Result, unit: str) -> str:
-  """Returns the mean difference of two results on the same tasks as text, with intervals over tasks and over runs."""
+  """Returns, as text, the mean difference of two results on the same tasks, with intervals over tasks and over runs."""
   values = (first.values - second.values)[..., -1]
   text = f'{ms.confidence_interval(values.mean(0))} over {unit}'
   if len(values) == 1:

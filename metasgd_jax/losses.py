@@ -37,7 +37,8 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   gradient NaN.
 
   Raises:
-    ValueError: if the shapes do not match, if the labels are not integers, or if a label is known to be out of range.
+    ValueError: if the shapes do not match, if the labels are not integers, or, outside of `jax.jit`, if a label is out
+      of range.
 
   Example:
     >>> print(ms.losses.cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).round(3))  # ln 2
@@ -55,7 +56,8 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
   Labels are from 0 to N − 1. Inside `jax.jit` a label out of range makes the result NaN.
 
   Raises:
-    ValueError: if the shapes do not match, if the labels are not integers, or if a label is known to be out of range.
+    ValueError: if the shapes do not match, if the labels are not integers, or, outside of `jax.jit`, if a label is out
+      of range.
 
   Example:
     >>> print(ms.losses.accuracy(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([0, 0])))

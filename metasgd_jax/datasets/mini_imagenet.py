@@ -94,7 +94,10 @@ def load(
 
 
 def _in_parts(bank: ClassBank, lists: ClassNames) -> Splits:
-  """Splits a bank of all classes without copying the images. The classes must be in the order of the lists."""
+  """Splits a bank of all classes into the training, validation and test banks, without copying the images.
+
+  The classes of the bank must be in the order of the three class lists, one list after the other.
+  """
   sizes = np.split(bank.sizes, np.cumsum([len(part) for part in lists])[:-1])
   images = np.split(bank.images, np.cumsum([part.sum() for part in sizes])[:-1])
   return Splits(*map(ClassBank, images, sizes))

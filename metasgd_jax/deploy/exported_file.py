@@ -133,7 +133,7 @@ def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
   if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
     raise ValueError('the files in it are compressed')
   if sum(info.file_size for info in infos) > size:  # Archived files overlap.
-    raise ValueError(f'the files in it are larger together than its own {size:,} bytes')
+    raise ValueError(f'its members claim more bytes than the file has, {size:,}, although none is compressed')
 
 
 def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:

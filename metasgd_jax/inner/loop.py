@@ -53,7 +53,7 @@ def inner_problem(theta: PyTree, adapts: PyTree, batch: Any, loss_fn: LossFn) ->
 
 
 def adapting_part(theta: PyTree, adapts: PyTree) -> PyTree:
-  """Returns θ with `None` in place of every leaf that `adapts`, a pytree of booleans, marks as frozen."""
+  """Returns θ with `None` in place of every leaf for which `adapts`, a pytree of booleans, is False."""
   return jax.tree.map(lambda leaf, moves: leaf if moves else None, theta, adapts)
 
 

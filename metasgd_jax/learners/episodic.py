@@ -173,7 +173,7 @@ def embed_support(embedding: Model, meta: Any, support: Batch, way: int, inducti
   """Returns the embedded support. The parameters of the embedding are `meta.theta`.
 
   Raises:
-    ValueError: if a label is known and is not from 0 to way − 1; see `are_classes`.
+    ValueError: if a label is not from 0 to way − 1. Labels that JAX traces are not checked; see `are_classes`.
   """
   are_classes(support.y, way)
   statistics = support_statistics(embedding, meta.theta, support.x, inductive)

@@ -96,7 +96,7 @@ def inner_optimizer(
       if (dtype := dtype_of(leaf)) is None or not jnp.issubdtype(dtype, jnp.floating):
         where = f'hyper.{name}' if name else 'hyper'
         raise ValueError(
-          f'{where} must be floating-point, got {leaf!r}; set values that are not learned in `optimizer_fn`'
+          f'{where} must be floating-point, got {leaf!r}; inside `optimizer_fn`, set the values that are not learned'
         )
     return WithHyper(theta, strong(start))
 

@@ -42,7 +42,8 @@ class SupportContext(nn.Module):
 class QueryContext(nn.Module):
   """f(x, S): an LSTM that reads the support with attention for K steps (Vinyals et al., appendix A.1).
 
-  The states start at h_0 = 0 and c_0 = 0. Step k = 1, …, K computes:
+  f′(x) are the features of the query items, and g_i the features of the support items. The states start at h_0 = 0 and
+  c_0 = 0. Step k = 1, …, K computes:
 
       r_{k−1} = Σ_i softmax_i(h_{k−1} · g_i) g_i
       ĥ_k, c_k = LSTM(f′(x), [h_{k−1}, r_{k−1}], c_{k−1});  h_k = ĥ_k + f′(x)

@@ -86,7 +86,7 @@ def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=Non
 
 
 def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-  """Returns the default number of parts for images `[B, H, W, D]` and a kernel `[h, w, D, F]` of these shapes.
+  """Returns the default number of parts of the batch, for images `[B, H, W, D]` and a kernel `[h, w, D, F]`.
 
   On a CPU, for a cheap convolution, the number is a divisor of B that makes parts of about `PART_BYTES`. In all other
   cases it is 1. It is also 1 if B has no suitable divisor, if B is 0, or if B is not known because the program is

@@ -102,9 +102,9 @@ def plan_memory(
   """Returns the memory that a meta-iteration of `train` will need, for one run.
 
   The step is compiled from the shapes of its arguments, and nothing is allocated on the device, with one exception: a
-  `TaskStream` sends the data of one meta-iteration. If the plan does not fit, the plan also says how many tasks at a
-  time would fit. For this purpose the step is compiled again for one task at a time. Linear interpolation between the
-  two plans then predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest
+  `TaskStream` sends the data of one meta-iteration to it. If the plan does not fit, the plan also says how many tasks
+  at a time would fit. For this purpose the step is compiled again for one task at a time. Linear interpolation between
+  the two plans then predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest
   first, until one fits.
 
   Args:

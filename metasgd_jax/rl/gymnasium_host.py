@@ -52,17 +52,18 @@ def collect_on_host(
   """Returns `num` trajectories of one task. Every leaf has the leading axis `[num]`, as in `collect` on the device.
 
   All `num` environments are stepped together: at each step one call of the jitted policy draws the actions for all
-  environments. An environment that has ended is not stepped again. `terminated` is Gymnasium's `terminated`.
-  If Gymnasium's `truncated` is True, time ended the trajectory, as at the horizon. Observations are flattened by
-  `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type, whatever the environment's type is.
+  environments. An environment that has ended is not stepped again. `terminated` is Gymnasium's `terminated`. If
+  Gymnasium's `truncated` is True, the trajectory ends as one that reaches the horizon does: `terminated` is False.
+  Observations are flattened by `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type,
+  whatever the environment's type is.
 
   Args:
     make: Function `task → environment`. It is called `num` times, and each environment is closed at the end.
     policy: Policy that draws the actions.
     theta: Parameters of the policy. The trajectories have no gradient with respect to them.
-    task: Task that is passed to `make`, with its arrays as NumPy arrays.
-    key: Random key, consumed. It is split as in `collect`. The seed of an environment is drawn from the key for the
-      start of its trajectory.
+    task: Task. Its arrays are converted to NumPy arrays before it is passed to `make`.
+    key: Random key, consumed. It is split as in `collect`. Each trajectory has its own key for its start,
+      and the seed of its environment is drawn from that key.
     horizon: Largest number of steps H of a trajectory.
     num: Number of trajectories B.
     act: Function that converts an action of the policy to an action of the environment; see `Act`.

@@ -1,4 +1,4 @@
-"""Trust region policy optimisation (Schulman et al. 2015) of any pytree on which distributions depend."""
+"""Trust region policy optimisation (Schulman et al. 2015) of a pytree on which action distributions depend."""
 
 import dataclasses
 import math

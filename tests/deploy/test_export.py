@@ -435,7 +435,7 @@ def test_members_that_lie_over_each_other_are_refused(file, tmp_path):
       twin = copy.copy(archive.getinfo('adapt.bin'))
       twin.filename = name
       archive.filelist.append(twin)
-  with pytest.raises(ValueError, match='the files in it are larger together'):
+  with pytest.raises(ValueError, match='its members claim more bytes'):
     export.load_exported(path)
 
 
