@@ -173,7 +173,7 @@ def _is_ours(record: Any) -> bool:
 
 
 def _start_jax(cache: str | None) -> None:
-  """Uses all cores of a CPU and keeps compiled programs, unless JAX's own settings say otherwise."""
+  """Makes JAX use all cores of a CPU and cache compiled programs on disk, unless its own settings say otherwise."""
   sharding.cpu_cores_as_devices()
   if cache and not getattr(jax.config, 'jax_compilation_cache_dir', None):
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(cache).expanduser()))

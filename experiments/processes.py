@@ -79,7 +79,7 @@ class Machines:
 
 
 def start(machines: Machines) -> None:
-  """Connects this process with the others. Then only the first process prints; the others report warnings and errors.
+  """Connects this process with the others. Then only the first process prints; the others show warnings and errors.
 
   Call this function before JAX is used. It does nothing if neither `coordinator` nor `distributed` is set.
 

@@ -246,7 +246,7 @@ def _enter(run: Run, config: Any) -> None:
 
 
 def refuse(paths: Sequence[pathlib.Path]) -> None:
-  """Raises WriterError if one of the files exists. A run overwrites only files that a run has written."""
+  """Raises WriterError if one of the files exists. It is called for files that no run is known to have written."""
   if there := [path for path in paths if os.path.lexists(path)]:
     raise files.WriterError(f'{there[0]} exists, and no run has written it; move it away, or give another --workdir')
 

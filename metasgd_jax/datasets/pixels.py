@@ -22,7 +22,9 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
     image = opened
   image = _eight_bit(image)
   if colour_of_16_bits and 0 < np.asarray(image).max() < 16:
-    raise ValueError('its 16-bit colours would be almost black with 8 bits; save the image with 8 bits')
+    raise ValueError(
+      'its 16-bit colours are so small that they are almost black; scale them up, and save the image with 8 bits'
+    )
   if image.has_transparency_data:
     image = _filled(image.convert('RGBA'))
   return image.convert('RGB').convert(mode)

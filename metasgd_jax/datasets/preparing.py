@@ -67,7 +67,7 @@ def prepared(
     raise
   except Exception as e:
     raise DatasetError(
-      f'{data_dir / name} does not contain all of {what} in array_record files that can be read ({first_line(e)}); '
+      f'{data_dir / name} is incomplete or damaged, so that {what} cannot be read from it ({first_line(e)}); '
       'prepare the data set again in another data_dir'
     ) from e
   finally:
@@ -81,7 +81,7 @@ def examples(builder: Any, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images: str) -> None:
-  """Raises ValueError unless each class has the expected number of images, which the message calls `images`."""
+  """Raises ValueError unless each class has the expected number of images. The message calls them `images`."""
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
     raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')

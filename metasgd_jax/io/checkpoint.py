@@ -270,7 +270,7 @@ def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
       empty = np.size(leaf) == 0  # `save` has not stored it.
       arrays[name] = np.zeros(leaf.shape, leaf.dtype) if empty else reader.restore(path / 'state', args=only)[name]
       if zlib.crc32(arrays[name].tobytes()) != about['crc32'][name]:
-        raise ValueError(f'the array {name} has changed since the checkpoint was written')
+        raise ValueError(f'its stored array {name} is damaged')
   return Checkpoint(int(path.name), from_named_arrays(arrays, like), about['metric'], about['versions'])
 
 
@@ -278,7 +278,7 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
   """Returns the description of a checkpoint. A damaged description raises an exception of any type."""
   about = json.loads((path / 'about' / 'metadata').read_bytes())
   if about.pop('checksum') != _checksum(about):
-    raise ValueError('its description has changed since it was written')
+    raise ValueError('its description is damaged')
   return about
 
 

@@ -80,7 +80,7 @@ def meta_sgd(
 
 
 def _multi_step(learner: Learner, loss_fn: Metric, steps: int, weights: Sequence[float], metrics: Metrics) -> Learner:
-  """Returns the learner with the loss Σ_t w_t L_query(θ_t), and the metrics of the last step."""
+  """Returns a learner whose loss is Σ_t w_t L_query(θ_t), and whose metrics are those of the last step."""
   if np.shape(weights) != (steps,) or not steps or not np.all(np.isfinite(weights)):
     raise ValueError(f'step_weights must be {steps} finite numbers, one per inner step, got {weights!r}')
   measured = dict(metrics or {})

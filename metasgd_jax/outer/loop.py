@@ -115,7 +115,7 @@ def run_loop(
   Args:
     state: State of one run or of R runs side by side.
     tasks: Tasks to train on.
-    iteration: The meta-iteration.
+    iteration: Function that does one meta-iteration; see `MetaIteration`.
     meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.

@@ -134,7 +134,7 @@ def _displayed(image: np.ndarray) -> np.ndarray:
 
 
 def _shortened(name: str, most: int, end: bool = False) -> str:
-  """Returns a name, or only its beginning or its end if the name has more than `most` characters."""
+  """Returns a name of at most `most` characters. Of a longer name only its beginning, or its `end`, is kept."""
   if len(name) <= most:
     return name
   return '…' + name[1 - most :] if end else name[: most - 1] + '…'

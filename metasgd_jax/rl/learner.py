@@ -85,7 +85,8 @@ class PolicyGradient(NamedTuple):
       of `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
     replay: `(meta, experiences) → θ′`. `replay` takes the same inner steps as `explore`, but on experiences that were
       drawn before, with the same meta or with another meta.
-    surrogate: `(surrogate, distributions [B, H], experience) → scalar`, the mean of the surrogate over the experience.
+    surrogate: Function `(function, distributions [B, H], experience) → scalar`: the mean over the experience of a
+      surrogate function, such as `likelihood_ratio`, for the policy's distributions of the actions.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)

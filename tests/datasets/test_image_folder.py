@@ -134,7 +134,7 @@ class TestReadImage:
     header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
     parts = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
     (tmp_path / 'a.png').write_bytes(b'\x89PNG\r\n\x1a\n' + parts)
-    with pytest.raises(DatasetError, match=saying('16-bit colours', 'almost black', 'save the image with 8 bits')):
+    with pytest.raises(DatasetError, match=saying('16-bit colours', 'almost black', 'scale them up')):
       read_image(tmp_path / 'a.png', 8, 3)
 
   @pytest.mark.parametrize('light', [255, 240])
