@@ -131,8 +131,8 @@ def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any,
   """Trains R runs of a learner, one after the other. Networks of this size gain nothing from training side by side.
 
   Returns:
-    The meta-parameters with a leading axis `[R]`, the curves of the runs, and the skipped steps for a row of results. A
-    learner that is not trained has `None` for the curves.
+    The meta-parameters with a leading axis `[R]`, the curves of the runs, and the numbers of skipped steps, which
+    become a part of the row in results.json. A learner that is not trained has `None` for the curves.
   """
   if name in UNTRAINED:
     run.begin()

@@ -94,7 +94,10 @@ class Config:
 
 
 class Setup(NamedTuple):
-  """The objects that a configuration describes, and the number of devices of each process, `None` for all that fit."""
+  """The objects that a configuration describes.
+
+  `devices` is the number of devices of each process, or `None` for all that can share the tasks evenly.
+  """
 
   learner: ms.Learner
   tests: Tasks

@@ -135,7 +135,7 @@ class Run:
       writer.close()
 
   def finish(self) -> None:
-    """Marks the run as finished. Its checkpoints are removed afterwards, so that a kill at any moment loses nothing."""
+    """Marks the run as finished, and then removes its checkpoints. In this order a kill at any moment loses nothing."""
     for name in {RECORD, *self.written}:
       for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
         half.unlink()

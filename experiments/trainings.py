@@ -314,7 +314,7 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
 
 
 def print_memory(plan: Sequence[Training]) -> None:
-  """Prints the memory that each training needs. If R runs are trained side by side, the plan is that of one run."""
+  """Prints the memory that each training needs. If it trains R runs side by side, this is the memory of one run."""
   for training in plan:
     planned = 'its memory cannot be planned' if training.memory is None else training.memory()
     print(f'{training.label}: {planned}', flush=True)
@@ -337,7 +337,9 @@ def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: in
   there = resuming.trainings(workdir)
   training = next((t for t in reversed(plan) if t.name in there), plan[0])
   if training.inspect is None:
-    raise TrainingError(f'{training.label}: its meta-iterations cannot be shown task by task')
+    raise TrainingError(
+      f'--debug_task does not support {training.label}, whose outer update is not a mean of gradients of single tasks'
+    )
   state = training.start()
   directory = resuming.checkpoints_of(workdir, training.name)
   stored = resuming.check(workdir, config) if there else {}

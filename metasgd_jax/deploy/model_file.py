@@ -240,7 +240,9 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
       f"{path} has format version '{first_line(version)}', which is no positive integer; get the file again"
     )
   if int(version) > FORMAT_VERSION:
-    raise ValueError(f'{path} has format version {version}; this metasgd_jax reads up to {FORMAT_VERSION}: upgrade it')
+    raise ValueError(
+      f'{path} has format version {version}, newer than {FORMAT_VERSION}, which this version reads; upgrade metasgd_jax'
+    )
   try:
     fields = json.loads(metadata['config'])
     if not isinstance(fields, dict):

@@ -146,9 +146,9 @@ def adapt_path(
 def _inner(theta, alpha, batch, loss_fn, steps, first_order, alpha_by_step, adapts):
   """Returns `(problem, grad, rates, update)` for the inner loop of one task.
 
-  `problem` is an `InnerProblem`. The function `grad(adapting)` returns the gradient of its loss. `rates` contains a
-  rate for each adapting leaf. The function `update(adapting, rates of the step)` returns the adapting leaves after one
-  step. If `rates of the step` is `None`, `update` uses `rates`.
+  `problem` is an `InnerProblem`. The function `grad(adapting)` returns the gradient of the problem's loss. `rates`
+  contains a rate for each adapting leaf. The function `update(adapting, rates of the step)` returns the adapting leaves
+  after one step. If `rates of the step` is `None`, `update` uses `rates`.
   """
   check_count('steps', steps, 0)
   rates = broadcast_alpha(alpha, theta, adapts=adapts, steps=steps if alpha_by_step else None)

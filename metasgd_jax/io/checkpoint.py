@@ -192,7 +192,7 @@ def steps(directory: files.PathLike) -> list[int]:
 def newest(
   directory: files.PathLike, *, like: TrainState, config: Config, until: int | None = None, report: Report = print
 ) -> Checkpoint | None:
-  """Returns the newest checkpoint in a directory that can be read, or `None` if there is none. No file is changed.
+  """Returns the newest readable checkpoint of a directory, or `None` if it has no checkpoints. No file is changed.
 
   Args:
     directory: Directory of one training run.
@@ -202,7 +202,8 @@ def newest(
     report: Function that receives a sentence about each checkpoint that cannot be read.
 
   Raises:
-    CheckpointError: if the checkpoint has another configuration or other arrays, or if no checkpoint can be read.
+    CheckpointError: if the checkpoint has another configuration or other arrays, or if there are checkpoints and
+      none of them can be read.
   """
   path = files.as_path(directory).absolute()
   there = [step for step in steps(path) if until is None or step <= until]

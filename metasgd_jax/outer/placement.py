@@ -77,7 +77,7 @@ class Placement:
 
     Args:
       num_tasks: Number of tasks on one device.
-      large: Whether a single task fills the cache of a CPU, which then computes one task after another with 'auto'.
+      large: Whether a single task fills the cache of a CPU. If it does, 'auto' is 1 on a CPU.
     """
     if self.tasks_at_once == 'auto':
       return 1 if large and jax.default_backend() == 'cpu' else num_tasks

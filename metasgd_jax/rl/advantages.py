@@ -1,4 +1,4 @@
-"""Returns, a linear baseline, and generalised advantages.
+"""Discounted returns, a linear baseline, and generalised advantages.
 
 The advantage of an action says how much better the action was than expected.
 """

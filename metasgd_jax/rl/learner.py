@@ -127,8 +127,9 @@ def policy_gradient(
   """Builds the inner loop of a policy, which computes θ′ = θ − α ∘ ∇L(θ) `steps` times.
 
   L is the negative of the surrogate on trajectories of θ. This is the inner loop of Algorithm 2 of Li et al. 2017,
-  computed by `metasgd_jax.adapt`. Each inner step draws new trajectories with the current θ_t. The advantages and the
-  log-probabilities of these trajectories are constants; the surrogate accounts for how the sampling depends on θ.
+  computed by `metasgd_jax.adapt`. Each inner step draws new trajectories with the current θ_t. No gradient flows
+  through the advantages, or through the log-probabilities that were recorded when the actions were drawn. The surrogate
+  computes the log-probabilities again as functions of θ, and so accounts for how the sampling depends on θ.
 
   The defaults are those of MAML's released code, except for the estimator: the default is DiCE, which is unbiased. On
   2D navigation, the policy learns much better with an α that starts at 0.5, `estimator='lvc'`, λ = 0.9 and
