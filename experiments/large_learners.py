@@ -96,7 +96,7 @@ class Config:
 class Setup(NamedTuple):
   """The objects that a configuration describes.
 
-  `devices` is the number of devices of each process, or `None` for all that can share the tasks evenly.
+  `devices` is the number of devices of each process, or `None` for the largest number that can share the tasks evenly.
   """
 
   learner: ms.Learner

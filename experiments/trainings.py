@@ -251,7 +251,9 @@ class _AfterChunk:
     report = None if self.training.inspect is None else self.training.inspect(bad.before)
     said = f'{self.training.label}: {bad_numbers.describe(bad, report)}'
     if self.kept is None:
-      raise TrainingError(f'{said}; the first process says where the state before the chunk is saved, and what to do')
+      raise TrainingError(
+        f'{said}; the first process says what to do, and where the state from before this chunk is saved'
+      )
     self.kept.save(self.good)
     self.kept.wait()
     directory = resuming.checkpoints_of(self.run.workdir, self.training.name)

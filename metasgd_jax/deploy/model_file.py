@@ -267,13 +267,16 @@ def _by_name(meta: MetaParams) -> dict[str, Any]:
 
 
 def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) -> None:
-  """Raises ValueError unless the tensors, described as "float32 (5,)", have the names and shapes of the structure."""
+  """Raises ValueError unless the tensors have the names, dtypes and shapes of the structure.
+
+  `found` has a text such as 'float32 (5,)' for each tensor.
+  """
   wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
   if odd := sorted(wanted.keys() ^ found.keys()):
     what = 'lacks' if odd[0] in wanted else 'has, but should not have,'
     raise ValueError(
-      f'{whose} {what} the tensor {first_line(odd[0])} ; in total {len(odd)} tensors are missing or '
-      'unexpected; was the file made with another config?'
+      f'{whose} {what} the tensor {first_line(odd[0])}; tensors that are missing or unexpected: {len(odd)}; '
+      'was the file made with another config?'
     )
   for name, text in found.items():
     if text != wanted[name]:

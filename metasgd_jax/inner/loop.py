@@ -126,7 +126,9 @@ def _path_outside_of_a_trace(update, carry, steps, inputs, arrays) -> list[Carry
 
 
 def with_frozen(problem: InnerProblem, path: PyTree, steps: int) -> PyTree:
-  """Returns θ after 0, 1, …, `steps` updates, stacked, given the stacked adapting leaves `path`.
+  """Returns θ after 0, 1, …, `steps` updates, stacked along a leading axis.
+
+  `path` holds the adapting leaves after each of these updates, stacked in the same way.
 
   Each frozen leaf is repeated `steps + 1` times.
   """

@@ -77,8 +77,8 @@ def adapt_with_optimizer(
   and in hyper by reverse mode, also through the state of the optimiser. The intermediates of all steps are kept.
 
   The meta-gradient is NaN if the optimiser computes a square root or a norm of a gradient that is exactly zero, because
-  the derivative of the root is not finite there. With `first_order`, only the meta-gradient of a value that is learned
-  inside of the root, such as Adam's `b2`, is NaN. There are two common cases:
+  the derivative of the root is not finite there. With `first_order`, the meta-gradient is NaN only for learned values
+  that appear under the root, such as Adam's `b2`. A gradient is exactly zero in two common cases:
 
   - A single entry of the gradient is zero, for example because a ReLU is inactive. This affects Adam and its variants,
     LAMB, Adafactor, and RMSProp with `eps_in_sqrt=False`.

@@ -73,7 +73,7 @@ class MetricsWriter:
         self._path.write_text('')
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line of metrics. The value `seconds` is written to the second file, which contains the times.
+    """Appends one line of metrics. The value `seconds` is not in this line, but in the separate file of times.
 
     Args:
       label: Name of the run.

@@ -119,8 +119,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
   Raises:
     ImportError: if Equinox is not installed.
-    ValueError: if `build` is not a function, if it does not return an `eqx.Module`, or if the module has no parameters,
-      complex parameters, state (such as running averages), or constants that depend on the key.
+    ValueError: if `build` is not a function, if it does not return an `eqx.Module`, or if the module has no parameters, or if it has complex parameters, state (such as running averages), or constants that depend on the key.
 
   Example:
     >>> import equinox as eqx

@@ -79,7 +79,10 @@ class Progress(NamedTuple):
 
 
 class MetaIteration(Protocol):
-  """One meta-iteration of one run. It is hashable, and equal meta-iterations share their compiled program."""
+  """A function that does one meta-iteration of one run.
+
+  It is hashable. Two that have equal attributes are equal, and share one compiled program.
+  """
 
   @property
   def meta_batch(self) -> int:

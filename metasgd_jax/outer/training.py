@@ -98,9 +98,10 @@ def train_step(
 
   Args:
     state: State of one run.
-    tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. Inside `jax.jit` a
-      `TaskStream` cannot send data; pass `tasks.prepare(lambda: keys[:2])` as an argument, with the keys
-      `outer.loop.step_keys(state.key, state.step, meta_batch)`.
+    tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. A `TaskStream`
+      cannot send data inside `jax.jit`. Outside of it, compute `keys = outer.loop.step_keys(state.key, state.step,
+      meta_batch)` and `prepared = tasks.prepare(lambda: keys[:2])`, which sends the data for these keys of tasks and
+      episodes. Give `prepared` to the jitted function as an argument, and use it there as `tasks`.
     learner: Learner.
     optimizer: Outer optimiser.
     meta_batch: Number of tasks T.

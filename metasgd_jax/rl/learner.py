@@ -253,8 +253,8 @@ def _check_sizes(environment: Environment, policy: Policy) -> None:
 def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
   """Returns the policy's distributions `[B, H]` at the observations of the experience.
 
-  Observations after the end of a trajectory are replaced by zero. Such an observation may be NaN or infinite, and the
-  gradient would then be NaN even if later results were masked.
+  Observations after the end of a trajectory are replaced by zero. The original observation may be NaN or infinite, and
+  the gradient would then be NaN, even if what is computed from the observation were masked afterwards.
   """
   drawn = experience.trajectories
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))

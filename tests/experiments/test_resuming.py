@@ -402,7 +402,7 @@ def test_only_the_first_process_says_where_the_state_is_saved(tmp_path, monkeypa
   kept = types.SimpleNamespace(save=lambda state: None, wait=lambda: None, last=12)
   with pytest.raises(TrainingError, match=saying('is saved in', tmp_path)):
     trainings._AfterChunk(training, run, kept, None, None, None)(None)
-  with pytest.raises(TrainingError, match=saying('meta-iteration 13', 'the first process says where')) as e:
+  with pytest.raises(TrainingError, match=saying('meta-iteration 13', 'the first process says what to do')) as e:
     trainings._AfterChunk(training, run, None, None, None, None)(None)
   assert str(tmp_path) not in str(e.value)
 
