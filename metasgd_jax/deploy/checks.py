@@ -18,7 +18,11 @@ _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner st
 
 
 def writable(path: PathLike) -> pathlib.Path:
-  """Returns the path of a file to write. Raises WriterError if its folder does not exist, or if it is a folder itself."""
+  """Returns the path of a file to write.
+
+  Raises:
+    WriterError: if the folder of the file does not exist, or if the path is a folder itself.
+  """
   try:
     place = as_path(path).expanduser()
   except RuntimeError as e:

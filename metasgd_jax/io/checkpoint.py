@@ -67,8 +67,9 @@ class Checkpoints(contextlib.AbstractContextManager):
   def __init__(
     self, directory: files.PathLike, *, like: TrainState, config: Config, keep_best: int = 0, report: Report = print
   ):
-    """Opens the directory, and creates it if necessary. Newer checkpoints than the newest readable
-    one are removed.
+    """Opens the directory, and creates it if necessary.
+
+    Checkpoints that are newer than the newest readable one are removed.
 
     Args:
       directory: Directory for the checkpoints of this training run. No other run may use the directory.

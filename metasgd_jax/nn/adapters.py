@@ -118,8 +118,9 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
       parameter. The module is called with a single item, as is usual in Equinox, inside a `jax.vmap` over the batch.
 
   Raises:
-    ImportError: if Equinox is not installed.
-    ValueError: if `build` is not a function, if it does not return an `eqx.Module`, or if the module has no parameters, or if it has complex parameters, state (such as running averages), or constants that depend on the key.
+    ImportError: if Equinox is not installed. ValueError: if `build` is not a function, if it does not return an
+    `eqx.Module`, or if the module has no parameters, or if it has complex parameters, state (such as running averages),
+    or constants that depend on the key.
 
   Example:
     >>> import equinox as eqx
