@@ -12,7 +12,7 @@ INVERT: dict[str, bool | Literal['auto']] = {'auto': 'auto', 'yes': True, 'no': 
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Returns the parsed arguments. If they are wrong, exits with code 2 after the usage and the reason."""
+  """Returns the parsed arguments. If they are wrong, prints the usage and the reason, and exits with code 2."""
   make: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
   parser = make('metasgd', description='Few-shot classification of pictures by a trained model.')
   parser.add_argument('--version', action='version', version=f'metasgd_jax {__version__}')

@@ -57,7 +57,10 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
-  """Raises WriterError if the results cannot be written, or if the next run would read them as images."""
+  """Raises WriterError if `out` or a folder above it is a file, or if `out` is in one of the input folders.
+
+  In an input folder, the next run would read the results as images.
+  """
   for flag, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
       raise files.WriterError(f'--out={out} lies in {flag}, so results would mix with images there; give another --out')
@@ -73,7 +76,7 @@ def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str 
 
 
 def _unseen(folders: Sequence[str | None], support, query) -> list[str | None]:
-  """Returns `folders` with None for images that are also examples, because these do not count for the accuracy."""
+  """Returns `folders` with None for images that are also examples. These images do not count for the accuracy."""
   examples = {path.resolve() for path in support.paths}
   seen = [path.resolve() in examples for path in query.paths]
   return [None if s else folder for s, folder in zip(seen, folders, strict=True)]

@@ -2,7 +2,7 @@
 
 
 def say(*lines: str) -> None:
-  """Prints lines, and escapes control characters, which file names and facts of models may contain."""
+  """Prints lines. Control characters, which file names and the contents of model files may have, are escaped."""
   from metasgd_jax.datasets.messages import printable
 
   print(*map(printable, lines), sep='\n', flush=True)

@@ -1,4 +1,4 @@
-"""Real data sets as class banks. Only this package imports tensorflow_datasets."""
+"""Real data sets as class banks. No other part of metasgd_jax imports tensorflow_datasets."""
 
 from metasgd_jax.datasets import (
   cifar_fs as cifar_fs,

@@ -20,7 +20,10 @@ _MOST_AT_ONCE = 16 << 20
 
 
 class _RefusedError(Exception):
-  """The archive has contents that no archive of a data set has. The message continues a sentence about the archive."""
+  """The archive has contents that no archive of a data set has.
+
+  The message has no subject, as in 'has more than 10 members'. `unpack` puts the path of the archive before it.
+  """
 
 
 def is_archive(path: pathlib.Path) -> bool:
@@ -40,6 +43,9 @@ def is_archive(path: pathlib.Path) -> bool:
 
 def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
   """Creates a folder and unpacks a zip or tar.gz file to it. The result has only regular files and folders.
+
+  A tar.gz file with a link, or with a member that leads outside of the folder, is refused. A zip file is not refused
+  for this: a link becomes a regular file, and a member that leads outside of the folder is written inside of it.
 
   Raises:
     DatasetError: if the archive is broken, if a member of a tar.gz file is a link, is a device or leads outside of the
@@ -96,8 +102,8 @@ def _check_amount(members: int, size: int) -> None:
 class _LimitedGzip(gzip.GzipFile):
   """A gzip file of limited contents.
 
-  A read past `MOST_BYTES` raises _RefusedError. So does a single read of more than `_MOST_AT_ONCE` bytes, because
-  tarfile reads the header of a member at once, and the file says how long the header is.
+  A read past `MOST_BYTES` raises _RefusedError. A single read of more than `_MOST_AT_ONCE` bytes raises it too: tarfile
+  reads the header of a member in a single read, and a file that is not trusted may claim a header of any length.
   """
 
   def read(self, size: int | None = -1) -> bytes:

@@ -49,7 +49,8 @@ def kept(
   """Returns the class bank of some image files, which is decoded only if it is not in the cache yet.
 
   A bank from the cache is a memory map. A bank that has just been decoded is in memory, and is also written to the
-  cache.
+  cache. If only this last step fails, for example because the disk is full, the failure is reported, and the bank is
+  returned.
 
   Args:
     cache: Path of the cached bank, without the suffix.
@@ -60,7 +61,8 @@ def kept(
     report: Function that is called with a line of text.
 
   Raises:
-    DatasetError: if the bank is not cached and the directory of the cache cannot be written.
+    DatasetError: if the bank is not cached and the directory of the cache cannot be written. The directory is checked
+      before the images are decoded.
   """
   bank = _read(cache, source, form, classes, report)
   if bank is None:

@@ -69,8 +69,9 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
   """Returns an image file as an array, `[H, W, D]` uint8.
 
   The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored as its EXIF
-  orientation says. Transparent parts become white. They become black if the image has less than half as much contrast
-  on white as on black, for example because its strokes are white. Only the first frame of an animation is used.
+  orientation says. Transparent parts become black if the image has less than half as much contrast on white as on
+  black, for example because its strokes are white. Otherwise they become white. Only the first frame of an animation is
+  used.
 
   A grey image of 16 bits is reduced to 8 bits. The number of bits that its values really use is assumed to be 8, 10,
   12, 14 or 16: the smallest of these numbers that can hold all values of the image.
@@ -95,7 +96,7 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
 def read_all(
   paths: Sequence[pathlib.Path], size: int | tuple[int, int], channels: int, report: Report, fit: Fit = 'crop'
 ) -> Images:
-  """Returns the images of many files, and the files that cannot be decoded.
+  """Returns the images of many files as `Images`, with a list of the files that cannot be decoded.
 
   Each file is decoded as `read_image` does it. Several threads decode files at the same time.
 
@@ -276,11 +277,12 @@ class _Timed(io.BufferedReader):
 
 
 def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
-  """Returns a context manager. On entry, a large image waits while two other large images are being decoded.
+  """Checks the size of an image, and returns the context manager in which the image must be decoded.
 
-  The wait limits the memory that images take. The size of the tiles of a TIFF file is checked because a tile is always
-  decoded as a whole. Strips need no check: Pillow and libtiff decode no more rows than the image has, even if the file
-  says that a strip has more rows.
+  To limit the memory that images take together, a large image waits on entry while two other large images are being
+  decoded. The tiles of a TIFF file are checked too, because a tile is decoded as a whole even if it is larger than the
+  image. Strips need no check: Pillow and libtiff decode no more rows than the image has, even if the file says that a
+  strip has more rows.
 
   Raises:
     DecompressionBombError: if the image has more pixels than Pillow considers safe.
@@ -293,7 +295,7 @@ def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
   width, height = (int(np.max(tags.get(tag, 0))) for tag in (_TILE_WIDTH, _TILE_HEIGHT))  # A tag may have many values.
   tile = width * max(height, 1)
   if tile > max(4 * pixels, _SMALL_TILE):
-    raise OSError(f'it is stored in tiles of {tile:,} pixels, but has {pixels:,} pixels in total')
+    raise OSError(f'its tiles have {tile:,} pixels each, but the image has only {pixels:,}; save it without tiles')
   return _large_ones if max(pixels, tile) > _LARGE else contextlib.nullcontext()
 
 

@@ -102,7 +102,7 @@ def read_images(
   fit: Fit = 'crop',
   report: Report = lambda line: None,
 ) -> Images:
-  """Reads all images of a folder and its sub-folders, without labels. The images are sorted by path.
+  """Returns all images of a folder and its sub-folders, without labels. The images are sorted by path.
 
   Every file is opened, whatever its suffix is. A file that is not an image, or that cannot be decoded, is skipped and
   reported.

@@ -149,7 +149,8 @@ def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report)
     first = label_of.setdefault(path, label)
     if label != first:
       raise DatasetError(
-        f'{path} is listed as {first:.100} and as {label:.100}; keep one of the two lines, and remove the other'
+        f'{path} is labelled as {first:.100} and as {label:.100} in the CSV files; '
+        'keep one of the two lines, and remove the other'
       )
   paths: dict[str, list[pathlib.Path]] = {}
   for path in sorted(label_of):

@@ -81,7 +81,10 @@ def examples(builder: Any, report: Report) -> Iterator[dict[str, Any]]:
 
 
 def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images: str) -> None:
-  """Raises ValueError unless each class has the expected number of images. The message calls them `images`."""
+  """Raises ValueError unless each class has the expected number of images.
+
+  `images` is the word for the images in the message, such as 'drawings'.
+  """
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
     raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')

@@ -178,7 +178,7 @@ def published_split(dataset: str) -> ClassNames:
 
 
 def class_list(name: str) -> tuple[str, ...]:
-  """Returns the class names in the file `class_lists/NAME.txt` of this package."""
+  """Returns the class names in the file `metasgd_jax/datasets/class_lists/NAME.txt`."""
   return _names((importlib.resources.files('metasgd_jax.datasets') / 'class_lists' / f'{name}.txt').read_text('utf-8'))
 
 
@@ -236,7 +236,7 @@ def _ends(shares: dict[str, float], classes: int) -> list[int]:
   rounded = [round(classes * end) for end in ends]
   for (name, value), count in zip(shares.items(), np.diff(rounded, prepend=0), strict=True):
     if value > 0 and count == 0:
-      raise ValueError(f'{name}={value} of {classes} classes rounds to none; give numbers of classes, not fractions')
+      raise ValueError(f'{name}={value} of {classes} classes rounds to 0; give numbers of classes, not fractions')
   return rounded
 
 

@@ -2,8 +2,9 @@
 
 The checkpoints are written in the background. A checkpoint is never half-written.
 
-In a run with several processes, one process reads and writes the checkpoints, and does not wait for the others. This is
-possible because each process has complete copies of the arrays.
+If a run has several processes, its program must read and write the checkpoints in only one of them, and send a state
+that was read to the others. That process needs nothing from the others and does not wait for them, because each process
+has complete copies of the arrays.
 """
 
 import contextlib
@@ -58,10 +59,11 @@ class Checkpoints(contextlib.AbstractContextManager):
   The object must be closed, or used as a context manager. Closing waits until all checkpoints are written.
 
   Attributes:
-    latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none.
-    best: The `keep_best` checkpoints with the greatest metrics among `latest` and all older checkpoints, the best
-      first. If two metrics are equal, the later checkpoint comes first.
-    last: Step of the newest checkpoint, whether it was read or saved, or -1 if there is none.
+    latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none. It does not
+      change when a checkpoint is saved.
+    best: The `keep_best` checkpoints with the greatest metrics when the directory was opened, the best first. If two
+      metrics are equal, the later checkpoint comes first. The list does not change when a checkpoint is saved.
+    last: Step of the newest checkpoint, including those that have been saved since, or -1 if there is none.
   """
 
   def __init__(
@@ -194,7 +196,9 @@ def steps(directory: files.PathLike) -> list[int]:
 def newest(
   directory: files.PathLike, *, like: TrainState, config: Config, until: int | None = None, report: Report = print
 ) -> Checkpoint | None:
-  """Returns the newest readable checkpoint of a directory, or `None` if it has no checkpoints. No file is changed.
+  """Returns the newest readable checkpoint of a directory. No file is changed.
+
+  If the directory has no checkpoint at all up to the step `until`, the result is `None`.
 
   Args:
     directory: Directory of one training run.
@@ -241,7 +245,8 @@ def _by_itself():
 def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Report, otherwise: str):
   """Returns the checkpoint at `path`, or `None` if it is damaged.
 
-  If the checkpoint is damaged, `report` receives a sentence that ends with `otherwise`: what happens instead.
+  If the checkpoint is damaged, `report` receives a sentence with the reason. The sentence ends with the clause
+  `otherwise`, which says what is done without the checkpoint.
   """
   try:
     return _read(path, like, config)

@@ -25,7 +25,7 @@ class WriterError(Exception):
 
 
 def as_path(path: PathLike) -> pathlib.Path:
-  """Returns `path` as a `pathlib.Path`. Raises ValueError if it is neither a string nor a path; for example, `None`.
+  """Returns `path` as a `pathlib.Path`. Raises ValueError if it is neither a string nor a path, such as `None`.
 
   Example:
     >>> ms.files.as_path('runs/a').name
@@ -50,7 +50,7 @@ def first_line(text: object) -> str:
 
 
 def open_workdir(path: PathLike) -> pathlib.Path:
-  """Returns the path of a directory, after it has created the directory if necessary and has written to it once.
+  """Creates a directory if it is missing, checks that files can be written to it, and returns its path.
 
   Args:
     path: Path of the directory. It may begin with ~.
@@ -203,8 +203,8 @@ def write_params(path: PathLike, params: PyTree) -> None:
 
   Args:
     path: Path of the file, which is never half-written.
-    params: Pytree of arrays. A train state has a random key, which safetensors cannot store; write it with
-      `Checkpoints`.
+    params: Pytree of arrays. A train state cannot be written, because safetensors cannot store its random key; save
+      train states with `Checkpoints`.
 
   Raises:
     WriterError: if the file cannot be written.

@@ -55,7 +55,7 @@ class MetricsWriter:
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
-    """Starts with empty files. If `go_on` is true, the lines of existing files are kept instead.
+    """Empties the metrics file and removes the file of times, unless `go_on` is true.
 
     Args:
       path: Path of the metrics file.

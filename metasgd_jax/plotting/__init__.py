@@ -1,4 +1,7 @@
-"""Figures of meta-learning. Only this package imports matplotlib. Each function returns a Figure or an animation."""
+"""Functions that draw figures of meta-learning with matplotlib. Each returns a matplotlib Figure or an animation.
+
+No other part of metasgd_jax imports matplotlib.
+"""
 
 from metasgd_jax.plotting.figures import (
   Accuracy as Accuracy,

@@ -77,7 +77,9 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
 
 
 def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, milliseconds: int = 60) -> FuncAnimation:
-  """Animates one task: a point moves along each path before the first update, and again after each update.
+  """Animates one task: points move along the paths before any update, then along those after each update.
+
+  There is one panel per learner.
 
   Args:
     walks: Paths of each learner, all in the same task.

@@ -69,8 +69,8 @@ def prediction_sheet(
     query: Query images, `[Q, H, W, D]` from 0 to 1.
     probabilities: Probabilities of the classes for each query image, `[Q, N]`.
     names: Names of the Q query images.
-    truth: True classes of the Q query images, each `None` if it is unknown. If the class is known, a right answer is
-      green and a wrong answer is red.
+    truth: Names of the true classes of the Q query images, each `None` if the class is unknown. If the class is known,
+      a right answer is green and a wrong answer is red. By default all true classes are unknown.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -134,7 +134,7 @@ def _displayed(image: np.ndarray) -> np.ndarray:
 
 
 def _shortened(name: str, most: int, end: bool = False) -> str:
-  """Returns a name of at most `most` characters. Of a longer name only its beginning, or its `end`, is kept."""
+  """Returns a name of at most `most` characters. A longer name keeps its beginning, or its end if `end` is true."""
   if len(name) <= most:
     return name
   return '…' + name[1 - most :] if end else name[: most - 1] + '…'

@@ -1,4 +1,4 @@
-"""Distributions of tasks, which are drawn on the device."""
+"""Distributions of tasks. The tasks and their episodes are drawn on the device."""
 
 from metasgd_jax.tasks import augmentation as augmentation
 from metasgd_jax.tasks.augmentation import augmented as augmented

@@ -74,8 +74,8 @@ def few_shot(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDistrib
     query: Number of query images per class.
 
   Raises:
-    ValueError: if `bank` is not a `ClassBank`, if `way` is more than the number of classes, if `shot` + `query` is more
-      than the number of images of some class, or if `way` is below 2, or `shot` or `query` below 1.
+    ValueError: if `bank` is not a `ClassBank`, if `way` is below 2 or more than the number of classes, if `shot` or
+      `query` is below 1, or if `shot` + `query` is more than the number of images of some class.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -158,10 +158,10 @@ def check_episode(way: int, shot: int, query: int) -> None:
 
 
 def split_labels(key: chex.PRNGKey, way: int, shot: int, query: int) -> tuple[tuple, tuple]:
-  """Returns ((labels, nth), (labels, nth)) of the support `[N·K]` and the query `[N·query]`, each in shuffled order.
+  """Returns a pair (labels, nth) for the support, arrays `[N·K]`, and one for the query, `[N·query]`; consumes key.
 
-  `nth` is the index of an item among the `shot + query` drawings of its class. It is 0 … K − 1 in the support and
-  K … K + query − 1 in the query. Consumes key.
+  `nth` is the index of an item among the `shot + query` items of its class: 0 … K − 1 in the support, and
+  K … K + query − 1 in the query. The items of each part are in shuffled order.
   """
   nth, labels = jnp.meshgrid(jnp.arange(shot + query), jnp.arange(way), indexing='ij')
   support_key, query_key = jax.random.split(key)
@@ -196,7 +196,7 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
   """Returns the distribution of supervised batches: the query is `batch` images of any classes.
 
   The labels are from 0 to C − 1. The distribution is meant for training on all classes jointly, as
-  `learners.fine_tuning` does. The support has only the first item of the query, and only its shapes are used.
+  `learners.fine_tuning` does. The support is only there to give the shapes: it repeats the first item of the query.
 
   Args:
     bank: Bank of classes and images, as in `few_shot`.

@@ -15,9 +15,10 @@ class MarkovConfig:
 
   Attributes:
     tokens: Number of tokens, V. The tokens are the states of the chain.
-    length: Number of input tokens of a sequence, L. The sequence has one token more.
+    length: Number of inputs of a sequence, L. L + 1 tokens are drawn, because the last target is one token later.
     concentration: Concentration of the Dirichlet distribution from which each row of transition probabilities is drawn.
-      Near 0, one token is by far the most probable in each row. At 1, all rows of probabilities are equally likely.
+      Near 0, one token is by far the most probable in each row. At 1, a row is distributed uniformly over all
+      probability vectors.
 
   Example:
     >>> tasks = ms.tasks.markov_chains(ms.tasks.MarkovConfig(tokens=4, length=6), shot=3, query=2)

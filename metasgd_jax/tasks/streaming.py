@@ -15,11 +15,11 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
 
   For each chunk, the stream sends to the device only the images that the episodes of the chunk contain.
 
-  The same keys give the same episodes as with `few_shot` or `all_classes`, bit for bit. The host finds the images that
-  a chunk needs from the keys that the device will use. An image that was not sent would be NaN in the episode.
+  The same keys give the same episodes as with `few_shot` or `all_classes`, bit for bit. From the keys that the device
+  will use, the host computes which images a chunk needs. An image that was not sent would be NaN in the episode.
 
-  A chunk of E episodes uses device memory for at most the number of images in E episodes. While the next chunk is being
-  sent, the same amount is used a second time.
+  On the device, a chunk of E episodes takes at most the memory of all images in these E episodes. While the next chunk
+  is being sent, both chunks take this memory.
 
   Args:
     bank: Bank in host memory. A memory map is allowed.
