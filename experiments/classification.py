@@ -45,10 +45,11 @@ BATCH_NORM = {
 class Config:
   """Settings of an experiment. With the defaults, a CPU trains in minutes.
 
-  The paper has 15 query images per class. MAML (Finn et al. 2017) has batches of 32 tasks and 60,000 meta-iterations,
-  and on mini-ImageNet it clips the outer gradient at 10. Glyphs are drawn on the device. `stream=auto` keeps images in
-  host memory if they would fill more than half of the device's memory. If a folder has no class lists, its classes are
-  split at random, with the seed `split_seed`.
+  Published trainings are longer. Li et al. 2017 use 15 query images per class (`query`). MAML (Finn et al. 2017) uses
+  60,000 meta-iterations, batches of 32 tasks for 5-way Omniglot (`meta_batch`), and on mini-ImageNet an outer gradient
+  clipped at 10 (`clip`). `stream=auto` keeps images in host memory if they would fill more than half of the device's
+  memory. Glyphs are not stored, because the device generates them when it needs them. If a folder has no class lists,
+  its classes are split at random, with the seed `split_seed`.
   """
 
   learner: tuple[str, ...] = option((), 'Learners to train; Meta-SGD by default, or all for a table.', choices=LEARNERS)
@@ -137,7 +138,8 @@ class Config:
       )
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
       raise ValueError(
-        f'start must be a model of meta_sgd or maml, got learner={",".join(self.learners)}; leave start out'
+        f'start works only with the learner meta_sgd or maml, got learner={",".join(self.learners)}; give one of these '
+        'learners, or leave start out'
       )
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
       raise ValueError(
@@ -153,7 +155,10 @@ class Config:
 
   @property
   def sizes(self) -> tuple[int, int]:
-    """Number of filters, and of units in the fully connected layer or 0 for no layer (Li et al. 2017, section 4.2)."""
+    """Numbers of filters and of units in the fully connected layer, as in Li et al. 2017, section 4.2.
+
+    With 0 units there is no fully connected layer.
+    """
     filters = self.filters or (32 if self.dataset == 'mini_imagenet' else 64)
     return filters, 32 if self.dataset in CHARACTERS else 0
 
@@ -245,7 +250,7 @@ def _sentence(row: dict[str, Any], result: Result, config: Config) -> str:
 
 
 def _draw_task(name: str, meta: Any, config: Config, setup: Setup, plotting):
-  """Draws one unseen task and the answers of the first run."""
+  """Returns a figure of one unseen task, with the predictions of the model from the first run."""
   keys = jax.random.split(test_keys(config.eval_seed)[1], 3)
   tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
   found = _answered(setup.testers[name, False], reporting.one_run(meta, 0), tasks, *keys)

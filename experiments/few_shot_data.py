@@ -23,8 +23,8 @@ AUGMENTATIONS: dict[str, Augment | None] = {
 class Data(NamedTuple):
   """Class banks to train, validate and test on. The banks have no class in common.
 
-  A bank is `None` if the data set has no such classes. All banks of glyphs are `None`, because glyphs are drawn without
-  a bank.
+  A bank is `None` if the data set has no classes for that purpose. For glyphs all three are `None`, because the program
+  generates glyphs and needs no bank.
   """
 
   train: ms.tasks.ClassBank | None
@@ -99,7 +99,10 @@ def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int
 
 
 def from_indices(bank: ms.tasks.ClassBank, indices: ms.TaskDistribution) -> Tasks:
-  """Returns tasks with the images that `indices` selects, which are streamed if the bank's images are on the host."""
+  """Returns the tasks of `indices`, with images in place of indices.
+
+  If the bank's images are in host memory, the images of the tasks are streamed to the device.
+  """
   if isinstance(bank.images, jax.Array):
     return ms.tasks.few_shot_from(indices, bank.images)
   return ms.tasks.stream(bank, indices)

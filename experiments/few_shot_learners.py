@@ -120,7 +120,7 @@ def maml_rate(name: str, config: Any) -> float:
 
 
 def build_optimizer(name: str, config: Any) -> optax.GradientTransformation:
-  """Returns the outer optimiser: Adam, after clipping if the learner's paper or the configuration has it."""
+  """Returns Adam, which gets clipped gradients if the configuration or the paper of the learner says so."""
   rate: Any = config.learning_rate
   if config.schedule == 'cosine':
     rate = optax.cosine_decay_schedule(rate, config.meta_iterations)
@@ -141,8 +141,7 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
   """Returns the tasks that a learner is trained on, with augmented images if `config.augmentation` says so.
 
   Raises:
-    ValueError: if the learner is 'joint' and the data set has no training classes, or if there are more shots than a
-      sequence has items.
+    ValueError: if the learner is 'joint' and the data set has no training classes, or if `query_images` raises it.
   """
   if name != 'joint':
     found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
@@ -157,8 +156,10 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
 def query_images(name: str, config: Any) -> int:
   """Returns the number of query images per class in training.
 
+  A learner that reads sequences gets `DRAWINGS` images of a class, as support and query together.
+
   Raises:
-    ValueError: if there are more shots than a sequence has items.
+    ValueError: if the learner reads sequences, and the shots leave no image for the query.
   """
   if name not in SEQUENTIAL:
     return config.query

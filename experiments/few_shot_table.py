@@ -1,4 +1,7 @@
-"""Makes Tables 2 and 3 of Li et al. 2017: trains all learners in four settings, and keeps each cell on disk."""
+"""Makes Tables 2 and 3 of Li et al. 2017 from many trainings, and keeps the results of each on disk.
+
+Here a cell is one training: one learner, with one number of ways and one number of shots.
+"""
 
 import contextlib
 import dataclasses
@@ -100,7 +103,10 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
   if rows:
     reporting.save_pictures(workdir.joinpath, {f'table_{dataset}': functools.partial(draw, rows)})
   if failed:
-    raise reporting.TrainingError(f'{len(failed)} of {len(todo)} cells are missing: {"; ".join(failed)}')
+    raise reporting.TrainingError(
+      f'{len(failed)} of {len(todo)} trainings failed, so the table lacks their cells: {"; ".join(failed)}; the errors '
+      'printed above say why'
+    )
 
 
 def _refuse_others(workdir: pathlib.Path, dataset: str) -> None:

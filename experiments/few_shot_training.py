@@ -87,8 +87,9 @@ def _load_start(config: Any) -> ms.MetaParams:
   ours = (config.learners[0], config.way, *config.sizes)
   if len(config.learners) > 1 or theirs != ours or config.alpha_by_step:
     raise ValueError(
-      f'start={config.start} has (learner, way, filters, hidden) = {theirs}, but this run has {ours}; make them the '
-      'same, with a single learner and without alpha_by_step'
+      f'start={config.start} has (learner, way, filters, hidden) = {theirs}, but this run has {ours}, with '
+      f'learner={",".join(config.learners)} and alpha_by_step={config.alpha_by_step}; make the four values the same, '
+      'give a single learner, and leave out alpha_by_step'
     )
   return model.meta
 
@@ -196,7 +197,7 @@ def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[re
 
 
 def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:
-  """Returns the accuracy at the n-th item of a class in sequences of unseen classes: `[n]`.
+  """Returns the accuracies at the 1st, 2nd, …, n-th item of a class in sequences of unseen classes: `[n]`.
 
   Only the first run is tested and, if it is an ensemble, only its best member.
   """

@@ -52,8 +52,8 @@ class Config:
   Four defaults differ from MAML's code. The estimator of MAML's code is 'score', which is biased. The decay in MAML's
   code is 1, which gives noisier updates. The damping in MAML's code is 1e-5, as in rllab, which gives too long steps if
   few tasks give the curvature. MAML's code computes the curvature from all tasks, which would be most of the work here.
-  `later_rate` multiplies the inner rate after the inner steps of the training; its default, 0.5, is that of MAML's test
-  script.
+  A test may take more inner steps than the training. The inner rate of these additional steps is multiplied by
+  `later_rate`, whose default, 0.5, is that of MAML's test script.
   """
 
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)

@@ -126,7 +126,7 @@ def from_flags(config_class: type[C]) -> C:
 
 
 def as_flags(config: Any) -> str:
-  """Returns the flags of all values that are not the defaults as one text, separated by spaces."""
+  """Returns one text: the flags of all values that differ from their defaults, separated by spaces."""
   return ' '.join(flag_texts(config))
 
 

@@ -125,7 +125,10 @@ def start(machines: Machines) -> None:
 
 
 def _keep_stdout(ours: bool) -> None:
-  """Prints to stdout in the first process only (`ours`). What libraries such as Gloo print goes to stderr."""
+  """Sends Python's prints to stdout if this is the first process (`ours`), and discards them in the others.
+
+  What libraries such as Gloo write to stdout goes to stderr, in all processes.
+  """
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
   os.dup2(2, 1)

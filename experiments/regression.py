@@ -97,7 +97,7 @@ def plan(config: Config, devices: int = 1) -> list[tuple[trainings.Training, ms.
 
   Args:
     config: Configuration of the experiment.
-    devices: Number of devices of each process. One device is faster than several if there are only a few small curves.
+    devices: Number of devices of each process. With few curves of few points, one device is faster than several.
 
   Raises:
     ValueError: if the devices cannot share the curves of a meta-iteration evenly.

@@ -62,7 +62,7 @@ def define_flags(*configs: type) -> None:
 
 @dataclasses.dataclass
 class Run:
-  """A run that works in its directory.
+  """The run of an experiment for which `open_run` has opened a work directory.
 
   After SIGTERM or Ctrl-C, a training finishes its chunk, saves its state and ends the program. Outside of training, a
   single process ends at once. Several processes end together, at the next point where all of them call `ask`, because
@@ -299,7 +299,7 @@ def trainings(workdir: files.PathLike) -> list[str]:
 
 
 def changed_versions(before: dict[str, str]) -> str:
-  """Returns the versions that differ from those of an earlier run, as text; '' if all are the same."""
+  """Returns, as text, the versions of Python and packages that have changed since an earlier run; '' if none has."""
   now = provenance.collect()['versions']
   return ', '.join(f'{name} {old} → {now.get(name, "none")}' for name, old in before.items() if now.get(name) != old)
 
@@ -329,7 +329,10 @@ def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _remove(path: pathlib.Path) -> None:
-  """Deletes a file or a directory. A directory is renamed first, so that a kill never leaves a part under its name."""
+  """Deletes a file or a directory.
+
+  A directory is renamed first. If the program is killed meanwhile, no half-deleted directory has the original name.
+  """
   aside = path.with_name(f'.{path.name}-removed')
   shutil.rmtree(aside, ignore_errors=True)
   if path.is_dir():

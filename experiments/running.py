@@ -128,7 +128,8 @@ def evaluate(
     config: Configuration, whose `eval_tasks` and `eval_seed` determine the tasks.
     devices: Number of devices of each process that may share the tasks; `None` for all.
     tasks_at_once: Number of tasks that a device computes at the same time.
-    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. Values are averaged over `repeats`.
+    **more: Further arguments of `ms.evaluate`, such as `metric_fn`. With `repeats`, the result for a task is the mean
+      over its repeats.
   """
   logging.info('testing on %d unseen tasks', config.eval_tasks)
   key, _ = reporting.test_keys(config.eval_seed)
@@ -158,10 +159,10 @@ def difference(first: Result, second: Result, unit: str) -> str:
 
 
 def alpha_pictures(metas: dict[str, Any]) -> Pictures:
-  """Returns a figure of α with the name alpha_NAME for each NAME in `metas` whose meta-parameters have an α.
+  """Returns pictures for `save_pictures`: for each NAME in `metas`, alpha_NAME is a figure of α in the first run.
 
   Args:
-    metas: Meta-parameters by their names, of R runs each. The figure shows the α of the first run.
+    metas: Maps a NAME to the meta-parameters of R runs. Those without an α get no picture.
   """
   pictures: Pictures = {}
   for name, meta in metas.items():

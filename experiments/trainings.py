@@ -143,7 +143,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   stop after the same chunk.
 
   Raises:
-    TrainingError: if a loss or a gradient is not finite. The state before the chunk is saved.
+    TrainingError: if a loss or a gradient is not finite. A checkpoint then has the state that preceded the chunk.
     CheckpointError: if a checkpoint cannot be used or written.
   """
   with contextlib.ExitStack() as opened:
@@ -244,7 +244,10 @@ class _AfterChunk:
       self.run.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
 
   def stop_at_bad_numbers(self, progress: ms.Progress) -> None:
-    """Raises TrainingError if a number of the chunk is not finite, after the state before the chunk is saved."""
+    """Raises TrainingError if a number of the chunk is not finite.
+
+    Before that, it saves a checkpoint of the last good state, which is the state that preceded the chunk.
+    """
     bad = bad_numbers.find(self.good, progress, lambda state, step: self.training.go(state, step, ()))
     if bad is None:
       return

@@ -1,4 +1,4 @@
-"""Checks before and after an export: of path, platforms, parameters, episode, facts, and numbers of the programs."""
+"""Checks of an export: of its arguments before it begins, and of the numbers that the exported programs compute."""
 
 import json
 import pathlib
@@ -70,7 +70,8 @@ def check_episode(episode: Episode) -> None:
     counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
     if len(counts) != 1 or 0 in counts:
       raise ValueError(
-        f'all leaves of {what} must start with the same number of items, at least 1, got {sorted(counts)}'
+        f'all leaves of {what} must have the same first dimension, the number of items, at least 1, got '
+        f'{sorted(counts)}'
       )
 
 
@@ -80,7 +81,7 @@ def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(says), allow_nan=False))
   except (TypeError, ValueError, RecursionError) as e:
     raise ValueError(
-      f'says contains a fact that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
+      f'the argument says has a value that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
     ) from e
 
 

@@ -243,7 +243,9 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
     if x.min() < 0 or x.max() > 255:
       raise ValueError(f'integer images must be 0 to 255, got {x.min()} to {x.max()}; scale them')
     if x.max() == 1:
-      raise ValueError('integer images must be 0 to 255, got only 0 and 1; pass booleans or floats')
+      raise ValueError(
+        'integer images must be 0 to 255, with white as 255, but these have only 0 and 1; pass booleans or floats'
+      )
     return x.astype(np.float32) / np.float32(255)
   if not np.issubdtype(x.dtype, np.floating):
     raise ValueError(f'images must be integers (0 to 255), floats (0 to 1) or booleans, got {x.dtype}; convert them')

@@ -87,7 +87,7 @@ def load_exported(path: PathLike) -> Exported:
     raise
   except Exception as e:  # zipfile, json and jax.export raise errors of many types for a broken file.
     raise ValueError(
-      f'{path} is not an exported learner, or only a part of one: {first_line(e)}; export it again'
+      f'{path} cannot be read as an exported learner ({first_line(e)}); check the path, or export it again'
     ) from e
   for program in programs:
     _check_bits(path, program)
@@ -133,7 +133,9 @@ def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
   if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
     raise ValueError('the files in it are compressed')
   if sum(info.file_size for info in infos) > size:  # Archived files overlap.
-    raise ValueError(f'its members claim more bytes than the file has, {size:,}, although none is compressed')
+    raise ValueError(
+      f'by their own headers, the archived files have more bytes in all than the archive, which has {size:,}'
+    )
 
 
 def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _read_parameters(archive: zipfile.ZipFile, names: list[str], adapt: jax.expo
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
-  """Returns a parameter, whose data is read only if the header describes the array that the program takes."""
+  """Returns a parameter. Raises ValueError, before reading the data, if its header does not fit the program."""
   with archive.open(member(name)) as file:
     np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)

@@ -41,7 +41,7 @@ class ModelConfig:
   Attributes:
     learner: Name of the learner, 'meta_sgd' or 'maml'.
     way: Number of classes N that the model was trained with. The model serves any number of classes from 2 to N.
-    image_shape: Shape (H, W, D) of an image. Its values are from 0 to 1.
+    image_shape: Shape (H, W, D) of the images, whose pixels are from 0 to 1.
     filters: Number of filters in each block of Conv4.
     hidden: Number of units in the fully connected layer of Conv4. With 0 there is no such layer.
     inner_steps: Number of inner steps k.
@@ -50,7 +50,7 @@ class ModelConfig:
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
-    ValueError: if a field has another type or is out of its range. The message names the field.
+    ValueError: if a field has a wrong type or a value that is not allowed. The message names the field.
 
   Example:
     >>> ms.ModelConfig('meta_sgd', way=5, image_shape=(28, 28, 1)).filters
@@ -219,7 +219,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path) -> FewShotModel:
-  """Returns the model that a file stores. The tensors are read only if their names, shapes and dtypes are right."""
+  """Returns the model that a file stores. Checks the tensors' names, shapes and dtypes before it reads the tensors."""
   with safetensors.safe_open(path, framework='np') as file:
     config = _read_config(path, file.metadata() or {})
     structure = _structure(config)

@@ -318,7 +318,7 @@ def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
   ('leaf', 'message'),
   [
     (np.float32(3), ['support.y.1', 'first dimension is the items', 'got the scalar']),
-    (np.ones(3, np.float32), ['leaves of support', 'the same number of items', 'at least 1', 'got [3, 4]']),
+    (np.ones(3, np.float32), ['leaves of support', 'the same first dimension', 'at least 1', 'got [3, 4]']),
   ],
 )
 def test_leaves_of_the_episode_without_items_in_front(leaf, message, tmp_path):
@@ -341,7 +341,7 @@ def test_a_support_whose_size_matters_must_be_fixed(tmp_path):
     (dict(platforms=('gpu',)), ['platforms', 'cpu, cuda, tpu, rocm', 'each once', "got ('gpu',)"]),
     (dict(platforms='cpu'), ['platforms', "got 'cpu'"]),
     (dict(platforms=()), ['platforms', 'got ()']),
-    (dict(says={'a': object()}), ['a fact that JSON cannot store']),
+    (dict(says={'a': object()}), ['a value that JSON cannot store']),
   ],
 )
 def test_what_cannot_be_exported(options, message, tmp_path):
@@ -397,7 +397,7 @@ def claims_much(parts):
 @pytest.mark.parametrize(
   ('spoil', 'message'),
   [
-    (lambda parts: parts | {'about.json': b'{'}, 'not an exported learner'),
+    (lambda parts: parts | {'about.json': b'{'}, 'cannot be read as an exported learner'),
     (lambda parts: parts | {'about.json': b'[]'}, 'no format_version'),
     (lambda parts: changed_about(parts, format_version=2), 'of format version 2, newer than 1'),
     (lambda parts: changed_about(parts, parameters=[1]), 'does not name the parameters'),
@@ -407,7 +407,7 @@ def claims_much(parts):
     (lambda parts: {k: v for k, v in parts.items() if k != 'about.json'}, 'no about.json'),
     (lambda parts: parts | {'more': b''}, 'more does not belong in it'),
     (lambda parts: parts | {'adapt.bin': parts['predict.bin']}, 'another program than adapt.bin'),
-    (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'not an exported learner'),
+    (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'cannot be read as an exported learner'),
     (lambda parts: parts | {'about.json': b' ' * 2**21}, 'about.json is larger than 1 MiB'),
     (other_shape, 'and the shape .* but adapt.bin takes'),
     (claims_much, 'and the shape .* but adapt.bin takes'),
@@ -435,7 +435,7 @@ def test_members_that_lie_over_each_other_are_refused(file, tmp_path):
       twin = copy.copy(archive.getinfo('adapt.bin'))
       twin.filename = name
       archive.filelist.append(twin)
-  with pytest.raises(ValueError, match='its members claim more bytes'):
+  with pytest.raises(ValueError, match='have more bytes in all than the archive'):
     export.load_exported(path)
 
 

@@ -333,7 +333,7 @@ def test_a_cell_that_diverges_does_not_keep_the_others_waiting(tmp_path, monkeyp
 
   monkeypatch.setattr(few_shot_data, 'load', lambda config: few_shot_data.Data(None, None, None))
   make = few_shot_table.prepare(config, tmp_path, lambda cell, data: None, run)
-  with pytest.raises(TrainingError, match=saying('1 of 4 cells', 'cell 1 of 4', 'MAML', '5-way', '1 shot')):
+  with pytest.raises(TrainingError, match=saying('1 of 4 trainings', 'cell 1 of 4', 'MAML', '5-way', '1 shot')):
     make()
   assert made == [('lstm', 5), ('maml', 20), ('lstm', 20)]
   assert 'error: the loss is no longer finite' in capsys.readouterr().out
@@ -409,7 +409,7 @@ def test_training_starts_from_a_model(tmp_path):
   state = few_shot_training._first_state('meta_sgd', 0, config, few_shot_training.build(config))
   assert_trees_close(state.meta, model.meta, rtol=0, atol=0)
   for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
-    with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden)', 'make them the same')):
+    with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden)', 'the four values')):
       few_shot_training.build(classification.Config(start=path, **options | other))
   with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave start out')):
     classification.Config(start=path, learner=('lstm',))
