@@ -25,7 +25,8 @@ def from_linen(module: nn.Module) -> Model:
   means and variances.
 
   Raises (from `init`):
-    ValueError: if the module has a collection other than 'params', such as one of running averages.
+    ValueError: if `module.init` creates a collection other than 'params', such as running averages. The layers
+      `nn.BatchNorm` and `nn.ConvBlock` do not write 'statistics' in `init`.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP())

@@ -99,7 +99,7 @@ def _gradient_shape(x, y, *, size, **_):
 
 
 def _conv_to_x(y, x, kernel, *, window, precision):
-  """Returns the convolution of ȳ with the kernel rotated by 180 degrees, which has the height and width of x."""
+  """Returns the gradient with respect to x: the convolution of ȳ with the kernel rotated by 180 degrees."""
   padding = []
   sizes = zip(x.aval.shape[2:4], kernel.shape[1:3], y.shape[2:4], *window, strict=True)
   for n, k, out, s, (low, _), xd, kd in sizes:
@@ -154,8 +154,8 @@ def _lax_conv(x, kernel, window: Window, precision):
 def _lax_kernel_gradient(x, y, window, size, precision):
   """Returns the kernel gradient of one task, computed as a convolution.
 
-  In this convolution the batch axis takes the place of the channels, ȳ is the kernel, and the strides and the dilation
-  of the kernel are exchanged.
+  In this convolution the batch axis takes the place of the channels, and ȳ takes the place of the kernel. The strides
+  of `window` become the dilation of ȳ, and the kernel dilation of `window` becomes the strides.
   """
   padding = []
   for n, k, out, s, (low, _), xd, kd in zip(x.shape[1:3], size, y.shape[1:3], *window, strict=True):
@@ -207,7 +207,7 @@ def _conv_on_cpu(x, kernel, *, window, precision):
 
 
 def _suits_winograd(x, kernel, window):
-  """Returns whether Winograd's algorithm is used, because measurements with such shapes found it faster.
+  """Returns whether Winograd's algorithm accepts these operands and was faster in measurements with such shapes.
 
   The algorithm needs enough images, tiles and channels to make up for the cost of its transforms.
   """

@@ -27,11 +27,12 @@ def conv_block(
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
 
   With y = conv(x, kernel), batch norm increases with y if the scale of the channel is not negative, and decreases
-  otherwise. The winner of a window, which is the value that max-pool selects, can therefore be found before batch
-  norm: m = pool(sign(scale) ∘ y) ∘ sign(scale). Only the winners are normalised:
-  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU
-  never decreases. If a scale is exactly 0, all values of a window are equal after batch norm. The derivative with
-  respect to this scale is then that of the largest y, while separate layers would use the first y of the window.
+  otherwise. The winner of a window, which is the value that max-pool selects, can therefore be found before batch norm:
+  m = pool(sign(scale) ∘ y) ∘ sign(scale). Only the winners are normalised:
+  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU never decreases. If a scale is
+  exactly 0, all values of a window are equal after batch norm, and the winner is not unique. The derivative with
+  respect to this scale is then computed from the largest y of the window here, but from the first y of the window by
+  separate layers.
 
   The array y itself is needed only for its mean and variance. If the convolution is cheap and its output is large, as
   in a first layer, the images are processed in parts: y is computed again for the derivatives, and is never stored. The
@@ -122,8 +123,8 @@ class BatchNorm(nn.Module):
   There are no running averages. By default the layer uses the current batch in training and at test time, as MAML's
   code does. The query items of a task are then normalised together, so that each prediction depends on the other query
   items (transductive). If the layer receives the statistics of the support, the prediction for each query item does not
-  depend on the others (inductive). Such statistics are the collection 'statistics', which `Model.statistics` returns
-  and `Model.apply` takes.
+  depend on the others (inductive). To obtain the statistics of the support, call `Model.statistics` with it. The result
+  is the collection 'statistics', which `Model.apply` takes.
 
   ε = 1e-3 is the default of the layer that MAML's code uses. Statistics are summed in float32 or a wider type.
 

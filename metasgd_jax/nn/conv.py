@@ -32,12 +32,14 @@ def conv_general_dilated(
 
   In one or two spatial dimensions the convolution is fast, and so are its derivatives of every order, forward and
   reverse (see `nn.bilinear`). This includes every layout and all strides, paddings and dilations. In the following
-  cases the function calls lax, whose second derivatives are slow on a CPU: groups, three dimensions, integers or floats
-  of fewer than 16 bits, empty arrays, arrays sharded over an explicit mesh axis, or a `preferred_element_type`.
+  cases the function calls lax, whose second derivatives are slow on a CPU: groups, three dimensions, integers of any
+  size, floats of fewer than 16 bits, empty arrays, arrays sharded over an explicit mesh axis, or a
+  `preferred_element_type`.
 
-  On a CPU, large 3×3 convolutions in float32 and float64 use Winograd's algorithm. Its rounding error is proportional
-  to the largest input of a 4×4 tile, while the error of lax is proportional to the largest input under each kernel.
-  Near inputs that are not finite, or close to overflow, more outputs are NaN or infinite than with lax.
+  On a CPU, large 3×3 convolutions in float32 and float64 use Winograd's algorithm. The rounding error of an output is
+  then proportional to the largest input of its 4×4 tile. With lax it is proportional to the largest of the 3×3 inputs
+  from which the output is computed. Near inputs that are not finite, or close to overflow, more outputs are NaN or
+  infinite than with lax.
 
   Args:
     lhs: Images, `[B, D, H, W]` unless `dimension_numbers` gives another layout, such as 'NHWC'.
@@ -77,7 +79,9 @@ def conv_general_dilated(
   out = jax.eval_shape(by_lax, lhs, rhs)  # This also runs the checks of lax.
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   if not all(out.shape[i] for i in numbers.out_spec[2:]):
-    raise ValueError(f'kernel {rhs.shape} is larger than the padded images {lhs.shape}; pad or enlarge the images')
+    raise ValueError(
+      f'kernel {rhs.shape} is larger than the images {lhs.shape} with padding {padding!r}; pad or enlarge the images'
+    )
   grouped = feature_group_count != 1 or batch_group_count != 1
   if grouped or preferred_element_type is not None or not _suits_bilinear(lhs, rhs, out.dtype):
     return by_lax(lhs, rhs)

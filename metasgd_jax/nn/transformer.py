@@ -81,7 +81,10 @@ class Transformer(nn.Module):
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f'Transformer takes integer tokens [B, L], got {x.dtype} {x.shape}; convert or reshape them')
     if x.shape[1] > self.length:
-      raise ValueError(f'a sequence may have at most {self.length} tokens, got {x.shape[1]}; set a greater length')
+      raise ValueError(
+        f'a sequence may have at most length={self.length} tokens, got {x.shape[1]}; '
+        'build the Transformer with a greater length'
+      )
     if self.width % self.heads:
       raise ValueError(f'width must be a multiple of heads, got width={self.width} and heads={self.heads}; change one')
     initial = nn.initializers.normal(0.02)

@@ -25,11 +25,15 @@ class AdvantageConfig:
       estimated. If False, the baseline is zero.
     ridge: Ridge coefficient of the baseline's fit.
     bootstrap: Whether the baseline's value of the last observation replaces the rewards that would follow, if time and
-      not the task ended a trajectory. MAML's released code does not do so. The time step is an input of the baseline,
-      and the baseline is fitted to returns that stop at the horizon. If time ends all trajectories, the baseline
-      therefore predicts a value close to zero at the horizon. If the task ends some trajectories earlier, the predicted
-      value is larger.
+      not the task ended a trajectory. If False, as in MAML's released code, this value is taken to be zero. If time
+      ends all trajectories, True has little effect: the baseline has the time step as an input and is fitted to returns
+      that stop at the horizon, so the baseline's value at the horizon is close to zero. If the task ends some
+      trajectories earlier, the baseline's value at the horizon can be farther from zero.
     normalized: Whether advantages are normalised to mean 0 and standard deviation 1 over the valid steps of a task.
+
+  Raises:
+    ValueError: if `discount` or `decay` is not in [0, 1], if `ridge` is not positive, or if `bootstrap` is True and
+      `baseline` is False.
 
   Example:
     >>> import dataclasses

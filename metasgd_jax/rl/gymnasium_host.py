@@ -52,10 +52,10 @@ def collect_on_host(
   """Returns `num` trajectories of one task. Every leaf has the leading axis `[num]`, as in `collect` on the device.
 
   All `num` environments are stepped together: at each step one call of the jitted policy draws the actions for all
-  environments. An environment that has ended is not stepped again. `terminated` is Gymnasium's `terminated`. If
-  Gymnasium's `truncated` is True, the trajectory ends as one that reaches the horizon does: `terminated` is False.
-  Observations are flattened by `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type,
-  whatever the environment's type is.
+  environments. An environment that has ended is not stepped again. `terminated` of a trajectory is True if Gymnasium's
+  `terminated` is True at its last step. If only Gymnasium's `truncated` is True there, the trajectory counts as ended
+  by time, like one that reaches the horizon, and its `terminated` is False. Observations are flattened by
+  `gymnasium.spaces.flatten`. Floating-point arrays have JAX's default float type, whatever the environment's type is.
 
   Args:
     make: Function `task → environment`. It is called `num` times, and each environment is closed at the end.
@@ -71,7 +71,8 @@ def collect_on_host(
   Raises:
     ImportError: if Gymnasium is not installed.
     ValueError: if `num` or `horizon` is not an integer of at least 1, if the action space is not a bounded `Box` and
-      `act` is not given, if `make` returns the same environment twice, or if a reward is not a number.
+      `act` is not given, if `make` returns the same environment twice, or if `float` does not accept a reward. NaN
+      is accepted.
 
   Example:
     >>> import gymnasium

@@ -85,8 +85,9 @@ class PolicyGradient(NamedTuple):
       of `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
     replay: `(meta, experiences) → θ′`. `replay` takes the same inner steps as `explore`, but on experiences that were
       drawn before, with the same meta or with another meta.
-    surrogate: Function `(function, distributions [B, H], experience) → scalar`: the mean over the experience of a
-      surrogate function, such as `likelihood_ratio`, for the policy's distributions of the actions.
+    surrogate: Function `(function, distributions [B, H], experience) → scalar`. `function` is a surrogate such as
+      `likelihood_ratio`, and `distributions` are the policy's distributions of the actions. The result is the mean of
+      the surrogate over the steps or the trajectories of the experience; see `MeanOver`.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -271,8 +272,10 @@ def policy_learner(inner: PolicyGradient) -> Learner:
     the loss raises the return after adapting.
 
   The gradient of the loss approaches that of the negative expected return as the number of inner trajectories grows, if
-  the estimator is DiCE, the mean is over trajectories, and advantages are neither discounted nor normalised. Otherwise
-  the weight of a task depends on the standard deviation of its advantages and on its number of steps.
+  the estimator is DiCE, the mean is over trajectories, and advantages are neither discounted nor normalised. With other
+  settings the limit is different. In particular, each task has its own weight in the gradient: if advantages are
+  normalised, the weight depends on the standard deviation of the task's advantages, and if the mean is over steps, on
+  the mean length of the task's trajectories.
 
   The value of the loss does not measure progress: it is zero if advantages are normalised. Therefore info has the mean
   undiscounted returns before and after adapting, `return_before` and `return_after`. The outer optimiser can be any

@@ -93,7 +93,7 @@ def trpo_meta_step(
 def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
   """Returns the new meta and the info of a meta-iteration, computed for the tasks of one device.
 
-  The Fisher matrix is computed from `curved` of these tasks, or from all of them if `curved` is `None`.
+  `curved` is the number of these tasks from which the Fisher matrix is computed. With `None` all of them are used.
   """
   tasks = jax.vmap(inner.environment.sample)(keys[0])
   experiences, thetas = explore_tasks(inner, meta, tasks, keys[1], tasks_at_once)
@@ -204,5 +204,8 @@ def _map_tasks(function, tasks, tasks_at_once: int):
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-  """Returns `count` evenly spaced indices below `total`: with any number of devices, the same tasks are chosen."""
+  """Returns `count` evenly spaced indices below `total`, for the curvature tasks of one device.
+
+  The curvature tasks of all devices together are then the same for any number of devices.
+  """
   return np.arange(count) * total // count

@@ -42,16 +42,18 @@ def navigation(
 
   The state and the observation are the position p `[2]`. An action a `[2]` is a velocity:
   p′ = p + max_step · clip(a, −1, 1). The reward is −‖p′ − goal‖, the negative distance to the goal after the step. The
-  task ends a trajectory when p′ is nearer to the goal than `tolerance` in both coordinates. Positions have no bounds.
-  Dynamics and starts are deterministic: only `sample` uses its key.
+  task ends a trajectory when p′ is nearer to the goal than `tolerance` in both coordinates. Goals are drawn uniformly
+  from the unit square [−0.5, 0.5]², but positions have no bounds. For a given task, dynamics and starts are
+  deterministic: only `sample` uses its key.
 
-  The scaling of actions in [−1, 1], the end of trajectories and the constants are those of MAML's released code.
+  Three details are those of MAML's released code: the clipping and scaling of actions, the rule that ends a
+  trajectory, and the default values of `horizon`, `max_step` and `tolerance`.
 
   Args:
-    start: Set of tasks; see `Start`.
+    start: Whether the start is (0, 0) in every task or varies by task; see `Start`.
     horizon: Largest number of steps H of a trajectory.
-    max_step: Largest move along one coordinate in one step, in the units of the square.
-    tolerance: Distance to the goal in one coordinate below which a trajectory can end, in the units of the square.
+    max_step: Largest move along one coordinate in one step, in the units of positions.
+    tolerance: Distance to the goal, along each coordinate, below which a trajectory ends, in the units of positions.
 
   Raises:
     ValueError: if `start` is unknown, if `horizon` is not an integer of at least 1, or if `max_step` or `tolerance` is

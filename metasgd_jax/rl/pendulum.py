@@ -33,6 +33,9 @@ class PendulumConfig:
     mass: Range of the mass in kg.
     length: Range of the length in m.
 
+  Raises:
+    ValueError: if a range is not finite or has low > high, or if `mass` or `length` has low <= 0.
+
   Example:
     >>> environment = ms.rl.pendulum(ms.rl.PendulumConfig())
     >>> len(environment.sample(jax.random.key(0)))
@@ -49,7 +52,7 @@ class PendulumConfig:
       if not -math.inf < low <= high < math.inf:
         raise ValueError(f'{field.name} must be a finite range low <= high, got ({low}, {high})')
       if field.name != 'gravity' and low <= 0:
-        raise ValueError(f'{field.name} must be above 0, got ({low}, {high})')
+        raise ValueError(f'the range of {field.name} must be above 0, got ({low}, {high})')
 
 
 VARIED = PendulumConfig()
@@ -88,10 +91,10 @@ def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environm
   """Builds the pendulum environment. Its equations are those of Gymnasium's Pendulum-v1.
 
   Let θ be the angle, ω the angular velocity, u = 2 clip(a, −1, 1) N m the torque of the action a `[1]`, and Δ = 0.05 s.
-  A step is ω′ = clip(ω + (3g / 2l · sin θ + 3u / ml²) Δ, −8, 8) and θ′ = θ + ω′ Δ, with gravity g, mass m and length l.
-  The reward is −(θ² + 0.1 ω² + 0.001 u²) of the state before the step, with θ wrapped to [−π, π). A trajectory starts
-  from θ ~ U[−π, π] and ω ~ U[−1, 1], which `reset` draws; `reset` consumes its key. The observation `[3]` is
-  (cos θ, sin θ, ω). A trajectory ends only by time.
+  A step is ω′ = clip(ω + (3g / (2l) · sin θ + 3u / (ml²)) Δ, −8, 8) and θ′ = θ + ω′ Δ, with gravity g, mass m and
+  length l. The reward is −(θ² + 0.1 ω² + 0.001 u²) of the state before the step, with θ wrapped to [−π, π). A
+  trajectory starts from θ ~ U[−π, π] and ω ~ U[−1, 1], which `reset` draws; `reset` consumes its key. The observation
+  `[3]` is (cos θ, sin θ, ω). A trajectory ends only by time.
 
   Args:
     config: Ranges of the constants of a task.

@@ -1,4 +1,4 @@
-"""Surrogates: functions of sampled trajectories whose derivatives are estimates of those of the expected return.
+"""Surrogates: functions of θ and sampled trajectories. Their gradients estimate the gradient of the expected return.
 
 Each function takes four arrays `[H]` of one trajectory: the log-probabilities log π_θ(a_t | o_t) of the actions, the
 log-probabilities under the policy that sampled the actions, the advantages A_t, and `valid`. It returns a scalar that
@@ -31,9 +31,9 @@ Surrogate = Callable[[chex.Array, chex.Array, chex.Array, chex.Array], chex.Arra
 def dice(log_probs: chex.Array, sampled: chex.Array, advantages: chex.Array, valid: chex.Array) -> chex.Array:
   """Returns Σ_t (w_{≤t} − w_{<t}) A_t with w_{≤t} = Π_{s ≤ t} π_θ(a_s | o_s) / π_sampled(a_s | o_s).
 
-  This is Loaded DiCE (Farquhar et al. 2019), which extends DiCE (Foerster et al. 2018). The log-probabilities at the
-  time of sampling take the place of a stopped gradient. The weights w are therefore importance weights, and the
-  surrogate is correct at other θ too.
+  This is Loaded DiCE (Farquhar et al. 2019), which extends DiCE (Foerster et al. 2018). DiCE divides by π_θ with the
+  gradient stopped. This function divides by the recorded π_sampled instead. The weights w are therefore importance
+  weights, and the surrogate is correct also at a θ that differs from the one that sampled the actions.
 
   Let A_t be the undiscounted return from t minus any function of o_t and t. Then the expectation of the surrogate is
   the expected return as a function of θ, up to a constant, and the derivatives of every order agree too. If γ < 1,

@@ -19,8 +19,8 @@ class TrpoInfo(NamedTuple):
     improvement: New surrogate minus old surrogate. It is NaN if the surrogate or its gradient is not finite; meta is
       then unchanged.
     kl: Divergence KL(old ‖ new), in nats.
-    step: Fraction r^i of the largest step that was taken; see `trpo_update`. It is 0 if no step that was tried was
-      good; meta is then unchanged.
+    step: Size of the step that was taken, as a fraction r^i of the full step (i = 0); see `trpo_update`. It is 0 if no
+      step that was tried was good; meta is then unchanged.
 
   Example:
     >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
@@ -46,8 +46,8 @@ class TrpoConfig:
     max_backtracks: Number of candidate steps.
 
   Raises:
-    ValueError: if `max_kl`, `cg_steps` or `max_backtracks` is not positive, if `damping` is negative, or if
-      `backtrack_ratio` is not in (0, 1).
+    ValueError: if `max_kl` is not positive and finite, if `cg_steps` or `max_backtracks` is not an integer of at least
+      1, if `damping` is negative, or if `backtrack_ratio` is not in (0, 1).
 
   Example:
     >>> ms.rl.TrpoConfig(damping=0.01).max_kl
@@ -69,7 +69,7 @@ class TrpoConfig:
     if not self.damping >= 0:
       raise ValueError(f'damping must be at least 0, got {self.damping}')
     if not 0 < self.backtrack_ratio < 1:
-      raise ValueError(f'backtrack_ratio must be between 0 and 1, got {self.backtrack_ratio}')
+      raise ValueError(f'backtrack_ratio must be above 0 and below 1, got {self.backtrack_ratio}')
     for name, value in vars(self).items():
       kind = int if name in ('cg_steps', 'max_backtracks') else float
       object.__setattr__(self, name, kind(value))  # A NumPy array would not be hashable.

@@ -371,7 +371,7 @@ def test_single_precision_keeps_its_dtypes():
     (dict(cg_steps=0), ['cg_steps', 'at least 1', '0']),
     (dict(max_backtracks=True), ['max_backtracks', 'at least 1', 'True']),
     (dict(damping=-1.0), ['damping', 'at least 0', '-1.0']),
-    (dict(backtrack_ratio=1.0), ['backtrack_ratio', 'between 0 and 1', '1.0']),
+    (dict(backtrack_ratio=1.0), ['backtrack_ratio', 'above 0 and below 1', '1.0']),
   ],
 )
 def test_bad_options(options, message):
