@@ -91,8 +91,8 @@ def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callabl
 def masked(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
   """Returns a metric of padded batches, which is the mean of `metric` over the real items of a batch.
 
-  The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. y has shape `[B,
-  …]`, and mask `[B]` is true for a real item and false for padding. The outputs must be finite at the padding. The
+  The outputs have shape `[B, …]`, and the targets are a pair (y, mask), as in `Batch(x, (y, mask))`. The shape of y is
+  `[B, …]`. The mask `[B]` is true for a real item and false for padding. The outputs must be finite at the padding. The
   values of y at the padding are replaced by 0. The padding then has no influence on the result, but it does influence
   the statistics of batch norm. For a batch without real items the mean is 0, and its gradient is 0 too.
 

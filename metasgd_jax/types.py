@@ -1,11 +1,12 @@
 """The data types that the modules share, and the letters that stand for sizes in shapes.
 
-Every docstring uses these letters:
+Docstrings use these letters, unless they define a letter themselves:
   T tasks in a meta-batch    S support items of a task    Q query items of a task
   N ways (classes)           K shots (support items per class; for regression, S = K)
   C classes in a bank        I drawings (images) of a class
   R training runs side by side (one per seed)             k inner steps
-  H, W, D image height, width, channels
+  H, W, D image height, width, channels                   B items of any batch
+  In [B, D], D is the number of features of an item.
 """
 
 import dataclasses
@@ -79,9 +80,10 @@ class Model(NamedTuple):
     apply: Function `(θ, x [B, …]) → outputs [B, …]`. If the model has `statistics`, it can also be called as `(θ, x,
       statistics)`, and an output then does not depend on the other items of x.
     statistics: Function `(θ, x [B, …]) → pytree`, which returns the means and variances of batch norm over x. It is
-      `None` for a network without batch norm.
+      `None` if the model does not offer them, such as a model from `nn.from_equinox` or `nn.from_nnx`.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts in an inner loop. If it is `None`, all
-      leaves adapt. The other leaves are meta-learned and shared by all tasks; see `adapt_only` and `low_rank`.
+      leaves adapt. A leaf that does not adapt is still meta-learned, and is the same for all tasks; see `adapt_only`
+      and `low_rank`.
 
   Example:
     >>> model = ms.Model(
@@ -101,7 +103,7 @@ class Model(NamedTuple):
 class Learner(NamedTuple):
   """A few-shot learner as pure functions of one task. Callers batch the functions over tasks with `jax.vmap`.
 
-  Two learners are equal, and share their compiled programs, if one function of `learners` built them from equal
+  Two learners are equal, and share their compiled programs, if the same function of `learners` built them from equal
   arguments; see `equal_by_arguments`.
 
   Attributes:

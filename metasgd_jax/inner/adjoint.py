@@ -1,4 +1,4 @@
-"""Gradient steps with a custom reverse mode, which stores no intermediates of the inner gradient."""
+"""Gradient steps with a custom reverse mode: the forward pass stores θ, but no intermediates of the inner gradients."""
 
 import functools
 import math
@@ -155,7 +155,7 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def schedule(steps: int) -> Schedule:
-  """Returns the order of all steps that needs the fewest buffers if no step is computed again more than `AGAIN` times.
+  """Returns the schedule that uses the fewest buffers and computes no step again more than `AGAIN` times.
 
   This is the algorithm revolve (Griewank and Walther 2000). If s of the θ_t are stored, and if every step is computed
   at most r times before the backward pass has gone through it, then at most (s + r)! / (s! r!) steps are possible. Here
@@ -172,7 +172,7 @@ def schedule(steps: int) -> Schedule:
       moves.append((source if i == 0 else kept, target if i == count - 1 else kept))
 
   def back(first: int, count: int) -> None:
-    """Adds the moves of the backward pass through `count` steps, which start at the θ_t in buffer `first`.
+    """Appends to `moves` the backward pass through `count` steps. Buffer `first` stores θ before these steps.
 
     All buffers after `first` may be overwritten.
     """

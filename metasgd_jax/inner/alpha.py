@@ -116,14 +116,17 @@ def broadcast_alpha(
 ) -> PyTree:
   """Broadcasts α, a prefix of θ's structure, to the full structure of θ.
 
-  Each leaf of the result is a scalar, an array of the shape of θ's leaf, or `None` for a leaf that does not adapt.
+  Each leaf of the result is a scalar, an array of the shape of θ's leaf, or `None` for a leaf that does not adapt. If
+  `steps` is given, the shape of the scalar or array has the leading axis `[steps]` in addition.
+
   Paths are compared, not node types, so that α may be a dict where θ is a `FrozenDict`.
 
   Args:
     alpha: Rates.
     theta: Parameters.
     adapts: Function from the name of a leaf of θ to whether the leaf adapts; the rates of other leaves become `None`.
-    steps: Number of inner steps, if each leaf of α has shape `[steps, …]`.
+    steps: Number of inner steps, if each step has its own rates; each leaf of α then has shape `[steps, …]`. By default
+      all steps share the rates.
     masked: Node types that stand for a hidden part of θ, such as `optax.MaskedNode`. α may have any entries in place of
       such a node.
 

@@ -49,9 +49,10 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
   """Returns the model with an inner loop that adapts low-rank changes of the matrices that `where` selects.
 
   Each selected matrix is W = W₀ + A B with A `[n, r]` and B `[r, m]` (Hu et al. 2021, section 4.1). In that paper the
-  letters stand for the transposed matrices. The paper's factor α / r is omitted, because it can be part of the rates.
-  The entries of A are drawn from N(0, 1/n), and B is initialised to zero. A kernel with more than two axes is treated
-  as a matrix: m is the length of its last axis, and n is the product of the lengths of the other axes.
+  inputs are column vectors, so that its A and B are the transposes of A and B here. The paper's factor α / r is
+  omitted, because it can be part of the rates. The entries of A are drawn from N(0, 1/n), and B is initialised to zero.
+  A kernel with more than two axes is treated as a matrix: m is the length of its last axis, and n is the product of the
+  lengths of the other axes.
 
   θ is `{'base': θ of the model, 'factors': {name: {'a': A, 'b': B}}}`. All of it is meta-learned. The factors A and B
   adapt. A leaf of the base, such as W₀, adapts only if the given model comes from `adapt_only` and the leaf adapts in

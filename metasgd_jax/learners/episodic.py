@@ -75,8 +75,8 @@ def of_parameters(
     loss_fn: Loss of the support and of the query, `(outputs, targets) → scalar`.
     init: Function that returns the initial meta-parameters; see `Init`.
     inner: Inner loop, such as that of `inner_loop`.
-    start: Function `meta → (θ, rates)`, from which the inner loop starts. By default θ and the rates are the two
-      fields of meta.
+    start: Function `meta → (θ, rates)`: the θ from which the inner loop starts, and its rates. By default θ and the
+      rates are the two fields of meta.
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `nn.BatchNorm`.
     options: Other options of `episodic`.
 
@@ -121,7 +121,7 @@ def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options
 def episodic(
   init: Init, adapt: Adapt, predict: Predict, *, loss_fn: Metric, metrics: Metrics, objective: Objective | None = None
 ) -> Learner:
-  """Builds a learner with deterministic adaptation, whose training loss is `loss_fn` on the query.
+  """Builds a learner that adapts deterministically. Its training loss is `loss_fn` on the query.
 
   The learner's `path` contains a single state, the result of `adapt`: leaves `[1, …]`.
 
@@ -196,4 +196,7 @@ def check_all_adapt(model: Model) -> None:
 def check_inductive(model: Model, inductive: bool) -> None:
   """Raises ValueError if `inductive` is set and the model has no statistics."""
   if inductive and model.statistics is None:
-    raise ValueError('inductive=True needs a Model with `statistics`, got None; use nn.from_linen or inductive=False')
+    raise ValueError(
+      'inductive=True needs a Model with the function `statistics`, got statistics=None; build the model with '
+      'nn.from_linen, or set inductive=False'
+    )

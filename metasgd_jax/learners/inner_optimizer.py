@@ -58,8 +58,8 @@ def inner_optimizer(
       compute roots or norms of gradients, because the meta-gradient can then be NaN.
     hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
       returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
-      receives θ with `None` in place of every leaf that does not adapt. A callable object whose pytree leaves include
-      numbers or arrays, such as the parameters of an Equinox module, is interpreted as a pytree, not as a function.
+      receives θ with `None` in place of every leaf that does not adapt. A callable pytree that has numbers or arrays as
+      leaves, such as an Equinox module, is interpreted as the hyper-parameters, not as a function.
     steps: Number of inner steps. The state of the optimiser is initialised again for each task.
     first_order: Whether second derivatives are dropped.
     inductive: Whether each query item is normalised by the batch-norm statistics of the support; see `meta_sgd`.

@@ -29,9 +29,10 @@ class Memory(NamedTuple):
 
 
 def access(memory: Memory, keys: jax.Array, gates: jax.Array, decay: float = 0.99) -> Memory:
-  """Writes the keys to the slots last read or least used, then reads (Santoro et al. 2016, equations 2 to 8).
+  """Returns the memory after one write and one read (Santoro et al. 2016, equations 2 to 8).
 
-  For n heads, w_lu is 1 at the n least used slots and 0 elsewhere. One step computes:
+  The keys are written to the slots that were read in the previous step, and to the slots that are used least. For n
+  heads, w_lu is 1 at the n least used slots and 0 elsewhere. One step computes:
 
       w_w ← σ(gate) w_r(t−1) + (1 − σ(gate)) w_lu(t−1);  the least used row is zeroed;  M ← M + Σ_heads w_w ⊗ key
       w_r ← softmax_i(cos(key, M_i));  r ← Σ_i w_r(i) M_i;  w_u ← decay · w_u + Σ_heads (w_r + w_w)

@@ -142,17 +142,18 @@ def matching(
 
 
 def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-  """Returns the cosines `[Q, S]` between the rows of a `[Q, D]` and the rows of b `[S, D]`; 0 if a row is zero."""
+  """Returns the cosines `[Q, S]` of each row of `a`, `[Q, D]`, with each row of `b`, `[S, D]`; 0 if a row is zero."""
   # Each row is scaled to length 1.
   a, b = (v * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(v), -1, keepdims=True), epsilon)) for v in (a, b))
   return a @ b.T
 
 
 def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
-  """Reduces the columns of each class: values `[Q, S]`, whose columns have the labels `[S]`, become `[Q, N]`.
+  """Returns one value per class, `[Q, N]`: `reduce`, such as a maximum, over the columns of `values` of this class.
 
-  The columns of the other classes are replaced by −∞. The result is therefore −∞ for a class that has no column, and
-  NaN for all classes if a label is not one of the N classes.
+  `values` has shape `[Q, S]`, and its columns have the labels `[S]`. `reduce` receives −∞ in place of the columns of
+  other classes. The result is therefore −∞ for a class that has no column, and NaN for all classes if a label is not
+  one of the N classes.
   """
   mine = one_hot(labels, way).T  # [N, S]
   others = jnp.where(jnp.isnan(mine), jnp.nan, -jnp.inf)

@@ -81,10 +81,10 @@ def skipped(state: TrainState) -> np.ndarray | None:
 def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], TrainState]) -> BadStep | None:
   """Returns the first meta-iteration of a chunk whose loss or update is not finite, or `None` if there is none.
 
-  The check costs nothing on the device. It reads the losses of the chunk, which are already available, and the state
-  after the chunk, because a gradient that is not finite leaves non-finite entries in the state. If a number is not
-  finite, a binary search for the first bad meta-iteration computes some meta-iterations again. Steps that
-  `skip_bad_steps` has skipped are not reported.
+  First the losses of the chunk and the state after the chunk are checked, because a gradient that is not finite leaves
+  non-finite entries in the state. This check computes nothing on the device. If a number is not finite, a binary search
+  for the first bad meta-iteration computes some meta-iterations again. Steps that `skip_bad_steps` has skipped are not
+  reported.
 
   Args:
     good: State before the chunk; its numbers are finite.
@@ -95,7 +95,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   first = int(np.max(good.step))
 
   def damage(state, done):
-    """Returns `{run: names of the leaves that became non-finite}` for the runs that are bad after `done` steps."""
+    """Returns `{run: names of the new non-finite leaves}` for the runs whose first `done` steps had bad numbers."""
     found = _newly_bad(good, state)
     more = np.sum(~np.isfinite(losses[:done]), axis=0)
     before, now = skipped(good), skipped(state)

@@ -63,8 +63,8 @@ def evaluate(
     repeats: Number of episodes drawn from each task.
     placement: How the tasks are placed on devices. The number of tasks that a device computes at the same time is a
       divisor of the number of tasks on the device. With `tasks_at_once='all'` it is the greatest divisor up to 32, and
-      with a number it is the greatest divisor up to that number. If the devices belong to several processes, every
-      process must call this function, and every process receives all values.
+      with a number it is the greatest divisor up to that number. 'auto' means 1 or 'all', as `Placement` says. If the
+      devices belong to several processes, every process must call this function, and every process receives all values.
 
   Raises:
     ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `key` is not a random key of the impl

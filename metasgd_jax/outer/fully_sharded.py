@@ -55,8 +55,8 @@ def share_gradients(
 ) -> Callable[[Any, Any], tuple[PyTree, PyTree]]:
   """Returns `function(shared, tasks)` as a function whose tasks `[T, …]` are split over the devices of the mesh.
 
-  Both functions return `(info, gradients of meta)`. `share_gradients` does the same as `sharding.share_tasks`, but each
-  device receives only its own part of the mean gradients (a reduce-scatter).
+  The given function and the returned function both return `(info, gradients of meta)`. `share_gradients` does the same
+  as `sharding.share_tasks`, but each device receives only its own part of the mean gradients (a reduce-scatter).
 
   Args:
     function: Pure function whose results are means over its tasks.

@@ -196,7 +196,8 @@ def _steps_done(state: TrainState, meta_iterations: int, placement: Placement) -
   done = int(np.max(state.step))
   if done > meta_iterations:
     raise ValueError(
-      f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}; raise meta_iterations'
+      f'the state has done {done} meta-iterations, more than meta_iterations={meta_iterations}; '
+      'give a larger meta_iterations'
     )
   return done
 

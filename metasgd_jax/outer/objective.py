@@ -13,8 +13,8 @@ def mean_loss(
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
   """Returns `(loss, info)`: (1/T) Σ_i L_query(T_i)(θ_i′), and the mean over the tasks of every info entry.
 
-  This is the objective of Algorithm 1 (Li et al. 2017). It is a mean, although the paper writes a sum, so that the
-  learning rate does not depend on T.
+  This is the objective of Algorithm 1 (Li et al. 2017). The paper writes a sum over the tasks. Here it is a mean, so
+  that the size of the gradient does not grow with T.
 
   Args:
     learner: Learner.

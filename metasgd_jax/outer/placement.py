@@ -35,8 +35,8 @@ class Placement:
     shard_meta: Whether the devices also share the large arrays of the train state; see `fully_sharded`.
 
   Raises:
-    ValueError: if `tasks_at_once` is none of these values, if `shard_meta` is given without a mesh, or if the mesh has
-      several axes.
+    ValueError: if `tasks_at_once` is not 'all', 'auto' or an integer of at least 1, if `shard_meta` is given without a
+      mesh, or if the mesh has several axes.
 
   Example:
     >>> ms.Placement(tasks_at_once=4, mesh=ms.sharding.task_mesh(8)).tasks_at_once

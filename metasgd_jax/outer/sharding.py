@@ -19,7 +19,7 @@ _COUNT_FLAG = '--xla_force_host_platform_device_count'
 
 
 def cpu_cores_as_devices() -> None:
-  """Makes each core that this process may use a device of JAX's CPU backend, and gives each device two threads.
+  """Splits JAX's CPU backend into one device for each core available to this process, with two threads per device.
 
   Call this function before JAX is first used. A number of devices that is already set, by `jax_num_cpu_devices` or in
   XLA_FLAGS, is not changed.
@@ -112,7 +112,8 @@ def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
   check_axes(mesh)
   if mesh is not None and num_tasks % mesh.size:
     raise ValueError(
-      f'{num_tasks} tasks cannot be shared evenly by {mesh.size} devices; take a multiple of {mesh.size}'
+      f'{num_tasks} tasks cannot be shared evenly by {mesh.size} devices; '
+      f'the number of tasks must be a multiple of {mesh.size}'
     )
 
 

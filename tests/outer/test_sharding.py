@@ -109,13 +109,13 @@ def test_a_mesh_has_as_many_devices_as_share_the_tasks():
   assert ms.sharding.task_mesh(5) is None
   mesh, learner = ms.sharding.task_mesh(2), sinusoid_learner(hidden=(8,))
   state = ms.init(jax.random.key(0), TASKS, learner=learner, optimizer=ADAM)
-  with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'take a multiple of 2')):
+  with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'a multiple of 2')):
     ms.train(
       state, TASKS, learner=learner, optimizer=ADAM, meta_iterations=1, meta_batch=3, placement=ms.Placement(mesh=mesh)
     )
   with pytest.raises(ValueError, match=saying('devices', 'from 1 to 2', 'got 3')):
     ms.sharding.task_mesh(3, devices=3)
-  with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'take a multiple of 2')):
+  with pytest.raises(ValueError, match=saying('3 tasks', '2 devices', 'a multiple of 2')):
     ms.sharding.task_mesh(3, devices=2)
   assert ms.sharding.task_mesh(4, devices=1) is None
   both = jax.make_mesh((1, 2), ('a', 'b'))
