@@ -155,7 +155,7 @@ class Config:
 
   @property
   def sizes(self) -> tuple[int, int]:
-    """Numbers of filters and of units in the fully connected layer, as in Li et al. 2017, section 4.2.
+    """Number of filters, and number of units in the fully connected layer, as in Li et al. 2017, section 4.2.
 
     With 0 units there is no fully connected layer.
     """

@@ -131,7 +131,8 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
     devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
 
   Raises:
-    ValueError: if the devices cannot share the tasks of a meta-iteration, or of its curvature, evenly.
+    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks that the curvature is
+      computed from.
   """
   curved = config.curved if config.optimizer == 'trpo' else 0
   mesh = ms.sharding.task_mesh(config.meta_batch if devices else math.gcd(config.meta_batch, curved), devices=devices)

@@ -126,7 +126,7 @@ def by_gradient(
 
 
 def bad_steps_option() -> Any:
-  """Returns the field `bad_steps` of a configuration, for `optimizer_of`."""
+  """Returns a dataclass field for the option `bad_steps`, which a configuration declares and `optimizer_of` reads."""
   about = 'If a loss or a gradient is not finite: stop, or skip the step and count it, up to 10 in a row.'
   return option('stop', about, choices=('stop', 'skip'))
 

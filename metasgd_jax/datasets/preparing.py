@@ -174,7 +174,10 @@ class _UnpackedArchives(NamedTuple):
   downloaded_size: int
 
   def download_and_extract(self, urls: Any) -> Any:
-    """Returns the folders in the structure of `urls`, which is a URL or a dictionary of URLs."""
+    """Returns the folder of the unpacked archive of a URL, or a dictionary of folders for a dictionary of URLs.
+
+    Nothing is downloaded.
+    """
     return jax.tree.map(self.folders.__getitem__, urls)
 
 

@@ -207,7 +207,7 @@ def model_size(path_or_name: PathLike) -> int:
 
 
 def _find(path_or_name: PathLike) -> pathlib.Path:
-  """Returns the path of a model's file. Raises ValueError if there is no such file or name."""
+  """Returns the path of a model's file. Raises ValueError if no file has this path and no shipped model this name."""
   if path_or_name in shipped_models():
     return _SHIPPED / f'{path_or_name}.safetensors'
   path = pathlib.Path(os.path.expanduser(as_path(path_or_name)))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
