@@ -195,7 +195,10 @@ def schedule(steps: int) -> Schedule:
 
 
 def _most_steps(kept: int, times: int) -> int:
-  """Returns the largest number of steps for `kept` stored θ_t, if no step is computed more than `times` times."""
+  """Returns how many inner steps the reverse pass can go through with `kept` stored θ_t.
+
+  No step is computed more than `times` times.
+  """
   return math.comb(kept + times, kept)
 
 

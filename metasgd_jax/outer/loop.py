@@ -238,7 +238,10 @@ def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNG
 
 @functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
 def _chunk_keys(key, step, *, meta_batch, chunk):
-  """Returns the sample keys and the episode keys of a chunk, each `[R·chunk·T]` for R runs."""
+  """Returns the keys with which the tasks of a chunk are sampled, and the keys with which their episodes are drawn.
+
+  Both arrays of keys are `[R·chunk·T]`, for R runs.
+  """
   of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
   keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
   return tuple(keys[:, :, i].ravel() for i in range(2))
