@@ -21,7 +21,7 @@ from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
 from metasgd_jax.io import checkpoint
-from metasgd_jax.outer import bad_numbers, host_memory
+from metasgd_jax.outer import bad_numbers
 
 SECONDS = 15.0
 """Seconds between checkpoints if `checkpoint_every` is 0."""
@@ -225,7 +225,6 @@ class _AfterChunk:
     """Checks, records and saves the chunk that has just been trained."""
     self.stop_at_bad_numbers(progress)
     if self.first:
-      host_memory.release_freed()  # The compiler has freed much memory.
       if self.run.keeping.profile:
         profile(self.training, self.good, self.run.path('profile'))
       self.first = False
@@ -314,7 +313,7 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
       f'debug_task needs a single process, got {jax.process_count()}; leave out --coordinator or --distributed'
     )
   if step >= plan[0].total:
-    raise ValueError(f'debug_task must be less than meta_iterations={plan[0].total}, got {step}; the first one is 0')
+    raise ValueError(f'debug_task is a meta-iteration, from 0 to {plan[0].total - 1}, got {step}; give a lower number')
   return functools.partial(debug, plan, config, workdir, step)
 
 

@@ -303,7 +303,7 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
 
 
 def _types(leaves: list) -> tuple:
-  """Returns the types of the leaves and of their fields, because Linen modules with the fields 1 and 1.0 are equal."""
+  """Returns the types of leaves and of their fields, which tell 1 from 1.0 where the values compare as equal."""
   return tuple((type(leaf), _types(_fields(leaf))) for leaf in leaves)
 
 

@@ -129,7 +129,7 @@ def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[
   except Exception as e:  # tfds raises several kinds of errors.
     raise DatasetError(
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
-      f'check data_dir, or get {", ".join(urls)} in another way and pass the directory of these files as archives'
+      f'check data_dir, or download {", ".join(urls)} in another way, and give their directory as the argument archives'
     ) from e
 
 
@@ -176,7 +176,7 @@ class _UnpackedArchives(NamedTuple):
   def download_and_extract(self, urls: Any) -> Any:
     """Returns the folder of the unpacked archive of a URL, or a dictionary of folders for a dictionary of URLs.
 
-    Nothing is downloaded.
+    tfds calls it on its download manager, whose place this object takes. The archives are already unpacked.
     """
     return jax.tree.map(self.folders.__getitem__, urls)
 

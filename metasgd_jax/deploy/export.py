@@ -106,9 +106,9 @@ def export_learner(
   """Writes `adapt` and `predict` of a learner with its parameters, and returns the content of the file, read back.
 
   The file takes any number of query items. It is first written under a temporary name. If this machine has one of the
-  platforms, the programs of the file are then compared with the learner on `episode`, and `about['checked_on']` names
-  that platform. Only a file that passes gets the name `path`. The programs compute matrix products in the highest
-  precision (`jax.default_matmul_precision`), so that all platforms give the same numbers.
+  platforms, the programs of the file are then compared with the learner on `episode`, and the fact 'checked_on' of the
+  file names that platform. Only a file that passes gets the name `path`. The programs compute matrix products in the
+  highest precision (`jax.default_matmul_precision`), so that all platforms give the same numbers.
 
   Args:
     path: Path of the file to write.

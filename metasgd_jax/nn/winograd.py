@@ -6,10 +6,10 @@ product over all tiles and channels becomes 16 matrix products. The transpose wi
 Gᵀ[(Bᵀ d B) ⊙ (A ȳ Aᵀ)]G, where ȳ is a tile of the gradient of the output. The products are summed over all tiles before
 the multiplication by Gᵀ and G.
 
-The algorithm is exact in real numbers. In float32 the error is proportional to the largest input of a tile. It is about
-the error of the direct sum if all inputs have similar magnitudes, and larger otherwise. The algorithm is not meant for
-bfloat16, because the sums Bᵀ d B would use up its 8 bits of precision. An input that is not finite, or is close to
-overflow, may make all outputs of a tile NaN or infinite.
+The algorithm is exact in real numbers. In float32 the error is proportional to the largest input of a tile. If all
+inputs have similar magnitudes, this error is about as large as that of a direct convolution. Otherwise it is larger.
+The algorithm is not meant for bfloat16, because the sums Bᵀ d B would use up its 8 bits of precision. An input that is
+not finite, or is close to overflow, may make all outputs of a tile NaN or infinite.
 """
 
 import jax.numpy as jnp

@@ -95,7 +95,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   first = int(np.max(good.step))
 
   def damage(state, done):
-    """Returns `{run: names of the new non-finite leaves}` for the runs whose first `done` steps had bad numbers."""
+    """Returns `{run: names of the leaves that became non-finite}` for the runs with bad numbers in `done` steps."""
     found = _newly_bad(good, state)
     more = np.sum(~np.isfinite(losses[:done]), axis=0)
     before, now = skipped(good), skipped(state)

@@ -17,9 +17,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metasgd_jax.outer import fully_sharded, sharding
+from metasgd_jax.outer import fully_sharded, host_memory, sharding
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.types import PyTree, TaskDistribution, Tasks, check_count
+
+LONG_COMPILATION = 1.0
+"""Seconds of compilation after which `run_loop` releases the memory that the compiler has freed."""
 
 Info = dict[str, chex.Array]
 
@@ -144,7 +147,10 @@ def run_loop(
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     prepare = functools.partial(_prepare, tasks, key, iteration.meta_batch, chunk, mesh)
     coming = thread.submit(prepare, done)
+    start = time.perf_counter()
     _run_chunk.lower(state, coming.result(), 0, iteration=iteration, chunk=chunk).compile()
+    if time.perf_counter() - start > LONG_COMPILATION:
+      host_memory.release_freed()  # Otherwise the loop's memory would come on top of what the compiler has freed.
     while done < meta_iterations:
       n = min(chunk, meta_iterations - done)
       start = time.perf_counter()

@@ -166,10 +166,10 @@ def largest_good(
   The candidate steps are the fractions r^i of the full step, for i = 0, …, count − 1.
 
   A step is good if its improvement is above 0 and its divergence is at most `max_kl`. The divergence is nearly
-  proportional to the square of the step. After a step i that is not good, the next step to try is therefore computed
-  from its divergence: the largest step whose divergence should be at most `max_kl`, but at least step i + 1. After a
-  good step i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and step i − 1 is not, or
-  when step count − 1 is not good.
+  proportional to the square of the step. After a step i that is not good, its divergence therefore predicts the next
+  step to try: the smallest j ≥ i + 1 for which step j should have a divergence of at most `max_kl`. After a good step
+  i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and step i − 1 is not, or when step
+  count − 1 is not good.
 
   If all steps smaller than a good step are good too, the result is the one that trying i = 0, 1, 2, … in order gives,
   with about half as many tries. A good step between two steps that are not good may be missed.

@@ -111,7 +111,7 @@ def test_ink_is_255_whatever_the_decoder_makes_of_paper():
   assert omniglot._shrink(black, 28).min() == 255
 
 
-REMEDY = ('check data_dir', f'{NAMES[0]}.zip', 'as archives')
+REMEDY = ('check data_dir', f'{NAMES[0]}.zip', 'the argument archives')
 
 
 @contextlib.contextmanager

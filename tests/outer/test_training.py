@@ -384,3 +384,13 @@ def test_a_loss_that_is_not_finite_is_told_once():
   with pytest.warns(RuntimeWarning, match=saying('loss is not finite', 'meta-iteration 0', 'labels')) as told:
     ms.train(state, infinite, learner=OF_LINES, optimizer=ADAM, meta_iterations=3, meta_batch=2, chunk=1)
   assert len(told) == 1
+
+
+def test_memory_that_the_compiler_has_freed_is_released(monkeypatch):
+  released = []
+  monkeypatch.setattr(loop.host_memory, 'release_freed', lambda: released.append(1))
+  state = ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=ADAM)
+  for seconds in (1e9, 0):
+    monkeypatch.setattr(loop, 'LONG_COMPILATION', seconds)
+    ms.train(state, LINES, learner=OF_LINES, optimizer=ADAM, meta_iterations=2, meta_batch=2, chunk=1)
+  assert released == [1]
