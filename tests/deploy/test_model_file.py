@@ -50,7 +50,7 @@ def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
     (dict(metadata={}), ('no metadata', 'save_model')),
     (dict(metadata={'config': '{}'}), ('no metadata', 'save_model')),
     (dict(metadata={'format_version': 'one', 'config': '{}'}), ("version 'one'", 'positive integer')),
-    (dict(metadata={'format_version': '2', 'config': '?'}), ('version 2', 'up to 1', 'upgrade')),
+    (dict(metadata={'format_version': '2', 'config': '?'}), ('version 2', 'newer than 1', 'upgrade')),
     (dict(metadata={'format_version': '1', 'config': '{'}), ('does not describe a model',)),
     (dict(metadata={'format_version': '1', 'config': '[' * 100_000}), ('does not describe a model',)),
     (dict(metadata={'format_version': '1', 'config': '[]'}), ('JSON object', 'got list')),

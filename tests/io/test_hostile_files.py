@@ -54,7 +54,7 @@ class TestImages:
   def test_a_tile_larger_than_its_image_is_not_decoded(self, tmp_path):
     """Of 260 KB, which swell to 256 MiB; tiles somewhat larger than an image are as they should be."""
     said = self.read(tiff(tmp_path / 'a.tif', tile=1 << 14))
-    assert says(said, 'tiles of 268,435,456 pixels', 'has 256')
+    assert says(said, 'tiles have 268,435,456 pixels', 'only 256')
     assert image_files.read_image(tiff(tmp_path / 'b.tif', tile=256), 8, 3).max() == 0
 
   def test_a_header_without_end(self, tmp_path, monkeypatch):
