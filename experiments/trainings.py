@@ -296,8 +296,8 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
   """Returns the function that `--plan` or `--debug_task` calls in place of a run, or `None` if neither flag is given.
 
   Raises:
-    ValueError: if both flags are given, if `plan` contains no training, if the training has no meta-iteration with the
-      given number, or if `--debug_task` is given to several processes.
+    ValueError: if both flags are given, if the experiment trains nothing, if the number that `--debug_task` gives is no
+      meta-iteration of the training, or if `--debug_task` is given to several processes.
   """
   step = keeping.debug_task
   if step is None and not keeping.plan:

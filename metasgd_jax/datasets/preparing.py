@@ -182,7 +182,7 @@ class _UnpackedArchives(NamedTuple):
 
 
 def _write_records(builder: Any, folders: dict[str, str], archives_size: int) -> None:
-  """Makes a builder write array_record files from unpacked archives. While the builder runs, TensorFlow is replaced."""
+  """Runs a builder, which writes array_record files from unpacked archives, without TensorFlow."""
   generate_examples = builder._generate_examples
 
   def with_pillow_images(*args, **kwargs):

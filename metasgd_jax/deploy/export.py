@@ -195,7 +195,8 @@ def _programs(learner: Learner, meta, episode: Episode, any_support: bool, platf
 def _trace(learner: Learner, meta: PyTree, episode: Episode) -> PyTree:
   """Returns the shapes and dtypes of the adapted parameters.
 
-  The numbers of items are still fixed here, so that an error of the learner itself is raised before the export.
+  The learner is traced here with the numbers of items of the episode, and in the export with open numbers. An error
+  that is raised here is therefore the learner's own.
   """
   adapted = jax.eval_shape(functools.partial(_adapt, learner), meta, episode.support)
   if any(map(is_key, jax.tree.leaves(adapted))):

@@ -207,7 +207,7 @@ def _step(grad, theta, alpha, constants):
 
 
 def _start_back(v, alpha, constants):
-  """Returns the initial carry of the backward pass: v, the derivative with respect to the last θ, and zeros.
+  """Returns the initial carry of the backward pass: the derivative v with respect to the last θ, and zeros.
 
   The zeros are the derivatives with respect to α and the constants, to which every step back adds a term.
   """

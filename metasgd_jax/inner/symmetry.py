@@ -47,7 +47,7 @@ def _custom_derivatives(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
 
 
 def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
-  """Returns whether the rule of an equation gives the first and second derivatives of its function."""
+  """Returns whether the custom rule of an equation is right: it gives the true first and second derivatives."""
   variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
   alone = jaxpr.replace(constvars=(), invars=variables, outvars=equation.outvars, eqns=[equation])
   rule = jaxpr_as_fun(ClosedJaxpr(alone, ()))

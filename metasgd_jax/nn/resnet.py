@@ -53,8 +53,8 @@ class ResNet12(nn.Module):
   """Four residual blocks, a mean over all positions, and a dense layer to N logits.
 
   This is the network of TADAM (Oreshkin et al. 2018) and, with the default widths, of MetaOptNet (Lee et al. 2019,
-  section 4.1). It has 12.4 million parameters, without those of the dense layer. DropBlock, with which these papers
-  train a classifier of all classes, is left out. Batch norm uses the statistics of the current batch, or those of the
+  section 4.1). It has 12.4 million parameters, without those of the dense layer. DropBlock, a regulariser that
+  MetaOptNet uses in its training, is left out. Batch norm uses the statistics of the current batch, or those of the
   support; see `BatchNorm`.
 
   Attributes:

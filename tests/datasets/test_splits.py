@@ -64,7 +64,10 @@ class TestBySeed:
       (dict(train=0.5, validation=0.1, test=0.2), ('sum to 1', 'train=0.5')),
       (dict(train=1.5, validation=-0.5, test=0.0), ('fractions', '0 or more', 'validation=-0.5')),
       (dict(train=float('nan'), validation=0.5, test=0.5), ('sum to 1', 'train=nan')),
-      (dict(train=0.795, validation=0.005, test=0.2), ('validation=0.005', '50 classes', 'rounds to 0', 'give numbers')),
+      (
+        dict(train=0.795, validation=0.005, test=0.2),
+        ('validation=0.005', '50 classes', 'rounds to 0', 'give numbers'),
+      ),
     ],
   )
   def test_shares_that_cannot_be(self, shares, parts):
