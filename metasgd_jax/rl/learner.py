@@ -170,7 +170,8 @@ def policy_gradient(
   learned = isinstance(alpha, AlphaConfig)
   if alpha is None or (learned and alpha.by_step):
     raise ValueError(
-      f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; for a factor per step, give rates='
+      f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; for a factor per step, '
+      'give the argument rates'
     )
   check_count('steps', steps, 0)
   check_count('trajectories', trajectories)
