@@ -10,8 +10,6 @@ from typing import Any
 
 from absl import flags
 
-from metasgd_jax.cli.telling import cut
-
 WIDTH = 100
 MOST_USED = (
   *('learner', 'table1', 'table2', 'table3', 'table4', 'network', 'adapts', 'dataset', 'data_dir', 'way', 'shot'),
@@ -117,3 +115,8 @@ def _brief(flag: flags.Flag) -> str:
   if flag.boolean:
     return f'--no{flag.name}' if flag.default else f'--{flag.name}'
   return f'--{flag.name}={textwrap.shorten(flag.default_unparsed or "…", 20, placeholder="…")}'
+
+
+def cut(text: str) -> str:
+  """Returns a text from the command line, cut after 80 characters."""
+  return text if len(text) <= 80 else f'{text[:80]}…'

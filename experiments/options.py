@@ -13,9 +13,8 @@ import jax
 from absl import app, flags, logging
 
 from experiments import command, reporting
-from experiments.command import flag_texts
+from experiments.command import cut, flag_texts
 from metasgd_jax import datasets
-from metasgd_jax.cli.telling import cut
 from metasgd_jax.io import checkpoint, files
 from metasgd_jax.outer import sharding
 

@@ -224,10 +224,9 @@ class _AfterChunk:
   def __call__(self, progress: ms.Progress) -> None:
     """Checks, records and saves the chunk that has just been trained."""
     self.stop_at_bad_numbers(progress)
-    if self.first:
-      if self.run.keeping.profile:
-        profile(self.training, self.good, self.run.path('profile'))
-      self.first = False
+    if self.first and self.run.keeping.profile:
+      profile(self.training, self.good, self.run.path('profile'))
+    self.first = False
     self.good = progress.state
     self.recorder(progress)
     accuracy = None if self.best is None else self.best(progress)

@@ -1,4 +1,4 @@
-"""Functions that print the output of the commands, and that shorten long text from the command line for messages."""
+"""Prints the output of the commands."""
 
 
 def say(*lines: str) -> None:
@@ -6,8 +6,3 @@ def say(*lines: str) -> None:
   from metasgd_jax.datasets.messages import printable
 
   print(*map(printable, lines), sep='\n', flush=True)
-
-
-def cut(text: str) -> str:
-  """Returns a text from the command line, cut after 80 characters."""
-  return text if len(text) <= 80 else f'{text[:80]}…'

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from metasgd_jax.datasets.messages import DatasetError, Report, with_progress
 from metasgd_jax.datasets.pixels import in_mode
 from metasgd_jax.io.files import PathLike, as_path, first_line
+from metasgd_jax.types import check_choice
 
 _SUFFIXES = (
   *('.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.dib', '.gif', '.webp', '.tif', '.tiff'),
@@ -210,8 +211,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') -> tuple[int, int]:
   """Returns (H, W). Raises ValueError unless H and W are 1 or more, `channels` is 1 or 3, and `fit` is a `Fit`."""
-  if fit not in get_args(Fit):
-    raise ValueError(f'fit must be one of {get_args(Fit)}, got {fit!r}')
+  check_choice('fit', fit, Fit)
   sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
   if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
     raise ValueError(f'size must be an integer of 1 or more, or a pair (height, width) of such integers, got {size!r}')

@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, writable
 from metasgd_jax.io.files import PathLike, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams
+from metasgd_jax.types import Batch, Episode, Learner, MetaParams, check_choice
 
 FORMAT_VERSION = 1
 
@@ -68,9 +68,8 @@ class ModelConfig:
   training: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
   def __post_init__(self):
-    for name, choices in (('learner', get_args(LearnerName)), ('background', get_args(Background))):
-      if getattr(self, name) not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {getattr(self, name)!r}')
+    check_choice('learner', self.learner, LearnerName)
+    check_choice('background', self.background, Background)
     for name, (least, most) in _RANGES.items():
       value = getattr(self, name)
       if not is_int(value) or not least <= value <= most:

@@ -1,7 +1,6 @@
 """Diagnosis of numbers that are not finite in meta-training: finds the step, the run, the tasks and the leaves."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -109,8 +108,7 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   before = good
   while high - low > 1:
     middle = (low + high) // 2
-    with warnings.catch_warnings(action='ignore', category=RuntimeWarning):  # The result says more than this warning.
-      state = go(before, first + middle)
+    state = go(before, first + middle)
     found = damage(state, middle)
     if found:
       marks, high = found, middle
