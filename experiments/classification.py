@@ -1,4 +1,4 @@
-"""N-way K-shot classification: Tables 2 and 3 of Li et al. 2017, your own images, and glyphs, which need no download.
+"""N-way K-shot classification, for Tables 2 and 3 of Li et al. 2017, on your own images, or on glyphs (no download).
 
 python -m experiments.classification
 python -m experiments.classification --dataset=omniglot --data_dir=~/tensorflow_datasets
@@ -119,8 +119,8 @@ class Config:
       dataset = 'omniglot' if self.table2 else 'mini_imagenet' if self.table3 else 'glyphs'
       object.__setattr__(self, 'dataset', dataset)
     if self.dataset != 'glyphs' and self.data_dir is None:
-      where = 'the directory of the images, or of tfds for omniglot and cifar_fs, such as ~/tensorflow_datasets'
-      raise ValueError(f'dataset {self.dataset} needs data_dir, {where}')
+      where = 'for omniglot and cifar_fs the data directory of tfds, such as ~/tensorflow_datasets'
+      raise ValueError(f'dataset={self.dataset} needs data_dir; give the directory of the images, or {where}')
     if self.ensemble > 1 and not self.validate_every:
       raise ValueError(
         f'ensemble={self.ensemble} needs validated checkpoints, got validate_every=0; give --validate_every=N'
@@ -132,25 +132,25 @@ class Config:
         raise ValueError(f'{name} needs several inner steps, got inner_steps={self.inner_steps}; give at least 2')
     if self.ensemble > 1 and self.ensemble > self.meta_iterations // self.validate_every:
       raise ValueError(
-        f'ensemble={self.ensemble} needs as many validations, because each validation gives one checkpoint, but there '
-        f'are {self.meta_iterations // self.validate_every} validations in {self.meta_iterations} meta-iterations with '
-        f'validate_every={self.validate_every}; lower ensemble or validate_every'
+        f'ensemble={self.ensemble} needs {self.ensemble} checkpoints, and each validation gives one, but there are '
+        f'only {self.meta_iterations // self.validate_every} validations in {self.meta_iterations} meta-iterations '
+        f'with validate_every={self.validate_every}; lower ensemble or validate_every'
       )
     if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
       raise ValueError(
-        f'start works only with the learner meta_sgd or maml, got learner={",".join(self.learners)}; give one of these '
-        'learners, or leave start out'
+        f'--start works only with the learner meta_sgd or maml, got learner={",".join(self.learners)}; give one of '
+        'these learners, or leave start out'
       )
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
       raise ValueError(
-        'table2 and table3 need real images, got dataset=glyphs; leave dataset out, as a table has its own'
+        'table2 and table3 need real images, got dataset=glyphs; leave --dataset out, as a table has its own data set'
       )
     if self.class_lists and self.dataset != 'folder':
-      raise ValueError(f'class_lists is for dataset folder, got dataset={self.dataset}; leave class_lists out')
+      raise ValueError(f'class_lists works only with dataset=folder, got dataset={self.dataset}; leave class_lists out')
 
   @property
   def learners(self) -> tuple[str, ...]:
-    """The learners to train."""
+    """Names of the learners to train."""
     return self.learner or (LEARNERS if self.table2 or self.table3 else ('meta_sgd',))
 
   @property
@@ -267,7 +267,8 @@ def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> 
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
       raise ValueError(
-        'plan and debug_task are for one cell, not for a whole table; replace table2 or table3 by the flags of a cell'
+        '--plan and --debug_task are for one cell, not for a whole table; '
+        'replace --table2 or --table3 by the flags of a cell'
       )
     of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping, cell=True)
     return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)

@@ -94,7 +94,7 @@ def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
 
 
 def help_text() -> str:
-  """Returns the text of `--help`: a description of each flag used most, and the names of the others."""
+  """Returns the text of `--help`: the descriptions of the most used flags, and the names of the other flags."""
   about, experiment = (sys.modules['__main__'].__doc__ or '').partition('\n')[0], pathlib.Path(sys.argv[0]).stem
   usage = f'usage: python -m experiments.{experiment} [--name=value …]; --helpfull describes all flags'
   ours = [*flags.FLAGS.get_key_flags_for_module(sys.argv[0]), flags.FLAGS['compilation_cache']]

@@ -51,7 +51,10 @@ def load(config: Any) -> Data:
 
 
 def load_archived(config: Any) -> splits.Splits:
-  """Returns the classes of CIFAR-FS or Omniglot, which tfds prepares. Omniglot's training classes are also rotated."""
+  """Returns the classes of CIFAR-FS or Omniglot, which tfds prepares.
+
+  Each training class of Omniglot gives three more classes: its images rotated by 90, 180 and 270 degrees.
+  """
   source = {'archives': config.archives, 'verify_archives': config.verify_archives, 'report': print}
   if config.dataset == 'cifar_fs':
     return cifar_fs.load(config.data_dir, **source)
@@ -64,7 +67,10 @@ def load_archived(config: Any) -> splits.Splits:
 
 
 def load_folder(config: Any) -> splits.Splits:
-  """Returns the classes of a folder of images, split by lists, or at random into 64% / 16% / 20%."""
+  """Returns the classes of a folder of images, split by the lists in the folder `config.class_lists`.
+
+  Without `class_lists` the split is random: 64% of the classes to train on, 16% for validation, and 20% to test on.
+  """
   images = image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
   if config.class_lists:
     parts = splits.ClassNames._fields
@@ -87,7 +93,7 @@ def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, way: i
   if shot + query > bank.sizes[least]:
     raise ValueError(
       f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images, but a task needs '
-      f'shot + query = {shot} + {query}; add images, lower query (eval_query in testing), or remove the class'
+      f'shot + query = {shot} + {query}; add images, lower query (in testing, eval_query), or remove the class'
     )
 
 

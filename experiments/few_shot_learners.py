@@ -1,4 +1,4 @@
-"""Builds the learners of the comparison, their outer optimisers and their training tasks."""
+"""Builds the few-shot learners that the experiments compare, with their outer optimisers and training tasks."""
 
 import dataclasses
 from typing import Any
@@ -138,15 +138,16 @@ def _infinite_to_nan(grads: Any, _: Any) -> Any:
 
 
 def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> Any:
-  """Returns the tasks that a learner is trained on, with augmented images if `config.augmentation` says so.
+  """Returns the training tasks of a learner. Their images are augmented if `config.augmentation` names an augmentation.
 
   Raises:
-    ValueError: if the learner is 'joint' and the data set has no training classes, or if `query_images` raises it.
+    ValueError: if the learner is 'joint' and the data set has no training classes, or if the learner reads sequences,
+      and the shots leave no image for the query.
   """
   if name != 'joint':
     found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
   elif data.train is None:
-    raise ValueError('learner joint needs training classes, which glyphs do not have; give --dataset=omniglot')
+    raise ValueError("the learner 'joint' needs training classes, but 'glyphs' has none; give --dataset=omniglot")
   else:
     found = few_shot_data.from_indices(data.train, ms.tasks.class_indices(data.train, batch=JOINT_BATCH))
   augment = few_shot_data.AUGMENTATIONS[config.augmentation]
@@ -156,17 +157,17 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
 def query_images(name: str, config: Any) -> int:
   """Returns the number of query images per class in training.
 
-  A learner that reads sequences gets `DRAWINGS` images of a class, as support and query together.
+  For a learner that reads sequences, the support and the query together have `DRAWINGS` images per class.
 
   Raises:
-    ValueError: if the learner reads sequences, and the shots leave no image for the query.
+    ValueError: if the learner reads sequences, and `config.shot` is not less than `DRAWINGS`.
   """
   if name not in SEQUENTIAL:
     return config.query
   if config.shot >= DRAWINGS:
     raise ValueError(
-      f'learner {name} reads {DRAWINGS} images of a class, as support and query together, got shot={config.shot}; '
-      f'give a lower shot, at most {DRAWINGS - 1}'
+      f'learner {name} reads {DRAWINGS} images per class, and one or more of them must be query images, got '
+      f'shot={config.shot}; give a lower shot, at most {DRAWINGS - 1}'
     )
   return DRAWINGS - config.shot
 

@@ -67,12 +67,12 @@ def prepare(
   """Checks that the table can be made, and returns the function that makes it.
 
   Args:
-    config: Configuration of the experiment, with table2 or table3.
-    workdir: Directory of the table and its cells.
+    config: Configuration of the experiment, in which `table2` or `table3` is True.
+    workdir: Directory of the table. Each cell has its own directory in it.
     build: Function `(configuration of a cell, data) → Setup`.
     run: Function `(configuration of a cell, directory, Setup) → rows`.
-    restart: Whether a cell is trained from the start if `resuming.check` refuses the run in its directory. Without
-      `restart`, the error of `resuming.check` is raised before any cell is trained.
+    restart: Whether a cell is trained from the start if `resuming.check` refuses the run in its directory. If it is
+      False, the error of `resuming.check` is raised before any cell is trained.
   """
   todo = cells(config)
   _refuse_others(workdir, config.dataset)
@@ -110,9 +110,9 @@ def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
 
 
 def _refuse_others(workdir: pathlib.Path, dataset: str) -> None:
-  """Raises WriterError if writing the table would overwrite files that are not from an earlier table.
+  """Raises WriterError if writing the table would overwrite files, unless they are from an earlier table.
 
-  Existing files are from an earlier table if the JSON file among them has rows.
+  If the existing JSON file has rows, all the files are taken to be from an earlier table.
   """
   paths = [workdir / f'table_{dataset}.{ending}' for ending in ('json', 'md', 'png')]
   with contextlib.suppress(OSError, TypeError, ValueError):
@@ -140,8 +140,8 @@ def _done(cell: Any, directory: pathlib.Path) -> bool:
 def rows_of(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
   """Returns the results of all cells of a data set in the work directory, in the order of the table.
 
-  The cells may come from different commands and have different budgets, which the table states. A file that cannot be
-  read is reported and left out.
+  The cells may come from different commands, with different numbers of meta-iterations and tasks. The table states
+  these numbers. A file that cannot be read is reported and left out.
   """
   rows = []
   for path in sorted((workdir / 'cells').glob(f'{dataset}_*/results.json')):
@@ -160,12 +160,12 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """Returns the rows of a cell's results.json. Raises OSError or ValueError if the file has none."""
   found = json.loads(path.read_bytes())
   if not isinstance(found, dict) or not found.get('rows'):
-    raise ValueError('it has no rows')
+    raise ValueError('the file has no rows')
   return found['rows']
 
 
 def write(workdir: pathlib.Path, dataset: str) -> list[dict[str, Any]]:
-  """Writes the table of a data set's cells so far, as Markdown and as JSON, and returns its rows."""
+  """Writes the table of a data set, with the cells that have results, as Markdown and JSON, and returns its rows."""
   _refuse_others(workdir, dataset)
   rows = rows_of(workdir, dataset)
   files.write_json(workdir / f'table_{dataset}.json', {'rows': rows})
@@ -205,7 +205,7 @@ def _caption(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], plotting) -> Any:
-  """Returns a figure of the accuracies, beside those of the paper. It leaves out the rows with inductive batch norm."""
+  """Returns a figure of the accuracies beside those of the paper. Rows with inductive batch norm are left out."""
   panels: dict[str, list[Any]] = {}
   for row in sorted(rows, key=lambda row: (row['way'], row['test_shot'])):
     if row['batch_norm'] != 'inductive':

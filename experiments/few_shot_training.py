@@ -49,10 +49,11 @@ class Setup(NamedTuple):
 
 
 def build(config: Any, data: few_shot_data.Data | None = None, devices: int | None = None) -> Setup:
-  """Builds tasks, learners and optimisers. The data set is read if `data` is `None`.
+  """Builds tasks, learners and optimisers. If `data` is `None`, the data set is loaded.
 
   Raises:
-    ValueError: if settings do not fit the data, or if the devices cannot share the tasks of a meta-iteration evenly.
+    ValueError: if the configuration does not fit the data, or if the devices cannot share the tasks of a meta-iteration
+      evenly.
     DatasetError: if the data set cannot be loaded.
   """
   data = few_shot_data.placed(data or few_shot_data.load(config), config.stream)
@@ -87,15 +88,15 @@ def _load_start(config: Any) -> ms.MetaParams:
   ours = (config.learners[0], config.way, *config.sizes)
   if len(config.learners) > 1 or theirs != ours or config.alpha_by_step:
     raise ValueError(
-      f'start={config.start} has (learner, way, filters, hidden) = {theirs}, but this run has {ours}, with '
-      f'learner={",".join(config.learners)} and alpha_by_step={config.alpha_by_step}; make the four values the same, '
-      'give a single learner, and leave out alpha_by_step'
+      f'start={config.start} does not fit this run: the model has (learner, way, filters, hidden) = {theirs}, '
+      f'and this run has {ours}, learner={",".join(config.learners)} and alpha_by_step={config.alpha_by_step}; set the '
+      'four values to those of the model, give a single learner, and leave out alpha_by_step'
     )
   return model.meta
 
 
 def plan(config: Any, setup: Setup) -> list[trainings.Training]:
-  """Returns the trainings of the configuration: R runs of each learner that is trained."""
+  """Returns the trainings of the configuration: R runs of each learner, except of the learners in `UNTRAINED`."""
   names = [name for name in config.learners if name not in UNTRAINED]
   return [_training(name, r, config, setup) for name in names for r in range(config.seeds)]
 
@@ -129,11 +130,11 @@ def _first_state(name: str, r: int, config: Any, setup: Setup) -> ms.TrainState:
 
 
 def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any, Any, dict[str, Any]]:
-  """Trains R runs of a learner, one after the other. Networks of this size gain nothing from training side by side.
+  """Trains R runs of a learner, one after the other. Networks of this size do not train faster side by side.
 
   Returns:
-    The meta-parameters with a leading axis `[R]`, the curves of the runs, and the numbers of skipped steps, which
-    become a part of the row in results.json. A learner that is not trained has `None` for the curves.
+    The meta-parameters with a leading axis `[R]`, the curves of the runs, and a dict with the numbers of skipped steps.
+    The dict becomes a part of the row in results.json. If the learner needs no training, the curves are `None`.
   """
   if name in UNTRAINED:
     run.begin()
@@ -155,7 +156,7 @@ def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any,
 
 
 def _members(metas: list[Any], config: Any) -> Any:
-  """Returns the best meta-parameters, or those of all members of an ensemble with a leading axis `[E]`."""
+  """Returns the first of `metas`, which is the best, or for an ensemble all of them, stacked along an axis `[E]`."""
   return metas[0] if config.ensemble == 1 else _stacked(metas)
 
 
@@ -181,9 +182,9 @@ def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: res
 
 
 def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[reporting.Result]:
-  """Tests on unseen tasks, and returns a result for each kind of batch norm: first transductive, then inductive.
+  """Tests on unseen tasks. Returns one result with transductive batch norm and then one with inductive batch norm.
 
-  Sequential learners have no batch norm, so their list has one result.
+  Sequential learners have no batch norm, so for them the list has only one result.
   """
   results = []
   modes = {'none': False} if name in SEQUENTIAL else {'transductive': False, 'inductive': True}
@@ -197,9 +198,10 @@ def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[re
 
 
 def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:
-  """Returns the accuracies at the 1st, 2nd, …, n-th item of a class in sequences of unseen classes: `[n]`.
+  """Returns the accuracies on the 1st, 2nd, …, n-th item of a class in a sequence, as means over sequences: `[n]`.
 
-  Only the first run is tested and, if it is an ensemble, only its best member.
+  The classes are unseen. Only the first training run is tested. If it trained an ensemble, only the best member is
+  tested.
   """
   sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=DRAWINGS - 1)
   best = reporting.one_run(meta, 0)

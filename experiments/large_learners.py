@@ -4,7 +4,8 @@ python -m experiments.large_learners                         low-rank changes of
 python -m experiments.large_learners --network=transformer
 python -m experiments.large_learners --plan --widths=64,160,320,640 --dataset=omniglot --data_dir=~/tensorflow_datasets
 
-All or a part of the network adapts. The memory that training takes is printed before training begins.
+The whole network adapts, or only a part of it, or low-rank changes of its matrices. The memory that training takes is
+printed before training begins.
 """
 
 import dataclasses
@@ -88,7 +89,7 @@ class Config:
 
   @property
   def label(self) -> str:
-    """Name of the training in what is printed."""
+    """Name of the training in printed text."""
     part = f'rank {self.rank}' if self.adapts == 'low_rank' else self.adapts
     return f'{NETWORKS[self.network]} ({part})'
 
@@ -214,7 +215,7 @@ def _sentence(result: Result, about_run: dict[str, Any], config: Config) -> str:
 
 
 def _floor(tasks: Any, config: Config) -> float:
-  """Returns the mean loss of the true transition probabilities, the lowest that any learner can expect."""
+  """Returns the mean loss of predictions by the true transition probabilities. No learner can expect a lower loss."""
 
   def of_task(key):
     task_key, episode_key = jax.random.split(key)

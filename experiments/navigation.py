@@ -1,7 +1,7 @@
 """2D navigation by policy gradients: Table 4 and Figure 4 of Li et al. 2017.
 
 python -m experiments.navigation             Meta-SGD and MAML from a fixed start, beside the paper's numbers
-python -m experiments.navigation --table4    both task sets: all of Table 4
+python -m experiments.navigation --table4    the same from fixed and from varying starts: all of Table 4
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ PAPER_TABLE = {  # (learner, start) → mean return after one update and half-wi
 class Config:
   """Settings of the paper, section 4.3. Settings that the paper does not give are mostly those of MAML's released code.
 
-  Four defaults differ from MAML's code. The estimator of MAML's code is 'score', which is biased. The decay in MAML's
-  code is 1, which gives noisier updates. The damping in MAML's code is 1e-5, as in rllab, which gives too long steps if
-  few tasks give the curvature. MAML's code computes the curvature from all tasks, which would be most of the work here.
+  Four defaults differ from MAML's code. MAML's code uses the estimator 'score', which is biased. It uses a decay of 1,
+  which makes the updates noisier. It uses a damping of 1e-5, as in rllab, which makes the steps too long if the
+  curvature is computed from few tasks. It computes the curvature from all tasks, which would be most of the work here.
   A test may take more inner steps than the training. The inner rate of these additional steps is multiplied by
   `later_rate`, whose default, 0.5, is that of MAML's test script.
   """
@@ -89,7 +89,7 @@ class Config:
 
   @property
   def curved(self) -> int:
-    """Number of tasks that give TRPO's curvature: by default 4, or all if there are fewer."""
+    """Number of tasks from which TRPO computes the Fisher matrix: by default 4, or all tasks if there are fewer."""
     return self.curvature_tasks or min(4, self.meta_batch)
 
   @property
@@ -104,7 +104,7 @@ AllTrained = dict[tuple[str, str], trainings.Trained]
 
 
 def build_environments() -> dict[str, rl.Environment]:
-  """Returns the environments of both task sets by their start: {'fixed': …, 'varying': …}."""
+  """Returns `{start: environment}`, with one environment for each of the task sets 'fixed' and 'varying'."""
   return {start: rl.navigation(cast(Any, start)) for start in STARTS}
 
 
@@ -131,8 +131,8 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
     devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
 
   Raises:
-    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks that the curvature is
-      computed from.
+    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the `config.curved` tasks from
+      which TRPO computes the curvature.
   """
   curved = config.curved if config.optimizer == 'trpo' else 0
   mesh = ms.sharding.task_mesh(config.meta_batch if devices else math.gcd(config.meta_batch, curved), devices=devices)
@@ -199,7 +199,7 @@ def _test(name: str, meta: ms.MetaParams, environment: rl.Environment, config: C
 
 
 def _table(results: list[Result], config: Config) -> str:
-  """Returns as text the mean returns before and after each update, beside the paper's, and how the learners differ."""
+  """Returns a text: the mean returns after 0, 1, … updates, the paper's mean returns, and Meta-SGD minus MAML."""
   counts = range(config.eval_updates + 1)
   lines = [
     f'mean undiscounted return ± 95% interval over {config.eval_tasks} unseen tasks; {config.seeds} training run(s) of '
@@ -272,7 +272,7 @@ def _act(inner: rl.PolicyGradient, meta, task, key):
 
 
 def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str], list[list]]) -> None:
-  """Writes an animation of one unseen task for each task set, if matplotlib is installed."""
+  """Writes one animation for each task set, if matplotlib is installed. Each animation shows one unseen task."""
   try:
     from metasgd_jax import plotting
   except ImportError:

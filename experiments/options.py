@@ -30,7 +30,7 @@ flags.disclaim_key_flags()  # Then --help lists the flags defined here as flags 
 
 
 class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
-  """Converts the value of an option from text and to text. In the text, commas separate the items of a tuple."""
+  """Converts text to the value of an option, and a value to text. In the text, commas separate the items of a tuple."""
 
   def __init__(self, kind: type, low: Bound, high: Bound, choices: Names):
     bounds: Any = dict(lower_bound=low, upper_bound=high)
@@ -40,7 +40,11 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
     self.syntactic_help = _description(kind, low, high, choices)
 
   def parse(self, argument: str) -> Any:
-    """Converts a text from the command line to a value. Raises ValueError, which says what the value must be."""
+    """Converts a text from the command line to a value.
+
+    Raises:
+      ValueError: if the text is not valid. The message says what the value must be.
+    """
     parts = [part.strip() for part in argument.split(',') if part] if self.kind is tuple else [argument]
     hint = ''.join(near(part, self.choices) for part in parts)
     mistake = ValueError(f'it must be {self.syntactic_help}{hint}')
@@ -90,8 +94,8 @@ def option(
   """Returns a dataclass field that is also a flag.
 
   Args:
-    default: value if the flag is not given. A tuple makes a flag that takes several names, or several whole numbers
-      if there are no `choices`.
+    default: value if the flag is not given. If it is a tuple, the flag takes several values: names if there are
+      `choices`, and whole numbers otherwise.
     about: text for `--help`.
     low: smallest value allowed.
     high: largest value allowed.
@@ -107,7 +111,7 @@ def check(config: Any) -> None:
   for field in dataclasses.fields(config):
     value, parser = getattr(config, field.name), field.metadata['parser']
     if value is not field.default and not parser.allows(value):
-      raise ValueError(f'{field.name} must be {parser.syntactic_help}, got {cut(repr(value))}')
+      raise ValueError(f'`{field.name}` must be {parser.syntactic_help}, got {cut(repr(value))}')
 
 
 def define_flags(config_class: type) -> None:
@@ -139,10 +143,10 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
   """Runs an experiment from the command line.
 
   Args:
-    prepare: reads the flags, builds and checks everything, and returns a function that does the run. A ValueError
-      from `prepare` is a mistake of the user and ends the program with one sentence. A ValueError from the run is a
-      defect of the program and keeps its traceback.
-    config_class: class of the experiment's configuration; see `command.parse`.
+    prepare: Function that reads the flags, builds and checks all parts of the run, and returns a function that performs
+      the run. A ValueError from `prepare` is a mistake of the user, so its message is printed without a traceback. A
+      ValueError from the run is a defect of the program, so its traceback is printed.
+    config_class: Class of the experiment's configuration; see `command.parse`.
   """
 
   def start(_: Sequence[str]) -> None:
@@ -172,7 +176,10 @@ def _is_ours(record: Any) -> bool:
 
 
 def _start_jax(cache: str | None) -> None:
-  """Makes JAX use all cores of a CPU and cache compiled programs on disk, unless its own settings say otherwise."""
+  """Makes JAX use all cores of a CPU, and cache compiled programs in the directory `cache` if it is given.
+
+  If JAX already has a number of CPU devices or a cache directory in its settings, that setting is kept.
+  """
   sharding.cpu_cores_as_devices()
   if cache and not getattr(jax.config, 'jax_compilation_cache_dir', None):
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(cache).expanduser()))

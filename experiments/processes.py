@@ -1,7 +1,7 @@
 """Runs an experiment in several processes, on one host or on many. Only the first process writes files and prints.
 
-All processes run the same program on the same numbers, and so take the same branches. The first process sends values
-that only it knows, such as the newest checkpoint, to the other processes.
+All processes run the same program and compute the same numbers, so they take the same branches. The first process
+sends values that only it knows, such as the newest checkpoint, to the other processes.
 """
 
 import atexit
@@ -60,8 +60,8 @@ class Machines:
     three = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
     given = {name: value for name, value in three.items() if value is not None}
     if self.distributed and given:
-      twice = f'distributed gets {" and ".join(given)} from the cluster, but the command line gives values too'
-      raise ValueError(f'{twice}; leave out one or the other')
+      twice = f'--distributed gets {" and ".join(given)} from the cluster, but the command line gives values too'
+      raise ValueError(f'{twice}; leave out either --distributed or these values')
     if given and len(given) < 3:
       missing = ' and '.join(f'--{name}' for name in three if name not in given)
       got = ', '.join(f'{name}={value}' for name, value in given.items())
@@ -72,21 +72,22 @@ class Machines:
       return
     host, _, port = self.coordinator.rpartition(':')
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-      raise ValueError(f'coordinator must be HOST:PORT, such as node1:1234, got {self.coordinator!r}')
+      raise ValueError(f'`coordinator` must be HOST:PORT, such as node1:1234, got {self.coordinator!r}')
     if self.process_id >= self.num_processes:
       most = f'num_processes={self.num_processes}'
       raise ValueError(f'process_id must be less than {most}, got {self.process_id}; the first process is 0')
 
 
 def start(machines: Machines) -> None:
-  """Connects this process with the others. Then only the first process prints; the others show warnings and errors.
+  """Connects this process with the others. It does nothing if neither `coordinator` nor `distributed` is set.
 
-  Call this function before JAX is used. It does nothing if neither `coordinator` nor `distributed` is set.
+  Call this function before JAX is used. After it, only the first process prints, and the other processes show only
+  warnings and errors.
 
   Raises:
     ValueError: if `distributed` is set and there is no cluster, if the coordinator's host is not known, if a process
-      does not connect to the coordinator in time, or if JAX cannot connect the processes. JAX aborts the program if a
-      process of a cluster is missing.
+      does not connect to the coordinator in time, or if JAX cannot connect the processes. If `distributed` is set
+      and a process is missing, there is no ValueError: JAX aborts the program.
   """
   coordinator = machines.coordinator
   if coordinator is None and not machines.distributed:
@@ -125,9 +126,12 @@ def start(machines: Machines) -> None:
 
 
 def _keep_stdout(ours: bool) -> None:
-  """Sends Python's prints to stdout if this is the first process (`ours`), and discards them in the others.
+  """Keeps stdout for Python's prints in the first process, and discards the prints of the other processes.
 
-  What libraries such as Gloo write to stdout goes to stderr, in all processes.
+  In all processes, the text that libraries such as Gloo write to stdout goes to stderr instead.
+
+  Args:
+    ours: Whether this is the first process.
   """
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
@@ -160,13 +164,14 @@ def _greet(coordinator: str, process_id: int) -> None:
 
 
 def _gather(coordinator: str, num_processes: int) -> None:
-  """Waits in the first process until every other process has sent its process id.
+  """Waits in the first process until every other process has sent its process id to the port of `coordinator`.
 
-  The first process then answers the other processes. When the function returns, the port is free for JAX.
+  The first process then answers the other processes. The function closes the port before it returns, because JAX
+  listens there next.
 
   Raises:
-    ValueError: if a process does not connect in time, or if another program uses the port. The message names
-      the missing processes.
+    ValueError: if a process does not connect in time, or if the first process cannot listen at the port, for example
+      because another program uses it. If processes are missing, the message names them.
   """
   end = time.monotonic() + PATIENCE
   there: dict[int, socket.socket] = {}
@@ -192,14 +197,17 @@ def _gather(coordinator: str, num_processes: int) -> None:
 
 
 def first() -> bool:
-  """Returns whether this process is the first, which writes and prints. A single process is the first."""
+  """Returns whether this is the first process, the only one whose files and prints are kept.
+
+  If there is only one process, it is the first.
+  """
   return jax.process_index() == 0
 
 
 def open_workdir(path: files.PathLike) -> pathlib.Path:
   """Returns the work directory in the first process, and a temporary directory in the others.
 
-  No file is therefore written twice, and only what the first process writes is kept.
+  In this way, no two processes write the same file, and only the files of the first process are kept.
   """
   if first():
     return files.open_workdir(path)
@@ -209,10 +217,11 @@ def open_workdir(path: files.PathLike) -> pathlib.Path:
 
 
 def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
-  """Returns a mesh of devices that share the test tasks evenly, with as many devices of each process as possible.
+  """Returns the largest mesh whose devices can share `num_tasks` test tasks evenly, for use in testing.
 
-  A mesh has at most `devices` devices of each process, or all if `devices` is `None`. If the processes cannot share the
-  `num_tasks` tasks evenly, the result is `None`: each process tests on all tasks, on one device.
+  The mesh has equally many devices of each process, at most `devices`. If `devices` is `None`, there is no such limit.
+  If the processes cannot share the tasks evenly, the result is `None`, and each process tests on all tasks with one
+  device. The result is also `None` if the mesh would have only one device.
   """
   processes = jax.process_count()
   most = min(devices or jax.local_device_count(), jax.local_device_count())
@@ -221,9 +230,9 @@ def mesh_to_judge(num_tasks: int, devices: int | None) -> Mesh | None:
 
 
 def from_first(tree: PyTree) -> PyTree:
-  """Returns the tree of the first process in all processes, bit for bit.
+  """Returns, in every process, the `tree` of the first process, bit for bit.
 
-  In the other processes, `tree` only gives the structure, the shapes and the dtypes.
+  In the other processes, only the structure, the shapes and the dtypes of `tree` are used.
   """
   if jax.process_count() == 1:
     return tree
@@ -233,14 +242,17 @@ def from_first(tree: PyTree) -> PyTree:
 
 
 def _from_first(leaf: Any, gathered: np.ndarray) -> Any:
-  """Returns the first of the gathered values, converted to the type of `leaf`: a key, a JAX or a NumPy array."""
+  """Returns the value of the first process as a random key, a JAX array or a NumPy array, whichever `leaf` is.
+
+  `gathered` has the values of all processes along its first axis.
+  """
   if is_key(leaf):
     return jax.random.wrap_key_data(gathered[0], impl=jax.random.key_impl(leaf))
   return jax.numpy.asarray(gathered[0]) if isinstance(leaf, jax.Array) else gathered[0]
 
 
 def json_from_first(value: Any) -> Any:
-  """Returns the first process's value in all processes. JSON must be able to store the value."""
+  """Returns in every process the `value` that the first process passed. JSON must be able to store the value."""
   if jax.process_count() == 1:
     return value
   text = json.dumps(value).encode()
@@ -258,9 +270,9 @@ def any_of(here: bool) -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Ends all processes if the block fails in one of them.
+  """A context manager that ends all processes if its `with` block fails in one of them.
 
-  Otherwise the other processes would wait for the failed process.
+  Without it, the other processes would wait for the failed process.
 
   Raises:
     SystemExit: if the block has failed in another process.

@@ -93,11 +93,12 @@ def build_learner(name: str, config: Config) -> ms.Learner:
 
 
 def plan(config: Config, devices: int = 1) -> list[tuple[trainings.Training, ms.Learner]]:
-  """Returns the trainings of `config.runs`, each with its learner, before anything is trained.
+  """Returns the trainings of `config.runs`, each with its learner. The function itself trains nothing.
 
   Args:
     config: Configuration of the experiment.
-    devices: Number of devices of each process. With few curves of few points, one device is faster than several.
+    devices: Number of devices of each process. If there are few curves of few points, one device is faster than several
+      devices.
 
   Raises:
     ValueError: if the devices cannot share the curves of a meta-iteration evenly.

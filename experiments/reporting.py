@@ -83,7 +83,7 @@ class Recorder:
     return {name: (np.array(self._steps), np.array(values)) for name, values in self._values.items()}
 
   def __call__(self, progress: Progress) -> None:
-    """Records a chunk, in which `bad_numbers.find` has found no bad number."""
+    """Records the metrics of a chunk, after `bad_numbers.find` has found no bad number in this chunk."""
     skips = bad_numbers.skipped(progress.state)
     mean = np.mean if skips is None else _finite_mean
     means = {name: mean(values, axis=0) for name, values in progress.info.items()}
@@ -135,10 +135,10 @@ def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """A number in a table, with the values of which it is the mean.
+  """A number in a table: the mean of `values` after the last inner step.
 
   Attributes:
-    about: Learner, shots and so on, which distinguish the rows of the table.
+    about: Facts that distinguish the rows of the table, such as the learner and the shots.
     values: Metric of each task after 0 … k inner steps, `[R, tasks, k + 1]`.
   """
 
@@ -156,7 +156,10 @@ class Result:
     return confidence_interval(self.values[..., -1].mean(0))
 
   def row(self, path_of: PathOf, about_run: dict[str, Any]) -> dict[str, Any]:
-    """Writes the values to a file, whose path is `path_of(name)`, and returns the row for results.json."""
+    """Writes the values to a file, and returns the row for results.json.
+
+    `path_of` is the function from the name of a file to its path.
+    """
     name = 'per_task_' + '_'.join(str(v) for v in self.about.values()) + '.npy'
     files.write_array(path_of(name), self.values)
     seeds, tasks, _ = self.values.shape
@@ -167,7 +170,7 @@ class Result:
 
 
 def draw_alpha(alpha: PyTree, plotting):
-  """Returns a figure of the α of the first of R runs. `save_pictures` calls this function."""
+  """Returns a figure of the rates α that the first of R runs learned. `save_pictures` calls this function."""
   return plotting.alpha_histograms(one_run(alpha, 0))
 
 

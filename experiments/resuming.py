@@ -64,15 +64,16 @@ def define_flags(*configs: type) -> None:
 class Run:
   """The run of an experiment for which `open_run` has opened a work directory.
 
-  After SIGTERM or Ctrl-C, a training finishes its chunk, saves its state and ends the program. Outside of training, a
-  single process ends at once. Several processes end together, at the next point where all of them call `ask`, because
-  otherwise some would wait for the others. A second Ctrl-C raises KeyboardInterrupt.
+  After SIGTERM or Ctrl-C, a training finishes its current chunk of meta-iterations, saves its state and ends the
+  program. If no training is in progress, a program with a single process ends at once. Several processes end together,
+  when all of them call `ask` the next time. Otherwise a process that has not ended would wait for the others. A second
+  Ctrl-C raises KeyboardInterrupt.
 
   Attributes:
     workdir: Directory of the run.
     config: Configuration, as values that JSON can store. A resumed run has the configuration that its record stores.
-    keeping: Options that do not change what is computed.
-    cell: Whether the run is a cell of a table.
+    keeping: Options for saving and inspecting the run, which do not change what is computed.
+    cell: Whether the run computes one cell of a table of results.
     metrics: Writers of metrics. The first is the `MetricsWriter`.
     rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
     begun: Whether the directory is marked as the directory of this run. Until then, it may hold an earlier run.
@@ -105,9 +106,10 @@ class Run:
     return self.workdir / name
 
   def begin(self) -> None:
-    """Removes the files of an earlier run, and marks the directory as this run's. Call it before any file is written.
+    """Removes the files of an earlier run, and marks the directory as this run's.
 
-    `trainings.train` calls it after the first meta-iteration.
+    This method must be called before the run writes any file. `trainings.train` first tries one meta-iteration, which
+    writes no file, and then calls this method. If the meta-iteration fails, the files of the earlier run are kept.
     """
     if self.begun:
       return
@@ -125,7 +127,7 @@ class Run:
     self.note()
 
   def note(self, finished: bool = False) -> None:
-    """Writes the record of the run, with the names of its files."""
+    """Writes the file `RECORD`: whether the run is finished, its configuration, the versions, and the run's files."""
     record = {'finished': finished, 'config': self.config, 'versions': provenance.collect()['versions']}
     files.write_json(self.workdir / RECORD, record | {'files': sorted(self.written)})
 
@@ -135,7 +137,10 @@ class Run:
       writer.close()
 
   def finish(self) -> None:
-    """Marks the run as finished, and then removes its checkpoints. In this order a kill at any moment loses nothing."""
+    """Marks the run as finished, and then removes its checkpoints.
+
+    In this order, nothing is lost if the program is killed at any moment.
+    """
     for name in {RECORD, *self.written}:
       for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
         half.unlink()
@@ -144,7 +149,7 @@ class Run:
       _remove(self.workdir / 'checkpoints')
 
   def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
-    """Handles the signal with this number."""
+    """Handles a signal: records its `number`, and ends the program if it is idle and has a single process."""
     self.asked = number
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if self.idle and jax.process_count() == 1:
@@ -156,9 +161,9 @@ class Run:
       self.leave('all that was trained is saved')
 
   def leave(self, what: str) -> None:
-    """Ends the program with a sentence that says what is saved, and which command continues the run.
+    """Prints what is saved and which command continues the run, and ends the program.
 
-    The exit code is the one that shells give to a program that the signal ended.
+    The exit code is 128 plus the number of the signal. Shells report the same code for a program that a signal ended.
     """
     number = self.asked or signal.SIGTERM  # The signal may have come to another process.
     command = 'the same command without --restart' if self.keeping.restart and not self.cell else 'the same command'
@@ -179,18 +184,19 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = None, cell: bool = False) -> Iterator[Run]:
-  """Opens a work directory for a run. The run is finished when the block ends without an error.
+  """Opens a work directory for a run. The run is finished when the `with` block ends without an error.
 
   An unfinished run of the same configuration continues. A finished run of the same configuration stays as it is, and
-  its rows are in `Run.rows`. With `keeping.restart`, an earlier run is replaced when the new run calls `Run.begin`, and
-  only files that the record of the earlier run lists are removed. In a `cell` of a table, `keeping.restart` replaces
-  only a run that `check` refuses, so that a table can be made by running the same command several times.
+  `Run.rows` has its rows of results.json. With `keeping.restart`, an earlier run is replaced when the new run calls
+  `Run.begin`, and only files that the record of the earlier run lists are removed. If the run is a `cell` of a table,
+  `keeping.restart` replaces only an earlier run that `check` refuses, so that a table can be made by running the same
+  command several times.
 
   Raises:
     WriterError: if another program trains in the directory, if the directory cannot be written, or if it holds files
       with the names that runs write and is not marked as the directory of a run.
-    CheckpointError: if the directory holds a run that `check` refuses, and `keeping.restart` is not set, or if its
-      record cannot be read.
+    CheckpointError: if the directory holds a run that `check` refuses and `keeping.restart` is not set, or if the
+      record of the run cannot be read.
   """
   with contextlib.ExitStack() as held:
     with processes.together():
@@ -246,20 +252,20 @@ def _enter(run: Run, config: Any) -> None:
 
 
 def refuse(paths: Sequence[pathlib.Path]) -> None:
-  """Raises WriterError if one of the files exists. It is called for files that no run is known to have written."""
+  """Raises WriterError if one of the paths exists. Call it with paths that no run is known to have written."""
   if there := [path for path in paths if os.path.lexists(path)]:
-    raise files.WriterError(f'{there[0]} exists, and no run has written it; move it away, or give another --workdir')
+    raise files.WriterError(f'{there[0]} exists, but no run has written it; move it away, or give another --workdir')
 
 
 def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
-  """Returns the configuration with which a run in a directory begins or resumes, as values that JSON can store.
+  """Checks that a run can begin or resume in a directory. Returns its configuration, as values that JSON can store.
 
-  If the directory holds a run, the result is the configuration of that run, which may lack options that were added
-  later. Otherwise the result is `config`. A run that is not finished and has no checkpoints is ignored.
+  If the directory holds an earlier run, the result is the configuration of that run, which may lack options that were
+  added later. Otherwise the result is `config`. An earlier run that is not finished and has no checkpoints is ignored.
 
   Raises:
-    CheckpointError: if the run in the directory has another configuration, if it is finished and its results cannot be
-      read, or if its record cannot be read. The message names the fields that differ.
+    CheckpointError: if the earlier run has another configuration, if it is finished and its results cannot be read, or
+      if its record cannot be read. If the configurations differ, the message names the fields that differ.
   """
   record = _read_record(workdir)
   if record is None or not (record['finished'] or trainings(workdir)):
@@ -343,7 +349,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
-  """Locks the directory until `held` is closed or the process ends."""
+  """Locks the directory. The lock is released when the exit stack `held` is closed, or when the process ends."""
   try:
     import fcntl
 

@@ -51,7 +51,7 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
     processes.start(machines)
     with processes.together():
       if 'rbg' in (impl := str(jax.random.key_impl(jax.random.key(0)))):
-        raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} gives keys whose numbers change under jax.vmap; unset it')
+        raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} selects keys that draw other numbers under jax.vmap; unset it')
       config: Any = options.from_flags(config_class)
       keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
       workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def each_run(meta: Any) -> list[Any]:
-  """Returns a list with the tree of each run, given one tree of R runs, whose leaves are `[R, …]`."""
+  """Splits a tree of R runs, whose leaves are `[R, …]`, into a list of R trees, one per run."""
   return [reporting.one_run(meta, r) for r in range(len(jax.tree.leaves(meta)[0]))]
 
 
@@ -150,7 +150,10 @@ def write_results(experiment: str, config: Any, run: Run, rows: list[dict[str, A
 
 
 def difference(first: Result, second: Result, unit: str) -> str:
-  """Returns, as text, the mean difference of two results on the same tasks, with intervals over tasks and over runs."""
+  """Returns, as text, the mean difference of two results on the same tasks, with confidence intervals.
+
+  The first interval is over tasks. If there are several training runs, a second interval is over these runs.
+  """
   values = (first.values - second.values)[..., -1]
   text = f'{ms.confidence_interval(values.mean(0))} over {unit}'
   if len(values) == 1:
@@ -159,10 +162,10 @@ def difference(first: Result, second: Result, unit: str) -> str:
 
 
 def alpha_pictures(metas: dict[str, Any]) -> Pictures:
-  """Returns pictures for `save_pictures`: for each NAME in `metas`, alpha_NAME is a figure of α in the first run.
+  """Returns pictures for `save_pictures`. For each NAME in `metas`, the picture alpha_NAME shows α of the first run.
 
   Args:
-    metas: Maps a NAME to the meta-parameters of R runs. Those without an α get no picture.
+    metas: Maps a NAME to the meta-parameters of R runs. Meta-parameters without an α get no picture.
   """
   pictures: Pictures = {}
   for name, meta in metas.items():

@@ -32,9 +32,9 @@ Callbacks = Sequence[Callable[[ms.Progress], Any]]
 
 
 class Best:
-  """Callback of `ms.train` that validates, and keeps the checkpoints with the best accuracy.
+  """Callback of `ms.train` that validates the train state, and keeps the checkpoints with the best accuracies.
 
-  `found` is a list of (accuracy, step, meta), the best first.
+  `found` is the list of the kept checkpoints, each as (accuracy, step, meta). The best one is the first.
   """
 
   def __init__(self, judge: Callable[[int, Any], float], every: int, keep: int):
@@ -42,14 +42,15 @@ class Best:
 
     Args:
       judge: Function `(step, meta) → accuracy`.
-      every: Number of meta-iterations between validations, a multiple of the chunk. The last state is also validated.
+      every: Number of meta-iterations between validations, a multiple of the number in a chunk. The last state is also
+        validated.
       keep: Number of checkpoints to keep.
     """
     self.judge, self.every, self.keep = judge, every, keep
     self.found: list[tuple[float, int, Any]] = []
 
   def __call__(self, progress: ms.Progress) -> float | None:
-    """Returns the accuracy after a chunk, or `None` if the state is not validated."""
+    """Validates the state after a chunk, if a validation is due, and returns the accuracy. Else it returns `None`."""
     if progress.step % self.every and progress.step < progress.total:
       return None
     meta = jax.device_get(progress.state.meta)
@@ -67,11 +68,12 @@ class Training:
     name: Name of the training's directory of checkpoints.
     label: Name of the training in printed text and in metrics. Each training of a run has a different label.
     total: Number of meta-iterations.
-    chunk: Number of meta-iterations between callbacks. A resumed training has the same chunks, and so the same metrics.
+    chunk: Number of meta-iterations between callbacks. A training that is stopped and resumed has the same chunks as
+      one that is not, and therefore the same metrics.
     start: Function that returns the state before the first meta-iteration.
     go: Function `(state, step, callbacks) → state` that trains until `step`.
-    inspect: Function `state of one run → StepReport` of the next meta-iteration, or `None` if the training
-      cannot be inspected.
+    inspect: Function that takes the state of one run and returns the `StepReport` of the next meta-iteration. It is
+      `None` if the training cannot be inspected.
     memory: Function that plans the memory of one run, or `None` if the memory cannot be planned.
   """
 
@@ -98,9 +100,9 @@ class Trained(NamedTuple):
 
   @property
   def skipped(self) -> dict[str, Any]:
-    """Returns a dict with the number of skipped steps, for a row of results.
+    """Returns `{'skipped_steps': number of skipped steps}`, which becomes a part of a row of results.
 
-    If no step can be skipped, the dict is empty.
+    The dict is empty if the optimiser is not from `skip_bad_steps`, because then no step can be skipped.
     """
     count = bad_numbers.skipped(self.state)
     return {} if count is None else {'skipped_steps': count}
@@ -139,11 +141,11 @@ def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.
 def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a signal.
 
-  If there are several processes, only the first process reads and saves the checkpoints. After a signal all processes
-  stop after the same chunk.
+  If there are several processes, only the first process reads and saves the checkpoints. After a signal, all processes
+  finish the same chunk of meta-iterations and then stop.
 
   Raises:
-    TrainingError: if a loss or a gradient is not finite. A checkpoint then has the state that preceded the chunk.
+    TrainingError: if a loss or a gradient is not finite. The state before the chunk in which this happens is saved.
     CheckpointError: if a checkpoint cannot be used or written.
   """
   with contextlib.ExitStack() as opened:
@@ -172,7 +174,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
 
 
 def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, state: ms.TrainState):
-  """Returns a recorder that has the metrics of the newest checkpoint, and the state of that checkpoint."""
+  """Returns `(recorder, state)` of the newest checkpoint: the recorder has the metrics up to it."""
   found = None if kept is None else kept.latest
   history = run.metrics[0].cut(training.label, 0 if found is None else found.step)
   if found is None:
@@ -190,7 +192,7 @@ def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, s
 
 
 def _best_so_far(kept: checkpoint.Checkpoints | None, state: ms.TrainState) -> list[tuple[float, int, Any]]:
-  """Returns the best (accuracy, step, meta) of the first process's checkpoints, in all processes."""
+  """Returns `(accuracy, step, meta)` of each best checkpoint. All processes get the list of the first process."""
   found = [] if kept is None else kept.best
   ranks = processes.json_from_first([(c.metric, c.step) for c in found])
   metas = [jax.device_get(c.state.meta) for c in found] or [jax.device_get(state.meta)] * len(ranks)
@@ -209,7 +211,7 @@ class _AfterChunk:
     best: Callback that validates states, or `None` if no state is validated.
     good: The last state whose numbers are known to be finite.
     saved: Time of the last checkpoint.
-    first: Whether the next chunk is the first one.
+    first: Whether the next chunk is the first one since the training was started or resumed.
   """
 
   training: Training
@@ -253,7 +255,7 @@ class _AfterChunk:
     said = f'{self.training.label}: {bad_numbers.describe(bad, report)}'
     if self.kept is None:
       raise TrainingError(
-        f'{said}; the first process says what to do, and where the state from before this chunk is saved'
+        f'{said}; the output of the first process says what to do, and where the state before this chunk is saved'
       )
     self.kept.save(self.good)
     self.kept.wait()
@@ -261,7 +263,8 @@ class _AfterChunk:
     saved = f'the state of meta-iteration {self.kept.last} is saved in {directory}'
     lower = 'lower --alpha, --learning_rate or --inner_steps with --restart'
     skip = 'skip such steps with --restart --bad_steps=skip'
-    raise TrainingError(f'{said}; {saved}; --debug_task={bad.step} shows the step; {lower}, or {skip}')
+    show = f'--debug_task={bad.step} shows the tasks of meta-iteration {bad.step}'
+    raise TrainingError(f'{said}; {saved}; {show}; {lower}, or {skip}')
 
   def is_due(self, progress: ms.Progress, last: int) -> bool:
     """Returns whether a checkpoint is due now. The newest checkpoint is that of meta-iteration `last`."""
@@ -271,7 +274,9 @@ class _AfterChunk:
 
 
 def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) -> pathlib.Path:
-  """Traces a few meta-iterations after `state`, and logs where the trace is. It discards their results.
+  """Profiles a few meta-iterations from `state` with JAX's profiler, and logs where the trace is.
+
+  The new states of these meta-iterations are discarded.
 
   Returns:
     The directory of the trace, with a file for TensorBoard's profiler and one for Perfetto.
@@ -292,19 +297,19 @@ def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) ->
 
 
 def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:
-  """Returns the function that `--plan` or `--debug_task` calls in place of a run, or `None` if neither flag is given.
+  """Returns the function that replaces the run if `--plan` or `--debug_task` is given, or `None` if neither is given.
 
   Raises:
-    ValueError: if both flags are given, if the experiment trains nothing, if the number that `--debug_task` gives is no
-      meta-iteration of the training, or if `--debug_task` is given to several processes.
+    ValueError: if both flags are given, if the experiment trains nothing, if the number that `--debug_task` gives is
+      not a meta-iteration of the training, or if `--debug_task` is given and there are several processes.
   """
   step = keeping.debug_task
   if step is None and not keeping.plan:
     return None
   if step is not None and keeping.plan:
-    raise ValueError('plan and debug_task need separate commands, got both; give one of them')
+    raise ValueError('--plan and --debug_task cannot be given in the same command; give one of them')
   if not plan:
-    raise ValueError('plan and debug_task need a training, but this command trains nothing; leave the flag out')
+    raise ValueError('--plan and --debug_task need a training, but this command trains nothing; leave the flag out')
   if step is None:
     return functools.partial(print_memory, plan)
   if jax.process_count() > 1:
@@ -312,7 +317,7 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
       f'debug_task needs a single process, got {jax.process_count()}; leave out --coordinator or --distributed'
     )
   if step >= plan[0].total:
-    raise ValueError(f'debug_task is a meta-iteration, from 0 to {plan[0].total - 1}, got {step}; give a lower number')
+    raise ValueError(f'debug_task must be a meta-iteration from 0 to {plan[0].total - 1}, got {step}; give a lower one')
   return functools.partial(debug, plan, config, workdir, step)
 
 
@@ -331,7 +336,7 @@ def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: in
   """Replays one meta-iteration of a training and prints its tasks. No file is changed.
 
   The training is the last one of `plan` that has checkpoints, or the first one if none has. The replay starts at the
-  newest checkpoint that is not past the meta-iteration, or at the beginning.
+  newest checkpoint that is not past the meta-iteration, or at the beginning if there is no such checkpoint.
 
   Raises:
     CheckpointError: if the checkpoints have another configuration.

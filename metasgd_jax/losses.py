@@ -114,17 +114,22 @@ def _of_sequences(outputs: chex.Array, targets: Any, *, metric) -> chex.Array:
   shape, found = jnp.shape(outputs), {jnp.shape(leaf) for leaf in jax.tree.leaves(targets)}
   if len(shape) < 2 or found != {shape[:-1]}:
     got = ', '.join(map(str, found))
-    raise ValueError(f'targets must have one entry per token, so shape {shape[:-1]} for outputs {shape}, got {got}')
+    raise ValueError(
+      f'the targets must have one entry per token, which is the shape {shape[:-1]} for outputs {shape}, got {got}'
+    )
   return metric(jnp.reshape(outputs, (-1, shape[-1])), jax.tree.map(jnp.ravel, targets))
 
 
 def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, metric) -> chex.Array:
   if not isinstance(targets, tuple | list) or len(targets) != 2:
-    raise ValueError(f'targets must be a pair (y, mask), got {type(targets).__name__}; give Batch(x, (y, mask))')
+    raise ValueError(f'the targets must be a pair (y, mask), got {type(targets).__name__}; give Batch(x, (y, mask))')
   y, mask = targets
   items, dtype = jnp.shape(outputs)[:1], jnp.result_type(mask)
   if jnp.shape(mask) != items or not jnp.issubdtype(dtype, jnp.bool_):
-    raise ValueError(f'mask must be booleans of shape {items}, one per item, got {dtype} of shape {jnp.shape(mask)}')
+    raise ValueError(
+      f'the mask must be an array of booleans of shape {items}, one for each item, '
+      f'got {dtype} of shape {jnp.shape(mask)}'
+    )
   y = jax.vmap(jnp.where, (0, 0, None))(jnp.asarray(mask), jnp.asarray(y), 0)
   values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
   wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
@@ -163,4 +168,4 @@ def _check_labels(logits, labels) -> None:
   if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
     raise ValueError(f'logits must have shape [B, N] and labels shape [B], got {shapes[0]} and {shapes[1]}')
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-    raise ValueError(f'labels must be integers from 0 to N - 1, got dtype {jnp.result_type(labels)}')
+    raise ValueError(f'`labels` must be integers from 0 to N - 1, got dtype {jnp.result_type(labels)}')

@@ -32,7 +32,7 @@ def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
 def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
   """Reverses `named_arrays`: returns a tree of JAX arrays with the structure of `like`.
 
-  Where `like` has a random key, the data of the key become a key of the same impl.
+  Where `like` has a random key, the array contains the data of a key, and is converted to a key of the same impl.
   """
 
   def of_leaf(name, leaf):
@@ -53,7 +53,9 @@ def leaf_types(tree: PyTree) -> dict[str, str]:
 
 
 def first_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str | None:
-  """Returns a clause for an error message about the first leaf whose type differs, or `None` if all types are equal.
+  """Returns text for an error message about the first leaf whose type differs, or `None` if all types are equal.
+
+  The type of a leaf is its dtype and shape. A leaf that is in only one of the arguments differs too.
 
   Args:
     there: Types of the stored leaves, from `leaf_types`.
@@ -68,7 +70,8 @@ def first_difference(there: Mapping[str, str], here: Mapping[str, str]) -> str |
 def strong(tree: PyTree) -> PyTree:
   """Returns the tree with its leaves as strongly typed arrays.
 
-  For `jax.jit` a weakly typed array, such as `jnp.asarray(0.1)`, has another type than a strongly typed one.
+  `jax.jit` compiles a function once for a weakly typed array, such as `jnp.asarray(0.1)`, and once more for a strongly
+  typed one.
   """
 
   def of_leaf(leaf):

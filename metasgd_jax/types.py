@@ -60,7 +60,7 @@ class MetaParams(NamedTuple):
   Attributes:
     theta: Initialisation θ, any pytree of floating-point arrays.
     alpha: Rates, a pytree with θ's structure or a prefix of that structure. The entry of a leaf of θ that does not
-      adapt is `None`. If α is frozen and therefore not learned, `alpha` itself is `None`.
+      adapt is `None`. If the rates are fixed and not learned, `alpha` itself is `None`.
 
   Example:
     >>> meta = ms.MetaParams(theta={'w': jnp.ones(2)}, alpha={'w': jnp.full(2, 0.1)})
@@ -142,7 +142,7 @@ class TaskDistribution:
   Attributes:
     sample: Function `key → task`, which returns any pytree; consumes key.
     episode: Function `(task, key) → Episode`, which draws a support and a query of the task; consumes key.
-    changes: Arguments of all calls of `map_episode` that led to this distribution, in order.
+    changes: Functions `change` that `map_episode` has applied to the episodes of this distribution, in order.
 
   Example:
     >>> def episode(slope, key):
@@ -169,12 +169,12 @@ class TaskDistribution:
     """Returns the distribution itself, because it already has the data of all tasks.
 
     Args:
-      keys: Not called; see `TaskStream.prepare`.
+      keys: Not used here. `TaskStream.prepare`, which has the same signature, uses it.
     """
     return self
 
   def map_episode(self, change: Callable[[Callable], Callable]) -> 'TaskDistribution':
-    """Returns the distribution with `change(episode)` in place of `episode`.
+    """Returns the distribution with its function `episode` replaced by the function `change(episode)`.
 
     Args:
       change: Function that receives an episode function, `(task, key) → Episode`, and returns another one. If `change`
@@ -195,7 +195,7 @@ class TaskStream:
       episodes of these pairs of keys, and of no other keys. `train` calls `send` in a separate thread, while the device
       works on the previous chunk.
     sent_at_once: Largest number of tasks whose data `evaluate` sends at the same time.
-    changes: Arguments of all calls of `map_episode` that led to this stream, in order.
+    changes: Functions `change` that `map_episode` has applied to the episodes of this stream, in order.
 
   Example:
     >>> bank = ms.tasks.class_bank(np.zeros((20, 10, 28, 28, 1), np.uint8))
@@ -212,15 +212,15 @@ class TaskStream:
   changes: tuple[Callable, ...] = ()
 
   def prepare(self, keys: Callable[[], Keys]) -> TaskDistribution:
-    """Sends the data of some tasks and episodes to the device, and returns their distribution.
+    """Sends the data of B episodes to the device, and returns a distribution that gives these episodes.
 
     Args:
-      keys: Function that returns the pairs of keys of the tasks and episodes, `(sample keys [B], episode keys [B])`.
+      keys: Function that returns the keys of the B tasks and of their episodes, `(sample keys [B], episode keys [B])`.
     """
     return self.send(*keys())
 
   def map_episode(self, change: Callable[[Callable], Callable]) -> 'TaskStream':
-    """Returns the stream whose distributions have `change(episode)` in place of `episode`.
+    """Returns the stream whose distributions have their function `episode` replaced by `change(episode)`.
 
     Args:
       change: Function that receives an episode function and returns another one; see `TaskDistribution.map_episode`.
@@ -246,7 +246,10 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-  """Raises ValueError unless `value` is one of `choices`, a `Literal`. The message calls the value `name`."""
+  """Raises ValueError unless `value` is one of the values of `choices`, which is a `Literal` type.
+
+  In the message, `name` is the name of the value.
+  """
   if value not in get_args(choices):
     raise ValueError(f'{name} must be one of {get_args(choices)}, got {value!r}')
 
@@ -261,15 +264,15 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
   JAX keeps a compiled program for each object that is a static argument, such as the learner of `train`. A function
   equals only itself. A learner that is built anew in each round of a loop would therefore be compiled in each round,
   and all its programs would be kept. The functions of a decorated builder are compared by the arguments that they were
-  built from, so that all rounds share one program. `jax.clear_caches()` frees the programs. The decorator itself keeps
-  no objects.
+  built from, so that all rounds share one program. `jax.clear_caches()` frees the programs. The decorator itself has
+  no cache.
 
-  Arguments are compared as pytrees. Numbers of two types, such as 1 and 1.0, are not equal, neither as arguments nor as
-  fields of a dataclass such as a Linen module, because programs traced with them differ in dtypes. A function among the
-  arguments equals only itself, unless a decorated builder returned it. The functions of a decorated builder must be
-  pure, as for `jax.jit`: if a function reads a global variable, a new value of the variable does not cause a new
-  compilation. If an argument is not hashable, such as an array, or a module with a list among its fields, the result
-  equals only itself.
+  Arguments are compared as pytrees. Numbers of different types, such as 1 and 1.0, count as different, because programs
+  traced with them differ in dtypes. This holds for arguments and for fields of a dataclass such as a Linen module. A
+  function among the arguments equals only itself, unless a decorated builder returned it. The functions of a
+  decorated builder must be pure, as for `jax.jit`: if a function reads a global variable, a new value of the variable
+  does not cause a new compilation. If an argument is not hashable, such as an array, or a module with a list among its
+  fields, the result equals only itself.
 
   Args:
     build: Function that returns a function, or a NamedTuple of functions such as a `Learner` or a `Model`.
@@ -303,7 +306,7 @@ def equal_by_arguments(build: Callable[_Arguments, _Result]) -> Callable[_Argume
 
 
 def _types(leaves: list) -> tuple:
-  """Returns the types of leaves and of their fields, which tell 1 from 1.0 where the values compare as equal."""
+  """Returns the types of leaves and of their fields. The types of 1 and 1.0 differ, although 1 == 1.0."""
   return tuple((type(leaf), _types(_fields(leaf))) for leaf in leaves)
 
 
@@ -332,5 +335,5 @@ class _Built:
 
 @equal_by_arguments
 def equal_partial(function: Callable, **options: Any) -> Callable:
-  """Returns `functools.partial(function, **options)`. Two results are equal if function and options are equal."""
+  """Returns `functools.partial(function, **options)`. Calls with equal arguments return equal functions."""
   return functools.partial(function, **options)

@@ -10,7 +10,7 @@ from metasgd_jax.deploy.model_file import load_model
 
 
 def run(args: argparse.Namespace) -> None:
-  """Writes and checks the file, and prints a report about it."""
+  """Exports the model to a file, checks the file, and prints a report about it."""
   model, out = load_model(args.model), at_home(args.out)
   options: dict[str, Any] = dict(way=args.way, shot=args.shot, inductive=not args.transductive)
   about = export_model(out, model, **options, platforms=args.platforms.split(','), report=say).about

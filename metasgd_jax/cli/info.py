@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def about(model: Any, size: int) -> list[str]:
-  """Returns the lines that describe a model, whose file has `size` bytes."""
+  """Returns the lines of text that describe a model. `size` is the number of bytes of the model's file."""
   config, (theta, alpha) = model
   facts = config.training
   width = max(map(len, facts), default=0)

@@ -59,7 +59,7 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
 def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Raises WriterError if `out` or a folder above it is a file, or if `out` is in one of the input folders.
 
-  In an input folder, the next run would read the results as images.
+  If the results were in an input folder, the next run would read them as input images.
   """
   for flag, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
@@ -76,7 +76,10 @@ def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str 
 
 
 def _unseen(folders: Sequence[str | None], support, query) -> list[str | None]:
-  """Returns `folders` with None for images that are also examples. These images do not count for the accuracy."""
+  """Returns `folders`, with None in place of the folder of each query image that is also a support image.
+
+  `folders` has one entry per query image. Images with None do not count for the accuracy.
+  """
   examples = {path.resolve() for path in support.paths}
   seen = [path.resolve() in examples for path in query.paths]
   return [None if s else folder for s, folder in zip(seen, folders, strict=True)]

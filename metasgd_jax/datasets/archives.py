@@ -20,9 +20,10 @@ _MOST_AT_ONCE = 16 << 20
 
 
 class _RefusedError(Exception):
-  """The archive has contents that no archive of a data set has.
+  """An archive has contents that the archive of a data set never has, such as a link.
 
-  The message has no subject, as in 'has more than 10 members'. `unpack` puts the path of the archive before it.
+  The message is a sentence without its subject, such as 'has more than 10 members'. `unpack` adds the subject, which is
+  the path of the archive.
   """
 
 
@@ -58,7 +59,7 @@ def unpack(path: pathlib.Path, to: pathlib.Path) -> None:
       _unpack_tar(path, to)
   except tarfile.FilterError as e:
     raise DatasetError(
-      f'{path} has a member that leads outside of the target folder or is a device ({first_line(e)}); '
+      f'{path} has a member that is a device or whose path leads outside of the target folder ({first_line(e)}); '
       'do not trust this archive'
     ) from e
   except _RefusedError as e:
@@ -100,15 +101,16 @@ def _check_amount(members: int, size: int) -> None:
 
 
 class _LimitedGzip(gzip.GzipFile):
-  """A gzip file of limited contents.
+  """A gzip file that limits how many unpacked bytes can be read.
 
-  A read past `MOST_BYTES` raises _RefusedError. A single read of more than `_MOST_AT_ONCE` bytes raises it too: tarfile
-  reads the header of a member in a single read, and a file that is not trusted may claim a header of any length.
+  A read past `MOST_BYTES` raises _RefusedError. A single read of more than `_MOST_AT_ONCE` bytes also raises it. This
+  limits the header of a member, which tarfile reads in a single read: an untrusted file may claim a header of any
+  length.
   """
 
   def read(self, size: int | None = -1) -> bytes:
     if size is None or not 0 <= size <= _MOST_AT_ONCE:
-      raise _RefusedError(f'has a member header of more than {_MOST_AT_ONCE >> 20} MiB')
+      raise _RefusedError(f'has a member with a header of more than {_MOST_AT_ONCE >> 20} MiB')
     _check_amount(0, self.tell() + size)
     return super().read(size)
 

@@ -53,7 +53,7 @@ def _read(builder, report: Report) -> Splits:
   lists = published_split('cifar_fs')
   if wrong := sorted(set(names) ^ {name for part in lists for name in part}):
     state = 'unknown' if wrong[0] in names else 'missing'
-    raise ValueError(f'its classes are not those of CIFAR-100: {wrong[0]} is {state}')
+    raise ValueError(f'the classes of this data set are not those of CIFAR-100: {wrong[0]} is {state}')
   sizes = np.bincount(labels, minlength=CLASSES)
   check_counts(names, sizes, IMAGES_OF_A_CLASS, 'images')
   order = np.lexsort((ids, labels))  # tfds shuffles the images. The ids restore the order of the archive.

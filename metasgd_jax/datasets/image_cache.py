@@ -23,8 +23,8 @@ DECODING = 1
 def fingerprint(directory: pathlib.Path, paths: Sequence[pathlib.Path]) -> dict[str, Any]:
   """Returns a fingerprint of a set of files, which distinguishes the set from other sets.
 
-  The fingerprint is a dict with the version of the decoding, the number of files, their total size in bytes, and a hash
-  of the names and sizes of the files.
+  The fingerprint is a dict with `DECODING` (the version number of the decoding), the number of files, their total size
+  in bytes, and a hash of the names and sizes of the files.
   """
   digest, total = hashlib.sha256(), 0
   for path in paths:

@@ -70,9 +70,9 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
   """Returns an image file as an array, `[H, W, D]` uint8.
 
   The image is brought to the aspect ratio H:W and then scaled with Lanczos. It is rotated or mirrored as its EXIF
-  orientation says. Transparent parts become black if the image has less than half as much contrast on white as on
-  black, for example because its strokes are white. Otherwise they become white. Only the first frame of an animation is
-  used.
+  orientation says. Transparent parts become black if the image has more than twice as much contrast on black as on
+  white, as an image with white strokes has. Otherwise, transparent parts become white. Only the first frame of an
+  animation is used.
 
   A grey image of 16 bits is reduced to 8 bits. The number of bits that its values really use is assumed to be 8, 10,
   12, 14 or 16: the smallest of these numbers that can hold all values of the image.
@@ -210,18 +210,22 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def check_form(size: int | tuple[int, int], channels: int, fit: Fit = 'crop') -> tuple[int, int]:
-  """Returns (H, W). Raises ValueError unless H and W are 1 or more, `channels` is 1 or 3, and `fit` is a `Fit`."""
+  """Returns `size` as a pair (H, W).
+
+  Raises:
+    ValueError: unless H and W are integers of 1 or more, `channels` is 1 or 3, and `fit` is a `Fit`.
+  """
   check_choice('fit', fit, Fit)
   sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
   if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-    raise ValueError(f'size must be an integer of 1 or more, or a pair (height, width) of such integers, got {size!r}')
+    raise ValueError(f'`size` must be an integer of 1 or more, or a pair (height, width) of these, got {size!r}')
   if channels not in (1, 3):
     raise ValueError(f'channels must be 3 (RGB) or 1 (grey), got {channels!r}')
   return sides
 
 
 def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | str:
-  """Returns the image, `[H, W, D]` uint8, or a clause that says why it cannot be decoded."""
+  """Returns the image, `[H, W, D]` uint8. If the file cannot be decoded, returns a text that says why."""
   try:
     status = pathlib.Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # Opening a pipe would wait forever.
@@ -279,10 +283,10 @@ class _Timed(io.BufferedReader):
 def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
   """Checks the size of an image, and returns the context manager in which the image must be decoded.
 
-  To limit the memory that images take together, a large image waits on entry while two other large images are being
-  decoded. The tiles of a TIFF file are checked too, because a tile is decoded as a whole even if it is larger than the
-  image. Strips need no check: Pillow and libtiff decode no more rows than the image has, even if the file says that a
-  strip has more rows.
+  To limit the memory that images take together, at most two large images are decoded at the same time. The context
+  manager of another large image waits on entry. The tiles of a TIFF file are checked too, because a tile is decoded as
+  a whole even if it is larger than the image. Strips need no check: Pillow and libtiff decode no more rows than the
+  image has, even if the file says that a strip has more rows.
 
   Raises:
     DecompressionBombError: if the image has more pixels than Pillow considers safe.
@@ -319,7 +323,7 @@ def _crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
-  """Returns the image at the centre of the smallest background that contains it and has the ratio height:width."""
+  """Returns the image centred on the smallest background that contains it and has the aspect ratio height:width."""
   scale = max(image.height / height, image.width / width)
   full = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
   if _are_too_many(full[0] * full[1]):

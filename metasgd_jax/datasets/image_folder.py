@@ -40,7 +40,7 @@ def load(
 ) -> ImageFolder:
   """Returns the classes of a folder that has one sub-folder per class.
 
-  A class has all images in its sub-folder, at any depth.
+  The images of a class are all images in its sub-folder, at any depth.
 
   Images are brought to the aspect ratio of `size` and scaled with Lanczos; `read_image` describes the decoding. A file
   that cannot be decoded is skipped and reported. Images outside of the class folders are left out and reported. A file

@@ -4,8 +4,9 @@ Because the images may not be redistributed, there is no standard layout of the 
 WordNet id, such as n01532829, which comes from one of three sources:
 
 - If the directory has the files train.csv, val.csv or test.csv, the id is the label in these files.
-- Otherwise, the id is the name of the folder that contains the image. Other folders may be above or below this folder.
-- If no folder above the image has an id as its name, the id is the beginning of the name of the image file.
+- Otherwise, the id is the name of a folder on the path from the directory to the image. If several folders on the path
+  have an id as their name, the folder that is closest to the image counts.
+- If no folder on the path has an id as its name, the id is the beginning of the name of the image file.
 
 The classes to train, validate and test on are always those of the published split, whatever the layout.
 """
@@ -143,7 +144,7 @@ def _listed(directory: pathlib.Path, path: pathlib.Path) -> Iterator[tuple[pathl
 
 
 def _paths_by_class(directory: pathlib.Path, classes: list[str], report: Report) -> dict[str, list[pathlib.Path]]:
-  """Returns `{class: paths of its image files, sorted}`, which has all of `classes` and may have further classes."""
+  """Returns `{class: sorted paths of its image files}`. The dict has all of `classes`, and may have other classes."""
   label_of: dict[pathlib.Path, str] = {}
   for path, label in _labelled(directory):
     first = label_of.setdefault(path, label)

@@ -81,16 +81,17 @@ def random_split(characters: Characters, *, seed: int = 0, validation: int = 0) 
     ValueError: if `validation` is not from 0 to 1199.
   """
   if not 0 <= validation < TRAIN_CHARACTERS:
-    raise ValueError(f'validation must be from 0 to {TRAIN_CHARACTERS - 1} characters, got {validation}')
+    raise ValueError(f'`validation` must be from 0 to {TRAIN_CHARACTERS - 1} characters, got {validation}')
   order = np.random.default_rng(seed).permutation(CHARACTERS)
   parts = order[validation:TRAIN_CHARACTERS], order[:validation], order[TRAIN_CHARACTERS:]
   return _split(characters, *(np.sort(part) for part in parts))
 
 
 def vinyals_split(characters: Characters) -> Splits:
-  """Returns the split by alphabets of Vinyals et al. 2016, which later papers use.
+  """Returns the split of Vinyals et al. 2016, which later papers use.
 
-  The split has 1028 characters to train on, 172 for validation, and 423 to test on.
+  The split has 1028 characters to train on, 172 for validation, and 423 to test on. All characters of an alphabet are
+  in the same part, except those of Gurmukhi, which are divided between training and test.
   """
   alphabets = characters.alphabets
   cut = (alphabets == 'Gurmukhi') & np.isin(characters.numbers, _VINYALS_TEST_GURMUKHI)

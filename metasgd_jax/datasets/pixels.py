@@ -23,7 +23,8 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
   image = _eight_bit(image)
   if colour_of_16_bits and 0 < np.asarray(image).max() < 16:
     raise ValueError(
-      'its 16-bit colours are so small that they are almost black; scale them up, and save the image with 8 bits'
+      'the values of its 16-bit colours are so small that it would be almost black; scale them up, and save the image '
+      'with 8 bits'
     )
   if image.has_transparency_data:
     image = _filled(image.convert('RGBA'))
@@ -33,9 +34,9 @@ def in_mode(opened: Image.Image, mode: str) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
   """Returns a 16-bit grey image as an 8-bit image, and an image of another mode unchanged.
 
-  The number of bits that the values of the image use is assumed to be the smallest of `_DEPTHS` that can hold all
-  values. If the file declares one grey value as transparent, the result has an alpha channel in which the pixels of
-  this value are transparent.
+  The values of the image are assumed to use the smallest number of bits in `_DEPTHS` that can hold all of them. If the
+  file declares one grey value as transparent, the result has an alpha channel in which the pixels of this value are
+  transparent.
   """
   if not image.mode.startswith(('I', 'F')):
     return image
@@ -51,7 +52,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _filled(image: Image.Image) -> Image.Image:
-  """Returns an RGBA image on white, or on black if its contrast on white is less than half of that on black."""
+  """Returns an RGBA image on a white background, or on a black one if that more than doubles the contrast."""
   on_white, on_black = (
     Image.alpha_composite(Image.new('RGBA', image.size, ground), image) for ground in ('white', 'black')
   )

@@ -1,12 +1,12 @@
 """Prepares the archives of a tfds builder as array_record files, and reads these files, without TensorFlow.
 
-tfds reads array_record files without TensorFlow. To prepare them, tfds calls TensorFlow in three places, which this
-module replaces:
+tfds reads array_record files without TensorFlow. When tfds prepares such files, it uses TensorFlow for three things,
+which this module does in another way:
 
-- tfds unpacks archives. This module unpacks the archives beforehand, and gives the builder the folders.
+- tfds unpacks archives with TensorFlow. This module unpacks the archives beforehand, and gives the builder the folders.
 - The builder's module lists directories and opens files with TensorFlow. While the builder runs, this module replaces
-  the builder's `tf` by an object that does the same without TensorFlow.
-- tfds encodes images that are arrays. This module passes Pillow images to tfds instead.
+  the builder's `tf` with an object that does the same without TensorFlow.
+- tfds encodes arrays as images with TensorFlow. This module gives tfds Pillow images instead of arrays.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images
   """
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
-    raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images} where there should be {expected}')
+    raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images}, but it should have {expected}')
 
 
 def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, verify: bool, report: Report) -> None:
@@ -116,7 +116,7 @@ def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, ver
 
 
 def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[str, pathlib.Path]:
-  """Downloads the archives of a builder. Returns `{URL: path of the archive}`."""
+  """Downloads the archives of a tfds builder. Returns `{URL: path of the archive}`."""
   import requests
   import tensorflow_datasets as tfds
 
@@ -129,18 +129,19 @@ def _download(builder: Any, download_dir: pathlib.Path, report: Report) -> dict[
   except Exception as e:  # tfds raises several kinds of errors.
     raise DatasetError(
       f'{builder.data_path} does not exist, and {builder.name} could not be downloaded ({first_line(e)}); '
-      f'check data_dir, or download {", ".join(urls)} in another way, and give their directory as the argument archives'
+      f'check `data_dir`, or download {", ".join(urls)} in another way and give the directory of these files as the '
+      'argument `archives`'
     ) from e
 
 
 def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathlib.Path]:
-  """Finds the archives of a builder in a directory and checks them. Returns `{URL: path of the archive}`."""
+  """Finds the archives of a tfds builder in a directory and checks them. Returns `{URL: path of the archive}`."""
   import tensorflow_datasets as tfds
 
   if not archives.is_dir():
     raise DatasetError(
       f'the directory archives={archives} does not exist; give the directory that contains the archives, or leave '
-      'archives out to download them'
+      'the argument `archives` out to download them'
     )
   paths = {url: archives / registered.filename for url, registered in builder.url_infos.items()}
   if missing := [path.name for path in paths.values() if not path.is_file()]:
@@ -156,8 +157,8 @@ def _find(builder: Any, archives: pathlib.Path, verify: bool) -> dict[str, pathl
     expected = builder.url_infos[url].checksum
     if verify and (found := tfds.core.download.checksums.compute_url_info(path).checksum) != expected:
       raise DatasetError(
-        f'{path} is not the registered file: its sha256 is {found}, expected {expected}; get it from {url}, or if you '
-        'trust the file, turn verify_archives off (--noverify_archives)'
+        f'{path} is not the file that tfds expects: its sha256 is {found}, expected {expected}; get the file from '
+        f'{url}, or turn verify_archives off (--noverify_archives) if you trust this file'
       )
   return paths
 
@@ -166,7 +167,7 @@ class _UnpackedArchives(NamedTuple):
   """Takes the place of tfds' download manager, because the archives are already unpacked.
 
   Attributes:
-    folders: Folder with the contents of each archive, by the URL of the archive.
+    folders: Folder with the contents of each archive: `{URL of the archive: folder}`.
     downloaded_size: Size of all archives in bytes, which tfds records in its description of the data set.
   """
 
@@ -176,7 +177,7 @@ class _UnpackedArchives(NamedTuple):
   def download_and_extract(self, urls: Any) -> Any:
     """Returns the folder of the unpacked archive of a URL, or a dictionary of folders for a dictionary of URLs.
 
-    tfds calls it on its download manager, whose place this object takes. The archives are already unpacked.
+    tfds calls this method as if the object were tfds' own download manager. Nothing is downloaded or unpacked.
     """
     return jax.tree.map(self.folders.__getitem__, urls)
 

@@ -1,4 +1,4 @@
-"""Splits classes into those to train, validate and test on: by seed, by lists of names, or as published.
+"""Splits classes into training, validation and test classes: by a seed, by lists of names, or as published.
 
 The functions `split_by_…` and `published_split` split only the names of the classes. Their result, `ClassNames`, can be
 inspected and saved. Then `split_bank` splits the images by these names.
@@ -95,7 +95,9 @@ def split_by_seed(
 
 
 def split_by_lists(names: Sequence[str], lists: ClassNames) -> ClassNames:
-  """Returns `lists` after a check that they split the classes in `names`. A class that is in no list is left out.
+  """Checks that each class in `lists` is listed once and is in `names`, and returns `lists`.
+
+  A class of `names` that is in no list is left out.
 
   Args:
     names: Names of all classes.
@@ -186,7 +188,7 @@ def split_bank(bank: ClassBank, names: Sequence[str], lists: ClassNames) -> Spli
   """Splits a class bank into the banks of the three parts.
 
   Args:
-    bank: Class bank with images `[M, H, W, D]` of C classes.
+    bank: Class bank of C classes, with all their M images in one array `[M, H, W, D]`.
     names: Names of the C classes, in the order of the bank.
     lists: Names of the classes in each part. The classes of a part are returned in the order of its list.
 
@@ -229,7 +231,7 @@ def _ends(shares: dict[str, float], classes: int) -> list[int]:
   text = ', '.join(f'{name}={value}' for name, value in shares.items())
   if all(isinstance(value, numbers.Integral) for value in shares.values()):
     if min(shares.values()) < 0 or ends[-1] > classes:
-      raise ValueError(f'numbers of classes must be 0 or more and sum to {classes} or less, got {text}')
+      raise ValueError(f'the numbers of classes must be 0 or more, and must sum to {classes} or less, got {text}')
     return [int(end) for end in ends]
   if not (all(0 <= value <= 1 for value in shares.values()) and math.isclose(ends[-1], 1, abs_tol=1e-6)):
     raise ValueError(f'fractions of classes must be 0 or more and sum to 1, got {text}')

@@ -18,15 +18,16 @@ _CLOSE = 1e-4  # Relative to the largest output. Two compilations of an inner st
 
 
 def writable(path: PathLike) -> pathlib.Path:
-  """Returns the path of a file to write.
+  """Returns the path of a file that will be written, with the home directory in place of `~`.
 
   Raises:
-    WriterError: if the folder of the file does not exist, or if the path is a folder itself.
+    WriterError: if the folder of the file does not exist, if the path itself is a folder, if the file's name contains a
+      NUL character, or if the user after `~` has no home directory.
   """
   try:
     place = as_path(path).expanduser()
   except RuntimeError as e:
-    raise WriterError(f'{path} begins with ~ of a user without a home directory; give another path') from e
+    raise WriterError(f'{path} begins with ~, but there is no such home directory; give another path') from e
   reason = None
   if place.is_dir():
     reason = 'it is a folder'
@@ -42,17 +43,20 @@ def writable(path: PathLike) -> pathlib.Path:
 def known_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
   """Returns the platforms as a tuple. Raises ValueError unless each is one of `PLATFORMS` and occurs once."""
   if isinstance(platforms, str) or not platforms or len(set(platforms) & set(PLATFORMS)) < len(platforms):
-    raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}, each once, got {platforms!r}')
+    raise ValueError(f'`platforms` must be one or more of {", ".join(PLATFORMS)}, each once, got {platforms!r}')
   return tuple(platforms)
 
 
 def as_arrays(meta: PyTree) -> PyTree:
-  """Returns the parameters as arrays of JAX's dtypes. Raises ValueError if a .npy file cannot store one of them."""
+  """Returns the parameters as arrays of the dtypes that JAX gives them.
+
+  Raises ValueError if a .npy file cannot store a parameter.
+  """
   for name, leaf in named(meta):
     if is_key(leaf) or np.asarray(leaf).dtype.kind not in 'biufc':
       got = str(leaf.dtype) if isinstance(leaf, jax.Array) else repr(leaf)
       advice = 'cast it to float32, or replace a key of jax.random by jax.random.key_data(key)'
-      raise ValueError(f'the parameter {name} must be an array of numbers of a NumPy dtype, got {got:.80}; {advice}')
+      raise ValueError(f'the parameter {name} must be an array of numbers with a NumPy dtype, got {got:.80}; {advice}')
   return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), meta)
 
 
@@ -60,33 +64,40 @@ def check_episode(episode: Episode) -> None:
   """Raises ValueError unless support and query are batches whose leaves have the items as their first dimension."""
   support, query = episode
   if not isinstance(support, Batch) or not isinstance(query, Batch):
-    raise ValueError(f'support and query must be Batch(x, y), got {type(support).__name__} and {type(query).__name__}')
+    raise ValueError(
+      f'`support` and `query` must be Batch(x, y), got {type(support).__name__} and {type(query).__name__}'
+    )
   used = Episode(support, Batch(query.x, None))
   for name, leaf in named(used):
     if is_key(leaf) or not np.shape(leaf):
       got = 'a key of jax.random' if is_key(leaf) else f'the scalar {leaf!r:.80}'
-      raise ValueError(f'{name} must be an array of numbers whose first dimension is the items, got {got}')
+      raise ValueError(f'{name} must be an array of numbers whose first dimension counts the items, got {got}')
   for what, batch in used._asdict().items():
     counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
     if len(counts) != 1 or 0 in counts:
       raise ValueError(
-        f'all leaves of {what} must have the same first dimension, the number of items, at least 1, got '
-        f'{sorted(counts)}'
+        f'all leaves of {what} must have the same first dimension, which is the number of items and at least 1, '
+        f'got {sorted(counts)}'
       )
 
 
 def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the facts as JSON stores them. Raises ValueError if JSON cannot store one of them."""
+  """Returns `says` as it is read back after JSON has stored it. Raises ValueError if JSON cannot store a value."""
   try:
     return json.loads(json.dumps(dict(says), allow_nan=False))
   except (TypeError, ValueError, RecursionError) as e:
     raise ValueError(
-      f'the argument says has a value that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
+      f'the argument `says` has a value that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
     ) from e
 
 
 def check_close(ours: PyTree, theirs: PyTree) -> None:
-  """Raises WriterError unless the outputs of the programs equal those of the learner, up to float32 rounding."""
+  """Raises WriterError unless the exported programs and the learner give equal outputs, up to float32 rounding.
+
+  Args:
+    ours: Outputs of the learner.
+    theirs: Outputs of the exported programs.
+  """
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     a, b = np.asarray(a), np.asarray(b)
     finite = np.isfinite(a) & np.isfinite(b)  # Logits of absent classes may be -inf.
@@ -94,8 +105,8 @@ def check_close(ours: PyTree, theirs: PyTree) -> None:
     if not np.allclose(a, b, rtol=0, atol=_CLOSE * size, equal_nan=True):
       off = np.max(np.abs(a[finite] - b[finite]), initial=0)
       raise WriterError(
-        f'the exported programs differ from the learner by {off:.3g} where both are finite, so no file is '
-        'written; report this to the developers of metasgd_jax'
+        f"the outputs of the exported programs differ from the learner's by {off:.3g} where both are finite, "
+        'so no file is written; report this to the developers of metasgd_jax'
       )
 
 

@@ -27,17 +27,17 @@ class NotFittedError(ValueError, AttributeError):
 class FewShotClassifier:
   """Classifies images into N new classes, after it has adapted a trained model to one or more examples of each class.
 
-  N is at least 2, and at most the way that the model was trained with. Images are arrays `[n, H, W, D]`, `[n, H, W]` if
-  D = 1, or flat `[n, H·W·D]`, with the height, width and channels of the model. Their values are integers from 0 to
-  255, floats from 0 to 1, or booleans. The classifier can be cloned, pickled, and used in pipelines and searches of
-  scikit-learn.
+  N is at least 2, and at most the number of ways that the model was trained with. Images are an array `[n, H, W, D]`,
+  or flat `[n, H·W·D]`, where H, W and D are the height, width and channels of the model. If D = 1, they may also be
+  `[n, H, W]`. Their values are integers from 0 to 255, floats from 0 to 1, or booleans. The classifier can be cloned,
+  pickled, and used in pipelines and searches of scikit-learn.
 
   `inductive` chooses the statistics with which batch norm normalises the query images:
 
   - True, the default: the statistics of the support. Each prediction then depends on its own image alone.
   - False, which is called transductive: the statistics of all images of the call. Each prediction then depends on the
-    other images. Accuracies of MAML and similar methods are mostly measured in this way. The transductive mode is
-    meant only for calls with many images that contain all classes.
+    other images. Accuracies of MAML and similar methods are mostly measured in this mode. The transductive mode is
+    meant only for calls with many images, among which are images of all classes.
 
   A model that was trained transductively has only seen batches with the same number of images of each class. If a call
   has a single image, or images of a single class, the statistics of that call differ from those of the training, and
@@ -93,7 +93,7 @@ class FewShotClassifier:
         supports.
     """
     if not (self.invert == 'auto' or isinstance(self.invert, bool)):
-      raise ValueError(f"invert must be 'auto', True or False, got {self.invert!r}")
+      raise ValueError(f"`invert` must be 'auto', True or False, got {self.invert!r}")
     model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
     steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. Facts about the training do not change them.
@@ -117,7 +117,7 @@ class FewShotClassifier:
     With two classes, it returns the second logit minus the first, `[n]`, as scikit-learn does.
 
     Args:
-      X: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that `FewShotClassifier` accepts.
 
     Raises:
       ValueError: if the images do not fit the model.
@@ -127,12 +127,12 @@ class FewShotClassifier:
     return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
   def predict_proba(self, X: Any) -> np.ndarray:
-    """Returns the probability of each class, `[n, N]`, in the order of `classes_`.
+    """Returns the probability of each class for each image, `[n, N]`. The classes are in the order of `classes_`.
 
-    The errors are those of `decision_function`.
+    This method raises the same errors as `decision_function`.
 
     Args:
-      X: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that `FewShotClassifier` accepts.
     """
     from scipy.special import softmax  # Imported here, because only this method needs scipy.
 
@@ -141,10 +141,10 @@ class FewShotClassifier:
   def predict(self, X: Any) -> np.ndarray:
     """Returns the most probable label of each image, `[n]`.
 
-    The errors are those of `decision_function`.
+    This method raises the same errors as `decision_function`.
 
     Args:
-      X: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that `FewShotClassifier` accepts.
     """
     answers = np.argmax(self._logits(X), axis=1)
     return self.classes_[answers]
@@ -153,21 +153,22 @@ class FewShotClassifier:
     """Returns the accuracy, which is the share of images whose predicted label is right.
 
     Args:
-      X: Query images, in any of the forms that the class documents.
+      X: Query images, in any of the forms that `FewShotClassifier` accepts.
       y: True labels of the images, `[n]`.
       sample_weight: Weights of the images, `[n]`. By default all images have the same weight.
 
     Raises:
-      ValueError: if the labels or weights are not as many as the images, if a label is missing, or if the labels are
-        text and the classes are not, or the reverse. The other errors are those of `decision_function`.
+      ValueError: if `y` does not have one label for each image, if a label is None or NaN, or if the labels are text
+        and the classes are not, or the reverse. This method also raises the errors of `decision_function`.
+      TypeError: if `sample_weight` does not have one weight for each image.
     """
     answers = self.predict(X)
     labels = _as_labels(y, len(answers))
     if _is_text(labels) != _is_text(self.classes_):
       ours, theirs = self.classes_.tolist()[0], labels.tolist()[0]
-      wanted = f'{type(ours).__name__} such as {ours!r}'
+      wanted = f'of type {type(ours).__name__}, such as {ours!r}'
       raise ValueError(
-        f'labels must be {wanted}, like the classes, got {type(theirs).__name__} {theirs!r}; convert them'
+        f'the labels must be {wanted}, like the classes, got {type(theirs).__name__} {theirs!r}; convert them'
       )
     return float(np.average(answers == labels, weights=sample_weight))
 
@@ -190,7 +191,7 @@ class FewShotClassifier:
     return f'{type(self).__name__}({", ".join(texts)})'
 
   def __sklearn_tags__(self) -> Any:
-    """Tells scikit-learn, its only caller, that this is a classifier of arrays with two or more dimensions."""
+    """Returns tags for scikit-learn: this is a classifier, and its inputs are arrays of two or more dimensions."""
     from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
     inputs = InputTags(three_d_array=True)
@@ -222,7 +223,10 @@ def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
 
 
 def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
-  """Returns the images as float32 `[n, H, W, D]`. Raises ValueError unless they have one of the accepted forms."""
+  """Returns the images as float32 `[n, H, W, D]`, with `shape` (H, W, D).
+
+  Raises ValueError unless the images have one of the forms that `FewShotClassifier` documents.
+  """
   try:
     x = np.asarray(images)
   except ValueError as e:
@@ -241,33 +245,40 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
     return x.astype(np.float32)
   if np.issubdtype(x.dtype, np.integer):
     if x.min() < 0 or x.max() > 255:
-      raise ValueError(f'integer images must be 0 to 255, got {x.min()} to {x.max()}; scale them')
+      raise ValueError(f'integer images must have values from 0 to 255, got {x.min()} to {x.max()}; scale them')
     if x.max() == 1:
       raise ValueError(
-        'integer images must be 0 to 255, with white as 255, but these have only 0 and 1; pass booleans or floats'
+        'integer images must have values from 0 to 255, where 255 is white, but these images have only 0 and 1; '
+        'pass booleans or floats'
       )
     return x.astype(np.float32) / np.float32(255)
   if not np.issubdtype(x.dtype, np.floating):
     raise ValueError(f'images must be integers (0 to 255), floats (0 to 1) or booleans, got {x.dtype}; convert them')
   if not np.all(np.isfinite(x)):
-    raise ValueError('images must be finite numbers, got NaN or infinity; leave those pictures out')
+    raise ValueError('images must be finite numbers, but some have NaN or infinity; leave those pictures out')
   if x.min() < 0 or x.max() > 1:
-    raise ValueError(f'float images must be 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8')
+    raise ValueError(
+      f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
+    )
   return x.astype(np.float32)
 
 
 def _as_labels(labels, count: int) -> np.ndarray:
-  """Returns the labels as an array `[count]`. Raises ValueError if one is missing, or if only some are text."""
+  """Returns the labels as an array `[count]`.
+
+  Raises:
+    ValueError: if the number of labels is not `count`, if a label is None or NaN, or if only some labels are text.
+  """
   if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
     if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
-      raise ValueError('labels must be of one kind, such as strings, but some are text and some are not; convert them')
+      raise ValueError('labels must all be of one kind, such as strings, but only some of them are text; convert them')
     missing = any(map(_is_missing, labels))
     labels = np.asarray(labels, object if missing else None)
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise ValueError(f'there must be a label for each of the {count} images, got labels of shape {labels.shape}')
   if any(map(_is_missing, labels)):
-    raise ValueError('labels must not be missing (NaN or None); leave those pictures out, or give them another class')
+    raise ValueError('some pictures have missing labels (NaN or None); leave those pictures out, or give them labels')
   return labels
 
 
@@ -288,7 +299,7 @@ def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
   try:
     classes, y = np.unique(labels, return_inverse=True)
   except TypeError as e:
-    raise ValueError(f'labels must be of one kind, such as strings, to be sortable ({e}); convert them') from e
+    raise ValueError(f'labels must be of one kind, such as strings, but cannot be sorted ({e}); convert them') from e
   if len(classes) < 2:
     raise ValueError(f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add another class')
   if len(classes) > most:
@@ -297,9 +308,9 @@ def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the support with the images of smaller classes repeated, so that all classes have the same number.
+  """Returns the support with images of smaller classes repeated, so that each class has the same number of images.
 
-  The model was trained with the same number of examples of each class.
+  This is done because the model was trained with the same number of support images in each class.
   """
   members = [np.flatnonzero(y == c) for c in range(y.max() + 1)]
   rows = np.concatenate([np.resize(m, max(map(len, members))) for m in members])
@@ -307,7 +318,10 @@ def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _light(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
-  """Returns which images are to be inverted, `[n, 1, 1, 1]`. 'auto' decides by the outermost pixels of each image."""
+  """Returns whether each image is to be inverted, `[n, 1, 1, 1]`.
+
+  If `invert` is 'auto' and the model was trained on dark backgrounds, the images with a light border are inverted.
+  """
   if invert != 'auto':
     return np.full((len(x), 1, 1, 1), invert)
   borders = [part.reshape(len(x), -1) for part in (x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1])]

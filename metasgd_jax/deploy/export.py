@@ -71,7 +71,7 @@ def export_model(
     ('float32[Q,28,28,1]', '0 to 1, light on dark')
   """
   if shot is not None and not (checks.is_int(shot) and 1 <= shot <= 10_000):
-    raise ValueError(f'shot must be an integer from 1 to 10,000, got {shot!r}')
+    raise ValueError(f'`shot` must be an integer from 1 to 10,000, got {shot!r}')
   config = model.config
   learner = build_learner(config, way, inductive)
   n = config.way if way is None else way
@@ -103,12 +103,13 @@ def export_learner(
   says: Mapping[str, Any] | None = None,
   report: Callable[[str], None] | None = None,
 ) -> Exported:
-  """Writes `adapt` and `predict` of a learner with its parameters, and returns the content of the file, read back.
+  """Writes `adapt`, `predict` and the parameters of a learner to a file, and returns what is then read from the file.
 
-  The file takes any number of query items. It is first written under a temporary name. If this machine has one of the
-  platforms, the programs of the file are then compared with the learner on `episode`, and the fact 'checked_on' of the
-  file names that platform. Only a file that passes gets the name `path`. The programs compute matrix products in the
-  highest precision (`jax.default_matmul_precision`), so that all platforms give the same numbers.
+  The exported `predict` takes any number of query items. The file is first written under a temporary name. If this
+  machine has one of the platforms, the programs of the file are then compared with the learner on `episode`, and the
+  fact 'checked_on' of the file names that platform. Otherwise nothing is compared. The file gets the name `path` only
+  if no check fails. The programs compute matrix products in the highest precision (`jax.default_matmul_precision`), so
+  that all platforms give the same numbers.
 
   Args:
     path: Path of the file to write.
@@ -117,7 +118,7 @@ def export_learner(
       gives them.
     episode: Episode that gives the shapes and dtypes, and the values for the comparison. Its support and its query are
       each a `Batch`. Leaves of the support have the leading axis S, leaves of the query the leading axis Q.
-    any_support: Whether the file takes any number of support items. Otherwise it takes exactly S.
+    any_support: Whether the exported `adapt` takes any number of support items. Otherwise it takes exactly S.
     platforms: Platforms that the file runs on, some of cpu, cuda, rocm and tpu.
     says: Facts for people who read the file, stored in about.json.
     report: Function that receives a line of text when all arguments have been checked, before the slow part begins.
@@ -195,28 +196,29 @@ def _programs(learner: Learner, meta, episode: Episode, any_support: bool, platf
 def _trace(learner: Learner, meta: PyTree, episode: Episode) -> PyTree:
   """Returns the shapes and dtypes of the adapted parameters.
 
-  The learner is traced here with the numbers of items of the episode, and in the export with open numbers. An error
-  that is raised here is therefore the learner's own.
+  The learner is traced here with the fixed numbers of items of the episode. The export traces it with symbolic numbers
+  of items. An error that is raised here is therefore caused by the learner, and not by the symbolic numbers.
   """
   adapted = jax.eval_shape(functools.partial(_adapt, learner), meta, episode.support)
   if any(map(is_key, jax.tree.leaves(adapted))):
     raise ValueError(
-      'the adapted parameters contain a key of jax.random; let adapt return jax.random.key_data(key) in its place'
+      'the adapted parameters contain a key of jax.random; let `adapt` return jax.random.key_data(key) instead'
     )
   jax.eval_shape(learner.predict, adapted, episode.query.x)
   return adapted
 
 
 def _like(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-  """Returns a pytree with the structure of `tree` and with these leaves, given by name."""
+  """Returns a pytree with the structure of `tree`. Each leaf is the value that `leaves` has for the leaf's name."""
   return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name, _ in named(tree)])
 
 
 def _program(function, platforms, any_support: bool, *inputs) -> jax.export.Exported:
   """Returns the exported program of a function that has already been traced with fixed numbers of items.
 
-  The program stores the names of source files without their folders, because the names of folders are private. The
-  setting of JAX that removes the folders has no scoped form, so the setting applies to all threads during the export.
+  The program stores the names of source files without their folders, because the names of folders are private. A
+  setting of JAX removes the folders. JAX cannot limit this setting to one thread, so it applies to all threads during
+  the export.
   """
   setting = 'jax_hlo_source_file_canonicalization_regex'
   before = getattr(jax.config, setting)
@@ -251,10 +253,10 @@ def _write(file: IO[bytes], about: Any, programs: Mapping[str, jax.export.Export
 
 
 def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | None]:
-  """Returns the platform to compare on, and its device.
+  """Returns the platform on which the file's outputs are compared with the learner's, and a device of this platform.
 
-  The platform is JAX's default platform if it is one of `platforms`, or else the CPU if that is one of `platforms`.
-  Otherwise both results are None.
+  It is JAX's default platform if `platforms` contains this platform, or else the CPU if `platforms` contains the CPU.
+  If `platforms` contains neither, both results are None.
   """
   here, host = jax.export.default_export_platform(), sharding.host_device()
   if here in platforms:
@@ -263,7 +265,7 @@ def _where_to_check(platforms: Sequence[str]) -> tuple[str | None, jax.Device | 
 
 
 def _check_numbers(found: Exported, learner: Learner, meta: PyTree, episode: Episode, device: jax.Device) -> None:
-  """Raises WriterError unless the programs of the file give the numbers of the learner, up to float32 rounding."""
+  """Raises WriterError unless the exported programs give the same outputs as the learner, up to float32 rounding."""
   meta, support, x = jax.device_get((meta, episode.support, episode.query.x))  # These may be on different devices.
   with jax.default_device(device), jax.default_matmul_precision('highest'):
     ours = jax.jit(learner.predict)(jax.jit(functools.partial(_adapt, learner))(meta, support), x)

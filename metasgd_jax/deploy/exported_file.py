@@ -101,7 +101,10 @@ def _check_bits(path: pathlib.Path, program: jax.export.Exported) -> None:
 
 
 def described(program: jax.export.Exported) -> dict[str, Any]:
-  """Returns what a program takes and gives, as `{'takes': …, 'gives': …}`, trees of text like 'float32[S,28,28,1]'."""
+  """Returns the types of a program's inputs and outputs, `{'takes': inputs, 'gives': outputs}`.
+
+  Inputs and outputs are trees in which a text such as 'float32[S,28,28,1]' stands for each array.
+  """
   takes, _ = jax.tree.unflatten(program.in_tree, map(_text, program.in_avals))
   gives = jax.tree.unflatten(program.out_tree, map(_text, program.out_avals))
   return json.loads(json.dumps({'takes': takes, 'gives': gives}))  # JSON turns tuples into lists.
@@ -112,7 +115,7 @@ def _text(aval: Any) -> str:
 
 
 def member(name: str) -> str:
-  """Returns the name of the archived file that stores a parameter."""
+  """Returns the name, inside the zip archive, of the file that stores a parameter."""
   return f'parameters/{name}.npy'
 
 
@@ -128,13 +131,13 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray], li
 
 
 def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
-  """Raises ValueError if reading the archive, a file of `size` bytes, could take more memory than about `size`."""
+  """Raises ValueError if reading the archive could take much more memory than the `size` bytes of its file."""
   infos = archive.infolist()
   if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
     raise ValueError('the files in it are compressed')
   if sum(info.file_size for info in infos) > size:  # Archived files overlap.
     raise ValueError(
-      f'by their own headers, the archived files have more bytes in all than the archive, which has {size:,}'
+      f'according to their headers, the archived files have more bytes in all than the archive ({size:,} bytes)'
     )
 
 
@@ -146,11 +149,11 @@ def _read_about(archive: zipfile.ZipFile) -> dict[str, Any]:
   about = json.loads(archive.read('about.json'))
   version = about.get('format_version') if isinstance(about, dict) else None
   if not isinstance(version, int) or version < 1:
-    raise ValueError(f'about.json has no format_version that is an integer of at least 1, got {version!r:.80}')
+    raise ValueError(f'format_version in about.json must be an integer of at least 1, got {version!r:.80}')
   if version > FORMAT_VERSION:
     raise _NewerError(
-      f'{archive.filename} is of format version {version}, newer than {FORMAT_VERSION}, which this version of '
-      'metasgd_jax reads; upgrade metasgd_jax'
+      f'{archive.filename} is of format version {version}, newer than {FORMAT_VERSION}, the newest that this version '
+      'of metasgd_jax reads; upgrade metasgd_jax'
     )
   return about
 
@@ -161,7 +164,7 @@ def _check_members(archive: zipfile.ZipFile, about: dict[str, Any]) -> None:
     raise ValueError('about.json does not name the parameters')
   wanted = {'about.json', *(f'{name}.bin' for name in PROGRAMS), *map(member, names)}
   if odd := sorted(wanted ^ set(archive.namelist())):
-    raise ValueError(f'{odd[0]} {"is missing" if odd[0] in wanted else "does not belong in it"}')
+    raise ValueError(f'its file {odd[0]} is {"missing" if odd[0] in wanted else "not part of an exported learner"}')
 
 
 def _read_program(archive: zipfile.ZipFile, name: str, about: dict[str, Any]) -> jax.export.Exported:
@@ -179,7 +182,11 @@ def _read_parameters(archive: zipfile.ZipFile, names: list[str], adapt: jax.expo
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, wanted: Any) -> np.ndarray:
-  """Returns a parameter. Raises ValueError, before reading the data, if its header does not fit the program."""
+  """Returns the parameter `name`, which is stored as a .npy file in the archive.
+
+  Raises ValueError if the header of this file does not fit the program, before the data are read, or if the header does
+  not fit the size of the data.
+  """
   with archive.open(member(name)) as file:
     np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)

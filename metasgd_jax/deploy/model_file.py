@@ -46,7 +46,7 @@ class ModelConfig:
     hidden: Number of units in the fully connected layer of Conv4. With 0 there is no such layer.
     inner_steps: Number of inner steps k.
     alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is a tensor among the parameters.
-    background: Background of the training images, 'dark' or 'any'.
+    background: Background of the training images: 'dark', which means light ink on black, or 'any'.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -73,25 +73,27 @@ class ModelConfig:
     for name, (least, most) in _RANGES.items():
       value = getattr(self, name)
       if not is_int(value) or not least <= value <= most:
-        raise ValueError(f'{name} must be an integer from {least} to {most:,}, got {value!r}')
+        raise ValueError(f'`{name}` must be an integer from {least} to {most:,}, got {value!r}')
     shape = self.image_shape
     if not isinstance(shape, tuple) or len(shape) != 3 or not all(is_int(v) and 1 <= v <= 4096 for v in shape):
-      raise ValueError(f'image_shape must be a tuple (height, width, channels) of integers 1 to 4096, got {shape!r}')
+      raise ValueError(
+        f'image_shape must be a tuple (height, width, channels) of integers from 1 to 4096, got {shape!r}'
+      )
     if min(shape[:2]) < 16:
-      raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves it four times, got {shape!r}')
+      raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves both sizes four times, got {shape!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
     if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= _MOST_ALPHA):
       raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
-      raise ValueError(f'training must be a dict, such as {{"seed": 0}}, got {self.training!r}')
+      raise ValueError(f'`training` must be a dict, such as {{"seed": 0}}, got {self.training!r}')
     try:
       json.dumps(self.training, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
-      raise ValueError(f'training must have values that JSON can store ({e}); use numbers and strings') from e
+      raise ValueError(f'`training` must have values that JSON can store ({e}); use numbers and strings') from e
     if _levels(self.training) > _MOST_LEVELS:
       levels = _levels(self.training)
-      raise ValueError(f'training must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
+      raise ValueError(f'`training` must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
 
 
 def _levels(facts: Any) -> int:
@@ -137,7 +139,7 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
   """
   n = config.way if way is None else way
   if not is_int(n) or not 2 <= n <= config.way:
-    raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; choose a way in this range')
+    raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; give a number in this range')
   network = nn.from_linen(nn.Conv4(config.way, filters=config.filters, hidden=config.hidden))
   model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
   learner = functools.partial(maml, alpha=config.alpha) if config.learner == 'maml' else meta_sgd
@@ -200,13 +202,17 @@ def model_size(path_or_name: PathLike) -> int:
   """Returns the size of a model's file in bytes.
 
   Raises:
-    ValueError: if there is no such file or name.
+    ValueError: if there is no file with this path, and no shipped model with this name.
   """
   return _find(path_or_name).stat().st_size
 
 
 def _find(path_or_name: PathLike) -> pathlib.Path:
-  """Returns the path of a model's file. Raises ValueError if no file has this path and no shipped model this name."""
+  """Returns the path of a model's file, given this path or the name of a model that comes with the package.
+
+  Raises:
+    ValueError: if there is neither such a file nor such a model.
+  """
   if path_or_name in shipped_models():
     return _SHIPPED / f'{path_or_name}.safetensors'
   path = pathlib.Path(os.path.expanduser(as_path(path_or_name)))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
@@ -214,7 +220,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
     return path
   near = difflib.get_close_matches(str(path_or_name)[:80], shipped_models(), 1)
   advice = f'did you mean {near[0]}?' if near else 'check the path or the name'
-  raise ValueError(f'there is no model file {path}, and no such model among {shipped_models()}; {advice}')
+  raise ValueError(f'there is no model file {path}, and none of the models {shipped_models()} has this name; {advice}')
 
 
 def _read(path: pathlib.Path) -> FewShotModel:
@@ -236,11 +242,12 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
   version = metadata['format_version']
   if not re.fullmatch('[1-9][0-9]{0,8}', version):
     raise ValueError(
-      f"{path} has format version '{first_line(version)}', which is no positive integer; get the file again"
+      f"{path} has format version '{first_line(version)}', which is not a positive integer; get the file again"
     )
   if int(version) > FORMAT_VERSION:
     raise ValueError(
-      f'{path} has format version {version}, newer than {FORMAT_VERSION}, which this version reads; upgrade metasgd_jax'
+      f'{path} has format version {version}, which is newer than {FORMAT_VERSION}, the newest that this version of '
+      'metasgd_jax reads; upgrade metasgd_jax'
     )
   try:
     fields = json.loads(metadata['config'])
@@ -266,9 +273,9 @@ def _by_name(meta: MetaParams) -> dict[str, Any]:
 
 
 def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) -> None:
-  """Raises ValueError unless the tensors have the names, dtypes and shapes of the structure.
+  """Raises ValueError unless the tensors in `found` have the names, dtypes and shapes of the leaves of `structure`.
 
-  `found` has a text such as 'float32 (5,)' for each tensor.
+  `found` maps the name of each tensor to its dtype and shape as text, such as 'float32 (5,)'.
   """
   wanted = {name: f'{leaf.dtype} {leaf.shape}' for name, leaf in _by_name(structure).items()}
   if odd := sorted(wanted.keys() ^ found.keys()):

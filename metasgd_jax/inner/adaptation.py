@@ -55,8 +55,9 @@ def adapt(
   """Returns θ adapted to one task.
 
   θ_{t+1} = θ_t − α ∘ ∇loss_fn(θ_t, batch) for t = 0, …, steps − 1. This is the inner update of Meta-SGD (Li et al.
-  2017, equation 2). It is differentiable in θ and α to any order. With `first_order` the inner gradient is a constant.
-  For one step, dθ′/dθ is then the identity, and an outer loss L′ still has the gradient −∇L ∘ dL′/dθ′ in α.
+  2017, equation 2). It is differentiable in θ and α to any order. With `first_order` the inner gradient is treated as a
+  constant. For one step from θ to θ′, dθ′/dθ is then the identity. The gradient of an outer loss L′(θ′) with respect to
+  α is still −∇L(θ) ∘ dL′/dθ′, where L is the support loss.
 
   Args:
     theta: Parameters, any pytree of floating-point arrays.
@@ -71,8 +72,8 @@ def adapt(
     adjoint: How derivatives of the result go back through the steps; see `Adjoint`.
     alpha_by_step: Whether each step has its own rates, as in MAML++ (Antoniou et al. 2019). Each leaf of α then has
       shape `[steps, …]`.
-    adapts: Function from the name of a leaf of θ to whether the leaf adapts, such as `Model.adapts`. By default every
-      leaf that has a rate adapts.
+    adapts: Function that receives the name of a leaf of θ and returns whether the leaf adapts, such as `Model.adapts`.
+      By default every leaf that has a rate adapts.
 
   Returns:
     A pytree with θ's structure, shapes and dtypes.

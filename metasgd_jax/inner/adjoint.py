@@ -28,7 +28,8 @@ def descend(
 ) -> PyTree:
   """Returns θ after `steps` steps θ ← θ − α ∘ grad(θ), with a custom reverse mode.
 
-  Let v = dL/dθ_{t+1}, g_t = grad(θ_t), and let H_t be the derivative of grad at θ_t. One step back is then
+  Let L be the outer loss, v = dL/dθ_{t+1} and g_t = grad(θ_t). Let H_t be the derivative of grad at θ_t. One step of
+  the backward pass is then
 
       dL/dα −= g_t ∘ v        dL/dθ_t = v − H_tᵀ (α ∘ v)
 
@@ -155,11 +156,11 @@ class Schedule(NamedTuple):
 
 @functools.cache
 def schedule(steps: int) -> Schedule:
-  """Returns the schedule that uses the fewest buffers and computes no step again more than `AGAIN` times.
+  """Returns the schedule with the fewest buffers among those that recompute no step more than `AGAIN` times.
 
-  This is the algorithm revolve (Griewank and Walther 2000). If s of the θ_t are stored, and if every step is computed
-  at most r times before the backward pass has gone through it, then at most (s + r)! / (s! r!) steps are possible. Here
-  r is `AGAIN` + 1, because the forward pass computes every step once.
+  The algorithm is revolve (Griewank and Walther 2000). Suppose that s of the θ_t are stored, and that every step is
+  computed at most r times before the backward pass has gone through it. Then at most (s + r)! / (s! r!) steps are
+  possible. Here r is `AGAIN` + 1, because the forward pass computes every step once.
 
   Args:
     steps: Number of steps, 1 or more.
@@ -172,7 +173,7 @@ def schedule(steps: int) -> Schedule:
       moves.append((source if i == 0 else kept, target if i == count - 1 else kept))
 
   def back(first: int, count: int) -> None:
-    """Appends to `moves` the backward pass through `count` steps. Buffer `first` stores θ before these steps.
+    """Appends to `moves` the rows for the backward pass through `count` steps. Buffer `first` stores θ before them.
 
     All buffers after `first` may be overwritten.
     """
@@ -195,9 +196,9 @@ def schedule(steps: int) -> Schedule:
 
 
 def _most_steps(kept: int, times: int) -> int:
-  """Returns how many inner steps the reverse pass can go through with `kept` stored θ_t.
+  """Returns the largest number of inner steps for which it is enough to store `kept` of the θ_t at a time.
 
-  No step is computed more than `times` times.
+  The condition is that the forward and backward passes compute no step more than `times` times; see `schedule`.
   """
   return math.comb(kept + times, kept)
 
@@ -216,7 +217,10 @@ def _start_back(v, alpha, constants):
 
 
 def _ended(carry):
-  """Returns the derivatives with respect to θ, α and the constants; constants such as labels have no derivative."""
+  """Returns the derivatives with respect to θ, α and the constants, given the last carry of the backward pass.
+
+  Constants that have no derivative, such as integer labels, get `None`.
+  """
   v, d_alpha, d_constants = carry
   return v, d_alpha, (d_constants, None)
 
@@ -235,13 +239,14 @@ def _step_back_by_symmetry(grad, carry, t, alpha, constants):
 
 
 def _accumulated(carry, g, hu, more):
-  """Returns the carry `(dL/dθ_t, dL/dα, dL/dconstants)` after one step back.
+  """Returns the carry `(dL/dθ_t, dL/dα, dL/dconstants)` after one step of the backward pass; see `descend`.
 
   Args:
-    carry: Carry before this step back, whose first entry is v = dL/dθ_{t+1}.
+    carry: Carry before this step. Its first entry is v = dL/dθ_{t+1}.
     g: Gradient g_t.
     hu: Product H_tᵀ (α ∘ v).
-    more: The corresponding product for the constants, which is subtracted from dL/dconstants.
+    more: Product Cᵀ (α ∘ v), where C is the derivative of g_t with respect to the constants. It is subtracted from
+      dL/dconstants.
   """
   v, d_alpha, d_constants = carry
   return (

@@ -63,8 +63,8 @@ def init_alpha(
 ) -> PyTree:
   """Returns the initial α. Every entry is the same number, drawn once from U[low, high].
 
-  With `per='all'` α is a single array, and with 'layer' α has one array for each child of θ's root. With 'entry' and
-  'leaf' α has θ's structure.
+  If `config.per` is 'entry' or 'leaf', α has θ's structure. If it is 'layer', α has one array for each child of θ's
+  root. If it is 'all', α is a single array.
 
   Args:
     key: Random key, consumed.
@@ -184,7 +184,10 @@ def _check_fits(owner, rate, path, leaf, steps) -> None:
 
 
 def _check_unused(path, rate, theta, masked) -> None:
-  """Raises ValueError for a rate with no leaf of θ, unless θ has a `None` or a masked node there."""
+  """Raises ValueError for a rate that belongs to no leaf of θ, with two exceptions.
+
+  The exceptions are a rate `None` where θ has a `None`, and any rate where θ has a node of a type in `masked`.
+  """
   nodes = tree_flatten_with_path(theta, is_leaf=lambda node: node is None or isinstance(node, masked))[0]
   empty = [at for at, node in nodes if node is None]
   hidden = [at for at, node in nodes if masked and isinstance(node, masked)]
@@ -207,7 +210,7 @@ def check_theta(theta: PyTree) -> None:
       )
     if not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
-        f'theta{keystr(path)} must be floating-point, because adapt differentiates theta, got dtype {dtype}; '
+        f'theta{keystr(path)} must be floating-point, because its gradient is needed, got dtype {dtype}; '
         'keep integers and flags out of theta, and store complex numbers as two real arrays'
       )
 

@@ -1,4 +1,4 @@
-"""The loop of every inner update: θ is split into adapting and frozen leaves, and an update rule is repeated."""
+"""The inner loop for any update rule: it splits θ into adapting and frozen leaves, and repeats the rule."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,7 +98,7 @@ def repeat_with_path(
   arrays: Any,
   parameters: Callable[[Carry], PyTree] = lambda carry: carry,
 ) -> PyTree:
-  """Returns `parameters(carry)` after 0, 1, …, `steps` updates of `repeat`, stacked: leaves `[steps + 1, …]`."""
+  """Returns `parameters(carry)` after 0, 1, …, `steps` updates, stacked: leaves `[steps + 1, …]`; see `repeat`."""
   if (path := _path_outside_of_a_trace(update, carry, steps, inputs, arrays)) is not None:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(parameters, path))
 
@@ -111,7 +111,10 @@ def repeat_with_path(
 
 
 def _path_outside_of_a_trace(update, carry, steps, inputs, arrays) -> list[Carry] | None:
-  """Returns the carry after 0, 1, …, `steps` updates, or `None` if the loop is traced or an update has a loop."""
+  """Returns a list of the carries after 0, 1, …, `steps` updates, which run one after another without `jax.lax.scan`.
+
+  Returns `None` if `repeat` must scan instead: if the loop is traced, or if `update` itself contains a loop.
+  """
   if is_traced((carry, inputs, arrays)):
     return None
   path = [carry]

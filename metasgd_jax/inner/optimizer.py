@@ -188,7 +188,8 @@ def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapt
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
   """Returns a leaf of the new optimiser state in the dtype of the old leaf.
 
-  A learned number of a wider dtype would otherwise widen the leaf, and a scan needs the same dtypes in every step.
+  A learned hyperparameter of a wider dtype would otherwise widen the leaf. But `jax.lax.scan` needs the same dtypes in
+  every step.
   """
   dtype = jnp.result_type(old)
   return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)

@@ -90,7 +90,7 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     for (name, w), factor_key in zip(chosen.items(), jax.random.split(factors_key, len(chosen)), strict=True):
       n, m = math.prod(w.shape[:-1]), w.shape[-1]
       if rank > min(n, m):
-        raise ValueError(f'rank must be at most {min(n, m)} for {name}, a {n}x{m} matrix, got {rank}; lower it')
+        raise ValueError(f'`rank` must be at most {min(n, m)} for {name}, a {n}x{m} matrix, got {rank}; lower it')
       factors[name] = {
         'a': jax.random.normal(factor_key, (n, rank), w.dtype) / math.sqrt(n),
         'b': jnp.zeros((rank, m), w.dtype),
@@ -121,4 +121,4 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
 def _check_some(chosen, tree, argument):
   if not chosen:
     names = ', '.join(name for name, _ in named(tree))
-    raise ValueError(f'{argument} must select at least one leaf of theta, but it selects none of: {names}')
+    raise ValueError(f'`{argument}` must select at least one leaf of theta, but it selects none of: {names}')

@@ -24,12 +24,12 @@ for large values.
 def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -> bool:
   """Returns whether every custom derivative rule in a loss is known to give the true derivative of its function.
 
-  Each rule of `jax.custom_jvp` and `jax.custom_vjp` is compared with the automatic derivative of its function, up to
-  second order, at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. A rule that cannot be compared
-  counts as unknown, and the result is False.
+  Each rule of `jax.custom_jvp` and `jax.custom_vjp` is compared with automatic differentiation of its function: the
+  first and second derivatives are compared at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. If
+  a rule cannot be compared, the result is False.
 
-  The comparison is compiled again at each call outside of jit. The result is not cached for each `loss`, because a
-  function may read values that have changed, and a wrong True would give wrong gradients.
+  Outside of jit, each call compiles the comparison again. No result is cached, because `loss` may read other values
+  that change between two calls. A cached True could then be wrong, and would give wrong gradients.
 
   Args:
     loss: Function `θ → scalar`.
@@ -40,14 +40,17 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
 
 
 def _custom_derivatives(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-  """Yields the equations that have a custom derivative, also those of inner functions, such as the body of a scan."""
+  """Yields the equations of a jaxpr that have a custom derivative.
+
+  The equations of inner jaxprs, such as the body of a scan, are included.
+  """
   yield from (equation for equation in jaxpr.eqns if equation.primitive.name.startswith('custom_'))
   for inner in subjaxprs(jaxpr):
     yield from _custom_derivatives(inner)
 
 
 def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
-  """Returns whether the custom rule of an equation is right: it gives the true first and second derivatives."""
+  """Returns whether the custom rule of an equation is known to give the true first and second derivatives."""
   variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
   alone = jaxpr.replace(constvars=(), invars=variables, outvars=equation.outvars, eqns=[equation])
   rule = jaxpr_as_fun(ClosedJaxpr(alone, ()))
@@ -97,7 +100,7 @@ def _derivatives(function: Callable[..., list], shapes: list) -> list:
 
 
 def _agree(by_rule: np.ndarray, by_function: np.ndarray) -> bool:
-  """Returns whether the derivative by the rule equals the automatic derivative of the function up to rounding errors.
+  """Returns whether the derivative from the custom rule equals the automatic derivative, up to rounding errors.
 
   Only the entries whose automatic derivative is finite are compared. If there are none, the result is False, unless the
   arrays are empty.

@@ -2,9 +2,9 @@
 
 The checkpoints are written in the background. A checkpoint is never half-written.
 
-If a run has several processes, its program must read and write the checkpoints in only one of them, and send a state
-that was read to the others. That process needs nothing from the others and does not wait for them, because each process
-has complete copies of the arrays.
+If a run has several processes, its program must read and write the checkpoints in only one process. After that process
+has read a state, the program must send the state to the other processes. The process that reads and writes does not
+wait for the others and needs nothing from them, because each process has complete copies of the arrays.
 """
 
 import contextlib
@@ -54,7 +54,10 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-  """The checkpoints of one training run in a directory: STEP/state has the arrays by name, STEP/about describes them.
+  """The checkpoints of one training run, in one directory.
+
+  The folder STEP/state contains the arrays of a checkpoint by name. The folder STEP/about contains their types and
+  checksums, the metric, the configuration and the versions of the software.
 
   The object must be closed, or used as a context manager. Closing waits until all checkpoints are written.
 
@@ -63,7 +66,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       change when a checkpoint is saved.
     best: The `keep_best` checkpoints with the greatest metrics when the directory was opened, the best first. If two
       metrics are equal, the later checkpoint comes first. The list does not change when a checkpoint is saved.
-    last: Step of the newest checkpoint, including those that have been saved since, or -1 if there is none.
+    last: Step of the newest checkpoint, or -1 if there is none. Unlike `latest`, it changes when `save` is called.
   """
 
   def __init__(
@@ -81,8 +84,8 @@ class Checkpoints(contextlib.AbstractContextManager):
       report: Function that receives a sentence about each checkpoint that cannot be read.
 
     Raises:
-      CheckpointError: if the checkpoints have another configuration or other arrays, if none of them can be read, or if
-        the directory cannot be written.
+      CheckpointError: if the configuration of the checkpoints is not `config`, if their arrays do not match `like`, if
+        none of them can be read, or if the directory cannot be written.
     """
     self._directory, self._config = files.as_path(directory).absolute(), json.loads(json.dumps(config))
     self.latest = newest(self._directory, like=like, config=config, report=report)
@@ -115,9 +118,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     self.close()
 
   def save(self, state: TrainState, metric: float | None = None) -> None:
-    """Begins to write a checkpoint, and returns when its arrays have been copied.
+    """Begins to write a checkpoint in the background, and returns as soon as its arrays have been copied.
 
-    Does nothing if the newest checkpoint already has the step of `state`.
+    The method does nothing if the newest checkpoint already has the step of `state`.
 
     Args:
       state: State of one run, or of R runs at the same step.
@@ -171,7 +174,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 
 class _LatestAndBest(NamedTuple):
-  """A preservation policy of orbax: the latest checkpoints are kept, and the `keep_best` with the greatest metrics.
+  """A preservation policy of orbax. It keeps the latest checkpoints and the `keep_best` ones with the greatest metrics.
 
   Orbax's own policy for the best checkpoints reads the metrics from files, and raises an error if a file is damaged.
   """
@@ -224,7 +227,7 @@ def newest(
 
 
 def check_config(found: Config, asked: Config, where: files.PathLike) -> None:
-  """Raises CheckpointError unless both configurations are the same. The message names the fields that differ."""
+  """Raises CheckpointError unless `found` and `asked` are equal. The message names the fields that differ."""
   ours = json.loads(json.dumps(asked))
   differ = [name for name in {**found, **ours} if (name in found, found.get(name)) != (name in ours, ours.get(name))]
   if differ:
@@ -245,8 +248,8 @@ def _by_itself():
 def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Report, otherwise: str):
   """Returns the checkpoint at `path`, or `None` if it is damaged.
 
-  If the checkpoint is damaged, `report` receives a sentence with the reason. The sentence ends with the clause
-  `otherwise`, which says what is done without the checkpoint.
+  If the checkpoint is damaged, `report` receives a sentence that gives the reason and ends with the text `otherwise`.
+  This text says what is done without the checkpoint.
   """
   try:
     return _read(path, like, config)
@@ -258,7 +261,7 @@ def _try_read(path: pathlib.Path, like: TrainState, config: Config, report: Repo
 
 
 def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
-  """Returns a checkpoint in the structure of `like`. A damaged checkpoint raises an exception of any type.
+  """Returns a checkpoint in the structure of `like`. If it is damaged, an exception of any type may be raised.
 
   Raises:
     CheckpointError: if the configuration is not `config`, or if the arrays do not fit `like`.
@@ -283,10 +286,13 @@ def _read(path: pathlib.Path, like: TrainState, config: Config) -> Checkpoint:
 
 
 def _read_about(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the description of a checkpoint. A damaged description raises an exception of any type."""
+  """Returns the description of a checkpoint: its metric, configuration, versions, and its arrays' types and checksums.
+
+  If the description is damaged, an exception is raised, which may be of any type.
+  """
   about = json.loads((path / 'about' / 'metadata').read_bytes())
   if about.pop('checksum') != _checksum(about):
-    raise ValueError('its description is damaged')
+    raise ValueError('its file about/metadata is damaged')
   return about
 
 

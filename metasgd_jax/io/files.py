@@ -25,7 +25,7 @@ class WriterError(Exception):
 
 
 def as_path(path: PathLike) -> pathlib.Path:
-  """Returns `path` as a `pathlib.Path`. Raises ValueError if it is neither a string nor a path, such as `None`.
+  """Returns `path` as a `pathlib.Path`. Raises ValueError for `None` and for anything else but a string or a path.
 
   Example:
     >>> ms.files.as_path('runs/a').name
@@ -37,9 +37,10 @@ def as_path(path: PathLike) -> pathlib.Path:
 
 
 def first_line(text: object) -> str:
-  r"""Returns the first line of an error or of a file's text for use in a message: printable, at most 300 characters.
+  r"""Returns the first line of an error, or of text from a file, in a form that can be part of a message.
 
-  If the text of an error is empty, the result is the name of the error's type.
+  At most 300 characters are kept, and those that are not printable become spaces. If an error has no text, the result
+  is the name of the error's type.
 
   Example:
     >>> ms.files.first_line(ValueError('x is negative\nand y too'))

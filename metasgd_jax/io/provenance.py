@@ -16,7 +16,7 @@ _JAX_SETTINGS = ('enable_x64', 'default_matmul_precision', 'default_prng_impl', 
 
 
 def collect() -> dict[str, Any]:
-  """Returns the versions, the device and JAX's settings that a result was made with, as values that JSON can store.
+  """Returns the package versions, the device and JAX's settings that a result was made with, as values for JSON.
 
   Example:
     >>> from metasgd_jax.io import provenance

@@ -29,7 +29,7 @@ class Writer(Protocol):
     """Receives the values after one step.
 
     Args:
-      label: Name of the run.
+      label: Name of the training.
       step: Number of meta-iterations done.
       values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
     """
@@ -55,7 +55,7 @@ class MetricsWriter:
   """
 
   def __init__(self, path: PathLike, *, go_on: bool = False):
-    """Empties the metrics file and removes the file of times, unless `go_on` is true.
+    """Empties the metrics file and removes the separate file of times (see `write`), unless `go_on` is true.
 
     Args:
       path: Path of the metrics file.
@@ -76,7 +76,7 @@ class MetricsWriter:
     """Appends one line of metrics. The value `seconds` is not in this line, but in the separate file of times.
 
     Args:
-      label: Name of the run.
+      label: Name of the training.
       step: Number of meta-iterations done.
       values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
 
@@ -86,19 +86,19 @@ class MetricsWriter:
     """
     values = dict(values)
     if taken := {'label', 'step'} & values.keys():
-      raise ValueError(f'a value cannot be called {min(taken)!r}, which is a field of each line; give it another name')
+      raise ValueError(f'a value cannot be called {min(taken)!r}, as each line has a field of this name; rename it')
     if 'seconds' in values:
       _append(self._timings, {'label': label, 'step': step, 'seconds': values.pop('seconds')})
     if values:
       _append(self._path, {'label': label, 'step': step, **values})
 
   def cut(self, label: str, step: int) -> list[dict[str, Any]]:
-    """Removes the lines of a run after a step, and all incomplete lines.
+    """Removes the lines of a training after a step, and all incomplete lines.
 
-    Returns the lines of the metrics file that remain of this run, each as a dict.
+    Returns the lines of the metrics file that remain of this training, each as a dict.
 
     Args:
-      label: Name of the run.
+      label: Name of the training.
       step: Last step whose lines are kept.
 
     Raises:
@@ -174,7 +174,7 @@ class TensorBoardWriter:
     """Adds a scalar LABEL/NAME for each value. The scalar is the mean of the value over the runs.
 
     Args:
-      label: Name of the run.
+      label: Name of the training.
       step: Number of meta-iterations done.
       values: Values by their names. A value is a number, or an array `[R]` with one number for each of R runs.
     """
@@ -185,7 +185,7 @@ class TensorBoardWriter:
     """Adds a histogram LABEL/LEAF of the finite entries of each leaf, such as 'MAML/alpha.Dense_0.kernel'.
 
     Args:
-      label: Name of the run.
+      label: Name of the training.
       step: Number of meta-iterations done.
       tree: Pytree of arrays, such as `state.meta`.
     """
@@ -199,6 +199,6 @@ class TensorBoardWriter:
     self._writer.add_figure(name, figure, close=False)
 
   def close(self) -> None:
-    """Writes all values to the file. While the writer is open, values reach the file after some seconds."""
+    """Writes all values that are not in the file yet. Before that, a value reaches the file after some seconds."""
     if '_writer' in vars(self):
       self._writer.close()

@@ -1,4 +1,4 @@
-"""Common parts of the learners, which adapt to the support, predict the query, and are evaluated on the query."""
+"""Functions that learners share. A learner adapts to the support, and its predictions are evaluated on the query."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -107,7 +107,9 @@ def of_parameters(
 
 
 def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options: Any) -> InnerLoop:
-  """Returns `adapt` and `adapt_path` as an `InnerLoop`, with the options and `model.adapts` already set.
+  """Returns the functions `adapt` and `adapt_path` as an `InnerLoop`.
+
+  Their arguments `steps`, `adapts` (from the model) and `options` are already set. `adjoint` is set in `adapt` only.
 
   Raises:
     ValueError: if `steps` is not an integer of at least 0, or if `adjoint` is unknown.
@@ -138,7 +140,7 @@ def episodic(
   """
   metrics = dict(metrics or {})
   if 'loss' in metrics:
-    raise ValueError("metrics contain the name 'loss', which info reserves for the value of loss_fn; rename the metric")
+    raise ValueError("no metric may be named 'loss', because the training loss has this name in `info`; rename it")
 
   def adapt_(meta, support, key=None):
     del key  # Adaptation is deterministic.
@@ -189,7 +191,7 @@ def check_all_adapt(model: Model) -> None:
   """Raises ValueError if the model has `adapts`, because the learner cannot adapt only a part of θ."""
   if model.adapts is not None:
     raise ValueError(
-      'this learner adapts all of theta, got a model with `adapts`, which selects a part of theta; use meta_sgd or maml'
+      'this learner adapts all of theta, got a model whose `adapts` selects only some leaves; use meta_sgd or maml'
     )
 
 

@@ -11,7 +11,9 @@ from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, equa
 
 
 class JointParams(NamedTuple):
-  """Parameters of the `fine_tuning` learner. In an adapted state the classifier has N ways instead of C classes.
+  """Parameters of the `fine_tuning` learner.
+
+  After adaptation, the classifier is over the N classes of the task instead of the C training classes.
 
   Attributes:
     theta: Parameters of the embedding.

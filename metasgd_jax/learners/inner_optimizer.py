@@ -21,8 +21,8 @@ class WithHyper(NamedTuple):
 
   Attributes:
     theta: Initial parameters θ, any pytree of floating-point arrays.
-    hyper: Learned hyper-parameters of the inner optimiser, a pytree of floating-point arrays in the units that the
-      optimiser expects. These numbers are not the rates α of `MetaParams`.
+    hyper: Learned hyper-parameters of the inner optimiser, such as its learning rate: a pytree of floating-point
+      arrays. `optimizer_fn` receives this pytree unchanged.
 
   Example:
     >>> meta = ms.learners.WithHyper(theta={'w': jnp.ones(2)}, hyper={'rate': jnp.float32(0.1)})
@@ -54,8 +54,8 @@ def inner_optimizer(
     model: Network. If the model has `adapts`, the optimiser receives the adapting leaves of θ, and `None` in place of
       the others.
     loss_fn: Loss of the support and of the query, `(outputs [B, …], targets [B, …]) → scalar`.
-    optimizer_fn: Function `hyper → optax.GradientTransformation`. See `adapt_with_optimizer` for optimisers that
-      compute roots or norms of gradients, because the meta-gradient can then be NaN.
+    optimizer_fn: Function `hyper → optax.GradientTransformation`. If the optimiser computes roots or norms of
+      gradients, the meta-gradient can be NaN; `adapt_with_optimizer` describes the remedy.
     hyper: Initial hyper-parameters, a pytree of floating-point numbers or arrays, or a function `(key, θ) → hyper` that
       returns this pytree, such as `lambda key, theta: {'alpha': ms.init_alpha(key, theta), 'clip': 1.0}`. The function
       receives θ with `None` in place of every leaf that does not adapt. A callable pytree that has numbers or arrays as
@@ -96,7 +96,7 @@ def inner_optimizer(
       if (dtype := dtype_of(leaf)) is None or not jnp.issubdtype(dtype, jnp.floating):
         where = f'hyper.{name}' if name else 'hyper'
         raise ValueError(
-          f'{where} must be floating-point, got {leaf!r}; inside `optimizer_fn`, set the values that are not learned'
+          f'{where} must be floating-point, got {leaf!r}; if a value is not learned, set it inside `optimizer_fn`'
         )
     return WithHyper(theta, strong(start))
 

@@ -31,15 +31,16 @@ class Memory(NamedTuple):
 def access(memory: Memory, keys: jax.Array, gates: jax.Array, decay: float = 0.99) -> Memory:
   """Returns the memory after one write and one read (Santoro et al. 2016, equations 2 to 8).
 
-  The keys are written to the slots that were read in the previous step, and to the slots that are used least. For n
-  heads, w_lu is 1 at the n least used slots and 0 elsewhere. One step computes:
+  A slot is a row of the memory matrix M. The keys are written to the slots that were read in the previous step, and to
+  the slots that are used least. The weights of this write are w_w. For n heads, w_lu is 1 at the n least used slots and
+  0 elsewhere. `Memory` defines w_r, w_u and r. One step computes:
 
-      w_w ← σ(gate) w_r(t−1) + (1 − σ(gate)) w_lu(t−1);  the least used row is zeroed;  M ← M + Σ_heads w_w ⊗ key
+      w_w ← σ(gate) w_r(t−1) + (1 − σ(gate)) w_lu(t−1);  the least used slot is zeroed;  M ← M + Σ_heads w_w ⊗ key
       w_r ← softmax_i(cos(key, M_i));  r ← Σ_i w_r(i) M_i;  w_u ← decay · w_u + Σ_heads (w_r + w_w)
 
   Args:
     memory: Memory after the previous step.
-    keys: Keys `[heads, width]`, which are both written and compared with the rows.
+    keys: Keys `[heads, width]`, which are both written and compared with the slots.
     gates: Write gates `[heads]`, before the sigmoid.
     decay: Decay of the usage weights per step.
   """
@@ -79,7 +80,7 @@ class PlainCell(nn.Module):
 
   @nn.compact
   def __call__(self, state, inputs):
-    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
+    """Reads one item: maps the state and the inputs `[D]` of the item to the next state and the logits `[N]`."""
     state, out = nn.OptimizedLSTMCell(self.units)(state, inputs)
     return state, nn.Dense(self.way)(out)
 
@@ -116,14 +117,14 @@ class MemoryCell(nn.Module):
   decay: float = 0.99
 
   def start(self):
-    """Returns the initial state (controller, memory). The rows of the memory are 1e-6, and all other entries are 0."""
+    """Returns the initial state (controller, memory). The memory's rows are filled with 1e-6, and all else is 0."""
     rows, weights = jnp.full((self.slots, self.width), 1e-6), jnp.zeros((self.heads, self.slots))
     memory = Memory(rows, jnp.zeros(self.slots), weights, jnp.zeros(self.heads * self.width))
     return (jnp.zeros(self.units), jnp.zeros(self.units)), memory
 
   @nn.compact
   def __call__(self, state, inputs):
-    """Returns the next state and logits `[N]`, given the state and inputs `[D]`."""
+    """Reads one item: maps the state and the inputs `[D]` of the item to the next state and the logits `[N]`."""
     controller, memory = state
     controller, out = nn.OptimizedLSTMCell(self.units)(controller, jnp.concatenate([inputs, memory.read]))
     keys = jnp.tanh(nn.Dense(self.heads * self.width, name='keys')(out)).reshape(self.heads, self.width)
@@ -205,7 +206,7 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
 
   def loss(meta, episode: Episode, key):
     if key is None:
-      raise ValueError('loss needs a key for the random order of the sequence, got None; pass jax.random.key(seed)')
+      raise ValueError('`loss` needs a key for the random order of the sequence, got None; pass jax.random.key(seed)')
     x, y = (jnp.concatenate(parts) for parts in zip(*episode, strict=True))
     order = jax.random.permutation(key, y.shape[0])
     x, y = x[order], y[order]

@@ -15,10 +15,11 @@ class MatchingParams(NamedTuple):
   """Meta-parameters of Matching Networks.
 
   Attributes:
-    theta: Parameters of the embedding f′ = g′.
-    log_scale: Logarithm `[]` of the scale that multiplies the cosines, which is the inverse temperature of the softmax.
-    support_context: Parameters of the two LSTMs of g, or `None` without full context embeddings.
-    query_context: Parameters of the LSTM of f, or `None` without full context embeddings.
+    theta: Parameters of the embedding network. The same network computes f′ for the query and g′ for the support.
+    log_scale: Logarithm `[]` of the scale s that multiplies the cosines. The scale is the inverse temperature of the
+      softmax over the support.
+    support_context: Parameters of the two LSTMs of `SupportContext`, or `None` without full context embeddings.
+    query_context: Parameters of the LSTM of `QueryContext`, or `None` without full context embeddings.
   """
 
   theta: PyTree
@@ -28,7 +29,11 @@ class MatchingParams(NamedTuple):
 
 
 class SupportContext(nn.Module):
-  """g(x_i, S) = →h_i + ←h_i + g′(x_i): an LSTM over the support in each direction (Vinyals et al., appendix A.2)."""
+  """g(x_i, S) = →h_i + ←h_i + g′(x_i), the support's features in context (Vinyals et al., appendix A.2).
+
+  g′(x_i) are the features of the support item x_i. →h_i and ←h_i are the outputs of two LSTMs, of which one reads the
+  support forwards, and the other backwards.
+  """
 
   @nn.compact
   def __call__(self, features):
@@ -111,7 +116,7 @@ def matching(
   check_count('read_steps', read_steps)
   check_inductive(embedding, inductive)
   if not scale > 0:
-    raise ValueError(f'scale must be above 0, got {scale}')
+    raise ValueError(f'`scale` must be above 0, got {scale}')
   support_context, query_context = SupportContext(), QueryContext(read_steps)
 
   def init(key, episode: Episode) -> MatchingParams:
@@ -142,18 +147,21 @@ def matching(
 
 
 def cosine(a: jax.Array, b: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-  """Returns the cosines `[Q, S]` of each row of `a`, `[Q, D]`, with each row of `b`, `[S, D]`; 0 if a row is zero."""
+  """Returns the cosine similarity of each row of `a` `[Q, D]` and each row of `b` `[S, D]`, as an array `[Q, S]`.
+
+  The similarity is 0 if one of the two rows is zero.
+  """
   # Each row is scaled to length 1.
   a, b = (v * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(v), -1, keepdims=True), epsilon)) for v in (a, b))
   return a @ b.T
 
 
 def by_class(values: jax.Array, labels: jax.Array, way: int, reduce) -> jax.Array:
-  """Returns one value per class, `[Q, N]`: `reduce`, such as a maximum, over the columns of `values` of this class.
+  """Reduces `values` `[Q, S]` to one value per class, `[Q, N]`. `labels` `[S]` are the classes of the columns.
 
-  `values` has shape `[Q, S]`, and its columns have the labels `[S]`. `reduce` receives −∞ in place of the columns of
-  other classes. The result is therefore −∞ for a class that has no column, and NaN for all classes if a label is not
-  one of the N classes.
+  For each class, the function `reduce`, such as a maximum, combines the columns of the class. It receives −∞ in place
+  of the columns of other classes. The result is therefore −∞ for a class that has no column, and NaN for all classes if
+  a label is not one of the N classes.
   """
   mine = one_hot(labels, way).T  # [N, S]
   others = jnp.where(jnp.isnan(mine), jnp.nan, -jnp.inf)

@@ -49,13 +49,16 @@ class Gates(nn.Module):
   units: int = 20
 
   def start(self, entries: int):
-    """Returns the initial state (LSTM state, f, i) for a θ with `entries` entries. All values are zero."""
+    """Returns the initial state (state of the first LSTM, gates f, gates i) for `entries` entries of θ: all zeros."""
     zeros = jnp.zeros((entries, self.units))
     return (zeros, zeros), jnp.zeros(entries), jnp.zeros(entries)
 
   @nn.compact
   def __call__(self, state, theta, loss, gradient):
-    """Returns the next state (LSTM state, f `[P]`, i `[P]`) for a θ with P entries and a gradient `[P]`."""
+    """Returns the next state (state of the first LSTM, gates f `[P]`, gates i `[P]`).
+
+    P is the number of entries of θ, and the gradient has the shape `[P]`.
+    """
     lstm, f, i = state
     inputs = jnp.concatenate([preprocess(gradient), jnp.broadcast_to(preprocess(loss), (theta.size, 2))], -1)
     lstm, h = nn.OptimizedLSTMCell(self.units)(lstm, inputs)

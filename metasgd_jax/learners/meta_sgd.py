@@ -47,7 +47,7 @@ def meta_sgd(
       defaults are the paper's.
     step_weights: Weights w_1, …, w_k of the inner steps. If they are given, the loss is Σ_t w_t L_query(θ_t) instead of
       L_query(θ_k). This is the multi-step loss of MAML++ without the annealing of its weights. The intermediates of
-      all steps are then kept, as with adjoint='reverse'.
+      all inner steps are then stored for the backward pass, as with adjoint='reverse'.
     metrics: Metrics `{name: (outputs, targets) → scalar}`, measured on the query after adaptation and returned as info.
 
   Raises:
@@ -80,7 +80,10 @@ def meta_sgd(
 
 
 def _multi_step(learner: Learner, loss_fn: Metric, steps: int, weights: Sequence[float], metrics: Metrics) -> Learner:
-  """Returns a learner whose loss is Σ_t w_t L_query(θ_t), and whose metrics are those of the last step."""
+  """Returns a learner whose loss is Σ_t w_t L_query(θ_t), where inner step t has the weight w_t and returns θ_t.
+
+  The metrics are measured after the last inner step.
+  """
   if np.shape(weights) != (steps,) or not steps or not np.all(np.isfinite(weights)):
     raise ValueError(f'step_weights must be {steps} finite numbers, one per inner step, got {weights!r}')
   measured = dict(metrics or {})

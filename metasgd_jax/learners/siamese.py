@@ -33,7 +33,7 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
   The loss is the binary cross-entropy over all pairs of a query item and a support item of the episode. The pairs of
   items from the same class and the pairs of items from different classes have equal total weight. The loss is thus the
   expected loss of the batches of Koch et al., in which half of the pairs are from the same class. The logit of a query
-  item for a class is the pair logit of the most similar support item of this class. `meta` is a `SiameseParams`.
+  item for a class is the largest logit of its pairs with the support items of this class. `meta` is a `SiameseParams`.
 
   Args:
     embedding: Network f of both twins, `[B, …]` → `[B, D]`, such as `nn.KochNet` or the features of `nn.Conv4`. The
@@ -85,10 +85,12 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
 
 
 def pair_loss(logits: jax.Array, same: jax.Array) -> jax.Array:
-  """Returns the binary cross-entropy in nats: the average of its means over same-class pairs and over the others.
+  """Returns the binary cross-entropy in nats, with equal total weight for same-class pairs and for all other pairs.
+
+  It is the average of two means: the mean over the same-class pairs, and the mean over the other pairs.
 
   Args:
-    logits: Logits `[Q, S]` of the probability that the two items of a pair are from the same class.
+    logits: Logits `[Q, S]`. The sigmoid of a logit is the probability that the two items are from the same class.
     same: Whether the two items of a pair are from the same class, bool `[Q, S]`.
   """
   losses = optax.losses.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))

@@ -1,4 +1,4 @@
-"""Functions that return a `Model` of a module of flax Linen, flax NNX or Equinox.
+"""Functions that turn a module of flax Linen, flax NNX or Equinox into a `Model`.
 
 Haiku needs no such function: `ms.Model(*hk.without_apply_rng(hk.transform(f)))` is a `Model`. The page
 docs/composition.md shows how to use modules that have state besides their parameters.
@@ -77,9 +77,9 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   _check_function(build, 'nnx.Rngs → nnx.Module', 'rngs', isinstance(build, nnx.Module))
 
   def checked(module):
-    """Returns the module, and raises ValueError if an array in it is not a variable.
+    """Returns the module. Raises ValueError if an array in it is not a variable.
 
-    The check runs inside the trace, because `nnx.eval_shape` would treat such an array as a static attribute.
+    The check runs while `nnx.eval_shape` traces `build`, because afterwards such an array would be a static attribute.
     """
     _check_returned(module, nnx.Module, 'nnx.Module')
     for path, node in nnx.iter_graph(module):
@@ -109,7 +109,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
   θ is the module with `None` in place of everything that is not a parameter. `eqx.combine(θ, module)` returns a module
   with the parameters θ. The parameters are the floating-point JAX arrays of the module. NumPy arrays, and JAX arrays of
-  integers or Booleans, are constants, which must be the same for every key. The names that `adapt_only` receives are
+  integers or Booleans, are constants, which must not depend on the key. The names that `adapt_only` receives are
   paths of attributes, such as 'layers.0.weight'. `checkpoint`, `io.files.write_params` and `eqx.tree_serialise_leaves`
   can save such a θ.
 
@@ -119,9 +119,9 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
       parameter. The module is called with a single item, as is usual in Equinox, inside a `jax.vmap` over the batch.
 
   Raises:
-    ImportError: if Equinox is not installed. ValueError: if `build` is not a function, if it does not return an
-    `eqx.Module`, or if the module has no parameters, or if it has complex parameters, state (such as running averages),
-    or constants that depend on the key.
+    ImportError: if Equinox is not installed.
+    ValueError: if `build` is not a function or does not return an `eqx.Module`, or if the module has no parameters, has
+      complex parameters, has state (such as running averages), or has constants that depend on the key.
 
   Example:
     >>> import equinox as eqx
@@ -188,19 +188,19 @@ def _is_parameter(leaf) -> bool:
 
 
 def _not_pure(module, what: str) -> ValueError:
-  """Returns the error for a module that has `what`: variables, collections or state that are not parameters."""
+  """Returns the error for a module that has more than parameters. `what` names the other variables or the state."""
   has = f'{type(module).__name__} has {what}'
   return ValueError(f'{has}, but a Model is a pure function of its parameters; docs/composition.md shows what to do')
 
 
 def _check_function(build, kind: str, argument: str, is_module: bool) -> None:
   if not callable(build) or is_module:
-    raise ValueError(f'build must be a function {kind}, got {type(build).__name__}; write lambda {argument}: …')
+    raise ValueError(f'`build` must be a function {kind}, got {type(build).__name__}; write `lambda {argument}: …`')
 
 
 def _check_returned(module, kind: type, name: str) -> None:
   if not isinstance(module, kind):
-    raise ValueError(f'build must return an {name}, got {type(module).__name__}')
+    raise ValueError(f'`build` must return an {name}, got {type(module).__name__}')
 
 
 def _check_floating(name: str, leaves) -> None:

@@ -47,7 +47,11 @@ FEW_TAPS = 9
 
 
 class Window(NamedTuple):
-  """How a kernel moves over an image along H and W; the fields are those of `lax.conv_general_dilated`."""
+  """How a kernel moves over an image along H and W.
+
+  The fields are the arguments `window_strides`, `padding`, `lhs_dilation` and `rhs_dilation` of
+  `lax.conv_general_dilated`.
+  """
 
   strides: tuple[int, ...] = (1, 1)
   padding: tuple[tuple[int, int], ...] = ((0, 0), (0, 0))
@@ -123,7 +127,11 @@ def _gradient_to_y(kernel, x, _y, *, window, precision, **_):
 
 
 def _batch(primitive, operands, axes, **options):
-  """Batching rule: merges the vmapped axis with the image axis if the kernel is shared, else with the task axis."""
+  """Is the batching rule of a primitive: returns the output, and its vmapped axis.
+
+  A convolution whose kernel is not vmapped merges the vmapped axis with the image axis. Otherwise the vmapped axis is
+  merged with the task axis.
+  """
   size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
   if primitive is conv_p and axes[1] is None:
     x = jnp.moveaxis(operands[0], axes[0], 1)
@@ -154,8 +162,9 @@ def _lax_conv(x, kernel, window: Window, precision):
 def _lax_kernel_gradient(x, y, window, size, precision):
   """Returns the kernel gradient of one task, computed as a convolution.
 
-  In this convolution the batch axis takes the place of the channels, and ȳ takes the place of the kernel. The strides
-  of `window` become the dilation of ȳ, and the kernel dilation of `window` becomes the strides.
+  The argument `y` is ȳ, the gradient with respect to the output. In this convolution the batch axis takes the place of
+  the channels, and ȳ takes the place of the kernel. The strides of `window` become the dilation of ȳ, and the kernel
+  dilation of `window` becomes the strides.
   """
   padding = []
   for n, k, out, s, (low, _), xd, kd in zip(x.shape[1:3], size, y.shape[1:3], *window, strict=True):
@@ -276,7 +285,7 @@ def _primitive(name, shape, to_first, to_second):
 
 
 def _compute(primitive, on_cpu, elsewhere):
-  """Sets the algorithms of a primitive for a CPU and for other platforms, inside and outside of jit."""
+  """Makes a primitive run `on_cpu` on a CPU and `elsewhere` on other platforms, inside and outside of jit."""
   mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
   mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform='cpu')
 

@@ -26,13 +26,15 @@ def conv_block(
 ) -> chex.Array:
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
 
-  With y = conv(x, kernel), batch norm increases with y if the scale of the channel is not negative, and decreases
-  otherwise. The winner of a window, which is the value that max-pool selects, can therefore be found before batch norm:
-  m = pool(sign(scale) ∘ y) ∘ sign(scale). Only the winners are normalised:
-  scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU and max-pool commute, because ReLU never decreases. If a scale is
-  exactly 0, all values of a window are equal after batch norm, and the winner is not unique. The derivative with
-  respect to this scale is then computed from the largest y of the window here, but from the first y of the window by
-  separate layers.
+  Let y = conv(x, kernel). The output of batch norm increases with y if the scale of the channel is positive, and
+  decreases with y if the scale is negative. The winner of a window, which is the value that max-pool selects, can
+  therefore be found before batch norm: m = pool(sign(scale) ∘ y) ∘ sign(scale), where sign(0) = 1. Only the winners
+  are normalised: scale ∘ (m − mean(y)) / √(var(y) + ε) + bias. ReLU never decreases, so it gives the same result before
+  and after max-pool.
+
+  If a scale is exactly 0, all values of a window are equal after batch norm, so that each of them could be the winner.
+  The choice does not change the output, but it changes the derivative with respect to the scale. This function chooses
+  the largest y of the window, and separate layers would choose the first y.
 
   The array y itself is needed only for its mean and variance. If the convolution is cheap and its output is large, as
   in a first layer, the images are processed in parts: y is computed again for the derivatives, and is never stored. The
@@ -66,7 +68,7 @@ def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=Non
   """Returns the output of `conv_block`, and the pair (mean, variance) that batch norm used."""
   parts = default_parts(x.shape, kernel.shape) if parts is None else parts
   if parts < 1 or x.shape[0] % parts:
-    raise ValueError(f'parts must be a divisor of the number of images ({x.shape[0]}), got {parts}')
+    raise ValueError(f'`parts` must be a divisor of the number of images ({x.shape[0]}), got {parts}')
   sums = jnp.promote_types(x.dtype, jnp.float32)
   sign = jnp.where(scale >= 0, 1, -1).astype(x.dtype).reshape(1, 1, 1, -1)
 
@@ -87,11 +89,15 @@ def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=Non
 
 
 def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-  """Returns the default number of parts of the batch, for images `[B, H, W, D]` and a kernel `[h, w, D, F]`.
+  """Returns the number of parts into which `conv_block` splits the batch by default.
 
-  On a CPU, for a cheap convolution, the number is a divisor of B that makes parts of about `PART_BYTES`. In all other
-  cases it is 1. It is also 1 if B has no suitable divisor, if B is 0, or if B is not known because the program is
-  exported.
+  On a CPU, for a cheap convolution, the number is a divisor of B, chosen such that the outputs of the convolution for
+  one part have about `PART_BYTES` bytes. In all other cases the number is 1. It is also 1 if B has no suitable divisor,
+  if B is 0, or if B is not known because the program is exported.
+
+  Args:
+    images: Shape of the images, `[B, H, W, D]`.
+    kernel: Shape of the kernel, `[h, w, D, F]`.
   """
   (batch, height, width, depth), (h, w, _, features) = images, kernel
   is_open = jax.export.is_symbolic_dim(batch)  # A program may be exported for any number of images.
@@ -187,7 +193,7 @@ class ConvBlock(nn.Module):
 
 
 def given_statistics(module: nn.Module) -> tuple[chex.Array, chex.Array] | None:
-  """Returns the mean and variance that the layer received, or `None` if it must use those of its batch."""
+  """Returns the mean and variance that the caller gave to a layer, or `None` if it must use those of its batch."""
   if module.is_mutable_collection('statistics') or not module.has_variable('statistics', 'mean'):
     return None
   return module.get_variable('statistics', 'mean'), module.get_variable('statistics', 'variance')

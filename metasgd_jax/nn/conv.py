@@ -117,10 +117,10 @@ def _by_bilinear(lhs, rhs, numbers, window, precision):
 class Conv(nn.Conv):
   """`flax.linen.Conv` computed by `conv_general_dilated`, with the same arguments, parameters and results.
 
-  The paddings 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes work as in flax. With groups or three dimensions
-  the layer is as slow as the layer of flax. All fields are documented at `flax.linen.Conv`: features, kernel_size,
-  strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, mask, dtype, param_dtype, precision,
-  kernel_init, bias_init, promote_dtype, preferred_element_type, conv_general_dilated_cls.
+  The paddings 'CIRCULAR', 'REFLECT' and 'CAUSAL', masks and dtypes work as in flax. With groups or three spatial
+  dimensions the layer is as slow as the layer of flax. All fields are documented at `flax.linen.Conv`: features,
+  kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, mask, dtype,
+  param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, conv_general_dilated_cls.
 
   Example:
     >>> outputs, variables = ms.nn.Conv(8, (3, 3)).init_with_output(jax.random.key(0), jnp.zeros((2, 28, 28, 1)))
@@ -141,10 +141,10 @@ def max_pool(
 
   The fast case is images with windows that do not overlap: the strides equal the window, and the padding is 'VALID'.
   The winner of a window is its largest value. The index of each winner is stored, and derivatives of every order select
-  the winner by its index. If values are equal, the first one in row-major order wins; a NaN always wins. The winner is
-  not found by comparing the values with their maximum: XLA may compute values and maximum in different fusions, which
-  round differently, and the gradient would be lost. All other cases use the function of flax, whose derivatives are
-  slow.
+  the winner by its index. If values are equal, the first one in row-major order wins; a NaN always wins. The
+  derivatives do not compare the values with their maximum, because XLA may compute the values and the maximum in
+  different fusions, which round differently. Then no value might equal the maximum, and the gradient would be lost. All
+  other cases use the function of flax, whose derivatives are slow.
 
   Args:
     inputs: Images `[B, H, W, D]`, or any other shape that flax takes.
@@ -181,7 +181,7 @@ def check_images(name: str, x: chex.Array, height: int, width: int) -> None:
 
 @jax.custom_jvp
 def _pool(x):
-  """Maps `[B, H, h, W, w, D]` to `[B, H, W, D]`."""
+  """Returns the largest value of each window of h × w pixels: maps `[B, H, h, W, w, D]` to `[B, H, W, D]`."""
   return _winner(x)[0]
 
 

@@ -79,7 +79,7 @@ class ResNet12(nn.Module):
     """Maps images `[B, H, W, D]` to logits `[B, way]`, or to features.
 
     Raises:
-      ValueError: if the images have another rank, or are too small to be halved by each block.
+      ValueError: if the images do not have four axes, or are too small to be halved by each block.
     """
     least = 2 ** len(self.widths)  # Each block halves the images.
     check_images('ResNet12', x, least, least)

@@ -75,18 +75,20 @@ class Transformer(nn.Module):
     """Maps tokens `[B, L]`, integers from 0 to V − 1, to logits `[B, L, V]`.
 
     Raises:
-      ValueError: if the tokens have another rank or dtype, if a sequence is longer than `length`, or if `width` is not
-        a multiple of `heads`.
+      ValueError: if the tokens are not integers `[B, L]`, if a sequence is longer than `length`, or if `width` is not a
+        multiple of `heads`.
     """
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(f'Transformer takes integer tokens [B, L], got {x.dtype} {x.shape}; convert or reshape them')
     if x.shape[1] > self.length:
       raise ValueError(
-        f'a sequence may have at most length={self.length} tokens, got {x.shape[1]}; '
+        f'a sequence may have at most {self.length} tokens (length={self.length}), got {x.shape[1]} tokens; '
         'build the Transformer with a greater length'
       )
     if self.width % self.heads:
-      raise ValueError(f'width must be a multiple of heads, got width={self.width} and heads={self.heads}; change one')
+      raise ValueError(
+        f'`width` must be a multiple of `heads`, got width={self.width} and heads={self.heads}; change one of them'
+      )
     initial = nn.initializers.normal(0.02)
     places = self.param('places', initial, (self.length, self.width))
     x = nn.Embed(self.tokens, self.width, embedding_init=initial, name='tokens_in')(x)

@@ -73,7 +73,7 @@ def _in_parts(x, parts):
 
 
 def _inputs(x, rows, columns, padding):
-  """Returns Bᵀ d B of every tile, `[16, B · rows · columns, D]`."""
+  """Returns Bᵀ d B of every tile d of the images x, `[16, images · rows · columns, D]`."""
   sizes = zip((rows, columns), x.shape[1:3], padding, strict=True)
   edges = [(low, 2 * n + 2 - size - low, 0) for n, size, (low, _) in sizes]
   x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
@@ -99,7 +99,7 @@ def _to_kernel(m):
 
 
 def _of_outputs(y):
-  """Transforms tiles y of the output's gradient along one axis: returns A y."""
+  """Transforms y, which has tiles of the gradient of the output, along one axis: returns A y."""
   return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
@@ -109,7 +109,7 @@ def _to_outputs(m):
 
 
 def _twice(transform, grid):
-  """Applies the transform along both axes of a grid of arrays."""
+  """Applies the function `transform` along the first axis of a grid of arrays, and then along the second axis."""
   columns = [transform([row[j] for row in grid]) for j in range(len(grid[0]))]
   return [transform([column[a] for column in columns]) for a in range(len(columns[0]))]
 

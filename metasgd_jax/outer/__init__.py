@@ -1,1 +1,1 @@
-"""The outer loop: meta-learning of an initialisation and its rates from many tasks, and evaluation on unseen tasks."""
+"""The outer loop: meta-learns an initialisation and learning rates on many tasks, and evaluates on unseen tasks."""

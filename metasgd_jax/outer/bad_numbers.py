@@ -94,7 +94,11 @@ def find(good: TrainState, progress: Progress, go: Callable[[TrainState, int], T
   first = int(np.max(good.step))
 
   def damage(state, done):
-    """Returns `{run: names of the leaves that became non-finite}` for the runs with bad numbers in `done` steps."""
+    """Returns `{run: names of the leaves that became non-finite}` for the runs with a bad number.
+
+    A bad number is a loss of the first `done` steps, or an entry of the state after them, that is not finite. Losses of
+    skipped steps do not count.
+    """
     found = _newly_bad(good, state)
     more = np.sum(~np.isfinite(losses[:done]), axis=0)
     before, now = skipped(good), skipped(state)
@@ -148,11 +152,14 @@ def _by_task(meta, tasks, keys, *, learner):
 
 
 def describe(bad: BadStep, report: StepReport | None = None) -> str:
-  """Returns a sentence on what is not finite: the step and, if a report is given, the tasks, their keys and the leaves.
+  """Returns a sentence that says what is not finite, and in which run and meta-iteration.
+
+  If a report is given, the sentence also says in which task, if there is one, with its key and the leaves of its
+  gradient that are not finite.
 
   Args:
-    bad: Bad step.
-    report: Report of the bad step from `inspect_step`.
+    bad: Meta-iteration that is not finite, from `find`.
+    report: Report of this meta-iteration from `inspect_step`.
   """
   where = f'of run {bad.run} (from 0) is not finite at meta-iteration {bad.step} (from 0)'
   loss_is_bad = not np.isfinite(bad.loss)
@@ -173,7 +180,10 @@ def describe(bad: BadStep, report: StepReport | None = None) -> str:
 
 
 def key_texts(report: StepReport, task: int) -> list[str]:
-  """Returns the keys of a task as Python expressions: to sample the task, to draw its episode, and for the learner."""
+  """Returns the three keys of a task as Python expressions.
+
+  The first key samples the task, the second one draws its episode, and the third one is the key of the learner.
+  """
   data = np.asarray(jax.random.key_data(report.keys[:, task])).tolist()
   impl = f'impl={str(jax.random.key_impl(report.keys))!r}'
   return [f'jax.random.wrap_key_data(jax.numpy.uint32({value}), {impl})' for value in data]

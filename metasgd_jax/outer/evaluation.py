@@ -61,10 +61,10 @@ def evaluate(
     metric_fn: Metric on the query, `(outputs [Q, …], targets [Q, …]) → scalar`.
     num_tasks: Number of tasks T.
     repeats: Number of episodes drawn from each task.
-    placement: How the tasks are placed on devices. The number of tasks that a device computes at the same time is a
-      divisor of the number of tasks on the device. With `tasks_at_once='all'` it is the greatest divisor up to 32, and
-      with a number it is the greatest divisor up to that number. 'auto' means 1 or 'all', as `Placement` says. If the
-      devices belong to several processes, every process must call this function, and every process receives all values.
+    placement: How the tasks are placed on devices. A device computes its tasks in groups of equal size, one group after
+      another. With `tasks_at_once=n` the groups have the largest size up to n that divides the number of the device's
+      tasks, and with 'all' the largest such size up to 32. 'auto' means 1 or 'all', as `Placement` says. If the devices
+      belong to several processes, every process must call this function, and every process receives all values.
 
   Raises:
     ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `key` is not a random key of the impl
@@ -107,14 +107,17 @@ def _group(placement: Placement, meta: PyTree, num_tasks: int) -> int:
 
 
 def _part(num_tasks: int, group: int, sent_at_once: int) -> int:
-  """Returns the number of tasks whose data are sent together: a multiple of `group` that divides `num_tasks`."""
+  """Returns the number of tasks whose data are sent together: a multiple of `group` that divides `num_tasks`.
+
+  It is the largest such number that is at most `sent_at_once`, or `group` if `group` is larger than `sent_at_once`.
+  """
   groups = max(n for n in range(1, max(1, sent_at_once // group) + 1) if num_tasks // group % n == 0)
   return group * groups
 
 
 @functools.partial(jax.jit, static_argnames='repeats')
 def _episode_keys(keys, *, repeats):
-  """Returns the sample keys and the episode keys that `_evaluate` will use, each `[tasks · repeats]`."""
+  """Returns the keys with which `_evaluate` samples the tasks and draws the episodes, each `[tasks · repeats]`."""
 
   def of_task(key):
     sample_key, repeat_key = jax.random.split(key)
@@ -153,8 +156,9 @@ def _evaluate(meta, tasks, keys, *, learner, metric_fn, repeats, group, mesh):
 def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
   """Returns the mean of n values and the half-width of its 95% confidence interval.
 
-  The half-width is t_{0.975, n−1} · s / √n, with the standard deviation s of the values and Student's t. A single value
-  has an infinite half-width.
+  The half-width is t_{0.975, n−1} · s / √n. Here s is the standard deviation of the values, and t_{0.975, n−1} is the
+  0.975 quantile of Student's t distribution with n − 1 degrees of freedom. For a single value the half-width is
+  infinite.
 
   Args:
     values: Values `[n]`, one per task or one per run.
@@ -168,7 +172,9 @@ def confidence_interval(values: np.ndarray | jnp.ndarray) -> Interval:
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1 or values.size == 0:
-    raise ValueError(f'values must have shape [n] with n >= 1, one value per task or per run, got shape {values.shape}')
+    raise ValueError(
+      f'`values` must have shape [n] with n >= 1, one value per task or per run, got shape {values.shape}'
+    )
   n = values.size
   if n == 1:
     return Interval(float(values[0]), float('inf'))

@@ -60,7 +60,7 @@ class Progress(NamedTuple):
     info: Info of the n meta-iterations of the chunk: `{name: array [n]}`, or `[n, R]` for R runs.
     seconds: Wall-clock seconds that meta-iterations took since the call of `train` began. Callbacks and compilation are
       not counted.
-    rate: Meta-iterations per second in this time.
+    rate: Mean number of meta-iterations per second during these `seconds`.
 
   Example:
     >>> tasks, optimizer = ms.tasks.sinusoid(shot=5), optax.adam(1e-3)
@@ -84,7 +84,7 @@ class Progress(NamedTuple):
 class MetaIteration(Protocol):
   """A function that does one meta-iteration of one run.
 
-  It is hashable. Two that have equal attributes are equal, and share one compiled program.
+  It is hashable. Two such functions with equal attributes are equal, and share one compiled program.
   """
 
   @property
@@ -97,7 +97,7 @@ class MetaIteration(Protocol):
 
   @property
   def in_turn(self) -> bool:
-    """Whether several runs are computed one after another, because one of them fills the device."""
+    """Whether several runs are computed one after another, because a single run already keeps the device busy."""
 
   def __call__(self, state: TrainState, tasks: TaskDistribution) -> tuple[TrainState, Info]:
     """Returns the next state, and the info, a dict of scalars to report."""
@@ -114,9 +114,9 @@ def run_loop(
 ) -> TrainState:
   """Runs meta-iterations from `state` until `meta_iterations` are done, and returns the last state.
 
-  The loop stays on the device for `chunk` meta-iterations. The loop is compiled once: the length of a chunk is a
-  run-time number, so that the last, shorter chunk runs the same program. The state is donated to the program. The
-  arrays of the caller and of the callbacks stay valid, because the loop works on copies of them.
+  The loop stays on the device for `chunk` meta-iterations. It is compiled once: the length of a chunk is an argument of
+  the compiled program, and so the last, shorter chunk runs the same program. The program's state is donated. The arrays
+  of the caller and of the callbacks are never donated and stay valid, because the loop works on a copy of the state.
 
   Args:
     state: State of one run or of R runs side by side.
@@ -128,7 +128,8 @@ def run_loop(
 
   Raises:
     ValueError: if `meta_iterations` or `chunk` is not an integer of at least 1, if the runs are at different steps, if
-      the state is already past `meta_iterations`, or if the devices cannot share the tasks or the state.
+      the state is already past `meta_iterations`, if the devices cannot share the tasks evenly, or if `shard_meta` is
+      used with R runs.
   """
   for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
     check_count(name, value)
@@ -213,7 +214,7 @@ def _returned(state: TrainState, placement: Placement) -> TrainState:
 
 
 def _prepare(tasks: Tasks, key, meta_batch: int, chunk: int, mesh, step: int) -> TaskDistribution:
-  """Returns the tasks of `chunk` meta-iterations from `step`, with their data on the devices."""
+  """Returns the tasks of the `chunk` meta-iterations that begin at `step`. Their data are on the devices."""
 
   def keys():
     return _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
@@ -229,16 +230,19 @@ def check_key(key: chex.PRNGKey) -> None:
   """
   dtype, shape = getattr(key, 'dtype', type(key)), jnp.shape(key)
   if not jnp.issubdtype(dtype, jax.dtypes.prng_key) or len(shape) > 1:
-    raise ValueError(f'key must be jax.random.key(seed) or an array [R] of such keys, got {dtype} of shape {shape}')
+    raise ValueError(f'`key` must be jax.random.key(seed) or an array [R] of such keys, got {dtype} of shape {shape}')
   if 'rbg' in (impl := str(jax.random.key_impl(key))):
     raise ValueError(
-      f'key must be of the impl threefry2x32, got {impl}, whose numbers change under jax.vmap; '
+      f'`key` must be of the impl threefry2x32, got {impl}, whose numbers change under jax.vmap; '
       "give jax.random.key(seed, impl='threefry2x32')"
     )
 
 
 def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNGKey:
-  """Returns the keys of a meta-iteration, `[3, T]`: to sample each task, to draw its episode, and for the learner."""
+  """Returns the keys of a meta-iteration, `[3, T]`.
+
+  Each task has three keys: one to sample the task, one to draw its episode, and one for the learner.
+  """
   return jax.random.split(jax.random.fold_in(key, step), (3, meta_batch))
 
 

@@ -24,8 +24,8 @@ class MemoryPlan:
   """Memory of a meta-iteration of one run (R = 1) on one device. All sizes are in bytes.
 
   Attributes:
-    parts: Sizes of the arrays that stay between meta-iterations, by name: θ and α (or the learner's meta-parameters),
-      and the optimiser's state. With `shard_meta` they are the sizes of one device's share.
+    parts: Sizes of the arrays that stay in memory between meta-iterations, by name: θ and α (or the learner's
+      meta-parameters), and the optimiser's state. With `shard_meta` they are the sizes of one device's share.
     arguments: Size of the arguments of the step: the arrays in `parts` and the data of the tasks.
     episodes: Size of the episodes of the tasks of one device. The episodes are drawn inside the step, so they are part
       of the intermediates.
@@ -36,8 +36,8 @@ class MemoryPlan:
     devices: Number of devices that share the meta-batch. CPU devices share the memory of the host.
     available: Memory that is available to one device, or `None` if it is unknown. For a CPU device it is an equal share
       of the host's memory.
-    fits_at_once: Number of tasks at a time that would fit, if the plan does not fit; 0 if not even one task at a time
-      would fit. It is `None` if the plan fits.
+    fits_at_once: `None` if the plan fits. Otherwise it is a smaller value of `tasks_at_once` that would fit, or 0 if
+      not even one task at a time would fit.
 
   Example:
     >>> parts = {'θ': 4_000, 'α': 4_000, "the optimiser's state": 16_000}
@@ -65,7 +65,7 @@ class MemoryPlan:
 
   @property
   def fits(self) -> bool:
-    """Whether the plan fits into the available memory. The result is True if this memory is unknown."""
+    """Whether `total` is at most `ROOM` times the available memory. It is True if the available memory is unknown."""
     return self.available is None or self.total <= ROOM * self.available
 
   def __str__(self) -> str:
@@ -101,11 +101,11 @@ def plan_memory(
 ) -> MemoryPlan:
   """Returns the memory that a meta-iteration of `train` will need, for one run.
 
-  The step is compiled from the shapes of its arguments, and nothing is allocated on the device, with one exception: a
-  `TaskStream` sends the data of one meta-iteration to it. If the plan does not fit, the plan also says how many tasks
-  at a time would fit. For this purpose the step is compiled again for one task at a time. Linear interpolation between
-  the two plans then predicts which larger numbers of tasks fit. The step is compiled for these numbers too, the largest
-  first, until one fits.
+  The meta-iteration is compiled from the shapes of its arguments, and nothing is allocated on the device, with one
+  exception: a `TaskStream` sends the data of one meta-iteration to the device. If the plan does not fit, it also says
+  how many tasks at a time would fit. For this purpose the meta-iteration is compiled again for one task at a time.
+  Linear interpolation between the two plans then predicts which larger numbers of tasks fit. The meta-iteration is
+  compiled for these numbers too, the largest first, until one fits.
 
   Args:
     tasks: Tasks to train on.
@@ -129,7 +129,7 @@ def plan_memory(
       θ ...
   """
   if available is not None and available < 0:
-    raise ValueError(f'available must be a number of bytes of at least 0, got {available}')
+    raise ValueError(f'the argument `available` must be a number of bytes of at least 0, got {available}')
   check_count('meta_batch', meta_batch)
   placement.check(meta_batch)
   keys = step_keys(jax.random.key(0), jnp.int32(0), meta_batch)
@@ -190,7 +190,10 @@ def _parts(state: training.TrainState) -> dict[str, int]:
 
 
 def _available(devices: int) -> int | None:
-  """Returns the free memory of one device in bytes. CPU `devices` have equal shares of the host's memory."""
+  """Returns the free memory of one device in bytes, or None if it is unknown.
+
+  For a CPU device, the result is the free memory of the host divided by the number `devices`.
+  """
   device = jax.local_devices()[0]
   found: dict[str, int] = device.memory_stats() or {}
   if 'bytes_limit' in found:
@@ -200,7 +203,10 @@ def _available(devices: int) -> int | None:
 
 
 def size_of(tree: chex.ArrayTree) -> int:
-  """Returns the size in bytes of a tree of arrays, or of their `jax.ShapeDtypeStruct`s, on one device."""
+  """Returns how many bytes a tree of arrays takes on one device. Of a sharded array, only one device's share counts.
+
+  The leaves may also be the `jax.ShapeDtypeStruct`s of the arrays.
+  """
 
   def of_leaf(leaf):
     sharding = getattr(leaf, 'sharding', None)

@@ -11,7 +11,7 @@ from metasgd_jax.types import Episode, Learner, PyTree
 def mean_loss(
   learner: Learner, meta: PyTree, episodes: Episode, keys: chex.PRNGKey
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-  """Returns `(loss, info)`: (1/T) Σ_i L_query(T_i)(θ_i′), and the mean over the tasks of every info entry.
+  """Returns `(loss, info)`: (1/T) Σ_i L_query(T_i)(θ_i′), and the task means of all entries of the learner's info.
 
   This is the objective of Algorithm 1 (Li et al. 2017). The paper writes a sum over the tasks. Here it is a mean, so
   that the size of the gradient does not grow with T.

@@ -23,14 +23,14 @@ TasksAtOnce = Literal['auto', 'all'] | int
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a batch of tasks is placed on devices. Every placement gives the same results, to rounding.
+  """How a batch of tasks is placed on devices. Every placement gives the same results, up to rounding errors.
 
   Attributes:
     tasks_at_once: Number of tasks that a device computes at the same time. With 'all' the tasks are vmapped together,
       which suits small networks and accelerators, and memory grows with the number of tasks. With 1 the tasks run one
-      after another with the memory of a single task, which then fits into the cache of a CPU. With another number,
-      which must divide the number of tasks on a device, groups of that size run one after another. 'auto' means 1 on a
-      CPU if there are at least `LARGE` meta-parameters, and 'all' otherwise.
+      after another and need the memory of a single task only, which may fit into the cache of a CPU. With another
+      number, which must divide the number of tasks on a device, groups of that size run one after another. 'auto' means
+      1 on a CPU if there are at least `LARGE` meta-parameters, and 'all' otherwise.
     mesh: Devices that share the tasks, such as `sharding.task_mesh(meta_batch)`. By default one device has all tasks.
     shard_meta: Whether the devices also share the large arrays of the train state; see `fully_sharded`.
 
@@ -55,7 +55,8 @@ class Placement:
     sharding.check_axes(self.mesh)
     if self.shard_meta and self.mesh is None:
       raise ValueError(
-        'shard_meta=True needs a mesh to split the train state over, got mesh=None; give mesh=sharding.task_mesh(...)'
+        'shard_meta=True splits the train state over the devices of a mesh, but got mesh=None; '
+        'give mesh=sharding.task_mesh(...)'
       )
 
   def check(self, num_tasks: int) -> None:
@@ -73,11 +74,13 @@ class Placement:
     return 1 if self.mesh is None else self.mesh.size
 
   def at_once(self, num_tasks: int, *, large: bool) -> int:
-    """Returns `tasks_at_once` as a number: 'auto' and 'all' are replaced, and a number is returned unchanged.
+    """Returns `tasks_at_once` as a number.
+
+    'all' becomes `num_tasks`. 'auto' becomes 1 on a CPU if `large` is true, and `num_tasks` otherwise.
 
     Args:
       num_tasks: Number of tasks on one device.
-      large: Whether a single task fills the cache of a CPU. If it does, 'auto' is 1 on a CPU.
+      large: Whether a single task fills the cache of a CPU.
     """
     if self.tasks_at_once == 'auto':
       return 1 if large and jax.default_backend() == 'cpu' else num_tasks
@@ -96,8 +99,7 @@ class Placement:
     group = self.at_once(num_tasks, large=is_large(meta))
     if group > num_tasks or num_tasks % group:
       raise ValueError(
-        f'{num_tasks} tasks on a device cannot be split into groups of tasks_at_once={group}; '
-        f'give a divisor of {num_tasks}'
+        f'tasks_at_once={group} does not divide the {num_tasks} tasks on a device; give a divisor of {num_tasks}'
       )
     return group
 

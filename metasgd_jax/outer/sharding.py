@@ -81,7 +81,9 @@ def task_mesh(num_tasks: int, *, devices: int | None = None) -> Mesh | None:
     devices = max(sharing, default=1)  # If even one device of each process is too many, check_mesh raises.
   if not 1 <= devices <= most:
     whose = ' in each process' if len(processes) > 1 else ''
-    raise ValueError(f'devices must be from 1 to {most}, the number that JAX has{whose}, got {devices}')
+    raise ValueError(
+      f'the argument `devices` must be from 1 to {most}, the number of devices that JAX has{whose}, got {devices}'
+    )
   mesh = Mesh([device for those in of_each for device in those[:devices]], ('tasks',))
   check_mesh(mesh, num_tasks)
   if devices > 1 and mesh.devices.flat[0].platform == 'cpu' and _threads() < 2 * devices:
@@ -104,11 +106,11 @@ def host_device() -> jax.Device:
 def check_axes(mesh: Mesh | None) -> None:
   """Raises ValueError unless `mesh` is `None` or has exactly one axis."""
   if mesh is not None and len(mesh.axis_names) != 1:
-    raise ValueError(f'mesh must have exactly one axis, for the tasks, got {mesh.axis_names}; build it with task_mesh')
+    raise ValueError(f'the mesh must have exactly one axis, that of the tasks, got {mesh.axis_names}; use task_mesh')
 
 
 def check_mesh(mesh: Mesh | None, num_tasks: int) -> None:
-  """Raises ValueError unless `mesh` is `None`, or has exactly one axis and devices that share `num_tasks` evenly."""
+  """Raises ValueError if a mesh does not have exactly one axis, or if its devices cannot share `num_tasks` evenly."""
   check_axes(mesh)
   if mesh is not None and num_tasks % mesh.size:
     raise ValueError(

@@ -31,9 +31,9 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
       arguments are equal.
 
   Raises:
-    ValueError: if `key` is neither a key of `jax.random.key` nor an array `[R]` of such keys, or is of the impl `rbg`;
-      if `tasks` is not a `TaskDistribution` or a `TaskStream`, or if `optimizer` is not an optax optimiser; if the
-      tasks do not return an `Episode`, or if the `init` of the learner raises ValueError.
+    ValueError: if `key` is neither a key of `jax.random.key` nor an array `[R]` of such keys, or if it has the impl
+      `rbg` or `unsafe_rbg`; if `tasks` is not a `TaskDistribution` or a `TaskStream`, or if `optimizer` is not an optax
+      optimiser; if the tasks do not return an `Episode`, or if the `init` of the learner raises ValueError.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -51,11 +51,11 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
 
 
 def _check_parts(tasks: Any, optimizer: Any) -> None:
-  """Raises ValueError unless `tasks` is a `TaskDistribution` or `TaskStream`, and `optimizer` an optax optimiser."""
+  """Raises ValueError unless `tasks` is a `TaskDistribution` or `TaskStream` and `optimizer` is an optax optimiser."""
   if not isinstance(tasks, TaskDistribution | TaskStream):
-    raise ValueError(f'tasks must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
+    raise ValueError(f'`tasks` must be a TaskDistribution or a TaskStream, got {type(tasks).__name__}')
   if not callable(getattr(optimizer, 'init', None)) or not callable(getattr(optimizer, 'update', None)):
-    raise ValueError(f'optimizer must be an optax optimiser, such as optax.adam(1e-3), got {optimizer!r:.80}')
+    raise ValueError(f'`optimizer` must be an optax optimiser, such as optax.adam(1e-3), got {optimizer!r:.80}')
 
 
 def _init_keys(key):
@@ -67,7 +67,7 @@ def _init(key, tasks, *, learner, optimizer):
   task_key, episode_key, init_key = _init_keys(key)
   episode = tasks.episode(tasks.sample(task_key), episode_key)
   if not isinstance(episode, Episode):
-    raise ValueError(f'the tasks must give ms.Episode(support, query), got {type(episode).__name__}')
+    raise ValueError(f'`episode` of the tasks must return ms.Episode(support, query), got {type(episode).__name__}')
   try:
     meta = learner.init(init_key, episode)
   except AttributeError as e:
@@ -99,9 +99,10 @@ def train_step(
   Args:
     state: State of one run.
     tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. A `TaskStream`
-      cannot send data inside `jax.jit`. Outside of it, compute `keys = outer.loop.step_keys(state.key, state.step,
-      meta_batch)` and `prepared = tasks.prepare(lambda: keys[:2])`, which sends the data for these keys of tasks and
-      episodes. Give `prepared` to the jitted function as an argument, and use it there as `tasks`.
+      cannot send data inside `jax.jit`. Before you call a jitted function, compute `keys =
+      outer.loop.step_keys(state.key, state.step, meta_batch)` and `prepared = tasks.prepare(lambda: keys[:2])`. This
+      sends the data of the tasks and episodes that are drawn with these keys. Give `prepared` to the jitted function
+      as an argument, and use it there as `tasks`.
     learner: Learner.
     optimizer: Outer optimiser.
     meta_batch: Number of tasks T.
@@ -185,13 +186,13 @@ def train(
 
   Args:
     state: State from `init`, of one run or of R runs side by side.
-    tasks: Tasks to train on. The data of a `TaskStream` for the next chunk are sent while the device works.
+    tasks: Tasks to train on. While the device computes a chunk, a `TaskStream` sends it the data for the next chunk.
     learner: Learner.
     optimizer: Outer optimiser, the same one that `state` was made with.
     meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
     meta_batch: Number of tasks in a meta-iteration.
-    placement: How the tasks are placed on devices, which may belong to several processes. Each process then calls this
-      function with the same arguments, and each device draws its own share of the tasks. The returned state, and the
+    placement: How the tasks are placed on devices. Each device draws its own share of the tasks. If the devices belong
+      to several processes, each process must call this function with the same arguments. The returned state, and the
       state of a `Progress`, are on the first device of this process; with `shard_meta` they stay split over all
       devices.
     chunk: Number of meta-iterations between callbacks.

@@ -17,8 +17,8 @@ class Fit(NamedTuple):
 
   Attributes:
     name: Name of the learner.
-    before: Prediction of the learner with θ at the P inputs of the figure, `[P]`.
-    after: Prediction of the learner with θ′ at the same inputs, `[P]`.
+    before: Prediction before adaptation, with θ, at the P inputs of the figure, `[P]`.
+    after: Prediction after adaptation, with θ′, at the same inputs, `[P]`.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -197,10 +197,11 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
 
 
 def instance_curve(curves: Mapping[str, np.ndarray]) -> Figure:
-  """Draws the accuracy at the n-th item of a class in a sequence, as in Figure 2 of Santoro et al. 2016.
+  """Draws the accuracy at the first, second, … item of a class in a sequence (Santoro et al. 2016, Figure 2).
 
   Args:
-    curves: Accuracies from 0 to 1 by their labels, `{label: values [n]}`.
+    curves: Accuracies from 0 to 1, by the label of the curve, `{label: values [n]}`. The first of the n values is the
+      accuracy at the first item of a class.
 
   Example:
     >>> from metasgd_jax import plotting

@@ -1,4 +1,4 @@
-"""Paths of a point in the plane before and after adaptation, as in Figure 4 of Li et al. 2017, or as an animation."""
+"""Draws or animates paths of a point in the plane before and after adaptation, as in Figure 4 of Li et al. 2017."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -77,7 +77,7 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
 
 
 def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, milliseconds: int = 60) -> FuncAnimation:
-  """Animates one task: points move along the paths before any update, then along those after each update.
+  """Animates one task: points move along the paths of the unadapted policy, then along the paths after each update.
 
   There is one panel per learner.
 

@@ -60,8 +60,8 @@ def prediction_sheet(
 ) -> Figure:
   """Draws the support of a classifier, one row per class, and below it the query with the classifier's answers.
 
-  Each answer is shown with its probability. At most 10 images of a class and 40 images of the query are drawn, and the
-  headings say how many there are.
+  Each answer is shown with its probability. At most 10 images of a class and 40 images of the query are drawn. The
+  headings give the total numbers of images.
 
   Args:
     classes: Names of the N classes.

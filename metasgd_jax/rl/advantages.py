@@ -24,11 +24,11 @@ class AdvantageConfig:
     baseline: Whether the linear baseline is subtracted. It is fitted to the same trajectories whose advantages are
       estimated. If False, the baseline is zero.
     ridge: Ridge coefficient of the baseline's fit.
-    bootstrap: Whether the baseline's value of the last observation replaces the rewards that would follow, if time and
-      not the task ended a trajectory. If False, as in MAML's released code, this value is taken to be zero. If time
-      ends all trajectories, True has little effect: the baseline has the time step as an input and is fitted to returns
-      that stop at the horizon, so the baseline's value at the horizon is close to zero. If the task ends some
-      trajectories earlier, the baseline's value at the horizon can be farther from zero.
+    bootstrap: Whether the baseline's value of the last observation replaces the rewards that would follow, if the time
+      limit and not the task ended the trajectory. If False, as in MAML's released code, this value is taken to be zero.
+      If the horizon ends all trajectories, True has little effect: the baseline has the time step as an input and is
+      fitted to returns that stop at the horizon, so the baseline's value at the horizon is close to zero. If the task
+      ends some trajectories earlier, the baseline's value at the horizon can be farther from zero.
     normalized: Whether advantages are normalised to mean 0 and standard deviation 1 over the valid steps of a task.
 
   Raises:
@@ -51,9 +51,11 @@ class AdvantageConfig:
   def __post_init__(self):
     for name in ('discount', 'decay'):
       if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}')
+        raise ValueError(f'`{name}` must be in [0, 1], got {getattr(self, name)}')
     if not self.ridge > 0:
-      raise ValueError(f'ridge must be above 0, got {self.ridge}; use 1e-5, because features may be linearly dependent')
+      raise ValueError(
+        f'`ridge` must be above 0, because features may be linearly dependent, got {self.ridge}; use 1e-5'
+      )
     if self.bootstrap and not self.baseline:
       raise ValueError('bootstrap=True needs the values of the baseline, got baseline=False; set baseline=True')
 
@@ -66,11 +68,12 @@ def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANT
   """Returns the advantages of the trajectories of one task, `[B, H]`. They are zero after the end of a trajectory.
 
   First the baseline is fitted to the discounted returns of these trajectories. Then the advantages are computed by
-  equation 16 of Schulman et al. 2016. Then they are normalised.
+  equation 16 of Schulman et al. 2016. Finally the advantages are normalised. `config` can switch off the first and the
+  last step.
 
   Args:
     trajectories: Trajectories of one task, with leaves `[B, …]`.
-    config: How advantages are estimated: the discount, λ, and whether there is a baseline.
+    config: How the advantages are estimated, for example the discount γ and the decay λ.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))

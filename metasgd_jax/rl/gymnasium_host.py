@@ -71,8 +71,8 @@ def collect_on_host(
   Raises:
     ImportError: if Gymnasium is not installed.
     ValueError: if `num` or `horizon` is not an integer of at least 1, if the action space is not a bounded `Box` and
-      `act` is not given, if `make` returns the same environment twice, or if `float` does not accept a reward. NaN
-      is accepted.
+      `act` is not given, if `make` returns the same environment twice, or if `float` cannot convert a reward. A reward
+      may be NaN.
 
   Example:
     >>> import gymnasium
@@ -218,7 +218,7 @@ def _flat(environment, observation) -> np.ndarray:
 
 
 def _filled(steps: list[np.ndarray], horizon: int) -> jax.Array:
-  """Returns the values `[B, …]` of h steps as `[B, H, …]`. The last step is repeated up to the horizon."""
+  """Stacks the arrays `[B, …]` of h steps into one array `[B, H, …]`. The last array is repeated H − h times."""
   return jnp.asarray(np.stack([*steps, *steps[-1:] * (horizon - len(steps))], 1))
 
 
@@ -226,16 +226,16 @@ def _check_actions(space, act: Act) -> None:
   bounded = isinstance(space, _gymnasium().spaces.Box) and bool(np.all(np.isfinite([space.low, space.high])))
   if act is to_box and not bounded:
     raise ValueError(
-      f'by default, actions are scaled to the finite bounds of a Box, got the action space {space}; '
-      'set act to a function that converts actions'
+      f'the default `act` scales actions to the finite bounds of a Box, but the action space is {space}; '
+      'set `act` to a function that converts actions'
     )
 
 
 def _check_distinct(environments: list) -> None:
   if len({id(environment.unwrapped) for environment in environments}) < len(environments):
     raise ValueError(
-      f'make must return a new environment at each call, got the same {environments[0].unwrapped} again; '
-      'build the environment inside make'
+      f'`make` must return a new environment at each call, got the same {environments[0].unwrapped} again; '
+      'build the environment inside `make`'
     )
 
 
@@ -249,8 +249,8 @@ def _number(reward: Any) -> float:
 def _only_on_host(*args):
   del args
   raise RuntimeError(
-    'a Gymnasium environment cannot be stepped on the device, got a call to its reset, observe or step; '
-    'use collect_on_host, or the functions experience and explore of policy_gradient_on_host'
+    'a Gymnasium environment runs only on the host, so its `reset`, `observe` and `step` cannot be called; '
+    'call `collect_on_host`, or `experience` or `explore` of the result of `policy_gradient_on_host`'
   )
 
 

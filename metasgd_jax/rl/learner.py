@@ -39,7 +39,11 @@ if some trajectories end early.
 
 
 class RolloutRequest(NamedTuple):
-  """The input of `predict` of a policy's learner: the task to act in, and the random key that `predict` consumes.
+  """Asks a `policy_learner` to act: the input of its function `predict`.
+
+  Attributes:
+    task: Task in which the policy acts.
+    key: Random key, which `predict` consumes.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -81,11 +85,11 @@ class PolicyGradient(NamedTuple):
       the experience.
     step: `(meta, θ, experience, i) → θ`, inner step i, counted from 0.
     explore: `(meta, task, key) → (experiences, path)`; consumes key, which is split into one key per step. `explore`
-      takes k inner steps, and each step uses new experience of the policy before the step. `experiences` is a k-tuple
-      of `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
+      takes k inner steps. Before each step, the policy draws new experience with its current θ. `experiences` is a
+      k-tuple of `Experience`, and `path` is a (k + 1)-tuple of θ after 0, 1, …, k steps.
     replay: `(meta, experiences) → θ′`. `replay` takes the same inner steps as `explore`, but on experiences that were
       drawn before, with the same meta or with another meta.
-    surrogate: Function `(function, distributions [B, H], experience) → scalar`. `function` is a surrogate such as
+    surrogate: `(function, distributions [B, H], experience) → scalar`. The argument `function` is a surrogate such as
       `likelihood_ratio`, and `distributions` are the policy's distributions of the actions. The result is the mean of
       the surrogate over the steps or the trajectories of the experience; see `MeanOver`.
 
@@ -171,13 +175,13 @@ def policy_gradient(
   if alpha is None or (learned and alpha.by_step):
     raise ValueError(
       f'alpha must be fixed rates, or an AlphaConfig with by_step=False, got {alpha}; for a factor per step, '
-      'give the argument rates'
+      'give the argument `rates`'
     )
   check_count('steps', steps, 0)
   check_count('trajectories', trajectories)
   check_choice('mean_over', mean_over, MeanOver)
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
-    raise ValueError(f'rates must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
+    raise ValueError(f'`rates` must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
   inner_surrogate = surrogate_of(estimator)
   _check_sizes(environment, policy)
 
@@ -255,8 +259,8 @@ def _check_sizes(environment: Environment, policy: Policy) -> None:
 def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
   """Returns the policy's distributions `[B, H]` at the observations of the experience.
 
-  Observations after the end of a trajectory are replaced by zero. The original observation may be NaN or infinite, and
-  the gradient would then be NaN, even if what is computed from the observation were masked afterwards.
+  Observations after the end of a trajectory are replaced by zero, because they may be NaN or infinite. The gradient
+  would then be NaN, even if the distributions at these observations were masked afterwards.
   """
   drawn = experience.trajectories
   return policy.apply(theta, jnp.where(drawn.valid[..., None], drawn.observations, 0))
@@ -264,13 +268,15 @@ def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:
 
 @equal_by_arguments
 def policy_learner(inner: PolicyGradient) -> Learner:
-  """Builds a `Learner` for `train` and `evaluate`, whose support is a task and whose query is a `RolloutRequest`.
+  """Builds a `Learner` for `train` and `evaluate`.
+
+  In its episodes, the support is a task, and the input of the query is a `RolloutRequest`.
 
   - `adapt` returns the last θ of `inner.explore`.
   - `predict` is `(θ′, RolloutRequest) → Trajectories [B, …]`. A metric is therefore a function of trajectories, such as
     `mean_return`.
-  - `loss` is the negative of TRPO's surrogate on trajectories of θ′ for the query. A small step against the gradient of
-    the loss raises the return after adapting.
+  - `loss` is the negative of TRPO's surrogate on the trajectories of the query, which are sampled with θ′. A small step
+    of gradient descent on the loss raises the return after adapting.
 
   The gradient of the loss approaches that of the negative expected return as the number of inner trajectories grows, if
   the estimator is DiCE, the mean is over trajectories, and advantages are neither discounted nor normalised. With other
@@ -278,10 +284,10 @@ def policy_learner(inner: PolicyGradient) -> Learner:
   normalised, the weight depends on the standard deviation of the task's advantages, and if the mean is over steps, on
   the mean length of the task's trajectories.
 
-  The value of the loss does not measure progress: it is zero if advantages are normalised. Therefore info has the mean
-  undiscounted returns before and after adapting, `return_before` and `return_after`. The outer optimiser can be any
-  optimiser of optax. The outer optimiser of the paper is TRPO; see `trpo_meta_step`. The tasks for this learner come
-  from `task_distribution`.
+  The value of the loss does not measure progress. For example, it is zero if advantages are normalised. The info that
+  `loss` returns therefore has the mean undiscounted returns before and after adapting, `return_before` and
+  `return_after`. The outer optimiser can be any optimiser of optax. The outer optimiser of the paper is TRPO; see
+  `trpo_meta_step`. The tasks for this learner come from `task_distribution`.
 
   Args:
     inner: Inner loop from `policy_gradient`.
@@ -361,7 +367,7 @@ def returns_by_step(learner: Learner, meta: PyTree, task: PyTree, key: chex.PRNG
   """Returns the undiscounted returns of B new trajectories after 0, 1, …, k inner steps, `[k + 1, B]`.
 
   The policy is not evaluated on the trajectories that it adapted to. The function is for one task; use `jax.vmap` for
-  several tasks. The learner may have more inner steps than it was trained with.
+  several tasks. The learner may have more inner steps than were used in training.
 
   Args:
     learner: Learner from `policy_learner`.

@@ -134,7 +134,7 @@ def _step_on_device(meta, keys, *, inner, trpo, curved, tasks_at_once, axis):
 
 
 def _adapted_distributions(inner, meta, collected):
-  """Returns the distributions of one task's adapted policy, as a function of meta."""
+  """Returns the action distributions of the policy adapted to one task, which JAX can differentiate by meta."""
   experiences, after = collected
   return act_again(inner.policy, inner.replay(meta, experiences), after)
 
@@ -181,8 +181,8 @@ def explore_tasks(
 ) -> tuple[tuple[Experience, ...], PyTree]:
   """Returns the experiences and the last θ of `inner.explore` for T tasks and keys `[T]`. Every leaf is `[T, …]`.
 
-  The trajectories of all tasks are stepped together. The inner steps are computed for `tasks_at_once` tasks at the same
-  time, which is faster on a CPU.
+  The trajectories of all tasks are sampled at the same time. The inner steps are computed for only `tasks_at_once`
+  tasks at the same time, because this is faster on a CPU.
   """
   thetas, experiences = jax.tree.map(lambda t: jnp.broadcast_to(t, (len(keys), *t.shape)), meta.theta), []
   split = jax.vmap(functools.partial(jax.random.split, num=inner.steps), out_axes=1)(keys)
@@ -204,8 +204,9 @@ def _map_tasks(function, tasks, tasks_at_once: int):
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-  """Returns `count` evenly spaced indices below `total`, for the curvature tasks of one device.
+  """Returns `count` evenly spaced indices below `total`.
 
-  The curvature tasks of all devices together are then the same for any number of devices.
+  Each device has `total` tasks, and computes the Fisher matrix from those with these indices, its curvature tasks.
+  Because of the even spacing, the curvature tasks of all devices together are the same for any number of devices.
   """
   return np.arange(count) * total // count

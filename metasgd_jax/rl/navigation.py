@@ -71,7 +71,7 @@ def navigation(
   check_count('horizon', horizon)
   for name, value in (('max_step', max_step), ('tolerance', tolerance)):
     if not 0 < value < math.inf:
-      raise ValueError(f'{name} must be above 0 and finite, got {value}')
+      raise ValueError(f'`{name}` must be above 0 and finite, got {value}')
 
   def sample(key) -> Navigation:
     points = jax.random.uniform(key, (2, 2), minval=-HALF_WIDTH, maxval=HALF_WIDTH)

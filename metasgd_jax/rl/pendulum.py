@@ -50,9 +50,9 @@ class PendulumConfig:
     for field in dataclasses.fields(self):
       low, high = getattr(self, field.name)
       if not -math.inf < low <= high < math.inf:
-        raise ValueError(f'{field.name} must be a finite range low <= high, got ({low}, {high})')
+        raise ValueError(f'the range of {field.name} must be finite and have low <= high, got ({low}, {high})')
       if field.name != 'gravity' and low <= 0:
-        raise ValueError(f'the range of {field.name} must be above 0, got ({low}, {high})')
+        raise ValueError(f'the range of {field.name} must have only values above 0, got ({low}, {high})')
 
 
 VARIED = PendulumConfig()
@@ -94,7 +94,7 @@ def pendulum(config: PendulumConfig = VARIED, *, horizon: int = 200) -> Environm
   A step is ω′ = clip(ω + (3g / (2l) · sin θ + 3u / (ml²)) Δ, −8, 8) and θ′ = θ + ω′ Δ, with gravity g, mass m and
   length l. The reward is −(θ² + 0.1 ω² + 0.001 u²) of the state before the step, with θ wrapped to [−π, π). A
   trajectory starts from θ ~ U[−π, π] and ω ~ U[−1, 1], which `reset` draws; `reset` consumes its key. The observation
-  `[3]` is (cos θ, sin θ, ω). A trajectory ends only by time.
+  `[3]` is (cos θ, sin θ, ω). Every trajectory has H steps.
 
   Args:
     config: Ranges of the constants of a task.

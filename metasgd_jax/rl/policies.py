@@ -67,7 +67,9 @@ def gaussian(
   for units in hidden:
     check_count('hidden', units)
   if not 0 < min_std <= std < math.inf:
-    raise ValueError(f'std must be finite and at least min_std, and min_std above 0, got std={std}, min_std={min_std}')
+    raise ValueError(
+      f'std must be finite and at least min_std, and min_std must be above 0, got std={std} and min_std={min_std}'
+    )
   layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]
 
   def init(key) -> PyTree:
@@ -108,7 +110,7 @@ def log_prob(distribution: Gaussian, actions: chex.Array) -> chex.Array:
 
 
 def kl(p: Gaussian, q: Gaussian) -> chex.Array:
-  """Returns KL(p ‖ q) = Σ_j log(σ_q / σ_p) + (σ_p² + (μ_p − μ_q)²) / (2 σ_q²) − ½, in nats, `[…]`."""
+  """Returns KL(p ‖ q) = Σ_j [log(σ_q / σ_p) + (σ_p² + (μ_p − μ_q)²) / (2 σ_q²) − ½], in nats, `[…]`."""
   difference = p.log_std - q.log_std
   z = (p.mean - q.mean) * jnp.exp(-q.log_std)
   return jnp.sum(0.5 * (jnp.exp(2 * difference) + z * z - 1) - difference, -1)

@@ -13,8 +13,8 @@ from metasgd_jax.types import PyTree, check_count
 def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTree, key: chex.PRNGKey) -> Trajectories:
   """Returns one trajectory of the policy in one task, with H steps.
 
-  The task may end the trajectory before H steps. The arrays still have H steps: in those after the end, the state does
-  not change, rewards are zero and `valid` is False. No gradient flows through the trajectory, neither through the
+  The task may end the trajectory before H steps. The arrays still have H steps: in the steps after the end, the state
+  does not change, rewards are zero and `valid` is False. No gradient flows through the trajectory, neither through the
   dynamics nor through the log-probabilities.
 
   Args:

@@ -81,10 +81,10 @@ def train(
 ) -> TrainState:
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done, and returns the last state.
 
-  Meta-iteration i is a function of `(state.key, i)` and meta, so a run resumes exactly. Callbacks are those of
-  `metasgd_jax.train`. Their `info` is that of `trpo_meta_step`, with two changes. The value `step` is called `taken`:
-  the size of the step that was taken, as a fraction of TRPO's full step; see `TrpoInfo`. The value `loss` is added: it
-  is the negative of `return_after`, or NaN if the gradient was not finite.
+  Meta-iteration i is a function of `(state.key, i)` and meta, so a resumed run continues exactly as if it had not been
+  interrupted. Callbacks are those of `metasgd_jax.train`. Their `info` is that of `trpo_meta_step`, with two changes.
+  The value `step` is called `taken`: the size of the step that was taken, as a fraction of TRPO's full step; see
+  `TrpoInfo`. The value `loss` is added: it is the negative of `return_after`, or NaN if the gradient was not finite.
 
   Args:
     state: State from `init`, of one run or of R runs side by side.

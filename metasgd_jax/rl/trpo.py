@@ -19,8 +19,8 @@ class TrpoInfo(NamedTuple):
     improvement: New surrogate minus old surrogate. It is NaN if the surrogate or its gradient is not finite; meta is
       then unchanged.
     kl: Divergence KL(old ‖ new), in nats.
-    step: Size of the step that was taken, as a fraction r^i of the full step (i = 0); see `trpo_update`. It is 0 if no
-      step that was tried was good; meta is then unchanged.
+    step: Size of the step that was taken, as a fraction r^i of the full step, which has i = 0. It is 0 if none of the
+      steps that were tried was good; meta is then unchanged. See `trpo_update` for r and for which steps are good.
 
   Example:
     >>> info = ms.rl.TrpoInfo(improvement=jnp.zeros(()), kl=jnp.zeros(()), step=jnp.zeros(()))
@@ -107,7 +107,8 @@ def trpo_update(
     kl: Function `(old distributions, new distributions) → scalar`, the mean divergence KL(old ‖ new) in nats.
     gradient: Function `meta → ((surrogate, distributions), gradient)`, for a gradient that is summed over parts of the
       data. By default it is `jax.value_and_grad` of the surrogate, with the distributions as auxiliary output.
-    fisher: Function `v → F v`, such as `fisher_product` for a part of the data. By default F is that of all data.
+    fisher: Function `v → F v`, such as `fisher_product` for a part of the data. By default it is the `fisher_product`
+      of `distributions` and `kl`.
     mean: Function that returns the mean of a pytree over devices, for use inside shard_map if each device has a part of
       the data; see `sharding.mean_over`. It is applied to values and gradients and is never differentiated.
     config: Settings of the step.
@@ -166,10 +167,10 @@ def largest_good(
   The candidate steps are the fractions r^i of the full step, for i = 0, …, count − 1.
 
   A step is good if its improvement is above 0 and its divergence is at most `max_kl`. The divergence is nearly
-  proportional to the square of the step. After a step i that is not good, its divergence therefore predicts the next
-  step to try: the smallest j ≥ i + 1 for which step j should have a divergence of at most `max_kl`. After a good step
-  i, step i − 1 is tried. The search stops when step 0 is good, when step i is good and step i − 1 is not, or when step
-  count − 1 is not good.
+  proportional to the square of the step, so the divergence of step i predicts that of every other step. If step i is
+  not good, the next step to try is the step j ≥ i + 1 whose predicted divergence is nearest to `max_kl`, on a
+  logarithmic scale. If step i is good, step i − 1 is tried next. The search stops when step 0 is good, when step i is
+  good and step i − 1 is not, or when step count − 1 is not good.
 
   If all steps smaller than a good step are good too, the result is the one that trying i = 0, 1, 2, … in order gives,
   with about half as many tries. A good step between two steps that are not good may be missed.
@@ -211,8 +212,9 @@ def fisher_product(
 ) -> Callable[[PyTree], PyTree]:
   """Returns the function `v → F v` with F = Jᵀ (∇²_q KL(p ‖ q) at q = p) J + damping I.
 
-  J is the derivative of the distributions, which are linearised only once. Without damping, F is the Hessian of
-  KL(p ‖ distributions(m)) with respect to m at meta, because the gradient of the divergence is zero there.
+  Here p is `distributions(meta)`, and J is its derivative with respect to `meta`. `distributions` is linearised only
+  once. Without damping, F is the Hessian of KL(p ‖ distributions(m)) with respect to m, at m = meta, because the
+  gradient of the divergence is zero there.
 
   Args:
     distributions: Function `meta → distributions`.
@@ -244,7 +246,7 @@ def conjugate_gradient(
   Args:
     product: Function `v → A v` on pytrees with b's structure.
     b: Right-hand side, a pytree.
-    steps: Largest number of products.
+    steps: Largest number of iterations. Each iteration computes one product A v.
     tolerance: Bound on ‖b − A x‖² / ‖b‖² at which the iteration stops. rllab bounds ‖b − A x‖² instead, which makes the
       TRPO step depend on the unit of the reward.
 

@@ -21,11 +21,11 @@ class Environment(NamedTuple):
     reset: `(task, key) → state`, a pytree; consumes key.
     observe: `(task, state) → observation [O]`.
     step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` says whether
-      the task ends the trajectory, for example because a goal is reached. The end by time is not reported:
-      `rollout` ends each trajectory after `horizon` steps.
+      the task ends the trajectory, for example because a goal is reached. `step` does not report the time
+      limit: `rollout` itself ends a trajectory after `horizon` steps.
     observation_size: Number of entries O of an observation.
     action_size: Number of entries A of an action.
-    horizon: Number of steps H after which a trajectory ends by time.
+    horizon: Time limit H, the largest number of steps of a trajectory.
 
   Example:
     >>> environment = ms.rl.Environment(  # A point on a line walks to a goal that it cannot see; O = A = 1.
@@ -93,8 +93,8 @@ class Trajectories(NamedTuple):
     rewards: Rewards, `[H]`. They are zero after the end.
     valid: Whether each step was taken, `[H]`, bool.
     terminated: Whether the trajectory was ended by the task and not by time, `[]`, bool.
-    last_observation: Observation after the last valid step, `[O]`. If time ended the trajectory, it is not known which
-      rewards would follow.
+    last_observation: Observation after the last valid step, `[O]`. If time ended the trajectory, the rewards
+      that would have followed are unknown; `AdvantageConfig.bootstrap` estimates them from this observation.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,))

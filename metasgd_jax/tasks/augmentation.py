@@ -17,12 +17,12 @@ Augment = Callable[[chex.PRNGKey, chex.Array], chex.Array]
 def augmented(tasks: Tasks, augment: Augment) -> Tasks:
   """Returns the tasks with `augment` applied to each image of an episode, in the support and in the query.
 
-  The augmentation does not change which images an episode contains. The choice of images still depends only on the key
-  of the episode, so that `stream` still sends the images that the episode needs. `chain` combines several augmentations
-  into one.
+  The augmentation does not change which images an episode contains, because their choice still depends only on the key
+  of the episode. Tasks from `stream` can therefore be augmented too: they still send the images that an episode needs.
+  `chain` combines several augmentations into one.
 
   Raises:
-    ValueError: if the tasks are augmented already, because their keys would be used twice.
+    ValueError: if the tasks are augmented already, because both augmentations would use the same random keys.
 
   Example:
     >>> augment = ms.tasks.augmentation.chain(ms.tasks.augmentation.flip, ms.tasks.augmentation.shift(2))
@@ -31,7 +31,7 @@ def augmented(tasks: Tasks, augment: Augment) -> Tasks:
     (5, 28, 28, 1)
   """
   if any(isinstance(change, _Augmented) for change in tasks.changes):
-    raise ValueError('the tasks are augmented already; combine the augmentations with chain, and call augmented once')
+    raise ValueError('the tasks are augmented already; combine augmentations with `chain`, and call `augmented` once')
   return tasks.map_episode(_Augmented(augment))
 
 
@@ -54,7 +54,7 @@ def shift(pixels: int) -> Augment:
     ValueError: if `pixels` is below 0.
   """
   if pixels < 0:
-    raise ValueError(f'pixels must be at least 0, got {pixels}')
+    raise ValueError(f'the shift `pixels` must be at least 0, got {pixels}')
   return equal_partial(_shifted, pixels=pixels)
 
 
@@ -67,7 +67,7 @@ def light(strength: float) -> Augment:
     ValueError: if `strength` is not from 0 to 1.
   """
   if not 0 <= strength <= 1:
-    raise ValueError(f'strength must be from 0 to 1, got {strength}')
+    raise ValueError(f'`strength` must be from 0 to 1, got {strength}')
   return equal_partial(_lit, strength=strength)
 
 
@@ -92,7 +92,7 @@ def _lit(key, image, *, strength):
 
 @dataclasses.dataclass(frozen=True)
 class _Augmented:
-  """Changes an episode function into one whose images are augmented."""
+  """Turns an episode function into an episode function that also augments the images of each episode."""
 
   augment: Augment
 

@@ -36,7 +36,7 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
       of C arrays `[I_c, H, W, D]`, one for each class.
 
   Raises:
-    ValueError: if the images have another rank or dtype, or if the images of two classes have different shapes.
+    ValueError: if the images do not have this rank and dtype, or if the images of two classes have different shapes.
 
   Example:
     >>> bank = ms.tasks.class_bank([np.zeros((count, 28, 28, 1), np.uint8) for count in (4, 7)])
@@ -45,13 +45,14 @@ def class_bank(images: np.ndarray | Sequence[np.ndarray]) -> ClassBank:
   """
   if isinstance(images, np.ndarray | jax.Array):
     if images.ndim != 5:
-      raise ValueError(f'images must be [C, I, H, W, D] or a list of arrays [I, H, W, D], got shape {images.shape}')
+      raise ValueError(f'`images` must be [C, I, H, W, D] or a list of arrays [I, H, W, D], got shape {images.shape}')
     bank = ClassBank(images.reshape(-1, *images.shape[2:]), np.full(images.shape[0], images.shape[1]))
   else:
     shapes = sorted({np.shape(one) for one in images})
     if len({shape[1:] for shape in shapes}) != 1 or len(shapes[0]) != 4:
       raise ValueError(
-        f'classes must be [I, H, W, D], with images of the same size, got shapes {shapes}; resize the images'
+        f'each class must be an array [I, H, W, D], and all images must have the same shape [H, W, D], got arrays '
+        f'of shapes {shapes}; resize the images'
       )
     bank = ClassBank(np.concatenate(images), np.array([len(one) for one in images]))
   check_bank(bank)
@@ -110,7 +111,7 @@ def image_indices(bank: ClassBank, *, way: int, shot: int, query: int) -> TaskDi
   check_episode(way, shot, query)
   sizes = np.asarray(bank.sizes)
   if way > len(sizes):
-    raise ValueError(f'way={way} is more than the number of classes in the bank ({len(sizes)}); lower way')
+    raise ValueError(f'way={way} is more than the number of classes in the bank ({len(sizes)}); lower `way`')
   if shot + query > sizes.min():
     limit, advice = f'the {sizes.min()} images of class {int(sizes.argmin())}', 'lower shot or query, or omit the class'
     raise ValueError(f'shot + query = {shot} + {query} = {shot + query} is more than {limit}; {advice}')
@@ -139,15 +140,15 @@ def few_shot_from(indices: TaskDistribution, images: chex.Array) -> TaskDistribu
 
 
 def check_bank(bank: ClassBank) -> None:
-  """Raises ValueError unless `bank` is a `ClassBank` of uint8 images `[M, H, W, D]` with sizes that add up to M."""
+  """Raises ValueError unless `bank` is a `ClassBank` of uint8 images `[M, H, W, D]` whose class sizes sum to M."""
   if not isinstance(bank, ClassBank):
-    raise ValueError(f'bank must be a ClassBank, got {type(bank).__name__}; class_bank creates one from images')
+    raise ValueError(f'`bank` must be a ClassBank, got {type(bank).__name__}; class_bank creates one from images')
   images, sizes, total = np.shape(bank.images), np.shape(bank.sizes), np.sum(bank.sizes)
   if len(images) != 4 or len(sizes) != 1 or images[0] != total:
     got = f'images of shape {images} and sizes of shape {sizes} with sum {total}'
-    raise ValueError(f'a ClassBank has images [M, H, W, D] and sizes [C] with sum M, got {got}; call class_bank')
+    raise ValueError(f'a ClassBank must have images [M, H, W, D] and sizes [C] with sum M, got {got}; call class_bank')
   if bank.images.dtype != np.uint8:
-    raise ValueError(f'a ClassBank has uint8 images (0 to 255), got {bank.images.dtype}; convert the images')
+    raise ValueError(f'the images of a ClassBank must be uint8 (0 to 255), got {bank.images.dtype}; convert them')
 
 
 def check_episode(way: int, shot: int, query: int) -> None:
@@ -158,10 +159,11 @@ def check_episode(way: int, shot: int, query: int) -> None:
 
 
 def split_labels(key: chex.PRNGKey, way: int, shot: int, query: int) -> tuple[tuple, tuple]:
-  """Returns a pair (labels, nth) for the support, arrays `[N·K]`, and one for the query, `[N·query]`; consumes key.
+  """Returns two pairs `(labels, nth)`, one for the support and one for the query; consumes key.
 
-  `nth` is the index of an item among the `shot + query` items of its class: 0 … K − 1 in the support, and
-  K … K + query − 1 in the query. The items of each part are in shuffled order.
+  The arrays have the shape `[N·K]` for the support, and `[N·query]` for the query. `nth` is the index of each item
+  among the `shot + query` items of its class: 0 … K − 1 in the support, and K … K + query − 1 in the query. The items
+  of the support are shuffled, and so are those of the query.
   """
   nth, labels = jnp.meshgrid(jnp.arange(shot + query), jnp.arange(way), indexing='ij')
   support_key, query_key = jax.random.split(key)
@@ -217,7 +219,8 @@ def all_classes(bank: ClassBank, *, batch: int) -> TaskDistribution:
 def class_indices(bank: ClassBank, *, batch: int) -> TaskDistribution:
   """Returns the distribution of `all_classes` with indices of images in place of images.
 
-  The indices are positions in the bank, int32 `[batch]` in the query. The same errors are raised as by `all_classes`.
+  The indices are positions in the bank: int32 `[batch]` in the query, and `[1]` in the support, which repeats the first
+  item of the query. The same errors are raised as by `all_classes`.
 
   Args:
     bank: Bank of classes and images, as in `all_classes`.

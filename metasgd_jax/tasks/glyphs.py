@@ -47,7 +47,7 @@ class GlyphConfig:
     check_count('size', self.size)
     check_count('strokes', self.strokes)
     if not 0 < self.pen[0] <= self.pen[1]:
-      raise ValueError(f'pen must be a range (low, high) with 0 < low <= high, got {self.pen}')
+      raise ValueError(f'`pen` must be a range (low, high) with 0 < low <= high, got {self.pen}')
 
 
 def glyphs(config: GlyphConfig = GlyphConfig(), *, way: int, shot: int, query: int) -> TaskDistribution:

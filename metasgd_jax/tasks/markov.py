@@ -15,7 +15,7 @@ class MarkovConfig:
 
   Attributes:
     tokens: Number of tokens, V. The tokens are the states of the chain.
-    length: Number of inputs of a sequence, L. L + 1 tokens are drawn, because the last target is one token later.
+    length: Number of inputs of a sequence, L. L + 1 tokens are drawn, because each target is the next token.
     concentration: Concentration of the Dirichlet distribution from which each row of transition probabilities is drawn.
       Near 0, one token is by far the most probable in each row. At 1, a row is distributed uniformly over all
       probability vectors.

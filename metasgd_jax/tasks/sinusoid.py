@@ -37,7 +37,7 @@ class SinusoidConfig:
     for field in dataclasses.fields(self):
       low, high = getattr(self, field.name)
       if not low <= high:
-        raise ValueError(f'{field.name} must be a range (low, high) with low <= high, got ({low}, {high})')
+        raise ValueError(f'`{field.name}` must be a range (low, high) with low <= high, got ({low}, {high})')
 
 
 META_SGD_SINUSOIDS = SinusoidConfig()

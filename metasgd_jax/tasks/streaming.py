@@ -40,7 +40,7 @@ def stream(bank: ClassBank, indices: TaskDistribution) -> TaskStream:
   def send(sample_keys, episode_keys) -> TaskDistribution:
     if isinstance(sample_keys, jax.core.Tracer) or isinstance(episode_keys, jax.core.Tracer):
       raise ValueError(
-        'a TaskStream sends images from the host, which it cannot do inside jax.jit, where the keys are not known; '
+        'a TaskStream cannot send images from the host inside jax.jit, where the values of the keys are not known; '
         'call tasks.prepare or tasks.send outside of jax.jit, and give the jitted function the result as an argument'
       )
     found = np.asarray(_rows(indices, *jax.device_put((sample_keys, episode_keys), host_device())))

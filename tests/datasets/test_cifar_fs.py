@@ -117,7 +117,7 @@ class TestBadArchives:
       self.load(tmp_path, tmp_path)
 
   def test_not_the_registered_file(self, tmp_path, archives):
-    with pytest.raises(DatasetError, match=r'not the registered file.*sha256 is \w{64}\b'):
+    with pytest.raises(DatasetError, match=r'not the file that tfds expects.*sha256 is \w{64}\b'):
       self.load(tmp_path, archives, verify_archives=True)
 
   @pytest.mark.parametrize('kept', [0, 5])

@@ -111,7 +111,7 @@ def test_ink_is_255_whatever_the_decoder_makes_of_paper():
   assert omniglot._shrink(black, 28).min() == 255
 
 
-REMEDY = ('check data_dir', f'{NAMES[0]}.zip', 'the argument archives')
+REMEDY = ('check `data_dir`', f'{NAMES[0]}.zip', 'the argument `archives`')
 
 
 @contextlib.contextmanager
@@ -195,7 +195,7 @@ class TestBadArchives:
       self.load(tmp_path, tmp_path / 'some')
 
   def test_not_the_registered_file(self, tmp_path, archives):
-    with pytest.raises(DatasetError, match=r'not the registered file.*sha256 is \w{64}\b.*verify_archives off'):
+    with pytest.raises(DatasetError, match=r'not the file that tfds expects.*sha256 is \w{64}\b.*verify_archives off'):
       self.load(tmp_path, archives)
 
   @pytest.mark.parametrize('kept', [0, 1000, -30])
@@ -227,7 +227,7 @@ class TestBadArchives:
 
   def test_checksums_are_not_forgotten_after_trusting_other_files(self, prepared, tmp_path, archives):
     """tfds keeps them for all builders of a process."""
-    with pytest.raises(DatasetError, match='not the registered file'):
+    with pytest.raises(DatasetError, match='not the file that tfds expects'):
       self.load(tmp_path, archives)
 
 
@@ -263,7 +263,7 @@ def test_drawings_are_missing(tmp_path, monkeypatch):
 
   builder = builder_of(tmp_path, train=[example(0)], test=[example(0)])
   monkeypatch.setattr(tfds, 'builder', lambda *args, **options: builder)
-  with pytest.raises(DatasetError, match=saying('Omniglot cannot be read', 'character 0 has 2 drawings', 'be 20')):
+  with pytest.raises(DatasetError, match=saying('Omniglot cannot be read', 'character 0 has 2 drawings', 'have 20')):
     omniglot.load(tmp_path)
 
 

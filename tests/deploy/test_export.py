@@ -317,7 +317,7 @@ def test_parameters_that_no_file_can_hold(meta, message, tmp_path):
 @pytest.mark.parametrize(
   ('leaf', 'message'),
   [
-    (np.float32(3), ['support.y.1', 'first dimension is the items', 'got the scalar']),
+    (np.float32(3), ['support.y.1', 'first dimension counts the items', 'got the scalar']),
     (np.ones(3, np.float32), ['leaves of support', 'the same first dimension', 'at least 1', 'got [3, 4]']),
   ],
 )
@@ -405,14 +405,14 @@ def claims_much(parts):
     (lambda parts: changed_about(parts, predict={}), 'another program than predict.bin'),
     (lambda parts: {k: v for k, v in parts.items() if k != 'predict.bin'}, 'predict.bin is missing'),
     (lambda parts: {k: v for k, v in parts.items() if k != 'about.json'}, 'no about.json'),
-    (lambda parts: parts | {'more': b''}, 'more does not belong in it'),
+    (lambda parts: parts | {'more': b''}, 'more is not part of an exported learner'),
     (lambda parts: parts | {'adapt.bin': parts['predict.bin']}, 'another program than adapt.bin'),
     (lambda parts: parts | {'adapt.bin': b'\x08' * 100}, 'cannot be read as an exported learner'),
     (lambda parts: parts | {'about.json': b' ' * 2**21}, 'about.json is larger than 1 MiB'),
     (other_shape, 'and the shape .* but adapt.bin takes'),
     (claims_much, 'and the shape .* but adapt.bin takes'),
     (lambda parts: parts | {BIAS: parts[BIAS][:-4]}, 'bytes, but its header describes'),
-    (lambda parts: changed_about(parts, format_version=0), 'no format_version that is an integer of at least 1, got 0'),
+    (lambda parts: changed_about(parts, format_version=0), 'about.json must be an integer of at least 1, got 0'),
   ],
 )
 def test_a_file_that_is_not_whole_is_refused(file, spoil, message, tmp_path):

@@ -217,7 +217,7 @@ def test_batch_norm_is_reported_in_both_ways(classification_run):
     (regression.Config, dict(learning_rate=float('nan')), ('learning_rate', 'from ', 'got nan')),
     (classification.Config, dict(way=1), ('way', 'from 2 to 1000', 'got 1')),
     (classification.Config, dict(dataset='mnist'), ('dataset', 'one of glyphs, omniglot, ', "'mnist'")),
-    (classification.Config, dict(dataset='omniglot'), ('dataset omniglot', 'needs data_dir')),
+    (classification.Config, dict(dataset='omniglot'), ('dataset=omniglot', 'needs data_dir')),
   ],
 )
 def test_bounds_hold_in_colab_too(config, values, said):
@@ -239,8 +239,8 @@ def test_bounds_hold_in_colab_too(config, values, said):
     ('regression', ['meta_sgd'], ("unknown argument 'meta_sgd'", '--name=value')),
     ('classification', ['--dataset=mnist'], ('--dataset=mnist', 'one of glyphs, omniglot, ')),
     ('classification', ['--eval_shots=1,x'], ('--eval_shots', 'whole numbers of at least 1')),
-    ('classification', ['--table2'], ('dataset omniglot', 'needs data_dir')),
-    ('classification', ['--dataset=omniglot'], ('dataset omniglot', 'needs data_dir')),
+    ('classification', ['--table2'], ('dataset=omniglot', 'needs data_dir')),
+    ('classification', ['--dataset=omniglot'], ('dataset=omniglot', 'needs data_dir')),
     (
       'classification', ['--dataset=omniglot', '--data_dir={file}/x'],
       ('data_dir {file}/x', 'the data set'),

@@ -302,7 +302,7 @@ def test_images_stay_on_the_host_where_asked():
     (dict(multi_step_loss=True), ('multi_step_loss', 'inner_steps=1', 'at least 2')),
     (dict(alpha_by_step=True), ('alpha_by_step', 'inner_steps=1', 'at least 2')),
     (dict(ensemble=3, validate_every=200), ('ensemble=3', '2 validations', '500 meta-iterations', 'lower')),
-    (dict(table2=True, dataset='glyphs'), ('table', 'dataset=glyphs', 'leave dataset out')),
+    (dict(table2=True, dataset='glyphs'), ('table', 'dataset=glyphs', 'leave --dataset out')),
     (dict(class_lists='lists'), ('class_lists', 'folder', 'dataset=glyphs', 'leave class_lists out')),
   ],
 )

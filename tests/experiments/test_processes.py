@@ -293,7 +293,7 @@ def test_navigation_in_two_processes_as_in_one(tmp_path, monkeypatch, no_picture
     (dict(coordinator='a:x', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "'a:x'")),
     (dict(coordinator=':1', num_processes=2, process_id=0), ('coordinator', 'HOST:PORT', "':1'")),
     (dict(coordinator='a:1', num_processes=2, process_id=-1), ('process_id', 'from 0 to 99999', 'got -1')),
-    (dict(distributed=True, num_processes=2), ('distributed gets num_processes', 'leave out one')),
+    (dict(distributed=True, num_processes=2), ('distributed gets num_processes', 'leave out either')),
     (dict(devices=0), ('devices', 'from 1 to 100000', 'got 0')),
   ],
 )

@@ -440,7 +440,7 @@ def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, cap
 @pytest.mark.parametrize(
   ('keeping', 'said'),
   [
-    (dict(debug_task=3, plan=True), ('plan and debug_task', 'give one')),
+    (dict(debug_task=3, plan=True), ('--plan and --debug_task', 'give one')),
     (dict(debug_task=20), ('debug_task', 'from 0 to 19', 'got 20')),
   ],
 )

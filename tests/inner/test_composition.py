@@ -345,7 +345,7 @@ class TestMistakes:
       'equinox': (ms.nn.from_equinox, 'eqx.Module', eqx.nn.Linear(3, 1, key=jax.random.key(0))),
     }[library]
     for wrong, name in ((module, 'Linear'), (5, 'int')):
-      with pytest.raises(ValueError, match=saying('build', 'a function', f'→ {kind}', f'got {name}', 'write lambda')):
+      with pytest.raises(ValueError, match=saying('build', 'a function', f'→ {kind}', f'got {name}', 'write `lambda')):
         adapter(wrong)
     with pytest.raises(ValueError, match=saying('build', f'return an {kind}', 'got int')):
       adapter(lambda _: 3)

@@ -228,7 +228,7 @@ class TestModels:
 
   @pytest.mark.parametrize('text', ['x' * 100_000, 'a\nb\x1b[31m'])
   def test_what_it_says_is_repeated_briefly_and_on_one_line(self, tmp_path, text):
-    assert 'no positive integer' in self.write(tmp_path, metadata={'format_version': text})
+    assert 'not a positive integer' in self.write(tmp_path, metadata={'format_version': text})
     assert 'learner must be one of' in self.write(tmp_path, learner=text)
     empty = {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]}
     assert 'has, but should not have,' in self.write(tmp_path, {text: empty})

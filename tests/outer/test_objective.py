@@ -70,7 +70,7 @@ def shapes_of(learner, tasks, count):
 @pytest.mark.parametrize('group', [3, 8])
 def test_groups_that_do_not_come_out_even(group):
   learner, arguments = sinusoid_learner(), shapes_of(sinusoid_learner(), ms.tasks.sinusoid(), 4)
-  with pytest.raises(ValueError, match=saying('4 tasks', 'groups of tasks_at_once', f'={group}')):
+  with pytest.raises(ValueError, match=saying(f'tasks_at_once={group}', 'does not divide', '4 tasks')):
     jax.eval_shape(lambda m, e, k: ms.mean_loss_and_grad(learner, m, e, k, tasks_at_once=group), *arguments)
 
 

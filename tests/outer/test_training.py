@@ -257,7 +257,7 @@ def test_runs_that_are_not_at_the_same_step():
 @pytest.mark.parametrize('key', [0, jax.random.PRNGKey(0), jax.random.split(jax.random.key(0), (2, 2))])
 def test_a_key_of_another_kind(key):
   with pytest.raises(
-    ValueError, match=saying('key must be', 'jax.random.key(seed)', '[R]', getattr(key, 'dtype', int))
+    ValueError, match=saying('`key` must be', 'jax.random.key(seed)', '[R]', getattr(key, 'dtype', int))
   ):
     ms.init(key, TASKS, learner=LEARNER, optimizer=ADAM)
 
@@ -273,7 +273,7 @@ def test_keys_whose_numbers_change_under_vmap_are_refused_everywhere(impl):
     lambda: bad_numbers.inspect_step(state._replace(key=key), TASKS, learner=LEARNER, meta_batch=2),
   ]
   for call in refused:
-    with pytest.raises(ValueError, match=saying('key must be', 'threefry2x32', f'got {impl}', 'jax.random.key(seed')):
+    with pytest.raises(ValueError, match=saying('`key` must be', 'threefry2x32', f'got {impl}', 'jax.random.key(seed')):
       call()
 
 
@@ -348,11 +348,11 @@ PAIR = lambda task, key: (ms.Batch(jnp.ones((5, 1)), jnp.ones((5, 1))),) * 2
 @pytest.mark.parametrize(
   ('options', 'said'),
   [
-    (dict(tasks=(TASKS.sample, TASKS.episode)), ['tasks must be', 'TaskDistribution', 'TaskStream', 'got tuple']),
-    (dict(optimizer=optax.adam), ['optimizer must be', 'optax.adam(1e-3)', 'got <function']),
+    (dict(tasks=(TASKS.sample, TASKS.episode)), ['`tasks` must be', 'TaskDistribution', 'TaskStream', 'got tuple']),
+    (dict(optimizer=optax.adam), ['`optimizer` must be', 'optax.adam(1e-3)', 'got <function']),
     (
       dict(tasks=ms.TaskDistribution(TASKS.sample, PAIR)),
-      ['tasks must give', 'ms.Episode(support, query)', 'got tuple'],
+      ['tasks must return', 'ms.Episode(support, query)', 'got tuple'],
     ),
     (
       dict(tasks=ms.TaskDistribution(TASKS.sample, lambda task, key: ms.Episode(*[tuple(b) for b in PAIR(task, key)]))),

@@ -223,7 +223,7 @@ def test_environments_are_closed_after_an_error():
 def test_one_environment_for_all_trajectories_is_refused():
   shared = Count(5)
   for make in (lambda task: shared, lambda task: gymnasium.Wrapper(shared)):
-    with pytest.raises(ValueError, match=saying('a new environment at each call', 'inside make')):
+    with pytest.raises(ValueError, match=saying('a new environment at each call', 'inside `make`')):
       collect_on_host(make, COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
 
 
@@ -253,7 +253,7 @@ def test_actions_of_another_kind():
   assert np.all((steps > 5) & (drawn.terminated | (steps == 40)))  # Chance does not balance a pole for long.
   np.testing.assert_array_equal(drawn.rewards.sum(1), steps)
   assert np.all(np.abs(drawn.observations[:, 0]) <= 0.05)
-  with pytest.raises(ValueError, match=saying('bounds of a Box', 'Discrete(2)', 'set act')):
+  with pytest.raises(ValueError, match=saying('bounds of a Box', 'Discrete(2)', 'set `act`')):
     collect_on_host(make, policy, theta, None, jax.random.key(1), horizon=40)
   endless = gymnasium.spaces.Box(-np.inf, 1, (1,))
   with pytest.raises(ValueError, match='bounds of a Box'):
