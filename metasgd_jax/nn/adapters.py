@@ -4,10 +4,12 @@ Haiku needs no such function: `ms.Model(*hk.without_apply_rng(hk.transform(f)))`
 docs/composition.md shows how to use modules that have state besides their parameters.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import chex
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,27 +26,37 @@ def from_linen(module: nn.Module) -> Model:
   `nn.BatchNorm` and `nn.ConvBlock` write. If `Model.apply` receives this collection, these layers normalise with its
   means and variances.
 
-  Raises (from `init`):
-    ValueError: if `module.init` creates a collection other than 'params', such as running averages. The layers
-      `nn.BatchNorm` and `nn.ConvBlock` do not write 'statistics' in `init`.
+  Raises:
+    ValueError: if `module` is not a Linen module. The model's `init` raises ValueError if `module.init` creates a
+      collection other than 'params', such as running averages; the layers `nn.BatchNorm` and `nn.ConvBlock` do not
+      write 'statistics' in `init`. The model's functions raise ValueError if a call of the module draws random numbers,
+      for example because dropout is active.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP())
     >>> list(model.init(jax.random.key(0), jnp.zeros((1, 1))))
     ['Dense_0', 'Dense_1', 'Dense_2']
   """
+  if not isinstance(module, nn.Module):
+    raise ValueError(
+      f'`module` must be an instance of flax.linen.Module, got {module!r:.60}; give nn.from_nnx or nn.from_equinox a '
+      'function that builds a module of these libraries'
+    )
 
   def init(key, x):
-    variables = module.init(key, jax.tree.map(jnp.asarray, x))
+    with _without_keys(module, 'deterministic=True'):
+      variables = module.init(key, jax.tree.map(jnp.asarray, x))
     if others := sorted(set(variables) - {'params'}):
       raise _not_pure(module, f"the collections {others} besides 'params'")
     return variables['params']
 
   def apply(theta, x, statistics=None):
-    return module.apply({'params': theta, 'statistics': statistics or {}}, x)
+    with _without_keys(module, 'deterministic=True'):
+      return module.apply({'params': theta, 'statistics': statistics or {}}, x)
 
   def statistics(theta, x):
-    return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
+    with _without_keys(module, 'deterministic=True'):
+      return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
 
   return Model(init, apply, statistics)
 
@@ -54,6 +66,9 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 
   θ is a dict of the module's parameters, nested like the module. `nnx.merge(nnx.graphdef(module), θ)` returns a module
   with the parameters θ. The names that `adapt_only` receives are paths of attributes, such as 'layers.0.kernel'.
+
+  `nnx.RNN` and `nnx.Bidirectional` store a key for the initial state of their cells. The key is constant in a `Model`,
+  as it is in Linen, and the cells of NNX ignore it, because their initial state is zero.
 
   Args:
     build: Function `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. `init` calls `build`.
@@ -93,15 +108,20 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
 
   abstract = nnx.eval_shape(lambda: checked(build(nnx.Rngs(0))))
   graphdef, rest = nnx.graphdef(abstract), nnx.state(abstract, nnx.Not(nnx.Param))
-  if others := sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(rest)}):
-    raise _not_pure(abstract, f'variables of the types {others} besides nnx.Param')
+  recurrent = nnx.RNN, nnx.Bidirectional
+  carries = {(*path, 'rngs') for path, node in nnx.iter_graph(abstract) if type(node) in recurrent}
+  if others := {type(other).__name__ for path, other in nnx.to_flat_state(rest) if path[:-1] not in carries}:
+    raise _not_pure(abstract, f'variables of the types {sorted(others)} besides nnx.Param')
   _check_floating(type(abstract).__name__, jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
   def init(key: chex.PRNGKey, x: Any):
     del x  # The parameter shapes of an NNX module do not depend on the input.
     return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
-  return Model(init, lambda theta, x: nnx.merge(graphdef, theta)(x))
+  def apply(theta, x):
+    return nnx.merge(graphdef, theta, jax.tree.map(_key_or_count, rest))(x)
+
+  return Model(init, apply)
 
 
 def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
@@ -121,7 +141,8 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   Raises:
     ImportError: if Equinox is not installed.
     ValueError: if `build` is not a function or does not return an `eqx.Module`, or if the module has no parameters, has
-      complex parameters, has state (such as running averages), or has constants that depend on the key.
+      complex parameters, has state (such as running averages), or has constants that depend on the key. The model's
+      `apply` raises ValueError if a call of the module needs a random key, for example because dropout is active.
 
   Example:
     >>> import equinox as eqx
@@ -145,7 +166,9 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
     Inside `eval_shape` the arrays are abstract, while the rest of the module is concrete.
     """
-    module = build(key)
+    module: Any = build(key)
+    if type(module) is tuple and any(isinstance(part, eqx.nn.State) for part in module):
+      raise _not_pure(module[0], 'state (`build` returns the pair of eqx.nn.make_with_state)')
     _check_returned(module, eqx.Module, 'eqx.Module')
     leaves = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, eqx.nn.StateIndex))
     if any(isinstance(leaf, eqx.nn.StateIndex) for leaf in leaves):
@@ -174,7 +197,36 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
     del x  # The parameter shapes of an Equinox module do not depend on the input.
     return eqx.filter(build(key), _is_parameter)
 
-  return Model(init, lambda theta, x: jax.vmap(eqx.combine(theta, static))(x))
+  def apply(theta, x):
+    module = eqx.combine(theta, static)
+    with _without_keys(module, 'eqx.nn.inference_mode'):
+      return jax.vmap(module)(x)
+
+  return Model(init, apply)
+
+
+@contextlib.contextmanager
+def _without_keys(module, option: str):
+  """Raises ValueError if a call of a Linen or Equinox module needs a random key, because a `Model` has none.
+
+  The message recommends the option, with which dropout needs no key.
+  """
+  try:
+    yield
+  except (flax.errors.InvalidRngError, RuntimeError) as error:
+    what = str(error).split(' (http')[0]
+    if not isinstance(error, flax.errors.InvalidRngError) and 'requires a key' not in what:
+      raise
+    raise ValueError(
+      f'{type(module).__name__} draws random numbers ({what}), but a Model is a pure function of its parameters; '
+      f'turn dropout off with {option}, or pass the key in the batch of `adapt`, as docs/composition.md shows'
+    ) from error
+
+
+def _key_or_count(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """Returns the array for a leaf of a random stream of NNX: a constant key, or the count 0."""
+  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return jnp.broadcast_to(jax.random.key(0) if is_key else jnp.zeros((), leaf.dtype), leaf.shape)
 
 
 def _is_array(leaf) -> bool:
@@ -189,8 +241,10 @@ def _is_parameter(leaf) -> bool:
 
 def _not_pure(module, what: str) -> ValueError:
   """Returns the error for a module that has more than parameters. `what` names the other variables or the state."""
-  has = f'{type(module).__name__} has {what}'
-  return ValueError(f'{has}, but a Model is a pure function of its parameters; docs/composition.md shows what to do')
+  return ValueError(
+    f'{type(module).__name__} has {what}, but a Model is a pure function of its parameters; '
+    'pass the rest in the batch of `adapt`, as docs/composition.md shows'
+  )
 
 
 def _check_function(build, kind: str, argument: str, is_module: bool) -> None:

@@ -260,6 +260,38 @@ class TestFiveLibraries:
     assert np.abs(module.dense.bias[...]).max() > 1e-4
 
 
+class TestRecurrentNnx:
+  def test_a_recurrent_layer_is_a_model_although_it_has_a_key(self):
+    """Outputs and an inner step are those of the module itself, whose initial state is zero."""
+    builds = (
+      lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(2, 3, rngs=rngs)),
+      lambda rngs: nnx.Sequential(nnx.RNN(nnx.GRUCell(2, 3, rngs=rngs), rngs=rngs), nnx.relu),
+      lambda rngs: nnx.Bidirectional(*[nnx.RNN(nnx.SimpleCell(2, 3, rngs=rngs)) for _ in range(2)]),
+    )
+    loss = lambda module, x: jnp.mean((module(x) - 1) ** 2)
+
+    def by_both(build, model, key, x):
+      theta, module = model.init(key, x), build(nnx.Rngs(key))
+      loss_fn = lambda theta, x: loss(functools.partial(model.apply, theta), x)
+      adapted = jax.vmap(lambda x: ms.adapt(theta, 0.1, x, loss_fn=loss_fn, adjoint='hvp'))(x[None])
+      grads = nnx.to_pure_dict(nnx.grad(loss)(module, x))
+      expected = module(x), jax.tree.map(lambda t, g: t - 0.1 * g, theta, grads)
+      return (model.apply(theta, x), jax.tree.map(lambda a: a[0], adapted)), expected
+
+    found = jax.jit(lambda key, x: [by_both(build, ms.nn.from_nnx(build), key, x) for build in builds])
+    for ours, expected in found(jax.random.key(0), jnp.linspace(-1, 1, 12).reshape(2, 3, 2)):
+      assert_trees_close(ours, expected)
+
+  def test_dropout_in_a_recurrent_layer_is_refused(self):
+    class Cell(nnx.GRUCell):
+      def __init__(self, rngs):
+        super().__init__(2, 3, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    with pytest.raises(ValueError, match=saying('RNN has variables', "['RngCount', 'RngKey']", 'pure function')):
+      ms.nn.from_nnx(lambda rngs: nnx.RNN(Cell(rngs)))
+
+
 def leaves(tree):
   return [
     (jax.tree_util.keystr(path, simple=True, separator='.'), leaf)
@@ -293,6 +325,23 @@ class TestMistakes:
     build = lambda key: eqx.nn.Sequential([eqx.nn.BatchNorm(2, 'batch', mode='batch')])
     with pytest.raises(ValueError, match=saying('Sequential has state', 'eqx.nn.StateIndex', 'pure function')):
       ms.nn.from_equinox(build)
+
+  def test_equinox_with_state_beside_it(self):
+    build = eqx.nn.make_with_state(lambda key: eqx.nn.BatchNorm(2, 'batch', mode='batch'))
+    with pytest.raises(ValueError, match=saying('BatchNorm has state', 'make_with_state', 'in the batch of `adapt`')):
+      ms.nn.from_equinox(build)
+
+  def test_active_dropout(self):
+    linen = nn.Sequential([nn.Dense(2), nn.Dropout(0.5, deterministic=False)])
+    equinox = lambda key: eqx.nn.Sequential([eqx.nn.Linear(2, 2, key=key), eqx.nn.Dropout()])
+    for model, option in (
+      (ms.nn.from_linen(linen), 'deterministic=True'),
+      (ms.nn.from_equinox(equinox), 'eqx.nn.inference_mode'),
+    ):
+      x = jnp.ones((1, 2))
+      for call in (model.apply, model.statistics) if model.statistics else (model.apply,):
+        with pytest.raises(ValueError, match=saying('Sequential draws random', option, 'key in the batch of `adapt`')):
+          jax.eval_shape(lambda x, model=model, call=call: call(model.init(jax.random.key(0), x), x), x)
 
   @pytest.mark.parametrize(
     'array',
@@ -349,6 +398,11 @@ class TestMistakes:
         adapter(wrong)
     with pytest.raises(ValueError, match=saying('build', f'return an {kind}', 'got int')):
       adapter(lambda _: 3)
+
+  @pytest.mark.parametrize('module', [nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nn.Dense], ids=['nnx', 'class'])
+  def test_what_is_no_linen_module(self, module):
+    with pytest.raises(ValueError, match=saying('`module`', 'instance of flax.linen.Module', 'got', 'from_nnx')):
+      ms.nn.from_linen(module)
 
   def test_equinox_that_is_not_installed(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'equinox', None)
