@@ -186,6 +186,36 @@ class TestState:
       np.testing.assert_allclose(one, adapted_at_once, rtol=1e-12)
       assert abs(new - one) > 1e-6
 
+  def test_nnx_dropout_has_a_mask_for_each_task_in_a_loop_over_tasks(self):
+    """As docs/composition.md shows it. Three tasks have the same data, and two of them the same key."""
+
+    class Net(nnx.Module):
+      def __init__(self, rngs):
+        self.out, self.drop = nnx.Linear(3, 1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+      def __call__(self, x):
+        return self.out(self.drop(x))
+
+    graphdef, theta, streams = nnx.split(Net(nnx.Rngs(params=0, dropout=1)), nnx.Param, ...)
+
+    def loss(theta, batch):
+      (x, y), key = batch
+      module = nnx.merge(graphdef, theta, streams, copy=True)
+      nnx.reseed(module, dropout=key)
+      return MSE(module(x), y)
+
+    def of_task(key, support, query):
+      step_key, query_key = jax.random.split(key)
+      return loss(ms.adapt(theta, 0.1, (support, step_key), loss_fn=loss), (query, query_key))
+
+    _, _, support, query = problem()
+    keys = jax.vmap(jax.random.key)(np.array([0, 1, 0]))
+    side_by_side = lambda keys: jax.vmap(of_task, (0, None, None))(keys, support, query)
+    first, other, again, alone = jax.jit(lambda keys: [*side_by_side(keys), of_task(keys[1], support, query)])(keys)
+    assert first == again
+    assert abs(first - other) > 1e-3
+    np.testing.assert_allclose(alone, other, rtol=1e-5)
+
 
 class TestMasks:
   SHOTS = (1, 5)
