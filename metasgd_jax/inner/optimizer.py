@@ -110,8 +110,9 @@ def adapt_with_optimizer(
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
-    ValueError: if `optimizer_fn` is not a function or does not return a transformation, if a leaf of θ is not
-      floating-point, if `steps` is not an integer of at least 0, or if the loss is not a floating-point scalar.
+    ValueError: if `optimizer_fn` is not a function or does not return a transformation, if the transformation cannot
+      update θ, such as `optax.lookahead` and `optax.contrib.sam`, if a leaf of θ is not floating-point, if `steps` is
+      not an integer of at least 0, or if the loss is not a floating-point scalar.
 
   Example:
     >>> momentum = lambda hyper: optax.sgd(hyper['rate'], hyper['momentum'])
@@ -178,11 +179,33 @@ def _inner(theta, hyper, batch, loss_fn, optimizer_fn, steps, first_order, adapt
     value, grad = jax.value_and_grad(problem.loss)(adapting)
     if first_order:
       value, grad = jax.lax.stop_gradient((value, grad))
-    updates, after = transformation.update(grad, state, adapting, value=value, grad=grad, value_fn=problem.loss)
-    return optax.apply_updates(adapting, updates), jax.tree.map(_of_dtype, after, state)
+    given = dict(value=value, grad=grad, value_fn=problem.loss)
+    adapted, after = apply_optimizer('optimizer_fn', transformation, adapting, state, **given)
+    return adapted, jax.tree.map(_of_dtype, after, state)
 
   carry = problem.adapting, transformation.init(problem.adapting)
   return problem, carry, update
+
+
+def apply_optimizer(
+  name: str, optimizer: optax.GradientTransformation, params: PyTree, state: PyTree, *, grad: PyTree, **given: Any
+) -> tuple[PyTree, PyTree]:
+  """Returns `(params, state)` after one update of an optax optimiser, which receives `grad` and `given` as extra args.
+
+  Raises:
+    ValueError: if the update fails because the optimiser needs anything else. The message contains the error of the
+      optimiser, and calls the optimiser `name`.
+  """
+  try:
+    update = optax.with_extra_args_support(optimizer).update
+    updates, state = update(grad, state, params, grad=grad, **given)
+    return optax.apply_updates(params, updates), state
+  except (AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'`{name}` cannot update the parameters here, because its update fails with {type(error).__name__}: {error}; use '
+      'an optimiser that works with the gradient, the parameters and its state alone, such as optax.adam, and not one '
+      'such as optax.lookahead or optax.contrib.sam'
+    ) from error
 
 
 def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
@@ -195,7 +218,7 @@ def _of_dtype(new: chex.Array, old: chex.Array) -> chex.Array:
   return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 
 
-def _transformation(optimizer_fn, hyper) -> optax.GradientTransformationExtraArgs:
+def _transformation(optimizer_fn, hyper) -> optax.GradientTransformation:
   if not callable(optimizer_fn):
     raise ValueError(
       f'optimizer_fn must be a function, hyper → optax.GradientTransformation, got {type(optimizer_fn).__name__}; '
@@ -207,4 +230,4 @@ def _transformation(optimizer_fn, hyper) -> optax.GradientTransformationExtraArg
       f'optimizer_fn must return an optax.GradientTransformation, got {type(transformation).__name__}; '
       'give a function of hyper, such as lambda rate: optax.adam(rate, eps_root=1e-8)'
     )
-  return optax.with_extra_args_support(transformation)
+  return transformation

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metasgd_jax.inner.optimizer import apply_optimizer
 from metasgd_jax.outer import fully_sharded, sharding
 from metasgd_jax.outer.loop import Info, Progress, TrainState, check_key, run_loop, step_keys
 from metasgd_jax.outer.objective import mean_loss_and_grad
@@ -32,8 +33,9 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
 
   Raises:
     ValueError: if `key` is neither a key of `jax.random.key` nor an array `[R]` of such keys, or if it has the impl
-      `rbg` or `unsafe_rbg`; if `tasks` is not a `TaskDistribution` or a `TaskStream`, or if `optimizer` is not an optax
-      optimiser; if the tasks do not return an `Episode`, or if the `init` of the learner raises ValueError.
+      `rbg` or `unsafe_rbg`; if `tasks` is not a `TaskDistribution` or a `TaskStream`; if `optimizer` is not an optax
+      optimiser, or cannot update the meta-parameters, such as `optax.lookahead` and line searches; if the tasks do not
+      return an `Episode`, or if the `init` of the learner raises ValueError.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -77,6 +79,9 @@ def _init(key, tasks, *, learner, optimizer):
   # Weakly typed leaves are made strongly typed. Otherwise the first step would change the types of the state, and the
   # loop would be compiled twice.
   meta, opt_state = strong((meta, optimizer.init(meta)))
+  # An optimiser that cannot update the meta-parameters is refused now, and not only in the first meta-iteration.
+  update = functools.partial(apply_optimizer, 'optimizer', optimizer)
+  jax.eval_shape(lambda: update(meta, opt_state, grad=meta, value=jnp.zeros(())))
   return TrainState(jnp.zeros((), jnp.int32), key, meta, opt_state)
 
 
@@ -137,9 +142,8 @@ def train_step(
   else:
     of_all = sharding.share_tasks(of_tasks, placement.mesh, average=True)
   (loss, info), grads = of_all((state.meta, tasks), tuple(keys))
-  update = optax.with_extra_args_support(optimizer).update
-  updates, opt_state = update(grads, state.opt_state, state.meta, value=loss, grad=grads)
-  state = TrainState(state.step + 1, state.key, optax.apply_updates(state.meta, updates), opt_state)
+  meta, opt_state = apply_optimizer('optimizer', optimizer, state.meta, state.opt_state, grad=grads, value=loss)
+  state = TrainState(state.step + 1, state.key, meta, opt_state)
   if shared is not None:
     state = fully_sharded.constrained(shared, state)
   return state, {**info, 'loss': loss}

@@ -340,6 +340,16 @@ class TestMistakes:
     with pytest.raises(ValueError, match=saying('optimizer', 'return', 'optax.GradientTransformation', 'got float')):
       self.adapt(lambda rate: rate)
 
+  def test_an_optimiser_that_needs_more_than_a_gradient(self):
+    sgd = optax.sgd(0.1)
+    for optimizer in (
+      optax.lookahead(sgd, 2, 0.5),
+      optax.contrib.sam(sgd, sgd),
+      optax.chain(optax.contrib.sam(sgd, sgd)),
+    ):
+      with pytest.raises(ValueError, match=saying('`optimizer_fn` cannot update', 'Error: ', 'such as optax.adam')):
+        self.adapt(lambda _, optimizer=optimizer: optimizer)
+
   @pytest.mark.parametrize('steps', [-1, 1.5, True])
   def test_steps(self, steps):
     with pytest.raises(ValueError, match=saying('steps', 'an integer of at least 0', f'got {steps}')):

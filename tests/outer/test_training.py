@@ -365,10 +365,30 @@ def test_parts_that_are_none(options, said):
     ms.init(jax.random.key(0), **(dict(tasks=TASKS, learner=LEARNER, optimizer=ADAM) | options))
 
 
+@pytest.mark.parametrize(
+  ('optimizer', 'error'),
+  [
+    (optax.lookahead(optax.sgd(0.1), 2, 0.5), 'AttributeError'),
+    (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), 'TypeError'),
+    (optax.contrib.sophia(0.1), 'obj_fn'),
+    (optax.lbfgs(), 'value_fn'),
+  ],
+  ids=['lookahead', 'sam', 'sophia', 'line search'],
+)
+def test_an_optimiser_that_needs_more_than_a_gradient(optimizer, error):
+  said = saying('`optimizer` cannot update', error, 'such as optax.adam')
+  with pytest.raises(ValueError, match=said):
+    ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optimizer)
+  state = ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optax.identity())
+  state = state._replace(opt_state=optimizer.init(state.meta))
+  with pytest.raises(ValueError, match=said):
+    ms.train(state, LINES, learner=OF_LINES, optimizer=optimizer, meta_iterations=1, meta_batch=2)
+
+
 @pytest.mark.parametrize('options', [dict(tasks=(TASKS.sample, TASKS.episode)), dict(optimizer=optax.adam)])
 def test_parts_that_are_none_in_training(options):
   given = dict(tasks=TASKS, learner=LEARNER, optimizer=ADAM) | options
-  with pytest.raises(ValueError, match=f'{next(iter(options))} must be'):
+  with pytest.raises(ValueError, match=saying(f'`{next(iter(options))}` must be')):
     ms.train(start(), meta_iterations=5, meta_batch=4, **given)
 
 
