@@ -162,8 +162,9 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
     metrics: Metrics of all items of the sequence; see `meta_sgd`.
 
   Raises:
-    ValueError: if `way` is not an integer of at least 2, or if a metric is named 'loss'. The learner's `loss` raises
-      ValueError if the key is `None`.
+    ValueError: if `way` is not an integer of at least 2, if `size` is not an integer of at least 1, or if a metric is
+      named 'loss'. The learner's functions raise ValueError if `size` is set and the inputs are not images, and `loss`
+      raises ValueError if the key is `None`.
 
   Example:
     >>> learner = ms.learners.mann(way=3, size=None)
@@ -174,11 +175,17 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
     (4, 3)
   """
   check_count('way', way, 2)
+  if size is not None:
+    check_count('size', size)
   measured = dict(metrics or {})
   cell = MemoryCell(way) if cell is None else cell
 
   def flat(x):
     if size is not None:
+      if x.ndim != 4:
+        raise ValueError(
+          f'size={size} scales images [B, H, W, D], got inputs of shape {x.shape}; set size=None for other inputs'
+        )
       x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), 'linear')
     return x.reshape(x.shape[0], -1)
 

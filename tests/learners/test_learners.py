@@ -403,6 +403,15 @@ def test_bad_options_of_learners_with_an_embedding(build, options, parts):
     build(ms.nn.from_linen(SmallEmbedding()), **options)
 
 
+def test_mann_scales_images_alone():
+  vectors = ms.Batch(jnp.ones((6, 4)), jnp.array([0, 0, 1, 1, 2, 2]))
+  tasks = ms.TaskDistribution(lambda key: 0, lambda task, key: ms.Episode(vectors, vectors))
+  with pytest.raises(ValueError, match=saying('size=20', 'images [B, H, W, D]', '(6, 4)', 'size=None')):
+    ms.init(jax.random.key(0), tasks, learner=ms.learners.mann(way=3), optimizer=optax.identity())
+  with pytest.raises(ValueError, match=saying('size', 'at least 1', 'got 0')):
+    ms.learners.mann(way=3, size=0)
+
+
 def test_a_rate_that_does_not_fit_is_named_before_training():
   learner = sinusoid_learner(ms.maml, alpha={'Dense_9': 0.1})
   with pytest.raises(ValueError, match=saying("alpha['Dense_9']", 'theta')):
