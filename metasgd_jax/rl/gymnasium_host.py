@@ -15,6 +15,7 @@ import numpy as np
 
 from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
 from metasgd_jax.rl.learner import Experience, PolicyGradient, explorer, policy_gradient
+from metasgd_jax.rl.rollout import check_sizes
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 from metasgd_jax.types import PyTree, check_count, equal_by_arguments
 
@@ -71,6 +72,7 @@ def collect_on_host(
   Raises:
     ImportError: if Gymnasium is not installed.
     ValueError: if `num` or `horizon` is not an integer of at least 1, if the action space is not a bounded `Box` and
+      `act` is not given, if the policy has another observation size than the environment, or another action size while
       `act` is not given, if `make` returns the same environment twice, or if `float` cannot convert a reward. A reward
       may be NaN.
 
@@ -96,6 +98,7 @@ def collect_on_host(
       environments.append(make(task))
     _check_distinct(environments)
     _check_actions(environments[0].action_space, act)
+    check_sizes(policy, *_sizes(environments[0], act))
     now = [_flat(e, e.reset(seed=int(seed))[0]) for e, seed in zip(environments, seeds, strict=True)]
     real = np.dtype(jnp.result_type(float))
     rewards, valid = np.zeros((num, horizon), real), np.zeros((num, horizon), bool)
@@ -172,15 +175,16 @@ def policy_gradient_on_host(
     >>> experiences[0].advantages.shape, jax.tree.structure(adapted) == jax.tree.structure(meta.theta)
     ((2, 5), True)
   """
-  gymnasium = _gymnasium()
+  _gymnasium()  # Raises ImportError before anything else is done.
   check_count('horizon', horizon)
   example = make(jax.device_get(sample(jax.random.key(0))))
   try:
     _check_actions(example.action_space, act)
-    size, action_size = (gymnasium.spaces.flatdim(space) for space in (example.observation_space, example.action_space))
+    sizes = _sizes(example, act)
   finally:
     example.close()
-  environment = Environment(sample, _only_on_host, _only_on_host, _only_on_host, size, action_size, horizon)
+  action_size = check_sizes(policy, *sizes)
+  environment = Environment(sample, _only_on_host, _only_on_host, _only_on_host, sizes[0], action_size, horizon)
   inner = policy_gradient(environment, policy, trajectories=trajectories, advantage=advantage, **options)
 
   step = jax.jit(inner.step, static_argnums=3)
@@ -220,6 +224,12 @@ def _flat(environment, observation) -> np.ndarray:
 def _filled(steps: list[np.ndarray], horizon: int) -> jax.Array:
   """Stacks the arrays `[B, …]` of h steps into one array `[B, H, …]`. The last array is repeated H − h times."""
   return jnp.asarray(np.stack([*steps, *steps[-1:] * (horizon - len(steps))], 1))
+
+
+def _sizes(environment, act: Act) -> tuple[int, int | None]:
+  """Returns the observation size and the action size. The latter is `None` if `act` may accept actions of any size."""
+  flatdim = _gymnasium().spaces.flatdim
+  return flatdim(environment.observation_space), flatdim(environment.action_space) if act is to_box else None
 
 
 def _check_actions(space, act: Act) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from metasgd_jax.inner.adaptation import adapt
 from metasgd_jax.inner.alpha import AlphaConfig, broadcast_alpha, init_alpha
 from metasgd_jax.rl.advantages import MAML_ADVANTAGES, AdvantageConfig, advantages
-from metasgd_jax.rl.rollout import collect, undiscounted_return
+from metasgd_jax.rl.rollout import check_sizes, collect, undiscounted_return
 from metasgd_jax.rl.surrogate import Estimator, Surrogate, likelihood_ratio, surrogate_of
 from metasgd_jax.rl.types import Environment, Policy, Trajectories
 from metasgd_jax.types import (
@@ -183,7 +183,7 @@ def policy_gradient(
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
     raise ValueError(f'`rates` must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
   inner_surrogate = surrogate_of(estimator)
-  _check_sizes(environment, policy)
+  check_sizes(policy, environment.observation_size, environment.action_size)
 
   def init(key) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)
@@ -235,25 +235,6 @@ def explorer(experience: Callable, step: Callable, steps: int) -> Callable:
     return tuple(experiences), tuple(path)
 
   return explore
-
-
-def _check_sizes(environment: Environment, policy: Policy) -> None:
-  """Raises ValueError unless the policy has the observation size and the action size of the environment."""
-  observation = jax.ShapeDtypeStruct((environment.observation_size,), jnp.result_type(float))
-  key = jax.random.key(0)
-  try:
-    distribution = jax.eval_shape(policy.apply, jax.eval_shape(policy.init, key), observation)
-    shape = jax.eval_shape(policy.sample, distribution, key).shape
-  except (TypeError, ValueError) as e:
-    raise ValueError(
-      f"the policy cannot be applied to the environment's observations, whose shape is {observation.shape}; "
-      f"build the policy with the environment's observation_size. The error of the policy is: {e}"
-    ) from e
-  if shape != (environment.action_size,):
-    raise ValueError(
-      f"the policy's actions have shape {shape}, and the environment's actions {(environment.action_size,)}; "
-      "build the policy with the environment's observation_size and action_size"
-    )
 
 
 def act_again(policy: Policy, theta: PyTree, experience: Experience) -> PyTree:

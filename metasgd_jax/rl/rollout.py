@@ -1,6 +1,7 @@
 """Trajectories of a policy in an environment, computed on the device."""
 
 import functools
+import math
 
 import chex
 import jax
@@ -25,12 +26,16 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
     key: Random key, consumed. It is split into one key for the start and one key for the steps. The key for the steps
       is split into keys `[H, 2]`: for each step one key for the action and one for the dynamics.
 
+  Raises:
+    ValueError: if the sizes of the policy are not those of the environment.
+
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
     >>> theta, task = policy.init(jax.random.key(0)), environment.sample(jax.random.key(1))
     >>> ms.rl.rollout(environment, policy, theta, task, jax.random.key(2)).rewards.shape
     (20,)
   """
+  check_sizes(policy, environment.observation_size, environment.action_size)
   theta, task = jax.lax.stop_gradient((theta, task))
   reset_key, steps_key = jax.random.split(key)
 
@@ -66,7 +71,8 @@ def collect(
     num: Number of trajectories B. The paper uses 20 before and 20 after the update (Li et al. 2017, section 4.3).
 
   Raises:
-    ValueError: if `num` is not an integer of at least 1.
+    ValueError: if `num` is not an integer of at least 1, or if the sizes of the policy are not those of the
+      environment.
 
   Example:
     >>> environment, policy = ms.rl.navigation(horizon=20), ms.rl.gaussian(2, 2, hidden=(8,))
@@ -92,3 +98,27 @@ def undiscounted_return(trajectories: Trajectories) -> chex.Array:
     (3,)
   """
   return jnp.sum(jnp.where(trajectories.valid, trajectories.rewards, 0), -1)
+
+
+def check_sizes(policy: Policy, observation_size: int, action_size: int | None) -> int:
+  """Returns the action size A of the policy.
+
+  Raises ValueError unless the policy has the given observation size O and action size A of an environment. If
+  `action_size` is `None`, any action size is accepted.
+  """
+  observation = jax.ShapeDtypeStruct((observation_size,), jnp.result_type(float))
+  key = jax.random.key(0)
+  try:
+    distribution = jax.eval_shape(policy.apply, jax.eval_shape(policy.init, key), observation)
+    shape = jax.eval_shape(policy.sample, distribution, key).shape
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+      f"the policy cannot be applied to the environment's observations, whose shape is {observation.shape}; "
+      f"build the policy with the environment's observation_size. The error of the policy is: {e}"
+    ) from e
+  if action_size is not None and shape != (action_size,):
+    raise ValueError(
+      f"the policy's actions have shape {shape}, and the environment's actions {(action_size,)}; "
+      "build the policy with the environment's observation_size and action_size"
+    )
+  return math.prod(shape)

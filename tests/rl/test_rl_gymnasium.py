@@ -238,6 +238,25 @@ def test_a_reward_that_is_no_number():
     collect_on_host(lambda task: Unrewarded(5), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
 
 
+@pytest.mark.parametrize(
+  ('policy', 'message'),
+  [
+    (gaussian(3, 2, hidden=()), ['policy', 'observations', '(11,)', 'observation_size']),
+    (gaussian(11, 1, hidden=()), ["policy's actions", '(1,)', '(2,)', 'action_size']),
+  ],
+  ids=['observation', 'action'],
+)
+def test_a_policy_of_another_size(policy, message):
+  log = []
+  for call in (
+    lambda: collect_on_host(lambda task: Count(5, log), policy, {}, 0, jax.random.key(1), horizon=2, num=1),
+    lambda: policy_gradient_on_host(lambda task: Count(5, log), lambda key: 0, policy, horizon=2),
+  ):
+    with pytest.raises(ValueError, match=saying(*message)):
+      call()
+  assert log == ['closed', 'closed']
+
+
 def refuse(space, action):
   raise RuntimeError('no action')
 
@@ -253,6 +272,8 @@ def test_actions_of_another_kind():
   assert np.all((steps > 5) & (drawn.terminated | (steps == 40)))  # Chance does not balance a pole for long.
   np.testing.assert_array_equal(drawn.rewards.sum(1), steps)
   assert np.all(np.abs(drawn.observations[:, 0]) <= 0.05)
+  inner = policy_gradient_on_host(make, lambda key: 0, policy, horizon=40, act=act)
+  assert (inner.environment.observation_size, inner.environment.action_size) == (4, 1)
   with pytest.raises(ValueError, match=saying('bounds of a Box', 'Discrete(2)', 'set `act`')):
     collect_on_host(make, policy, theta, None, jax.random.key(1), horizon=40)
   endless = gymnasium.spaces.Box(-np.inf, 1, (1,))

@@ -150,6 +150,18 @@ def test_a_number_of_trajectories_that_is_none(num):
     rl.collect(ENVIRONMENT, POLICY, THETA, TASK, jax.random.key(0), num=num)
 
 
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ((3, 1), ['observations', '(2,)', 'observation_size']),
+    ((2, 2), ["policy's actions", '(2,)', '(1,)', 'action_size']),
+  ],
+)
+def test_a_policy_of_another_size(sizes, message):
+  with pytest.raises(ValueError, match=saying(*message)):
+    rl.collect(ENVIRONMENT, rl.gaussian(*sizes), {}, TASK, jax.random.key(0), num=1)
+
+
 class TestGaussian:
   @pytest.fixture(autouse=True)
   def float64(self):
