@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -107,3 +108,16 @@ def test_public_names_have_docstrings():
   described = {name: thing for name, thing in public.items() if inspect.isclass(thing) or inspect.isfunction(thing)}
   assert described
   assert [name for name, thing in described.items() if not thing.__doc__ or 'Alias for field' in thing.__doc__] == []
+
+
+def test_the_library_advises_no_flag_of_the_experiments():
+  """A caller of Python cannot set one. --noverify_archives stands beside the argument `verify_archives`."""
+  strings = (
+    node.value
+    for path in MODULES
+    if part_of(path) != 'cli'
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str)
+  )
+  found = {flag for text in strings for flag in re.findall(r'(?<![\w-])--[a-z]\w*', text)}
+  assert found == {'--xla_force_host_platform_device_count', '--noverify_archives'}
