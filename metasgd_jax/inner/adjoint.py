@@ -173,9 +173,9 @@ def schedule(steps: int) -> Schedule:
       moves.append((source if i == 0 else kept, target if i == count - 1 else kept))
 
   def back(first: int, count: int) -> None:
-    """Appends to `moves` the rows for the backward pass through `count` steps. Buffer `first` stores θ before them.
+    """Appends to the schedule `moves` the rows that go back through `count` steps.
 
-    All buffers after `first` may be overwritten.
+    Buffer `first` stores θ before the first of these steps. All buffers after `first` may be overwritten.
     """
     free = kept - first
     if count == 1:

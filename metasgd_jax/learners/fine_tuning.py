@@ -55,8 +55,8 @@ def fine_tuning(
 
   Raises:
     ValueError: if `way` or `classes` is not an integer of at least 2, if `steps` is not an integer of at least 0, if a
-      metric is named 'loss', if only a part of the embedding adapts, or if `inductive` is set and the embedding has no
-      statistics.
+      metric is named 'loss', if only a part of the embedding adapts (`Model.adapts`), or if `inductive` is set and the
+      embedding has no statistics.
 
   Example:
     >>> learner = ms.learners.fine_tuning(ms.nn.from_linen(ms.nn.MLP(outputs=8)), classes=20, way=3)

@@ -88,16 +88,17 @@ class PlainCell(nn.Module):
 class MemoryCell(nn.Module):
   """An LSTM controller with an external memory (Santoro et al. 2016, section 3).
 
-  The controller receives the current item and the vector that the previous step read from the memory. Dense layers
-  compute a key with entries in [−1, 1] and a gate for each head from the controller's output. The classifier receives
-  the controller's output and the vector that the current step reads.
+  The controller receives the current item and the vector that the previous step read from the memory. For each head,
+  dense layers compute a key, with entries in [−1, 1], and a gate. Their input is the controller's output. The
+  classifier receives the controller's output and the vector that the current step reads.
 
   Attributes:
     way: Number N of ways (classes of a task).
     units: Number of units of the controller.
     slots: Number of rows of the memory.
     width: Number of entries of each row.
-    heads: Number n of read heads. A step can also write to the n least used slots.
+    heads: Number n of read heads. A step writes to the rows that the previous step read and to the n least used rows.
+      The gates divide the writing between them.
     decay: Decay γ of the usage weights per step.
 
   Example:
