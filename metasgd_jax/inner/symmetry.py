@@ -36,17 +36,15 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
     theta: Parameters, arrays or tracers. Only their shapes and dtypes are used.
   """
   jaxpr = jax.make_jaxpr(loss)(theta).jaxpr
-  return all(_is_derivative(jaxpr, equation) for equation in _custom_derivatives(jaxpr))
+  custom = (equation for equation in _equations(jaxpr) if equation.primitive.name.startswith('custom_'))
+  return all(_is_derivative(jaxpr, equation) for equation in custom)
 
 
-def _custom_derivatives(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-  """Yields the equations of a jaxpr that have a custom derivative.
-
-  The equations of inner jaxprs, such as the body of a scan, are included.
-  """
-  yield from (equation for equation in jaxpr.eqns if equation.primitive.name.startswith('custom_'))
+def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+  """Yields the equations of a jaxpr. Those of inner jaxprs, such as the body of a scan, are included."""
+  yield from jaxpr.eqns
   for inner in subjaxprs(jaxpr):
-    yield from _custom_derivatives(inner)
+    yield from _equations(inner)
 
 
 def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
@@ -62,10 +60,14 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
 
   shapes = [variable.aval for variable in variables]
   try:
+    traced, shape = jax.make_jaxpr(lambda: [_derivatives(f, shapes) for f in (rule, function)], return_shape=True)()
+    if traced.effects or any(equation.primitive.name == 'while' for equation in _equations(traced.jaxpr)):
+      return False  # The loop might never end at random inputs, and an effect, such as a callback, might be harmful.
     with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-      found = jax.device_get(jax.jit(lambda: [_derivatives(f, shapes) for f in (rule, function)])())
+      leaves = jax.device_get(jax.jit(jaxpr_as_fun(traced))())
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
+  found = jax.tree.unflatten(jax.tree.structure(shape), leaves)
   # If the function is constant at all test inputs, such as a spike, the comparison says nothing about its rule.
   if not any(np.any(leaf) for cotangents, _ in found[1] for leaf in cotangents):
     return False

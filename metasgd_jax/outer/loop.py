@@ -146,7 +146,7 @@ def run_loop(
   state = _copied(state)
   tasks = sharding.on_all(mesh, tasks)
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    prepare = functools.partial(_prepare, tasks, key, iteration.meta_batch, chunk, mesh)
+    prepare = functools.partial(_prepare, tasks, key, meta_iterations, iteration.meta_batch, chunk, mesh)
     coming = thread.submit(prepare, done)
     start = time.perf_counter()
     _run_chunk.lower(state, coming.result(), 0, iteration=iteration, chunk=chunk).compile()
@@ -213,11 +213,15 @@ def _returned(state: TrainState, placement: Placement) -> TrainState:
   return state if placement.shard_meta else sharding.on_one(placement.mesh, state)
 
 
-def _prepare(tasks: Tasks, key, meta_batch: int, chunk: int, mesh, step: int) -> TaskDistribution:
-  """Returns the tasks of the `chunk` meta-iterations that begin at `step`. Their data are on the devices."""
+def _prepare(tasks: Tasks, key, total: int, meta_batch: int, chunk: int, mesh, step: int) -> TaskDistribution:
+  """Returns the tasks of the `chunk` meta-iterations that begin at `step`. Their data are on the devices.
+
+  If only n < chunk meta-iterations are left of `total`, the tasks are those of these n, and no other data are sent.
+  """
 
   def keys():
-    return _chunk_keys(jax.device_put(key, sharding.host_device()), step, meta_batch=meta_batch, chunk=chunk)
+    steps = np.minimum(step + np.arange(chunk), total - 1)
+    return _chunk_keys(jax.device_put(key, sharding.host_device()), steps, meta_batch=meta_batch)
 
   return sharding.on_all(mesh, tasks.prepare(keys))
 
@@ -246,14 +250,14 @@ def step_keys(key: chex.PRNGKey, step: chex.Array, meta_batch: int) -> chex.PRNG
   return jax.random.split(jax.random.fold_in(key, step), (3, meta_batch))
 
 
-@functools.partial(jax.jit, static_argnames=('meta_batch', 'chunk'))
-def _chunk_keys(key, step, *, meta_batch, chunk):
+@functools.partial(jax.jit, static_argnames='meta_batch')
+def _chunk_keys(key, steps, *, meta_batch):
   """Returns the keys with which the tasks of a chunk are sampled, and the keys with which their episodes are drawn.
 
   Both arrays of keys are `[R·chunk·T]`, for R runs.
   """
   of_steps = jax.vmap(lambda key, i: step_keys(key, i, meta_batch), (None, 0))  # [chunk, 3, T]
-  keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), step + jnp.arange(chunk))
+  keys = jax.vmap(of_steps, (0, None))(jnp.atleast_1d(key), steps)
   return tuple(keys[:, :, i].ravel() for i in range(2))
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import hypothesis
+import jax
 
 from .values import KINDS, Kind
 
@@ -23,6 +24,7 @@ def main() -> int:
   chosen = {name: kind for name, kind in KINDS.items() if args.kind in name}
   if not chosen:
     parser.error(f'no kind is called {args.kind}; there are {", ".join(KINDS)}')
+  jax.config.update('jax_disable_most_optimizations', True)  # Compiling is most of the time.
   shares = sum(kind.share for kind in chosen.values())
   print(f'{"kind":24} {"inputs":>7} {"accepted":>9} {"refused":>8} {"seconds":>8}  oracle')
   wrong = 0

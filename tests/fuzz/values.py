@@ -22,6 +22,8 @@ import metasgd_jax as ms
 from metasgd_jax.datasets import image_folder
 from metasgd_jax.io import files
 
+from . import derivatives
+
 
 class Kind(NamedTuple):
   """A kind of value.
@@ -377,4 +379,5 @@ KINDS = {
   'names in theta': Kind('the arrays themselves, read back', _trees(), _check_tree, 2.0),
   'rates alpha': Kind('NumPy in float64, on a quadratic', _alphas(), _check_alpha, 2.0),
   'keys': Kind('the same key alone, without vmap', _keys(), _check_key),
+  'derivatives': Kind('a plain loop in float64, differences', derivatives.networks(), derivatives.check, 0.1),
 }

@@ -1,4 +1,7 @@
 import functools
+import gc
+import pathlib
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +63,19 @@ def test_outside_of_jit_nothing_is_compiled_twice(problem):
       assert_trees_close(call(), expected, rtol=0, atol=0)
     assert first
     assert not again
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='resident memory is read as Linux tells it')
+def test_two_hundred_calls_outside_of_jit_keep_no_memory(problem):
+  resident = lambda: int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+  call = lambda: ms.adapt(*problem, loss_fn=loss_fn, steps=3, adjoint='revolve')
+  call()
+  gc.collect()
+  before = resident()
+  for _ in range(200):
+    call()
+  gc.collect()
+  assert resident() - before < 20 * 2**20
 
 
 def test_a_loss_with_a_loop_is_compiled_once_a_call(problem):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE
+from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE, by_vjp
 from problems import assert_trees_close
 
 import metasgd_jax as ms
@@ -39,6 +39,20 @@ def test_a_rule_that_is_none_or_that_cannot_be_compared_is_not(name, problem):
   theta, batch = problem
   loss = loss_of((FALSE | CANNOT_BE_COMPARED)[name]())
   assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
+
+
+def test_a_rule_with_a_callback_is_not_called_at_invented_inputs(problem):
+  seen = []
+
+  def backward(x, g):
+    jax.debug.callback(seen.append, x)
+    return g * jnp.cos(x)
+
+  theta, batch = problem
+  loss = loss_of(by_vjp(jnp.sin, backward))
+  assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
+  jax.effects_barrier()
+  assert not seen
 
 
 ALWAYS = ('clipping of the norm', 'spikes', 'calls itself', 'relu', 'sine by vjp')

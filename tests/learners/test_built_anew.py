@@ -178,6 +178,22 @@ def test_a_round_of_other_arguments_has_a_program_of_its_own(options):
   assert not np.array_equal(jax.tree.leaves(first)[0], jax.tree.leaves(other)[0])
 
 
+def test_learning_rates_in_the_optimisers_state_share_a_program():
+  learner, tasks = ms.meta_sgd(mlp(), MSE), ms.tasks.sinusoid()
+  optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+  start = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
+
+  def bias(rate):
+    state = start._replace(opt_state=start.opt_state._replace(hyperparams={'learning_rate': jnp.float32(rate)}))
+    state = ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=1, meta_batch=2)
+    return np.asarray(state.meta.theta['Dense_1']['bias'] - start.meta.theta['Dense_1']['bias'])
+
+  moved = bias(0.1)
+  with compilations() as found:
+    np.testing.assert_allclose([bias(0.2), bias(0.4)], [2 * moved, 4 * moved], rtol=1e-3)
+  assert not found
+
+
 def test_arrays_among_the_arguments_keep_programs_apart():
   one, two = (ms.maml(mlp(), MSE, alpha=jnp.float32(alpha)) for alpha in (0.0, 0.5))
   assert one != two

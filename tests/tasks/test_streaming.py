@@ -99,6 +99,17 @@ def test_only_what_a_chunk_shows_is_sent():
   assert np.array_equal(episode.support.y, expected.support.y)
 
 
+def test_a_shorter_last_chunk_sends_the_images_of_its_own_meta_iterations():
+  sent = []
+
+  def send(*keys):
+    sent.append(len(np.unique(jax.random.key_data(keys[0]), axis=0)))
+    return STREAM.send(*keys)
+
+  trained(dataclasses.replace(STREAM, send=send), meta_iterations=7)
+  assert sent == [6, 6, 2]  # Tasks: two in each meta-iteration.
+
+
 def test_an_image_that_was_not_sent_is_nan():
   tasks = stream(random_bank(classes=200))
   sent = tasks.send(*jax.random.split(jax.random.key(0), (2, 1)))

@@ -1,0 +1,72 @@
+"""Layers with custom derivative rules, some of which are not the derivative of their function."""
+
+import jax
+import jax.numpy as jnp
+
+
+def by_vjp(function, backward):
+  """Returns a function whose backward pass is `(x, cotangent) → cotangent`."""
+  custom = jax.custom_vjp(function)
+  custom.defvjp(lambda x: (function(x), x), lambda x, g: (backward(x, g),))
+  return custom
+
+
+def by_jvp(function, tangent):
+  """Returns a function whose tangents are `(x, tangent) → tangent`."""
+  custom = jax.custom_jvp(function)
+  custom.defjvp(lambda x, t: (function(*x), tangent(*x, *t)))
+  return custom
+
+
+def calls_itself():
+  """A true derivative whose forward pass calls the function itself, which forward mode refuses."""
+  custom = jax.custom_vjp(jnp.sin)
+  custom.defvjp(lambda x: (custom(x), x), lambda x, g: (g * jnp.cos(x),))
+  return custom
+
+
+def partly_stopped():
+  """The first derivative is right, but the second lacks a part that depends on one of two inputs."""
+  custom = by_vjp(lambda x: x[..., ::-1] * x, lambda x, g: jax.lax.stop_gradient(x[..., ::-1]) * (g + g[..., ::-1]))
+  return lambda x: custom(x)
+
+
+def root_by_iteration():
+  """√(1 + x²) by Newton's method in a while loop, which reverse mode needs a rule for."""
+
+  @jax.custom_jvp
+  def newton(x):
+    square = 1 + x * x
+    step = lambda y: (y + square / y) / 2
+    return jax.lax.while_loop(lambda y: jnp.any(jnp.abs(y * y - square) > 1e-12 * square), step, square)
+
+  @newton.defjvp
+  def tangent(x, t):
+    root = newton(*x)
+    return root, t[0] * x[0] / root
+
+  return newton
+
+
+FALSE = {
+  'reversal by vjp': lambda: by_vjp(lambda x: x, lambda x, g: -g),
+  'reversal by jvp': lambda: by_jvp(lambda x: 1.0 * x, lambda x, t: -t),
+  'clipping of entries': lambda: by_vjp(lambda x: x, lambda x, g: jnp.clip(g, -0.01, 0.01)),
+  'clipping of the norm': lambda: by_vjp(lambda x: x, lambda x, g: g / jnp.maximum(1, jnp.linalg.norm(g) / 0.01)),
+  'straight through': lambda: by_vjp(lambda x: jnp.round(4 * x) / 4, lambda x, g: g),
+  'spikes': lambda: by_jvp(lambda x: (x > 0).astype(x.dtype), lambda x, t: t / (1 + x * x)),
+  'half of the second derivative': partly_stopped,
+  'narrow spikes': lambda: by_vjp(
+    lambda x: (x > 0).astype(x.dtype), lambda x, g: g * jnp.maximum(0, 1e-3 - jnp.abs(x))
+  ),
+}
+TRUE = {
+  'none': lambda: jnp.tanh,
+  'relu': lambda: jax.nn.relu,
+  'softplus': lambda: jax.nn.softplus,
+  'log_softmax': lambda: jax.nn.log_softmax,
+  'sine by vjp': lambda: by_vjp(jnp.sin, lambda x, g: g * jnp.cos(x)),
+  'square by jvp': lambda: by_jvp(jnp.square, lambda x, t: 2 * x * t),
+  'in a scan': lambda: lambda x: jax.lax.scan(lambda x, _: (jax.nn.relu(x) + x, None), x, None, 2)[0],
+}
+CANNOT_BE_COMPARED = {'calls itself': calls_itself, 'root by iteration': root_by_iteration}
