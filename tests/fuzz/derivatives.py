@@ -74,7 +74,7 @@ def _loss(network: Network, layers, scale, theta, batch):
   for layer, name in zip(layers, ('w1', 'w2'), strict=False):
     x = layer(x @ theta[name])
   if network.closed_over:
-    x = x * scale
+    x = x * scale[None]
   outputs = jnp.sin(x) @ theta['last']
   measure = ms.losses.cross_entropy if network.classes else ms.losses.mean_squared_error
   return measure(outputs, batch.y)

@@ -40,8 +40,10 @@ def test_changed_files_are_accepted_or_refused_in_a_sentence(reader):
   read()
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=[pytest.mark.slow] if name == 'derivatives' else []) for name in KINDS]
+)
 def test_values_give_what_an_oracle_says_or_are_refused(name):
   counts = collections.Counter()
-  run(KINDS[name], 10, 0, counts)
+  run(KINDS[name], 3 if name == 'derivatives' else 10, 0, counts)
   assert counts['accepted'] > 0

@@ -107,7 +107,7 @@ def test_a_shorter_last_chunk_sends_the_images_of_its_own_meta_iterations():
     return STREAM.send(*keys)
 
   trained(dataclasses.replace(STREAM, send=send), meta_iterations=7)
-  assert sent == [6, 6, 2]  # Tasks: two in each meta-iteration.
+  assert sent == [1, 6, 6, 2]  # Tasks: one of `ms.init`, and two in each meta-iteration.
 
 
 def test_an_image_that_was_not_sent_is_nan():
