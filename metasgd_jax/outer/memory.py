@@ -205,7 +205,7 @@ def _available(devices: int) -> int | None:
 def size_of(tree: chex.ArrayTree) -> int:
   """Returns how many bytes a tree of arrays takes on one device. Of a sharded array, only one device's share counts.
 
-  The leaves may also be the `jax.ShapeDtypeStruct`s of the arrays.
+  The leaves may also be of the type `jax.ShapeDtypeStruct`.
   """
 
   def of_leaf(leaf):
