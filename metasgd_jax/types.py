@@ -1,12 +1,18 @@
 """The data types that the modules share, and the letters that stand for sizes in shapes.
 
 Docstrings use these letters, unless they define a letter themselves:
-  T tasks in a meta-batch    S support items of a task    Q query items of a task
-  N ways (classes)           K shots (support items per class; for regression, S = K)
-  C classes in a bank        I drawings (images) of a class
-  R training runs side by side (one per seed)             k inner steps
-  H, W, D image height, width, channels                   B items of any batch
-  In [B, D], D is the number of features of an item.
+
+- T: tasks in a meta-batch.
+- N: ways (classes of a task).
+- K: shots (support items per class; for regression, S = K).
+- S: support items of a task.
+- Q: query items of a task.
+- k: inner steps.
+- C: classes in a bank.
+- I: drawings (images) of a class.
+- H, W, D: image height, width and channels. In `[B, D]`, D is the number of features of an item.
+- B: items of any batch.
+- R: training runs side by side (one per seed).
 """
 
 import dataclasses

@@ -1,8 +1,11 @@
 """The data that passes between environments, policies and policy gradients.
 
 Shape letters, in addition to those of `metasgd_jax.types`:
-  H largest number of steps of a trajectory    B trajectories of a task
-  O entries of an observation                  A entries of an action
+
+- H: largest number of steps of a trajectory.
+- B: trajectories of a task.
+- O: entries of an observation.
+- A: entries of an action.
 """
 
 from collections.abc import Callable
