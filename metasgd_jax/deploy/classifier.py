@@ -98,10 +98,9 @@ class FewShotClassifier:
     steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. Facts about the training do not change them.
     config = dataclasses.replace(model.config, training={}, inner_steps=steps)
-    images = _as_images(X, config.image_shape)
+    images, light = _inverted(_as_images(X, config.image_shape), self.invert, config)
     classes, labels = _as_classes(y, len(images), config.way)
-    light = _light(images, self.invert, config)
-    images, labels = _balanced(np.where(light, 1 - images, images), labels)
+    images, labels = _balanced(images, labels)
     inductive = bool(self.inductive)
     adapted = _adapt((config, len(classes), inductive), model.meta, images, labels)
     self.classes_ = classes
@@ -201,8 +200,7 @@ class FewShotClassifier:
     if not hasattr(self, '_fitted'):
       raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few images of each class')
     config, inductive, adapted = self._fitted
-    x = _as_images(images, config.image_shape)
-    x = np.where(_light(x, self.invert, config), 1 - x, x)
+    x, _ = _inverted(_as_images(images, config.image_shape), self.invert, config)
     options = config, len(self.classes_), inductive
     if not inductive:
       return np.asarray(_predict(options, adapted, x))
@@ -223,7 +221,7 @@ def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
 
 
 def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
-  """Returns the images as float32 `[n, H, W, D]`, with `shape` (H, W, D).
+  """Returns the images as floats `[n, H, W, D]`, with `shape` (H, W, D).
 
   Raises ValueError unless the images have one of the forms that `FewShotClassifier` documents.
   """
@@ -251,7 +249,7 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
         'integer images must have values from 0 to 255, where 255 is white, but these images have only 0 and 1; '
         'pass booleans or floats'
       )
-    return x.astype(np.float32) / np.float32(255)
+    return x / 255.0
   if not np.issubdtype(x.dtype, np.floating):
     raise ValueError(f'images must be integers (0 to 255), floats (0 to 1) or booleans, got {x.dtype}; convert them')
   if not np.all(np.isfinite(x)):
@@ -260,7 +258,7 @@ def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
     raise ValueError(
       f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
     )
-  return x.astype(np.float32)
+  return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _as_labels(labels, count: int) -> np.ndarray:
@@ -315,6 +313,15 @@ def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
   members = [np.flatnonzero(y == c) for c in range(y.max() + 1)]
   rows = np.concatenate([np.resize(m, max(map(len, members))) for m in members])
   return x[rows], y[rows]
+
+
+def _inverted(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images as float32, with light ones inverted, and whether each image was inverted, `[n, 1, 1, 1]`.
+
+  Integer images arrive in float64, so that an inverted k becomes exactly the float32 number of 255 − k.
+  """
+  light = _light(x, invert, config)
+  return np.where(light, 1 - x, x).astype(np.float32), light
 
 
 def _light(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
