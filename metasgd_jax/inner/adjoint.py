@@ -62,16 +62,16 @@ def _closed(grad, theta):
   `jax.closure_convert` would leave the others in the closure, and tracers of a surrounding `vmap` would leak.
   """
   traced, shape = jax.make_jaxpr(grad, return_shape=True)(theta)
-  inexact = [jnp.issubdtype(jnp.result_type(c), jnp.inexact) for c in traced.consts]
+  jaxpr, constants, structure = traced.jaxpr, traced.consts, jax.tree.structure(shape)
+  inexact = [jnp.issubdtype(jnp.result_type(c), jnp.inexact) for c in constants]
 
-  def closed(theta, differentiable, others):
+  def closed(theta, differentiable, others):  # Closes over no array, or tracers of a surrounding `vmap` would leak.
     parts = iter(differentiable), iter(others)
-    constants = [next(parts[0] if smooth else parts[1]) for smooth in inexact]
-    out = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*jax.tree.leaves(theta))
-    return jax.tree.unflatten(jax.tree.structure(shape), out)
+    given = [next(parts[0] if smooth else parts[1]) for smooth in inexact]
+    return jax.tree.unflatten(structure, jaxpr_as_fun(ClosedJaxpr(jaxpr, given))(*jax.tree.leaves(theta)))
 
-  differentiable = [c for c, smooth in zip(traced.consts, inexact, strict=True) if smooth]
-  others = [c for c, smooth in zip(traced.consts, inexact, strict=True) if not smooth]
+  differentiable = [c for c, smooth in zip(constants, inexact, strict=True) if smooth]
+  others = [c for c, smooth in zip(constants, inexact, strict=True) if not smooth]
   return closed, (differentiable, others)
 
 

@@ -110,8 +110,8 @@ def adapt_with_optimizer(
     A pytree with θ's structure, shapes and dtypes.
 
   Raises:
-    ValueError: if `optimizer_fn` is not a function or does not return a transformation, if the transformation cannot
-      update θ, such as `optax.lookahead` and `optax.contrib.sam`, if a leaf of θ is not floating-point, if `steps` is
+    ValueError: if `optimizer_fn` is not a function or does not return a transformation, if the update of the
+      transformation fails, such as that of `optax.lookahead`, if a leaf of θ is not floating-point, if `steps` is
       not an integer of at least 0, or if the loss is not a floating-point scalar.
 
   Example:
@@ -193,18 +193,18 @@ def apply_optimizer(
   """Returns `(params, state)` after one update of an optax optimiser, which receives `grad` and `given` as extra args.
 
   Raises:
-    ValueError: if the update fails because the optimiser needs anything else. The message contains the error of the
-      optimiser, and calls the optimiser `name`.
+    ValueError: if the update raises an error, for example because the optimiser needs anything else. The message
+      contains this error, and calls the optimiser `name`.
   """
   try:
     update = optax.with_extra_args_support(optimizer).update
     updates, state = update(grad, state, params, grad=grad, **given)
     return optax.apply_updates(params, updates), state
   except (AttributeError, TypeError, ValueError) as error:
+    first, *_ = [*str(error).splitlines(), '']
     raise ValueError(
-      f'`{name}` cannot update the parameters here, because its update fails with {type(error).__name__}: {error}; use '
-      'an optimiser that works with the gradient, the parameters and its state alone, such as optax.adam, and not one '
-      'such as optax.lookahead or optax.contrib.sam'
+      f'the update of `{name}` fails with {type(error).__name__}: {first}. It receives the gradient, the state, the '
+      f'parameters, and the extra arguments {sorted([*given, "grad"])}; if it needs anything else, use another'
     ) from error
 
 

@@ -61,10 +61,11 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
   shapes = [variable.aval for variable in variables]
   try:
     traced, shape = jax.make_jaxpr(lambda: [_derivatives(f, shapes) for f in (rule, function)], return_shape=True)()
-    if traced.effects or any(equation.primitive.name == 'while' for equation in _equations(traced.jaxpr)):
-      return False  # The loop might never end at random inputs, and an effect, such as a callback, might be harmful.
+    names = {equation.primitive.name for equation in _equations(traced.jaxpr)}
+    if traced.effects or 'while' in names or any('callback' in name for name in names):
+      return False  # The loop might never end at random inputs, and a callback might be harmful.
     with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-      leaves = jax.device_get(jax.jit(jaxpr_as_fun(traced))())
+      leaves = [np.asarray(leaf) for leaf in jax.jit(jaxpr_as_fun(traced))()]  # Fails if a leaf depends on a tracer.
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
   found = jax.tree.unflatten(jax.tree.structure(shape), leaves)

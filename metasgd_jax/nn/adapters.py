@@ -29,7 +29,7 @@ def from_linen(module: nn.Module) -> Model:
   Raises:
     ValueError: if `module` is not a Linen module. The model's `init` raises ValueError if `module.init` creates a
       collection other than 'params', such as running averages; the layers `nn.BatchNorm` and `nn.ConvBlock` do not
-      write 'statistics' in `init`. The model's functions raise ValueError if a call of the module draws random numbers,
+      write 'statistics' in `init`. The model's `apply` raises ValueError if a call of the module draws random numbers,
       for example because dropout is active.
 
   Example:
@@ -44,18 +44,17 @@ def from_linen(module: nn.Module) -> Model:
     )
 
   def init(key, x):
-    with _without_keys(module, 'deterministic=True'):
-      variables = module.init(key, jax.tree.map(jnp.asarray, x))
+    variables = module.init(key, jax.tree.map(jnp.asarray, x))
     if others := sorted(set(variables) - {'params'}):
       raise _not_pure(module, f"the collections {others} besides 'params'")
     return variables['params']
 
   def apply(theta, x, statistics=None):
-    with _without_keys(module, 'deterministic=True'):
+    with _without_keys(module, flax.errors.InvalidRngError, 'deterministic=True'):
       return module.apply({'params': theta, 'statistics': statistics or {}}, x)
 
   def statistics(theta, x):
-    with _without_keys(module, 'deterministic=True'):
+    with _without_keys(module, flax.errors.InvalidRngError, 'deterministic=True'):
       return module.apply({'params': theta}, x, mutable=['statistics'])[1].get('statistics', {})
 
   return Model(init, apply, statistics)
@@ -68,7 +67,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   with the parameters θ. The names that `adapt_only` receives are paths of attributes, such as 'layers.0.kernel'.
 
   `nnx.RNN` and `nnx.Bidirectional` store a key for the initial state of their cells. The key is constant in a `Model`,
-  as it is in Linen, and the cells of NNX ignore it, because their initial state is zero.
+  as it is in Linen. The cells of NNX ignore it, because their initial state is zero unless `carry_init` is given.
 
   Args:
     build: Function `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. `init` calls `build`.
@@ -199,23 +198,24 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
 
   def apply(theta, x):
     module = eqx.combine(theta, static)
-    with _without_keys(module, 'eqx.nn.inference_mode'):
+    with _without_keys(module, RuntimeError, 'eqx.nn.inference_mode'):
       return jax.vmap(module)(x)
 
   return Model(init, apply)
 
 
 @contextlib.contextmanager
-def _without_keys(module, option: str):
-  """Raises ValueError if a call of a Linen or Equinox module needs a random key, because a `Model` has none.
+def _without_keys(module, kind: type[Exception], option: str):
+  """Raises ValueError if a call of a module needs a random key, because a `Model` has none.
 
-  The message recommends the option, with which dropout needs no key.
+  The library of the module then raises an error of the given kind, whose text speaks of a key or of an 'rng'. The
+  message recommends the option, with which dropout needs no key.
   """
   try:
     yield
-  except (flax.errors.InvalidRngError, RuntimeError) as error:
+  except kind as error:
     what = str(error).split(' (http')[0]
-    if not isinstance(error, flax.errors.InvalidRngError) and 'requires a key' not in what:
+    if 'requires a key' not in what and ' needs PRNG' not in what:
       raise
     raise ValueError(
       f'{type(module).__name__} draws random numbers ({what}), but a Model is a pure function of its parameters; '

@@ -33,9 +33,8 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
 
   Raises:
     ValueError: if `key` is neither a key of `jax.random.key` nor an array `[R]` of such keys, or if it has the impl
-      `rbg` or `unsafe_rbg`; if `tasks` is not a `TaskDistribution` or a `TaskStream`; if `optimizer` is not an optax
-      optimiser, or cannot update the meta-parameters, such as `optax.lookahead` and line searches; if the tasks do not
-      return an `Episode`, or if the `init` of the learner raises ValueError.
+      `rbg` or `unsafe_rbg`; if `tasks` is not a `TaskDistribution` or a `TaskStream`, or if `optimizer` is not an optax
+      optimiser; if the tasks do not return an `Episode`, or if the `init` of the learner raises ValueError.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -79,9 +78,6 @@ def _init(key, tasks, *, learner, optimizer):
   # Weakly typed leaves are made strongly typed. Otherwise the first step would change the types of the state, and the
   # loop would be compiled twice.
   meta, opt_state = strong((meta, optimizer.init(meta)))
-  # An optimiser that cannot update the meta-parameters is refused now, and not only in the first meta-iteration.
-  update = functools.partial(apply_optimizer, 'optimizer', optimizer)
-  jax.eval_shape(lambda: update(meta, opt_state, grad=meta, value=jnp.zeros(())))
   return TrainState(jnp.zeros((), jnp.int32), key, meta, opt_state)
 
 
@@ -205,8 +201,9 @@ def train(
   Raises:
     ValueError: if `meta_iterations`, `meta_batch` or `chunk` is not an integer of at least 1, if the devices cannot
       share the tasks evenly, if `tasks` is not a `TaskDistribution` or a `TaskStream`, if `optimizer` is not an optax
-      optimiser, if runs are at different steps, if the state is already past `meta_iterations`, or if `shard_meta` is
-      used with R runs.
+      optimiser or its update fails, such as that of a line search, which needs the loss as a function, if the state was
+      made with an optimiser of another kind, if runs are at different steps, if the state is already past
+      `meta_iterations`, or if `shard_meta` is used with R runs.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -222,5 +219,11 @@ def train(
   """
   check_count('meta_batch', meta_batch)
   _check_parts(tasks, optimizer)
+  expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, state.meta))
+  if expected != jax.tree.structure(state.opt_state):
+    raise ValueError(
+      'the optimizer state of `state` is not one of `optimizer`; give the optimiser with which `state` was made, or '
+      'begin its state anew with state._replace(opt_state=optimizer.init(state.meta))'
+    )
   iteration = _GradientIteration(learner, optimizer, int(meta_batch), placement)
   return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)

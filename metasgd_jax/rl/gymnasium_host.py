@@ -98,7 +98,7 @@ def collect_on_host(
       environments.append(make(task))
     _check_distinct(environments)
     _check_actions(environments[0].action_space, act)
-    check_sizes(policy, *_sizes(environments[0], act))
+    check_sizes(policy, theta, *_sizes(environments[0], act))
     now = [_flat(e, e.reset(seed=int(seed))[0]) for e, seed in zip(environments, seeds, strict=True)]
     real = np.dtype(jnp.result_type(float))
     rewards, valid = np.zeros((num, horizon), real), np.zeros((num, horizon), bool)
@@ -183,7 +183,7 @@ def policy_gradient_on_host(
     sizes = _sizes(example, act)
   finally:
     example.close()
-  action_size = check_sizes(policy, *sizes)
+  action_size = check_sizes(policy, jax.eval_shape(policy.init, jax.random.key(0)), *sizes)
   environment = Environment(sample, _only_on_host, _only_on_host, _only_on_host, sizes[0], action_size, horizon)
   inner = policy_gradient(environment, policy, trajectories=trajectories, advantage=advantage, **options)
 

@@ -183,7 +183,8 @@ def policy_gradient(
   if rates is not None and (len(rates) != steps or not all(map(math.isfinite, rates))):
     raise ValueError(f'`rates` must be {steps} finite numbers, one per inner step (steps={steps}), got {rates}')
   inner_surrogate = surrogate_of(estimator)
-  check_sizes(policy, environment.observation_size, environment.action_size)
+  abstract = jax.eval_shape(policy.init, jax.random.key(0))
+  check_sizes(policy, abstract, environment.observation_size, environment.action_size)
 
   def init(key) -> MetaParams:
     theta_key, alpha_key = jax.random.split(key)

@@ -1,7 +1,6 @@
 """Trajectories of a policy in an environment, computed on the device."""
 
 import functools
-import math
 
 import chex
 import jax
@@ -35,7 +34,7 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
     >>> ms.rl.rollout(environment, policy, theta, task, jax.random.key(2)).rewards.shape
     (20,)
   """
-  check_sizes(policy, environment.observation_size, environment.action_size)
+  check_sizes(policy, theta, environment.observation_size, environment.action_size)
   theta, task = jax.lax.stop_gradient((theta, task))
   reset_key, steps_key = jax.random.split(key)
 
@@ -100,25 +99,25 @@ def undiscounted_return(trajectories: Trajectories) -> chex.Array:
   return jnp.sum(jnp.where(trajectories.valid, trajectories.rewards, 0), -1)
 
 
-def check_sizes(policy: Policy, observation_size: int, action_size: int | None) -> int:
-  """Returns the action size A of the policy.
+def check_sizes(policy: Policy, theta: PyTree, observation_size: int, action_size: int | None) -> int:
+  """Returns the action size A of the policy with parameters `theta`, which may be abstract.
 
   Raises ValueError unless the policy has the given observation size O and action size A of an environment. If
   `action_size` is `None`, any action size is accepted.
   """
   observation = jax.ShapeDtypeStruct((observation_size,), jnp.result_type(float))
-  key = jax.random.key(0)
   try:
-    distribution = jax.eval_shape(policy.apply, jax.eval_shape(policy.init, key), observation)
-    shape = jax.eval_shape(policy.sample, distribution, key).shape
-  except (TypeError, ValueError) as e:
+    distribution = jax.eval_shape(policy.apply, theta, observation)
+    (found,) = jax.eval_shape(policy.sample, distribution, jax.random.key(0)).shape
+  except Exception as e:  # Any error of the policy.
     raise ValueError(
-      f"the policy cannot be applied to the environment's observations, whose shape is {observation.shape}; "
-      f"build the policy with the environment's observation_size. The error of the policy is: {e}"
+      f"the policy cannot be applied to the environment's observations, whose shape is {observation.shape}, or its "
+      "actions are not of shape (A,); build the policy with the environment's observation_size and action_size, and "
+      f'give the parameters of this policy. The error is {type(e).__name__}: {e}'
     ) from e
-  if action_size is not None and shape != (action_size,):
+  if found != (action_size or found):
     raise ValueError(
-      f"the policy's actions have shape {shape}, and the environment's actions {(action_size,)}; "
+      f"the policy's actions have shape {(found,)}, and the environment's actions {(action_size,)}; "
       "build the policy with the environment's observation_size and action_size"
     )
-  return math.prod(shape)
+  return found

@@ -94,7 +94,7 @@ _ONE_KIND = [
   _WORDS.map(np.str_),
   st.integers(0, 3).map(np.uint8),
 ]
-_MISSING = st.sampled_from([None, float('nan'), np.datetime64('NaT'), np.float32('nan')])
+_MISSING = st.sampled_from([None, float('nan'), np.datetime64('NaT', 's'), np.float32('nan')])
 
 
 @st.composite

@@ -1,7 +1,7 @@
 import functools
 import gc
 import pathlib
-import resource
+import re
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,9 @@ def test_outside_of_jit_nothing_is_compiled_twice(problem):
     assert not again
 
 
-@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='resident memory is read as Linux tells it')
+@pytest.mark.skipif(not pathlib.Path('/proc/self/status').exists(), reason='resident memory is read as Linux tells it')
 def test_two_hundred_calls_outside_of_jit_keep_no_memory(problem):
-  resident = lambda: int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+  resident = lambda: int(re.search(r'VmRSS:\s+(\d+) kB', pathlib.Path('/proc/self/status').read_text())[1]) / 1024
   call = lambda: ms.adapt(*problem, loss_fn=loss_fn, steps=3, adjoint='revolve')
   call()
   gc.collect()
@@ -75,7 +75,7 @@ def test_two_hundred_calls_outside_of_jit_keep_no_memory(problem):
   for _ in range(200):
     call()
   gc.collect()
-  assert resident() - before < 20 * 2**20
+  assert resident() - before < 5  # MiB; a program that is compiled in each call takes more than one MiB.
 
 
 def test_a_loss_with_a_loop_is_compiled_once_a_call(problem):

@@ -72,6 +72,21 @@ def test_several_tasks_side_by_side(network):
     assert_trees_close(other, found[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('name', ['hvp', 'revolve'])
+def test_no_tracer_of_a_surrounding_vmap_is_kept(name):
+  """The loss closes over the batch of a task, integers and floats."""
+
+  def outer(theta, x, y):
+    loss = lambda theta, _: jnp.sum(jnp.tanh(theta * x) * y)
+    return ms.adapt(theta, 0.1, None, loss_fn=loss, steps=3, adjoint=name)
+
+  def mean(theta):
+    return jnp.mean(jax.vmap(outer, (None, 0, 0))(theta, jnp.arange(2.0), jnp.arange(2)))
+
+  with jax.checking_leaks():
+    jax.jit(jax.grad(mean)).trace(0.5)
+
+
 def test_a_third_derivative():
   """Its own derivatives can be taken again."""
   with jax.enable_x64(True):

@@ -1,10 +1,13 @@
 """Losses with custom derivatives: every adjoint gives the gradient of reverse mode, whether or not a rule is true."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE, by_vjp
+from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE, by_jvp, by_vjp
 from problems import assert_trees_close
 
 import metasgd_jax as ms
@@ -41,10 +44,18 @@ def test_a_rule_that_is_none_or_that_cannot_be_compared_is_not(name, problem):
   assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
 
 
-def test_a_rule_with_a_callback_is_not_called_at_invented_inputs(problem):
+def called(seen, x):
+  seen.append(x)
+  return x
+
+
+@pytest.mark.parametrize('pure', [True, False])
+def test_a_rule_with_a_callback_is_not_called_at_invented_inputs(problem, pure):
   seen = []
 
   def backward(x, g):
+    if pure:
+      return g * jnp.cos(jax.pure_callback(functools.partial(called, seen), x, jax.lax.stop_gradient(x)))
     jax.debug.callback(seen.append, x)
     return g * jnp.cos(x)
 
@@ -53,6 +64,18 @@ def test_a_rule_with_a_callback_is_not_called_at_invented_inputs(problem):
   assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
   jax.effects_barrier()
   assert not seen
+
+
+@pytest.mark.parametrize('adjoint', ['hvp', 'revolve'])
+def test_a_rule_that_uses_a_traced_array(adjoint):
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def gradient(scale, adjoint):
+    layer = by_jvp(lambda x: jnp.sin(scale * x), lambda x, t: scale * jnp.cos(scale * x) * t)
+    adapted = lambda theta: ms.adapt(theta, 0.1, None, loss_fn=lambda t, _: jnp.sum(layer(t)), steps=3, adjoint=adjoint)
+    return jax.grad(lambda theta: jnp.sum(adapted(theta) ** 2))(jnp.array([0.3, 1.2]))
+
+  np.testing.assert_allclose(gradient(2.0, adjoint), gradient(2.0, 'reverse'), rtol=1e-5)
 
 
 ALWAYS = ('clipping of the norm', 'spikes', 'calls itself', 'relu', 'sine by vjp')

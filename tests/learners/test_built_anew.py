@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OneLayer, assert_close, compilations, random_bank
+from problems import OneLayer, assert_close, assert_trees_close, compilations, random_bank
 
 import metasgd_jax as ms
 from metasgd_jax import rl
@@ -180,18 +180,23 @@ def test_a_round_of_other_arguments_has_a_program_of_its_own(options):
 
 def test_learning_rates_in_the_optimisers_state_share_a_program():
   learner, tasks = ms.meta_sgd(mlp(), MSE), ms.tasks.sinusoid()
-  optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+  how = dict(meta_iterations=3, meta_batch=2, learner=learner)
+  optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1, b1=0.5)
   start = ms.init(jax.random.key(0), tasks, learner=learner, optimizer=optimizer)
 
-  def bias(rate):
-    state = start._replace(opt_state=start.opt_state._replace(hyperparams={'learning_rate': jnp.float32(rate)}))
-    state = ms.train(state, tasks, learner=learner, optimizer=optimizer, meta_iterations=1, meta_batch=2)
-    return np.asarray(state.meta.theta['Dense_1']['bias'] - start.meta.theta['Dense_1']['bias'])
+  def trained(rate):
+    hyperparams = start.opt_state.hyperparams | {'learning_rate': jnp.float32(rate)}
+    state = start._replace(opt_state=start.opt_state._replace(hyperparams=hyperparams))
+    return ms.train(state, tasks, optimizer=optimizer, **how).meta
 
-  moved = bias(0.1)
+  trained(0.1)
   with compilations() as found:
-    np.testing.assert_allclose([bias(0.2), bias(0.4)], [2 * moved, 4 * moved], rtol=1e-3)
+    several = [trained(rate) for rate in (0.2, 0.4)]
   assert not found
+  for rate, meta in zip((0.2, 0.4), several, strict=True):
+    plain = optax.adam(rate, b1=0.5)
+    state = ms.train(start._replace(opt_state=plain.init(start.meta)), tasks, optimizer=plain, **how)
+    assert_trees_close(meta, state.meta, rtol=1e-4, atol=1e-5)
 
 
 def test_arrays_among_the_arguments_keep_programs_apart():

@@ -376,13 +376,17 @@ def test_parts_that_are_none(options, said):
   ids=['lookahead', 'sam', 'sophia', 'line search'],
 )
 def test_an_optimiser_that_needs_more_than_a_gradient(optimizer, error):
-  said = saying('`optimizer` cannot update', error, 'such as optax.adam')
-  with pytest.raises(ValueError, match=said):
-    ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optimizer)
-  state = ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optax.identity())
-  state = state._replace(opt_state=optimizer.init(state.meta))
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=saying('the update of `optimizer` fails', error, 'use another')):
+    state = ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optimizer)
     ms.train(state, LINES, learner=OF_LINES, optimizer=optimizer, meta_iterations=1, meta_batch=2)
+
+
+def test_the_state_of_another_optimiser():
+  state = ms.init(jax.random.key(0), LINES, learner=OF_LINES, optimizer=optax.sgd(0.1))
+  with pytest.raises(
+    ValueError, match=saying('optimizer state', 'not one of `optimizer`', 'optimizer.init(state.meta)')
+  ):
+    ms.train(state, LINES, learner=OF_LINES, optimizer=ADAM, meta_iterations=1, meta_batch=2)
 
 
 @pytest.mark.parametrize('options', [dict(tasks=(TASKS.sample, TASKS.episode)), dict(optimizer=optax.adam)])

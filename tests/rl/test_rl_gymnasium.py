@@ -248,9 +248,10 @@ def test_a_reward_that_is_no_number():
 )
 def test_a_policy_of_another_size(policy, message):
   log = []
+  make = lambda task: Count(5, log)
   for call in (
-    lambda: collect_on_host(lambda task: Count(5, log), policy, {}, 0, jax.random.key(1), horizon=2, num=1),
-    lambda: policy_gradient_on_host(lambda task: Count(5, log), lambda key: 0, policy, horizon=2),
+    lambda: collect_on_host(make, policy, policy.init(jax.random.key(0)), 0, jax.random.key(1), horizon=2, num=1),
+    lambda: policy_gradient_on_host(make, lambda key: 0, policy, horizon=2),
   ):
     with pytest.raises(ValueError, match=saying(*message)):
       call()

@@ -159,7 +159,8 @@ def test_a_number_of_trajectories_that_is_none(num):
 )
 def test_a_policy_of_another_size(sizes, message):
   with pytest.raises(ValueError, match=saying(*message)):
-    rl.collect(ENVIRONMENT, rl.gaussian(*sizes), {}, TASK, jax.random.key(0), num=1)
+    policy = rl.gaussian(*sizes)
+    rl.collect(ENVIRONMENT, policy, policy.init(jax.random.key(0)), TASK, jax.random.key(0), num=1)
 
 
 class TestGaussian:
