@@ -23,10 +23,16 @@ def named(tree: PyTree) -> list[tuple[str, Any]]:
   return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
+def native(leaf: Any) -> np.ndarray:
+  """Returns a leaf as a NumPy array on the host, with its bytes in the order of this machine."""
+  array = np.asarray(jax.device_get(leaf))
+  return array.astype(array.dtype.newbyteorder('='), copy=False)
+
+
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
   """Returns `{name: leaf}` with each leaf as a NumPy array on the host. Random keys are replaced by their data."""
   data = lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf
-  return {name: np.asarray(jax.device_get(data(leaf))) for name, leaf in named(tree)}
+  return {name: native(data(leaf)) for name, leaf in named(tree)}
 
 
 def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
@@ -43,11 +49,14 @@ def from_named_arrays(arrays: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
 
 
 def leaf_types(tree: PyTree) -> dict[str, str]:
-  """Returns `{name: type}`, with the dtype and shape of each leaf as text, such as 'float32[1, 4]' or 'key<fry>[]'."""
+  """Returns `{name: type}`, with the dtype and shape of each leaf as text, such as 'float32[1, 4]' or 'key<fry>[]'.
+
+  The text does not depend on the order of the bytes in memory.
+  """
 
   def of_leaf(leaf):
     array = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
-    return f'{array.dtype}{list(array.shape)}'
+    return f'{array.dtype.name}{list(array.shape)}'
 
   return {name: of_leaf(leaf) for name, leaf in named(tree)}
 

@@ -15,7 +15,7 @@ import numpy as np
 from metasgd_jax.cli.arguments import INVERT
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
-from metasgd_jax.datasets.messages import at_home, printable
+from metasgd_jax.datasets.messages import printable
 from metasgd_jax.deploy.classifier import FewShotClassifier
 from metasgd_jax.deploy.model_file import ModelConfig, load_model
 from metasgd_jax.io import files
@@ -23,9 +23,9 @@ from metasgd_jax.io import files
 
 def run(args: argparse.Namespace) -> None:
   """Reads and checks all inputs, adapts the model, predicts, and writes and reports the results."""
-  model, out, query_dir = load_model(args.model), at_home(args.out), at_home(args.query)
+  model, out, query_dir = load_model(args.model), files.as_path(args.out), files.as_path(args.query)
   support, query = _read(args, model.config)
-  _check_out(out, {'--support': at_home(args.support), '--query': query_dir})
+  _check_out(out, {'--support': files.as_path(args.support), '--query': query_dir})
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))

@@ -8,9 +8,9 @@ import numpy as np
 
 from metasgd_jax.datasets import image_files
 from metasgd_jax.datasets.image_files import Fit, Images, check_form, read_all, read_image as read_image
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
+from metasgd_jax.datasets.messages import DatasetError, Report, printing
 from metasgd_jax.datasets.splits import some
-from metasgd_jax.io.files import PathLike
+from metasgd_jax.io.files import PathLike, as_path
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -60,7 +60,7 @@ def load(
     ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
   check_form(size, channels, fit)
-  directory, report = at_home(directory), printing(report)
+  directory, report = as_path(directory), printing(report)
   entries = image_files.list_directory(directory)
   folders = [path for path in entries if image_files.is_folder(path)]
   if not folders:
@@ -120,7 +120,7 @@ def read_images(
     ValueError: if a size is not an integer of at least 1, if `channels` is neither 1 nor 3, or if `fit` is unknown.
   """
   check_form(size, channels, fit)
-  directory, report = at_home(directory), printing(report)
+  directory, report = as_path(directory), printing(report)
   paths = image_files.list_files(directory)
   report(f'reading {len(paths):,} files from {directory}')
   found = read_all(paths, size, channels, report, fit)

@@ -1,11 +1,8 @@
 """Messages of the data sets: errors, progress reports, and text that can be printed safely in a terminal."""
 
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
-
-from metasgd_jax.io.files import PathLike, as_path
 
 SECONDS_BETWEEN_REPORTS = 5.0
 
@@ -46,16 +43,3 @@ def with_progress(items: Iterable[_T], total: int, report: Report) -> Iterator[_
     if time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
       report(f'read {count:,} of {total:,} images')
       reported = time.monotonic()
-
-
-def at_home(path: PathLike) -> pathlib.Path:
-  """Returns a path in which `~` at the beginning is replaced by the home directory.
-
-  Raises:
-    ValueError: if `path` is neither a string nor a path.
-    DatasetError: if the path begins with `~` or `~user` and there is no such home directory.
-  """
-  try:
-    return as_path(path).expanduser()
-  except RuntimeError as e:
-    raise DatasetError(f'{path} begins with ~, but there is no such home directory; give the full path') from e

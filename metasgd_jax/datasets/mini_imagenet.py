@@ -23,9 +23,9 @@ import numpy as np
 from metasgd_jax.datasets import image_cache
 from metasgd_jax.datasets.image_files import check_form, is_folder, list_directory, list_images, read_all
 from metasgd_jax.datasets.image_folder import class_sizes
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing
+from metasgd_jax.datasets.messages import DatasetError, Report, printing
 from metasgd_jax.datasets.splits import ClassNames, Splits, published_split, read_text, some
-from metasgd_jax.io.files import PathLike, first_line
+from metasgd_jax.io.files import PathLike, as_path, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 IMAGES_OF_A_CLASS = 600
@@ -71,7 +71,7 @@ def load(
     ValueError: if a size is not an integer of at least 1.
   """
   height, width = check_form(size, 3)
-  directory, report = at_home(directory), printing(report)
+  directory, report = as_path(directory), printing(report)
   lists = published_split('mini_imagenet')
   classes = [name for part in lists for name in part]
   paths = _paths_by_class(directory, classes, report)
@@ -86,7 +86,7 @@ def load(
   if cache is None:
     bank = decode()
   else:
-    place = at_home(cache) / f'mini_imagenet_{height}x{width}'
+    place = as_path(cache) / f'mini_imagenet_{height}x{width}'
     source = image_cache.fingerprint(directory, tuple(class_of))
     source['of_each_class'] = [len(paths[name]) for name in classes]  # CSV files may move images between classes.
     bank = image_cache.kept(place, source, (height, width, 3), len(classes), decode=decode, report=report)

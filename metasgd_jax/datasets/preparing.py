@@ -25,8 +25,8 @@ from absl import logging
 from PIL import Image
 
 from metasgd_jax.datasets.archives import is_archive, unpack
-from metasgd_jax.datasets.messages import DatasetError, Report, at_home, printing, with_progress
-from metasgd_jax.io.files import PathLike, first_line, why_not_writable
+from metasgd_jax.datasets.messages import DatasetError, Report, printing, with_progress
+from metasgd_jax.io.files import PathLike, as_path, first_line, why_not_writable
 
 
 @contextlib.contextmanager
@@ -51,8 +51,8 @@ def prepared(
     DatasetError: if the data directory cannot be written, if an archive is missing, is broken or has another checksum,
       if a download fails, or if any error is raised in the `with` block.
   """
-  data_dir, report = at_home(data_dir), printing(report)
-  archives = None if archives is None else at_home(archives)
+  data_dir, report = as_path(data_dir), printing(report)
+  archives = None if archives is None else as_path(archives)
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # At each start, tfds gives advice about faster decoders.
   try:

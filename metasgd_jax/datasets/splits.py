@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metasgd_jax.datasets.messages import DatasetError, at_home
-from metasgd_jax.io.files import PathLike, first_line
+from metasgd_jax.datasets.messages import DatasetError
+from metasgd_jax.io.files import PathLike, as_path, first_line
 from metasgd_jax.tasks.few_shot import ClassBank
 
 
@@ -136,7 +136,7 @@ def read_list(path: PathLike) -> tuple[str, ...]:
     ...   read_list(path)
     ('cat',)
   """
-  return _names(read_text(at_home(path), 'the list of classes, which is UTF-8 text with one class name per line'))
+  return _names(read_text(as_path(path), 'the list of classes, which is UTF-8 text with one class name per line'))
 
 
 def read_text(path: pathlib.Path, what: str) -> str:

@@ -21,14 +21,11 @@ def writable(path: PathLike) -> pathlib.Path:
   """Returns the path of a file that will be written, with the home directory in place of `~`.
 
   Raises:
-    WriterError: if the folder of the file does not exist, if the path itself is a folder, if the file's name contains a
-      NUL character, or if the user after `~` has no home directory.
+    ValueError: if `path` is neither a string nor a path, or if the user after `~` has no home directory.
+    WriterError: if the folder of the file does not exist, if the path itself is a folder, or if the file's name
+      contains a NUL character.
   """
-  try:
-    place = as_path(path).expanduser()
-  except RuntimeError as e:
-    raise WriterError(f'{path} begins with ~, but there is no such home directory; give another path') from e
-  reason = None
+  place, reason = as_path(path), None
   if place.is_dir():
     reason = 'it is a folder'
   elif '\0' in place.name:

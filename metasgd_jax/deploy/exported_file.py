@@ -81,7 +81,6 @@ def load_exported(path: PathLike) -> Exported:
   """
   path = as_path(path)
   try:
-    path = path.expanduser()
     about, parameters, programs = _read(path)
   except _NewerError:
     raise

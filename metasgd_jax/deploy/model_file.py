@@ -215,7 +215,7 @@ def _find(path_or_name: PathLike) -> pathlib.Path:
   """
   if path_or_name in shipped_models():
     return _SHIPPED / f'{path_or_name}.safetensors'
-  path = pathlib.Path(os.path.expanduser(as_path(path_or_name)))  # noqa: PTH111  # Path.expanduser may raise RuntimeError.
+  path = as_path(path_or_name)
   if os.path.isfile(path):  # noqa: PTH113  # Path.is_file may raise OSError.
     return path
   near = difflib.get_close_matches(str(path_or_name)[:80], shipped_models(), 1)

@@ -1,6 +1,7 @@
 """Writes JSON, arrays and parameters to files that are never half-written. Checks that directories can be written."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -12,12 +13,15 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from metasgd_jax.tree import first_difference, leaf_types, named
+from metasgd_jax.tree import first_difference, leaf_types, named, native
 from metasgd_jax.types import PyTree
 
 PathLike = str | os.PathLike[str]
 
-_ADVICE = 'free disk space, or give another directory'
+_STORED = {'bool', 'bfloat16', 'float16', 'float32', 'float64', 'complex64'} | {
+  f'{kind}{bits}' for kind in ('int', 'uint') for bits in (8, 16, 32, 64)
+}
+"""Names of the dtypes that safetensors writes and reads with NumPy."""
 
 
 class WriterError(Exception):
@@ -25,7 +29,10 @@ class WriterError(Exception):
 
 
 def as_path(path: PathLike) -> pathlib.Path:
-  """Returns `path` as a `pathlib.Path`. Raises ValueError for `None` and for anything else but a string or a path.
+  """Returns `path` as a `pathlib.Path`, with the home directory in place of `~` at its beginning.
+
+  Raises:
+    ValueError: if `path` is neither a string nor a path, or if the user after `~` has no home directory.
 
   Example:
     >>> ms.files.as_path('runs/a').name
@@ -33,7 +40,28 @@ def as_path(path: PathLike) -> pathlib.Path:
   """
   if not isinstance(path, str | os.PathLike):
     raise ValueError(f'a path must be a string or a pathlib.Path, got {path!r:.80}; give such a path')
-  return pathlib.Path(path)
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as e:
+    raise ValueError(f'{path} begins with ~, but there is no such home directory; give another path') from e
+
+
+def as_utf8_path(path: PathLike) -> pathlib.Path:
+  """Returns an absolute path that orbax can use, with the home directory in place of `~` at its beginning.
+
+  Raises:
+    ValueError: if `as_path` refuses the path, or if the absolute path is not UTF-8.
+
+  Example:
+    >>> ms.files.as_utf8_path('runs/a').is_absolute()
+    True
+  """
+  absolute = as_path(path).absolute()
+  try:
+    str(absolute).encode()
+  except UnicodeEncodeError as e:
+    raise ValueError(f'the path {str(absolute)!r} is not UTF-8, so orbax cannot write there; rename it') from e
+  return absolute
 
 
 def first_line(text: object) -> str:
@@ -57,7 +85,7 @@ def open_workdir(path: PathLike) -> pathlib.Path:
     path: Path of the directory. It may begin with ~.
 
   Raises:
-    WriterError: if `path` is empty, or if the directory cannot be created or written.
+    WriterError: if `path` is empty or not UTF-8, or if the directory cannot be created or written.
 
   Example:
     >>> import tempfile
@@ -67,9 +95,13 @@ def open_workdir(path: PathLike) -> pathlib.Path:
   """
   if path == '':  # An unset shell variable gives an empty path, which would be the current directory.
     raise WriterError("workdir is empty; give a directory, such as '.'")
+  try:
+    as_utf8_path(path)
+  except (OSError, ValueError) as e:  # An OSError if the current directory has been removed.
+    raise WriterError(f'the workdir cannot be used: {e}') from e
   if reason := why_not_writable(path):
     raise WriterError(f'workdir {path} cannot be written ({reason}); give another directory')
-  return pathlib.Path(path).expanduser()
+  return as_path(path)
 
 
 def why_not_writable(directory: PathLike) -> str | None:
@@ -85,23 +117,23 @@ def why_not_writable(directory: PathLike) -> str | None:
     None
   """
   try:
-    path = as_path(directory).expanduser()
+    path = as_path(directory)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
       return None
-  except (OSError, ValueError, RuntimeError) as e:  # A NUL in the name, or a ~ of a user without a home directory.
+  except (OSError, ValueError) as e:  # A NUL in the name, or a ~ of a user without a home directory.
     return str(getattr(e, 'strerror', None) or e)
 
 
 @contextlib.contextmanager
-def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
+def atomic(path: PathLike, advice: str | None = None) -> Iterator[IO[bytes]]:
   """Opens a file for writing, as a context manager. The file gets the name `path` only when it is complete.
 
   If an error is raised in the `with` block, a previous file at `path` is unchanged, and no new file is left.
 
   Args:
     path: Path of the file.
-    advice: Advice that ends the error message if the file cannot be written.
+    advice: Advice that ends the error message if the file cannot be written. By default, it is that of `told`.
 
   Raises:
     WriterError: if the file cannot be written.
@@ -128,12 +160,13 @@ def atomic(path: PathLike, advice: str = _ADVICE) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
+def told(path: pathlib.Path, advice: str | None = None) -> Iterator[None]:
   """Turns an error of the operating system in a `with` block into a WriterError.
 
   Args:
     path: Path of the file that is written in the `with` block.
-    advice: Advice that ends the error message.
+    advice: Advice that ends the error message. By default, it is to give another path, and to free disk space if the
+      disk is full.
 
   Example:
     >>> import pathlib
@@ -147,6 +180,8 @@ def told(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
   try:
     yield
   except OSError as e:
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = advice or ('free disk space, or give another path' if full else 'give another path')
     raise WriterError(f'{path} cannot be written ({e.strerror or e}); {advice}') from e
 
 
@@ -205,9 +240,10 @@ def write_params(path: PathLike, params: PyTree) -> None:
   Args:
     path: Path of the file, which is never half-written.
     params: Pytree of arrays. A train state cannot be written, because safetensors cannot store its random key; save
-      train states with `Checkpoints`.
+      train states with `Checkpoints`. Arrays are written in the byte order of this machine.
 
   Raises:
+    ValueError: if `read_params` could not read a leaf, because of its dtype or its name.
     WriterError: if the file cannot be written.
 
   Example:
@@ -221,7 +257,13 @@ def write_params(path: PathLike, params: PyTree) -> None:
   import safetensors.numpy
 
   # safetensors writes the memory of an array as it is, so the memory must be in row-major (C) order.
-  arrays = {name: np.asarray(leaf, order='C') for name, leaf in named(jax.device_get(params))}
+  arrays = {name: np.asarray(native(leaf), order='C') for name, leaf in named(jax.device_get(params))}
+  for name, array in arrays.items():
+    said = f'the leaf {name!r} of dtype {array.dtype} cannot be stored in a safetensors file'
+    if array.dtype.name not in _STORED:
+      raise ValueError(f'{said} because of its dtype; cast it to float32 or to another common dtype')
+    if name == '__metadata__' or name.encode(errors='replace').decode() != name:
+      raise ValueError(f'{said} because of its name; rename it')
   with atomic(path) as file:
     file.write(safetensors.numpy.save(arrays))
 
@@ -247,7 +289,8 @@ def read_params(path: PathLike, like: PyTree) -> PyTree:
   import safetensors
 
   said = f'{path} does not hold the expected parameters'
-  if not as_path(path).is_file():
+  path = as_path(path)
+  if not path.is_file():
     raise ValueError(f'{said}: there is no such file; check the path')
   try:
     with safetensors.safe_open(path, framework='np') as file:

@@ -100,6 +100,50 @@ def test_params_of_any_layout_and_dtype_come_back_to_the_bit(tmp_path):
     assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
+def test_params_in_another_byte_order_come_back(tmp_path):
+  params = {'a': np.arange(4, dtype='>f4').reshape(2, 2).T}
+  files.write_params(tmp_path / 'p', params)
+  back = files.read_params(tmp_path / 'p', params)['a']
+  assert back.dtype == np.float32
+  assert np.array_equal(back, params['a'])
+
+
+@pytest.mark.parametrize(
+  ('name', 'dtype', 'why'),
+  [
+    ('a', jnp.float8_e4m3fn, 'because of its dtype; cast it'),
+    ('a', jnp.int4, 'because of its dtype; cast it'),
+    ('a', np.complex128, 'because of its dtype; cast it'),
+    ('__metadata__', np.float32, 'because of its name; rename it'),
+    ('a\udcff', np.float32, 'because of its name; rename it'),
+  ],
+)
+def test_params_that_could_not_be_read_are_not_written(tmp_path, name, dtype, why):
+  with pytest.raises(ValueError, match=saying(repr(name), f'of dtype {np.dtype(dtype)}', why)):
+    files.write_params(tmp_path / 'p', {name: np.zeros(2, dtype)})
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('name', 'why'), [('', 'Is a directory'), ('x' * 300, 'name too long')])
+def test_advice_is_about_the_disk_only_if_it_is_full(tmp_path, name, why):
+  with pytest.raises(files.WriterError, match=saying(why, 'give another path')) as e:
+    files.write_params(tmp_path / name, {'a': np.zeros(2)})
+  assert 'free disk space' not in str(e.value)
+
+
+def test_params_may_be_in_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  files.write_params('~/p', {'a': np.ones(2)})
+  assert (tmp_path / 'p').is_file()
+  assert files.read_params('~/p', {'a': np.ones(2)})['a'].tolist() == [1, 1]
+
+
+def test_a_workdir_that_is_not_utf8_is_refused(tmp_path):
+  with pytest.raises(files.WriterError, match=saying(r'a\udcff', 'is not UTF-8', 'rename it')):
+    files.open_workdir(tmp_path / os.fsdecode(b'a\xff'))
+  assert not list(tmp_path.iterdir())
+
+
 def test_a_random_key_is_no_parameter(tmp_path):
   with pytest.raises(TypeError, match='key_data'):
     files.write_params(tmp_path / 'p', {'key': jax.random.key(0)})

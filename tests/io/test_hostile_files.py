@@ -277,13 +277,13 @@ class TestPlaces:
       lambda: read_list(path),
       lambda: image_files.read_image(path, 4, 3),
     ):
-      refused(read, tmp_path, DatasetError)
+      refused(read, tmp_path, ValueError if path.startswith('~') else DatasetError)
     refused(lambda: files.open_workdir(path), tmp_path, files.WriterError)
-    refused(
-      lambda: ms.save_model(path if path.startswith('~') else tmp_path / path, model),
-      tmp_path,
-      files.WriterError,
-    )
+    if path.startswith('~'):
+      refused(lambda: ms.save_model(path, model), tmp_path, ValueError)
+      refused(lambda: checkpoint.Checkpoints(path, like=None, config={}), tmp_path, ValueError)
+    else:
+      refused(lambda: ms.save_model(tmp_path / path, model), tmp_path, files.WriterError)
 
   @pytest.mark.parametrize('path', [None, 3, b'a', ['a']], ids=repr)
   def test_what_is_no_path(self, tmp_path, path):
