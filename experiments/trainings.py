@@ -56,7 +56,7 @@ class Best:
     meta = jax.device_get(progress.state.meta)
     accuracy = self.judge(progress.step, meta)
     found = [*self.found, (accuracy, progress.step, meta)]
-    self.found = sorted(found, key=lambda one: one[:2], reverse=True)[: self.keep]
+    self.found = sorted(found, key=lambda one: checkpoint.rank(*one[:2]), reverse=True)[: self.keep]
     return accuracy
 
 

@@ -9,6 +9,7 @@ wait for the others and needs nothing from them, because each process has comple
 
 import contextlib
 import json
+import math
 import pathlib
 import shutil
 import zlib
@@ -22,6 +23,7 @@ import orbax.checkpoint as ocp
 from metasgd_jax.io import files, provenance
 from metasgd_jax.outer.training import TrainState
 from metasgd_jax.tree import first_difference, from_named_arrays, leaf_types, named, named_arrays
+from metasgd_jax.types import check_count
 
 LATEST = 2
 """Number of latest checkpoints that are kept. If the newest is damaged, the one before it can be read."""
@@ -53,6 +55,15 @@ class Checkpoint(NamedTuple):
   versions: dict[str, str]
 
 
+def rank(metric: float, step: int) -> tuple[bool, float, int]:
+  """Returns a key that sorts checkpoints from the worst to the best.
+
+  The best checkpoint has the greatest metric. If two metrics are equal, the later checkpoint is better. A metric that
+  is NaN is the worst of all, because a comparison with NaN is never true and gives no order.
+  """
+  return (False, 0.0, step) if math.isnan(metric) else (True, metric, step)
+
+
 class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one training run, in one directory.
 
@@ -65,7 +76,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     latest: Newest checkpoint that could be read when the directory was opened, or `None` if there was none. It does not
       change when a checkpoint is saved.
     best: The `keep_best` checkpoints with the greatest metrics when the directory was opened, the best first. If two
-      metrics are equal, the later checkpoint comes first. The list does not change when a checkpoint is saved.
+      metrics are equal, the later checkpoint comes first. A metric that is NaN comes last. The list does not change
+      when a checkpoint is saved.
     last: Step of the newest checkpoint, or -1 if there is none. Unlike `latest`, it changes when `save` is called.
   """
 
@@ -77,7 +89,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     Checkpoints that are newer than the newest readable one are removed.
 
     Args:
-      directory: Directory for the checkpoints of this training run. No other run may use the directory.
+      directory: Directory for the checkpoints of this training run. It may begin with ~. No other run may use the
+        directory.
       like: A state with the structure, shapes and dtypes that the checkpoints must have.
       config: Configuration, which is stored in each checkpoint. Checkpoints of another configuration are refused.
       keep_best: Number of checkpoints with the greatest metrics that are kept in addition to the latest.
@@ -86,8 +99,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     Raises:
       CheckpointError: if the configuration of the checkpoints is not `config`, if their arrays do not match `like`, if
         none of them can be read, or if the directory cannot be written.
+      ValueError: if `keep_best` is no integer of at least 0, if `config` is no mapping or JSON cannot store it, or if
+        the path of the directory is not UTF-8, because orbax cannot write there.
     """
-    self._directory, self._config = files.as_path(directory).absolute(), json.loads(json.dumps(config))
+    check_count('keep_best', keep_best, 0)
+    self._directory, self._config = files.as_utf8_path(directory), _as_json(config)
     self.latest = newest(self._directory, like=like, config=config, report=report)
     self.last = -1 if self.latest is None else self.latest.step
     there = [step for step in steps(self._directory) if step <= self.last]
@@ -96,7 +112,7 @@ class Checkpoints(contextlib.AbstractContextManager):
       _try_read(path, like, config, report, 'it is left out when the best checkpoints are chosen') for path in older
     ] + [self.latest]
     with_metric = [checkpoint for checkpoint in found if checkpoint and checkpoint.metric is not None]
-    self.best = sorted(with_metric, key=lambda c: (c.metric, c.step), reverse=True)[:keep_best]
+    self.best = sorted(with_metric, key=lambda c: rank(c.metric, c.step), reverse=True)[:keep_best]
     self._metrics = {checkpoint.step: checkpoint.metric for checkpoint in self.best}
     options = ocp.CheckpointManagerOptions(
       preservation_policy=_LatestAndBest(keep_best, self._metrics),
@@ -125,7 +141,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
       state: State of one run, or of R runs at the same step.
       metric: Metric of the state, such as the validation accuracy. It may be any real scalar. Checkpoints with the
-        greatest metrics are kept.
+        greatest metrics are kept; NaN is less than every number.
 
     Raises:
       CheckpointError: if this checkpoint, or the one before it, cannot be written.
@@ -184,7 +200,7 @@ class _LatestAndBest(NamedTuple):
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     there = [checkpoint.step for checkpoint in checkpoints]
-    best = sorted(self.metrics, key=lambda step: (self.metrics[step], step), reverse=True)[: self.keep_best]
+    best = sorted(self.metrics, key=lambda step: rank(self.metrics[step], step), reverse=True)[: self.keep_best]
     return [step in there[-LATEST:] or step in best for step in there]
 
 
@@ -213,8 +229,9 @@ def newest(
   Raises:
     CheckpointError: if the checkpoint has another configuration or other arrays, or if there are checkpoints and
       none of them can be read.
+    ValueError: if `config` is no mapping, or if JSON cannot store it.
   """
-  path = files.as_path(directory).absolute()
+  path, config = files.as_path(directory).absolute(), _as_json(config)
   there = [step for step in steps(path) if until is None or step <= until]
   if not there:
     return None
@@ -237,6 +254,17 @@ def check_config(found: Config, asked: Config, where: files.PathLike) -> None:
       f'{where} holds an unfinished run of another configuration ({"; ".join(fields)}); give another directory, or the '
       'same configuration to continue that run'
     )
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+  """Returns a configuration as it is read back after JSON has stored it. Raises ValueError if JSON cannot store it."""
+  if not isinstance(config, Mapping):
+    raise ValueError(f'config must be a mapping, such as a dict of settings, got {config!r:.80}; give {{}} for none')
+  try:
+    return json.loads(json.dumps(dict(config)))
+  except (TypeError, ValueError, RecursionError) as e:
+    reason = files.first_line(e)
+    raise ValueError(f'config has a value that JSON cannot store ({reason}); use numbers, strings and lists') from e
 
 
 def _by_itself():

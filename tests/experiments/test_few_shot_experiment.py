@@ -278,6 +278,14 @@ def test_checkpoints_are_kept_by_their_accuracy():
   assert [(a, step, float(meta['w'])) for a, step, meta in best.found] == [(0.9, 20, 20), (0.8, 40, 40), (0.7, 30, 30)]
 
 
+def test_an_accuracy_that_is_nan_is_the_worst():
+  accuracies = iter([np.nan, 0.9, 0.1, np.nan])
+  best = few_shot_training.Best(lambda step, meta: next(accuracies), every=1, keep=2)
+  for step in range(4):
+    best(ms.Progress(ms.TrainState(np.int32(step), None, {}, None), step, 4, {}, 1.0, 1.0))
+  assert [(accuracy, step) for accuracy, step, _ in best.found] == [(0.9, 1), (0.1, 2)]
+
+
 def test_images_stay_on_the_host_where_asked():
   bank = ms.tasks.class_bank(np.zeros((6, 20, 28, 28, 1), np.uint8))
   data = few_shot_data.Data(bank, None, bank)

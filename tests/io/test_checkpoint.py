@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -106,6 +107,48 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
     assert (kept.latest.step, kept.latest.metric) == (80, 0.2)
     assert [(c.metric, c.step) for c in kept.best] == [(0.9, 50), (0.9, 20)]
     assert_equal(kept.best[1].state, a_state(20))
+
+
+def test_a_metric_that_is_nan_is_the_worst(tmp_path):
+  with opened(tmp_path, keep_best=1) as kept:
+    for step, accuracy in enumerate([np.nan, 0.9, 0.1, 0.2, 0.3], 1):
+      kept.save(a_state(step), accuracy)
+  assert checkpoint.steps(tmp_path) == [2, 4, 5]
+  with opened(tmp_path, keep_best=1) as kept:
+    kept.save(a_state(6), np.nan)
+    assert [c.step for c in kept.best] == [2]
+  ranks = [(0.5, 3), (np.nan, 9), (0.5, 2), (-np.inf, 1), (np.nan, 7)]
+  assert [step for _, step in sorted(ranks, key=lambda one: checkpoint.rank(*one))] == [7, 9, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'said'),
+  [
+    ({'config': None}, ('config must be a mapping', 'got None')),
+    ({'config': [1]}, ('config must be a mapping', 'got [1]')),
+    ({'config': {'a': {1}}}, ('config', 'JSON cannot store', 'set')),
+    ({'keep_best': -1}, ('keep_best', 'at least 0', 'got -1')),
+    ({'directory': os.fsdecode(b'a\xff')}, (r'a\udcff', 'is not UTF-8')),
+  ],
+)
+def test_arguments_that_are_refused_before_anything_is_written(tmp_path, wrong, said):
+  options = {'directory': 'c', **wrong}
+  with pytest.raises(ValueError, match=saying(*said)):
+    opened(tmp_path / options.pop('directory'), **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_directory_may_be_in_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  write('~/c', [1])
+  assert checkpoint.steps(tmp_path / 'c') == checkpoint.steps('~/c') == [1]
+
+
+def test_an_array_in_another_byte_order_comes_back(tmp_path):
+  state = a_state(1, opt_state=np.arange(3, dtype='>f4'))
+  with opened(tmp_path, like=state) as kept:
+    kept.save(state)
+  assert checkpoint.newest(tmp_path, like=state, config=CONFIG).state.opt_state.tolist() == [0, 1, 2]
 
 
 def test_without_a_metric_the_last_two_are_kept(tmp_path):
