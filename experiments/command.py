@@ -1,6 +1,7 @@
 """Parses the command line of an experiment, reads settings from the file of `--config`, and writes `--help`."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 import sys
@@ -67,6 +68,10 @@ def from_file(path: str, config_class: type, experiment: str) -> list[str]:
     config = found.get('config', found) if isinstance(found, dict) else None
     if not config or not isinstance(config, dict):
       raise ValueError('it holds no settings')
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in config:
+      if name not in known:
+        raise ValueError(f'it has an unknown setting {cut(name)!r}{near(name, known)}')
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return flag_texts(config_class(**values), config)
   except (OSError, RuntimeError, TypeError, ValueError) as e:
@@ -115,6 +120,12 @@ def _brief(flag: flags.Flag) -> str:
   if flag.boolean:
     return f'--no{flag.name}' if flag.default else f'--{flag.name}'
   return f'--{flag.name}={textwrap.shorten(flag.default_unparsed or "…", 20, placeholder="…")}'
+
+
+def near(word: str, known: Sequence[str]) -> str:
+  """Returns a question that suggests the known word nearest to `word`, or an empty string if none is near."""
+  found = difflib.get_close_matches(cut(word), known, 1)
+  return f'; did you mean {found[0]}?' if found and found[0] != word else ''
 
 
 def cut(text: str) -> str:

@@ -1,7 +1,6 @@
 """Settings of an experiment: the fields of a frozen dataclass, which are also the flags of a command line."""
 
 import dataclasses
-import difflib
 import os
 import pathlib
 import sys
@@ -13,8 +12,9 @@ import jax
 from absl import app, flags, logging
 
 from experiments import command, reporting
-from experiments.command import cut, flag_texts
+from experiments.command import cut, flag_texts, near
 from metasgd_jax import datasets
+from metasgd_jax.cli.telling import escape_unprintable
 from metasgd_jax.io import checkpoint, files
 from metasgd_jax.outer import sharding
 
@@ -69,12 +69,6 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
       return self.parse(self.serialize(value)) == value
     except ValueError:
       return False
-
-
-def near(word: str, known: Names) -> str:
-  """Returns a question that suggests the known word nearest to `word`, or an empty string if none is near."""
-  found = difflib.get_close_matches(cut(word), known, 1)
-  return f'; did you mean {found[0]}?' if found and found[0] != word else ''
 
 
 def _description(kind: type, low: Bound, high: Bound, choices: Names) -> str:
@@ -162,6 +156,7 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
     except _FAILURES as e:
       sys.exit(f'error: {e}')
 
+  escape_unprintable()
   logging.set_verbosity(logging.INFO)
   app.run(start, flags_parser=lambda argv: command.parse(config_class, argv))
 

@@ -136,7 +136,7 @@ def _keep_stdout(ours: bool) -> None:
   sys.stdout.flush()
   where = os.dup(1) if ours else os.open(os.devnull, os.O_WRONLY)
   os.dup2(2, 1)
-  sys.stdout = os.fdopen(where, 'w', 1, sys.stdout.encoding)
+  sys.stdout = os.fdopen(where, 'w', 1, sys.stdout.encoding, sys.stdout.errors)
 
 
 def _greet(coordinator: str, process_id: int) -> None:

@@ -1,4 +1,5 @@
 import csv
+import io
 import pathlib
 import re
 import subprocess
@@ -301,3 +302,12 @@ def test_the_sheet_shows_every_class_and_judges_what_is_known():
   assert len(answers) == 40
   assert [t.get_color() for t in answers[:3]] == ['#1a7f37', '#c62828', '#2166ac']
   assert 'its answers: the first 40 of 45' in [t.get_text() for t in figure.texts]
+
+
+def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
+  out = io.TextIOWrapper(io.BytesIO(), 'ascii')
+  monkeypatch.setattr(sys, 'stdout', out)
+  monkeypatch.setattr(cli, 'parse', lambda argv: sys.exit(print('\u2212', flush=True)))
+  with pytest.raises(SystemExit):
+    cli.main(['--help'])
+  assert out.buffer.getvalue() == b'\\u2212\n'

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -126,6 +127,18 @@ def test_a_trace_is_written_and_the_log_says_how_to_open_it(first):
   assert json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
 
 
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+def test_output_that_the_terminal_cannot_encode_is_escaped(monkeypatch, encoding):
+  streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ('stdout', 'stderr')}
+  for name, stream in streams.items():
+    monkeypatch.setattr(sys, name, stream)
+  monkeypatch.setattr(
+    options.app, 'run', lambda *_, **__: [print('\u2212', file=s, flush=True) for s in streams.values()]
+  )
+  options.main(None, regression.Config)
+  assert [stream.buffer.getvalue() for stream in streams.values()] == [b'\\u2212\n'] * 2
+
+
 def of_file(tmp_path, value, name='regression'):
   path = tmp_path / 'x.json'
   path.write_text(value if isinstance(value, str) else json.dumps(value))
@@ -144,8 +157,9 @@ def test_settings_become_flags_that_give_them(tmp_path, name):
 @pytest.mark.parametrize(
   ('value', 'said'),
   [
-    ({'meta_iteration': 5}, ("'meta_iteration'", 'unexpected')),
-    ({'way': 5}, ("'way'", 'unexpected', 'no results.json or config.json of experiments.regression')),
+    ({'meta_iteration': 5}, ("unknown setting 'meta_iteration'", 'did you mean meta_iterations?')),
+    ({'config': {'shots': 5}}, ("unknown setting 'shots'", 'did you mean shot?')),
+    ({'way': 5}, ("unknown setting 'way'", 'no results.json or config.json of experiments.regression')),
     ({'dataset': 'x' * 5000}, ('dataset', f"got '{'x' * 79}…")),
     ({'meta_iterations': '5'}, ('meta_iterations', 'type int', "got '5'")),
     ({'meta_iterations': 0}, ('meta_iterations', 'from 1 to', 'got 0')),
