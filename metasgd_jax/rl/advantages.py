@@ -69,7 +69,8 @@ def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANT
 
   First the baseline is fitted to the discounted returns of these trajectories. Then the advantages are computed by
   equation 16 of Schulman et al. 2016. Finally the advantages are normalised. `config` can switch off the first and the
-  last step.
+  last step. The dtype is that of the rewards and observations together. If it is float16 or bfloat16, the baseline and
+  the normalisation are computed in float32.
 
   Args:
     trajectories: Trajectories of one task, with leaves `[B, …]`.
@@ -96,7 +97,8 @@ def advantages(trajectories: Trajectories, config: AdvantageConfig = MAML_ADVANT
     last_values = jnp.where(t.terminated, 0, last @ weights)
   estimate = functools.partial(generalized_advantages, discount=config.discount, decay=config.decay)
   result = jax.vmap(estimate)(t.rewards, values, t.valid, last_values)
-  return normalize(result, t.valid) if config.normalized else result
+  result = normalize(result, t.valid) if config.normalized else result
+  return result.astype(jnp.result_type(t.rewards, t.observations, float))
 
 
 def discounted_returns(rewards: chex.Array, valid: chex.Array, discount: float) -> chex.Array:
@@ -160,7 +162,7 @@ def linear_features(observations: chex.Array, first_step: chex.Numeric = 0) -> c
     >>> ms.rl.linear_features(jnp.zeros((20, 2))).shape
     (20, 8)
   """
-  o = jnp.clip(observations, -10, 10)
+  o = jnp.clip(observations, -10, 10).astype(jnp.result_type(observations, float))
   t = ((first_step + jnp.arange(len(o))) / 100).astype(o.dtype)[:, None]
   return jnp.concatenate([o, o**2, t, t**2, t**3, jnp.ones_like(t)], -1)
 
@@ -171,7 +173,7 @@ def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, 
   The solution is computed in closed form, by a QR decomposition of the features stacked on √ridge I. The error of this
   method grows with the condition number of the features. The error of the normal equations grows with the square of
   the condition number, which is too much for single precision: for a pendulum, cos² + sin² = 1 makes the features
-  linearly dependent.
+  linearly dependent. Features in float16 or bfloat16 are fitted in float32, and the weights are then float32.
 
   Args:
     features: Features of each step, `[…, F]`.
@@ -185,7 +187,8 @@ def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, 
     [2.]
   """
   size = features.shape[-1]
-  rows = jnp.where(valid[..., None], features, 0).reshape(-1, size)
+  dtype = jnp.promote_types(features.dtype, jnp.float32)  # There is no QR decomposition in lower precision.
+  rows = jnp.where(valid[..., None], features, 0).reshape(-1, size).astype(dtype)
   rows = jnp.concatenate([rows, ridge**0.5 * jnp.eye(size, dtype=rows.dtype)])
   targets = jnp.append(jnp.where(valid, targets, 0), jnp.zeros(size, targets.dtype))
   q, r = jnp.linalg.qr(rows)
@@ -195,7 +198,9 @@ def fit_linear(features: chex.Array, targets: chex.Array, valid: chex.Array, *, 
 def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -> chex.Array:
   """Returns (x − mean) / (deviation + ε) for the valid entries, and zero for the other entries.
 
-  The mean and the standard deviation are those of the valid entries.
+  The mean and the standard deviation are those of the valid entries. If these entries are all equal, the result is
+  exactly zero, because the first valid entry is subtracted from x before the mean is computed. Otherwise the rounding
+  error of the mean could be much larger than ε. Values in float16 or bfloat16 are normalised in float32.
 
   Args:
     values: Values x, `[…]`.
@@ -206,14 +211,17 @@ def normalize(values: chex.Array, valid: chex.Array, *, epsilon: float = 1e-8) -
     >>> print(ms.rl.normalize(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
     [-1.  1.  0.]
   """
-  x = jnp.where(valid, values, 0)
+  dtype = jnp.result_type(values, float)
+  x = jnp.asarray(values, jnp.promote_types(dtype, jnp.float32))
+  x = jnp.where(valid, x - x.ravel()[jnp.argmax(valid)], 0)
   count = jnp.maximum(jnp.sum(valid), 1).astype(x.dtype)
   x = jnp.where(valid, x - jnp.sum(x) / count, 0)
-  return x / (jnp.sqrt(jnp.sum(x * x) / count) + epsilon)
+  return (x / (jnp.sqrt(jnp.sum(x * x) / count) + epsilon)).astype(dtype)
 
 
 def _discounted_sums(x, discount):
-  """Returns y_t = x_t + discount · y_{t+1}, `[H]`."""
+  """Returns y_t = x_t + discount · y_{t+1}, `[H]`, as floats even if x contains integers."""
+  x = x.astype(jnp.result_type(x, float))
 
   def body(later, now):
     total = now + discount * later

@@ -46,7 +46,7 @@ def rollout(environment: Environment, policy: Policy, theta: PyTree, task: PyTre
     log_prob = policy.log_prob(distribution, action)
     after, reward, terminated = environment.step(task, state, action, keys[1])
     after = jax.tree.map(lambda new, old: jnp.where(ended, old, new), after, state)
-    reward = jnp.where(ended, jnp.zeros_like(reward), reward)
+    reward = jnp.where(ended, 0, jnp.asarray(reward, jnp.result_type(reward, float)))
     return (after, ended | terminated), (observation, action, log_prob, reward, ~ended)
 
   start = (environment.reset(task, reset_key), jnp.zeros((), bool))

@@ -25,7 +25,7 @@ class Environment(NamedTuple):
     observe: `(task, state) → observation [O]`.
     step: `(task, state, action [A], key) → (state, reward [], terminated [])`; consumes key. `terminated` says whether
       the task ends the trajectory, for example because a goal is reached. `step` does not report the time
-      limit: `rollout` itself ends a trajectory after `horizon` steps.
+      limit: `rollout` itself ends a trajectory after `horizon` steps. `rollout` converts integer rewards to floats.
     observation_size: Number of entries O of an observation.
     action_size: Number of entries A of an action.
     horizon: Time limit H, the largest number of steps of a trajectory.

@@ -156,6 +156,16 @@ def test_normalize_sees_valid_steps_alone():
   np.testing.assert_array_equal(normalize(np.full((5, H), 7.0), np.ones((5, H), bool)), 0)
 
 
+@pytest.mark.parametrize('dtype', [np.float16, jnp.bfloat16, np.float32])
+def test_equal_values_are_normalized_to_zero(dtype):
+  for shape, value in (((7,), 0.1), ((20, 20), 100.1)):
+    values, valid = np.full(shape, value, dtype), np.ones(shape, bool)
+    masked = valid & (np.arange(shape[-1]) < shape[-1] - 1)
+    for found in (rl.normalize(jnp.array(values), valid), *map(jax.jit(rl.normalize), (values,) * 2, (valid, masked))):
+      assert found.dtype == dtype
+      np.testing.assert_array_equal(found, 0)
+
+
 CONFIGS = {
   "MAML's": rl.MAML_ADVANTAGES,
   'neither baseline nor normalised': rl.AdvantageConfig(discount=0.8, baseline=False, normalized=False),
@@ -194,6 +204,29 @@ def test_what_lies_after_the_end_counts_for_nothing():
   )
   for config in CONFIGS.values():
     np.testing.assert_array_equal(advantages(spoilt, config), advantages(drawn, config))
+
+
+def test_integer_rewards_and_observations_are_those_of_floats():
+  whole = draw()
+  whole = whole._replace(
+    **{name: np.int32(np.round(getattr(whole, name) * 3)) for name in ('rewards', 'observations', 'last_observation')}
+  )
+  floats = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.int32 else a, whole)
+  for name in ("MAML's", 'neither baseline nor normalised', 'bootstrapped'):
+    found, expected = (advantages(drawn, CONFIGS[name]) for drawn in (whole, floats))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+  returns = rl.discounted_returns(jnp.array([1, 1, 1]), jnp.ones(3, bool), 0.5)
+  np.testing.assert_array_equal(returns, [1.75, 1.5, 1.0])
+
+
+@pytest.mark.parametrize('dtype', [np.float16, jnp.bfloat16])
+def test_advantages_in_half_precision(dtype):
+  drawn = draw()
+  half = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == np.float64 else a, drawn)
+  found = advantages(half, rl.MAML_ADVANTAGES)
+  assert found.dtype == dtype
+  np.testing.assert_allclose(found.astype(np.float64), advantages(drawn, rl.MAML_ADVANTAGES), atol=0.1)
 
 
 @pytest.mark.parametrize(

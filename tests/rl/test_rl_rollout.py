@@ -109,6 +109,19 @@ def test_an_end_on_the_last_step_is_the_tasks():
   assert rl.undiscounted_return(early) == 1
 
 
+@pytest.mark.parametrize('dtype', [np.int32, bool])
+def test_rewards_that_are_no_floats_become_floats(dtype):
+  """The inner loop differentiates a surrogate of them."""
+  environment = ENVIRONMENT._replace(
+    step=lambda task, state, action, key: ((state[0], state[1] + 1), (state[1] < 4).astype(dtype), False)
+  )
+  inner = rl.policy_gradient(environment, POLICY, trajectories=2, advantage=rl.AdvantageConfig(baseline=False))
+  explored, _ = jax.eval_shape(inner.explore, jax.eval_shape(inner.init, jax.random.key(0)), TASK, jax.random.key(1))
+  assert explored[0].trajectories.rewards.dtype == explored[0].advantages.dtype == np.float32
+  one = jax.jit(functools.partial(rl.rollout, environment, POLICY))(THETA, TASK, jax.random.key(0))
+  np.testing.assert_array_equal(one.rewards, np.arange(H) < 4)
+
+
 def test_collect_is_rollout_for_each_key(drawn):
   keys, trajectories = drawn
   roll = jax.jit(functools.partial(rl.rollout, ENVIRONMENT, POLICY))
