@@ -257,6 +257,11 @@ class TestInitAlpha:
     alpha = ms.init_alpha(jax.random.key(0), problem[0], ms.AlphaConfig(0.25, 0.25))
     assert {float(v) for a in jax.tree.leaves(alpha) for v in np.ravel(a)} == {0.25}
 
+  def test_a_layer_has_a_rate_if_any_of_its_leaves_adapts(self, problem):
+    init = functools.partial(ms.init_alpha, config=ms.AlphaConfig(0.25, 0.25, per='layer'))
+    alpha = init(jax.random.key(0), problem[0], adapts=lambda name: name == 'in.w')
+    assert alpha == {'in': 0.25, 'out': None}
+
   @pytest.mark.parametrize(
     ('options', 'parts'),
     [

@@ -261,6 +261,15 @@ class TestAdaptWith:
     assert np.abs(second - np.eye(2)).max() > 0.1
     np.testing.assert_allclose(by_mu, -0.01 * 4 * t**3, rtol=1e-5)
 
+  def test_first_order_makes_the_loss_in_value_a_constant(self):
+    """Polyak's step size is the loss over the gradient's square."""
+    options = dict(loss_fn=lambda t, _: jnp.sum(t**4), optimizer_fn=optax.polyak_sgd)
+    adapt = lambda t, first_order: ms.adapt_with_optimizer(t, 10.0, None, first_order=first_order, **options)
+    jacobians = jax.jit(lambda t: [jax.jacobian(adapt)(t, first_order) for first_order in (True, False)])
+    first, second = jacobians(np.float32([1, 2]))
+    np.testing.assert_allclose(first, np.eye(2), atol=1e-6)
+    assert np.abs(second - np.eye(2)).max() > 0.1
+
   def test_path_holds_each_step(self):
     theta = {'w': np.float32([3, -1])}
     options = dict(loss_fn=lambda t, _: jnp.sum(t['w'] ** 2), optimizer_fn=lambda rate: optax.adam(rate, eps_root=1e-8))

@@ -78,6 +78,20 @@ def test_a_rule_that_uses_a_traced_array(adjoint):
   np.testing.assert_allclose(gradient(2.0, adjoint), gradient(2.0, 'reverse'), rtol=1e-5)
 
 
+def test_a_false_rule_with_rates_for_each_step():
+  reversal = FALSE['reversal by vjp']()
+
+  def outer(theta, alpha, adjoint):
+    loss = lambda theta, _: reversal(theta[0]) * jnp.sin(theta[1])
+    adapted = ms.adapt(theta, alpha, None, loss_fn=loss, steps=2, alpha_by_step=True, adjoint=adjoint)
+    return jnp.sum(adapted**2)
+
+  gradients = jax.jit(lambda *meta: [jax.grad(outer, (0, 1))(*meta, by) for by in ('reverse', 'hvp', 'revolve')])
+  reverse, hvp, revolve = gradients(np.float32([0.5, 0.7]), np.float32([0.3, 0.2]))
+  assert_trees_close(hvp, reverse, rtol=1e-5)
+  assert_trees_close(revolve, reverse, rtol=1e-5)
+
+
 ALWAYS = ('clipping of the norm', 'spikes', 'calls itself', 'relu', 'sine by vjp')
 """A rule of each kind: false and true, by vjp and by jvp, and one that cannot be compared."""
 

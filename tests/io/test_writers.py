@@ -91,3 +91,15 @@ def test_metrics_are_cut_to_a_step(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line['label'], line['step']) for line in lines] == [('A', 10), ('A', 20), ('B', 10), ('B', 20)]
   assert writers.MetricsWriter(tmp_path / 'none.jsonl', go_on=True).cut('A', 5) == []
+
+
+def test_a_whole_line_without_its_newline_is_removed(tmp_path):
+  path = tmp_path / 'm.jsonl'
+  writer = writers.MetricsWriter(path)
+  for step in (10, 20):
+    writer.write('A', step, {'loss': 0.5})
+  path.write_bytes(path.read_bytes().removesuffix(b'\n'))
+  writer = writers.MetricsWriter(path, go_on=True)
+  assert [line['step'] for line in writer.cut('A', 20)] == [10]
+  writer.write('A', 20, {'loss': 0.5})
+  assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [10, 20]

@@ -98,6 +98,18 @@ def test_the_key_alone_says_which_tasks():
   assert not np.allclose(a[..., 0], evaluate(fast, meta, seed=1, num_tasks=10)[..., 0])
 
 
+def test_no_key_is_used_twice():
+  """The task, the episode and the learner each write the first word of their key, and `path` returns all three."""
+  word = lambda key: jax.random.key_data(key)[0]
+  episode = lambda task, key: ms.Episode(jnp.stack([task, word(key)]), ms.Batch(jnp.zeros(1), jnp.zeros(1)))
+  tasks = ms.TaskDistribution(word, episode)
+  path = lambda meta, support, key: jnp.append(support, word(key))
+  learner = ms.Learner(None, None, path, lambda adapted, x: adapted, None)
+  words = evaluate(learner, jnp.zeros(()), tasks=tasks, metric_fn=lambda output, y: output, num_tasks=3, repeats=2)
+  assert words.shape == (3, 2, 3)
+  assert len(np.unique(words)) == 3 + 3 * 2 * 2  # A key for each task, and two for each of its episodes.
+
+
 @pytest.mark.parametrize(('option', 'value'), [('num_tasks', 0), ('num_tasks', 4.0), ('repeats', -1)])
 def test_counts_below_one(option, value):
   with pytest.raises(ValueError, match=saying(option, 'an integer of at least 1', f'got {value}')):

@@ -143,6 +143,21 @@ def test_the_options_of_the_update_are_handed_to_it(monkeypatch):
   assert given['config'] == config
 
 
+def test_a_divergence_is_the_mean_over_its_own_tasks(monkeypatch):
+  """If the divergence of every step is 1, the mean is 1, over all tasks and over those of the curvature."""
+
+  def update(meta, *, kl, fisher, **_):
+    return meta, rl.TrpoInfo(kl=kl(None, None), improvement=fisher, step=jnp.zeros(()))
+
+  monkeypatch.setattr('metasgd_jax.rl.meta_step.fisher_product', lambda _, kl, *args, **options: kl(None, None))
+  monkeypatch.setattr('metasgd_jax.rl.meta_step.trpo_update', update)
+  inner = light(steps=0, alpha=0.1)
+  inner = inner._replace(policy=inner.policy._replace(kl=lambda old, new: 1.0))
+  step = jax.jit(functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=3, curvature_tasks=2))
+  info = step(inner.init(jax.random.key(0)), jax.random.key(1))[1]
+  np.testing.assert_allclose([info['kl'], info['improvement']], 1, rtol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('build', [dict(alpha=0.1), dict(alpha=ms.AlphaConfig(0.1, 0.1))])
 def test_trpo_meta_iterations_raise_the_return_after_an_update(build):
