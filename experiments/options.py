@@ -155,6 +155,12 @@ def main(prepare: Callable[[], Callable[[], object]], config_class: type) -> Non
       run()
     except _FAILURES as e:
       sys.exit(f'error: {e}')
+    except reporting.StoppedError as e:
+      if jax.process_count() > 1:  # The processes end together.
+        raise
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(int(e.code or 1))  # Python would end under a thread that still compiles, and then crash.
 
   escape_unprintable()
   logging.set_verbosity(logging.INFO)

@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments import options, processes
 from experiments.options import option
+from experiments.reporting import StoppedError
 from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
 
@@ -172,7 +173,7 @@ class Run:
       earlier = '' if self.begun else ', and the earlier run is unchanged'
       said = f'nothing is saved yet{earlier}; the same command begins again'
     print(f'stopped by {signal.Signals(number).name}: {said}', flush=True)
-    raise SystemExit(128 + number)
+    raise StoppedError(128 + number)
 
   def open_events(self) -> None:
     """Opens an event file of TensorBoard, if the configuration asks for it."""

@@ -286,3 +286,20 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     options.main(lambda: run, regression.Config)
   with pytest.raises(SystemExit, match='error: a mistake'):
     options.main(lambda: (_ for _ in ()).throw(ValueError('a mistake')), regression.Config)
+
+
+def test_a_stopped_program_ends_at_once_with_the_code_of_the_signal(monkeypatch):
+  """Python itself would wait for the thread that compiles, and might crash."""
+  codes = []
+
+  def run():
+    raise reporting.StoppedError(143)
+
+  monkeypatch.setattr(options.app, 'run', lambda start, flags_parser: start(['name']))
+  monkeypatch.setattr(options, '_start_jax', lambda cache: None)
+  monkeypatch.setattr(options.os, '_exit', codes.append)
+  options.main(lambda: run, regression.Config)
+  assert codes == [143]
+  monkeypatch.setattr(options.jax, 'process_count', lambda: 2)
+  with pytest.raises(SystemExit):
+    options.main(lambda: run, regression.Config)
