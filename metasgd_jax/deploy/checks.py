@@ -1,15 +1,14 @@
 """Checks of an export: of its arguments before it begins, and of the numbers that the exported programs compute."""
 
-import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metasgd_jax.io.files import PathLike, WriterError, as_path, first_line
+from metasgd_jax.io.files import PathLike, WriterError, as_path
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, PyTree
 
@@ -76,16 +75,6 @@ def check_episode(episode: Episode) -> None:
         f'all leaves of {what} must have the same first dimension, which is the number of items and at least 1, '
         f'got {sorted(counts)}'
       )
-
-
-def as_json(says: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `says` as it is read back after JSON has stored it. Raises ValueError if JSON cannot store a value."""
-  try:
-    return json.loads(json.dumps(dict(says), allow_nan=False))
-  except (TypeError, ValueError, RecursionError) as e:
-    raise ValueError(
-      f'the argument `says` has a value that JSON cannot store ({first_line(e)}); use numbers, strings, lists and dicts'
-    ) from e
 
 
 def check_close(ours: PyTree, theirs: PyTree) -> None:

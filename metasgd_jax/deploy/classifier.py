@@ -98,7 +98,7 @@ class FewShotClassifier:
     steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. Facts about the training do not change them.
     config = dataclasses.replace(model.config, training={}, inner_steps=steps)
-    images, light = _inverted(_as_images(X, config.image_shape), self.invert, config)
+    images, light = _prepared(X, self.invert, config)
     classes, labels = _as_classes(y, len(images), config.way)
     images, labels = _balanced(images, labels)
     inductive = bool(self.inductive)
@@ -200,7 +200,7 @@ class FewShotClassifier:
     if not hasattr(self, '_fitted'):
       raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few images of each class')
     config, inductive, adapted = self._fitted
-    x, _ = _inverted(_as_images(images, config.image_shape), self.invert, config)
+    x, _ = _prepared(images, self.invert, config)
     options = config, len(self.classes_), inductive
     if not inductive:
       return np.asarray(_predict(options, adapted, x))
@@ -315,11 +315,12 @@ def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
   return x[rows], y[rows]
 
 
-def _inverted(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def _prepared(images, invert: bool | Literal['auto'], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
   """Returns the images as float32, with light ones inverted, and whether each image was inverted, `[n, 1, 1, 1]`.
 
   Integer images arrive in float64, so that an inverted k becomes exactly the float32 number of 255 − k.
   """
+  x = _as_images(images, config.image_shape)
   light = _light(x, invert, config)
   return np.where(light, 1 - x, x).astype(np.float32), light
 

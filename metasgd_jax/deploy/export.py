@@ -19,7 +19,7 @@ from jax.extend.core import InconclusiveDimensionOperation
 from metasgd_jax.deploy import checks
 from metasgd_jax.deploy.exported_file import FORMAT_VERSION, Exported, described, load_exported, member
 from metasgd_jax.deploy.model_file import FewShotModel, build_learner
-from metasgd_jax.io.files import PathLike, atomic, first_line
+from metasgd_jax.io.files import PathLike, as_json, atomic, first_line
 from metasgd_jax.outer import sharding
 from metasgd_jax.tree import is_key, named
 from metasgd_jax.types import Batch, Episode, Learner, PyTree
@@ -142,7 +142,7 @@ def export_learner(
     (7, 1)
   """
   path, platforms = checks.writable(path), checks.known_platforms(platforms)
-  meta, facts = checks.as_arrays(meta), checks.as_json(says or {})
+  meta, facts = checks.as_arrays(meta), as_json('says', says or {})
   checks.check_episode(episode)
   if report:
     report('exporting, and comparing the exported programs with the learner, which may take half a minute')

@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, writable
-from metasgd_jax.io.files import PathLike, as_path, atomic, first_line
+from metasgd_jax.io.files import PathLike, as_json, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd
 from metasgd_jax.types import Batch, Episode, Learner, MetaParams, check_choice
 
@@ -87,10 +87,7 @@ class ModelConfig:
       raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
       raise ValueError(f'`training` must be a dict, such as {{"seed": 0}}, got {self.training!r}')
-    try:
-      json.dumps(self.training, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e:
-      raise ValueError(f'`training` must have values that JSON can store ({e}); use numbers and strings') from e
+    as_json('training', self.training)
     if _levels(self.training) > _MOST_LEVELS:
       levels = _levels(self.training)
       raise ValueError(f'`training` must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')

@@ -201,7 +201,7 @@ def apply_optimizer(
     updates, state = update(grad, state, params, grad=grad, **given)
     return optax.apply_updates(params, updates), state
   except (AttributeError, TypeError, ValueError) as error:
-    first, *_ = [*str(error).splitlines(), '']
+    first = str(error).partition('\n')[0]
     raise ValueError(
       f'the update of `{name}` fails with {type(error).__name__}: {first}. It receives the gradient, the state, the '
       f'parameters, and the extra arguments {sorted([*given, "grad"])}; if it needs anything else, use another'

@@ -104,12 +104,13 @@ class Checkpoints(contextlib.AbstractContextManager):
     """
     check_count('keep_best', keep_best, 0)
     self._directory, self._config = files.as_utf8_path(directory), _as_json(config)
-    self.latest = newest(self._directory, like=like, config=config, report=report)
+    self.latest = newest(self._directory, like=like, config=self._config, report=report)
     self.last = -1 if self.latest is None else self.latest.step
     there = [step for step in steps(self._directory) if step <= self.last]
     older = [self._directory / str(step) for step in there[:-1]] if keep_best else []
     found = [
-      _try_read(path, like, config, report, 'it is left out when the best checkpoints are chosen') for path in older
+      _try_read(path, like, self._config, report, 'it is left out when the best checkpoints are chosen')
+      for path in older
     ] + [self.latest]
     with_metric = [checkpoint for checkpoint in found if checkpoint and checkpoint.metric is not None]
     self.best = sorted(with_metric, key=lambda c: rank(c.metric, c.step), reverse=True)[:keep_best]
@@ -260,11 +261,7 @@ def _as_json(config: Config) -> dict[str, Any]:
   """Returns a configuration as it is read back after JSON has stored it. Raises ValueError if JSON cannot store it."""
   if not isinstance(config, Mapping):
     raise ValueError(f'config must be a mapping, such as a dict of settings, got {config!r:.80}; give {{}} for none')
-  try:
-    return json.loads(json.dumps(dict(config)))
-  except (TypeError, ValueError, RecursionError) as e:
-    reason = files.first_line(e)
-    raise ValueError(f'config has a value that JSON cannot store ({reason}); use numbers, strings and lists') from e
+  return files.as_json('config', config, allow_nan=True)
 
 
 def _by_itself():

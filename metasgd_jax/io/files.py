@@ -7,7 +7,7 @@ import os
 import pathlib
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -185,6 +185,30 @@ def told(path: pathlib.Path, advice: str | None = None) -> Iterator[None]:
     raise WriterError(f'{path} cannot be written ({e.strerror or e}); {advice}') from e
 
 
+def as_json(name: str, values: Mapping[str, Any], *, allow_nan: bool = False) -> dict[str, Any]:
+  """Returns the values of a mapping as they are read back after JSON has stored them.
+
+  Args:
+    name: Name of the argument that holds the values, for the message.
+    values: Mapping from names to values.
+    allow_nan: Whether NaN and infinite numbers are accepted, which are not standard JSON.
+
+  Raises:
+    ValueError: if JSON cannot store a value.
+
+  Example:
+    >>> ms.files.as_json('config', {'way': (5, 20)})
+    {'way': [5, 20]}
+  """
+  try:
+    return json.loads(json.dumps(dict(values), allow_nan=allow_nan))
+  except (TypeError, ValueError, RecursionError) as e:
+    raise ValueError(
+      f'the argument `{name}` has a value that JSON cannot store ({first_line(e)}); use numbers, strings, lists and '
+      'dicts'
+    ) from e
+
+
 def write_json(path: PathLike, value: Any) -> None:
   """Writes a value as indented JSON. Infinities and NaN become null, because JSON has neither.
 
@@ -257,7 +281,7 @@ def write_params(path: PathLike, params: PyTree) -> None:
   import safetensors.numpy
 
   # safetensors writes the memory of an array as it is, so the memory must be in row-major (C) order.
-  arrays = {name: np.asarray(native(leaf), order='C') for name, leaf in named(jax.device_get(params))}
+  arrays = {name: np.asarray(native(leaf), order='C') for name, leaf in named(params)}
   for name, array in arrays.items():
     said = f'the leaf {name!r} of dtype {array.dtype} cannot be stored in a safetensors file'
     if array.dtype.name not in _STORED:

@@ -216,7 +216,7 @@ def _returned(state: TrainState, placement: Placement) -> TrainState:
 def _prepare(tasks: Tasks, key, total: int, meta_batch: int, chunk: int, mesh, step: int) -> TaskDistribution:
   """Returns the tasks of the `chunk` meta-iterations that begin at `step`. Their data are on the devices.
 
-  If only n < chunk meta-iterations are left of `total`, the tasks are those of these n, and no other data are sent.
+  If only n < chunk meta-iterations are left of `total`, the tasks are those of these n, and no other data are read.
   """
 
   def keys():

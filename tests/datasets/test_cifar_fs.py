@@ -165,7 +165,7 @@ class TestBadArchives:
 
   def test_images_are_missing(self, tmp_path):
     write_archive(tmp_path / 'archives', contents(**{'cifar-100-binary/test.bin': records([3])}))
-    with pytest.raises(DatasetError, match=saying('CIFAR-100 cannot be read', 'apple has 4', '5')):
+    with pytest.raises(DatasetError, match=saying('CIFAR-100 cannot be read', 'apple has 4', 'should have 5')):
       self.load(tmp_path, tmp_path / 'archives')
 
   def test_classes_of_another_data_set(self, tmp_path):

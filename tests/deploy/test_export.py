@@ -398,7 +398,10 @@ def claims_much(parts):
   ('spoil', 'message'),
   [
     (lambda parts: parts | {'about.json': b'{'}, 'cannot be read as an exported learner'),
-    (lambda parts: parts | {'about.json': b'[]'}, 'format_version'),
+    (
+      lambda parts: parts | {'about.json': b'[]'},
+      'format_version in about.json must be an integer of at least 1, got None',
+    ),
     (lambda parts: changed_about(parts, format_version=2), 'of format version 2, newer than 1'),
     (lambda parts: changed_about(parts, parameters=[1]), 'does not name the parameters'),
     (lambda parts: changed_about(parts, platforms=['cpu']), 'another program than adapt.bin'),

@@ -1,7 +1,7 @@
 """Random losses, whose meta-gradients by every adjoint are compared with those of a plain loop and with differences."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE
 from hypothesis import strategies as st
 
 import metasgd_jax as ms
+from metasgd_jax.inner.adaptation import Adjoint
 
-ADJOINTS = ('reverse', 'checkpoint', 'hvp', 'revolve')
+ADJOINTS = get_args(Adjoint)
 
 
 def _stopped(x):
