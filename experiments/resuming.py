@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import options, processes
+from experiments import options, processes, replacing
 from experiments.options import option
+from experiments.replacing import RECORD
 from experiments.reporting import StoppedError
 from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
 
 flags.disclaim_key_flags()  # Then --help lists the flags defined here as flags of the experiment.
-
-RECORD = 'metasgd_run.json'
-"""Name of the file that marks a directory as the directory of a run, and lists the files that the run has written."""
 
 OWN_PATTERNS = (
   *('config.json', 'metrics.jsonl', 'timings.jsonl', 'results.json', 'checkpoints', 'profile', 'per_task_*.npy'),
@@ -107,25 +104,26 @@ class Run:
     return self.workdir / name
 
   def begin(self) -> None:
-    """Removes the files of an earlier run, and marks the directory as this run's.
+    """Puts the files of an earlier run aside, and marks the directory as this run's.
 
     This method must be called before the run writes any file. `trainings.train` first tries one meta-iteration, which
-    writes no file, and then calls this method. If the meta-iteration fails, the files of the earlier run are kept.
+    writes no file, and then calls this method. The earlier run is removed when `keep` is called. If the run ends before
+    that, the earlier run is put back.
     """
     if self.begun:
       return
     names, old = {'config.json', 'metrics.jsonl', 'timings.jsonl', 'checkpoints'}, set(self.written)
     refuse([self.workdir / name for name in sorted(names - old)])
+    replacing.set_aside(self.workdir, old)
+    self.begun, self.written = True, names | ({'profile'} & old)
+    self.note()
     self.open_events()
-    self.begun = True
-    _remove(self.workdir / 'checkpoints')
-    self.written |= names
-    self.note()  # A kill from here on leaves an unfinished run without checkpoints, which the next run replaces.
-    for name in old:
-      _remove(self.workdir / name)
-    self.written = self.written - old | names
     files.write_json(self.workdir / 'config.json', self.config)
     self.note()
+
+  def keep(self) -> None:
+    """Removes the earlier run for good. It must be called when the first checkpoint is on the disk."""
+    replacing.settle(self.workdir, new_stays=True)
 
   def note(self, finished: bool = False) -> None:
     """Writes the file `RECORD`: whether the run is finished, its configuration, the versions, and the run's files."""
@@ -146,8 +144,9 @@ class Run:
       for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
         half.unlink()
     self.note(finished=True)
+    self.keep()
     if not self.keeping.keep_checkpoints:
-      _remove(self.workdir / 'checkpoints')
+      replacing.remove_files(self.workdir, 'checkpoints')
 
   def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
     """Handles a signal: records its `number`, and ends the program if it is idle and has a single process."""
@@ -170,7 +169,8 @@ class Run:
     command = 'the same command without --restart' if self.keeping.restart and not self.cell else 'the same command'
     said = f'{what}; {command} goes on from there'
     if not (self.begun and trainings(self.workdir)):
-      earlier = '' if self.begun else ', and the earlier run is unchanged'
+      unchanged = not self.begun or replacing.is_pending(self.workdir)
+      earlier = ', and the earlier run is unchanged' if unchanged else ''
       said = f'nothing is saved yet{earlier}; the same command begins again'
     print(f'stopped by {signal.Signals(number).name}: {said}', flush=True)
     raise StoppedError(128 + number)
@@ -188,10 +188,10 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
   """Opens a work directory for a run. The run is finished when the `with` block ends without an error.
 
   An unfinished run of the same configuration continues. A finished run of the same configuration stays as it is, and
-  `Run.rows` has its rows of results.json. With `keeping.restart`, an earlier run is replaced when the new run calls
-  `Run.begin`, and only files that the record of the earlier run lists are removed. If the run is a `cell` of a table,
-  `keeping.restart` replaces only an earlier run that `check` refuses, so that a table can be made by running the same
-  command several times.
+  `Run.rows` has its rows of results.json. With `keeping.restart`, an earlier run is replaced when the new run has its
+  first checkpoint, and only files that the record of the earlier run lists are removed. If the run is a `cell` of a
+  table, `keeping.restart` replaces only an earlier run that `check` refuses, so that a table can be made by running the
+  same command several times.
 
   Raises:
     WriterError: if another program trains in the directory, if the directory cannot be written, or if it holds files
@@ -210,9 +210,13 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
           held.callback(signal.signal, number, signal.signal(number, run.come))
       _enter(run, config)
     run.rows = processes.json_from_first(run.rows)
-    with contextlib.closing(run):
-      yield run
-      run.idle = False  # A run that is finished ignores signals.
+    try:
+      with contextlib.closing(run):
+        yield run
+        run.idle = False  # A run that is finished ignores signals.
+    except BaseException:
+      replacing.settle(workdir, new_stays=bool(trainings(workdir)))
+      raise
     if run.begun:
       run.finish()
     processes.any_of(False)  # The other processes wait until the first one has drawn the pictures.
@@ -221,6 +225,9 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
 def _enter(run: Run, config: Any) -> None:
   """Decides whether the run begins, continues or is finished already, and prints the decision."""
   workdir, record = run.workdir, _read_record(run.workdir)
+  if replacing.is_pending(workdir):  # A program was killed while it replaced a run.
+    replacing.settle(workdir, new_stays=bool(record and (record['finished'] or trainings(workdir))))
+    record = _read_record(workdir)
   if record is None:
     there = sorted(path.name for pattern in OWN_PATTERNS for path in workdir.glob(pattern))
     if there:
@@ -262,14 +269,14 @@ def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
   """Checks that a run can begin or resume in a directory. Returns its configuration, as values that JSON can store.
 
   If the directory holds an earlier run, the result is the configuration of that run, which may lack options that were
-  added later. Otherwise the result is `config`. An earlier run that is not finished and has no checkpoints is ignored.
+  added later. Otherwise the result is `config`. An earlier run that has neither checkpoints nor results is ignored.
 
   Raises:
     CheckpointError: if the earlier run has another configuration, if it is finished and its results cannot be read, or
       if its record cannot be read. If the configurations differ, the message names the fields that differ.
   """
   record = _read_record(workdir)
-  if record is None or not (record['finished'] or trainings(workdir)):
+  if record is None or not (record['finished'] or trainings(workdir) or _has_results(workdir, record['files'])):
     return _plain(config)
   if fields := differences(record['config'], config):
     kind = 'a finished' if record['finished'] else 'an unfinished'
@@ -335,18 +342,9 @@ def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     raise CheckpointError(f'{workdir} holds a finished run, but {reason}; --restart trains it again') from e
 
 
-def _remove(path: pathlib.Path) -> None:
-  """Deletes a file or a directory.
-
-  A directory is renamed first. If the program is killed meanwhile, no half-deleted directory has the original name.
-  """
-  aside = path.with_name(f'.{path.name}-removed')
-  shutil.rmtree(aside, ignore_errors=True)
-  if path.is_dir():
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-  else:
-    path.unlink(missing_ok=True)
+def _has_results(workdir: files.PathLike, names: Sequence[str]) -> bool:
+  results = [name for name in names if name == 'results.json' or name.startswith(('params_', 'model_'))]
+  return any(pathlib.Path(workdir, name).exists() for name in results)
 
 
 def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:

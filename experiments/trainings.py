@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 import metasgd_jax as ms
-from experiments import processes, reporting, resuming
+from experiments import processes, replacing, reporting, resuming
 from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
@@ -145,7 +145,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
   finish the same chunk of meta-iterations and then stop.
 
   Raises:
-    TrainingError: if a loss or a gradient is not finite. The state before the chunk in which this happens is saved.
+    TrainingError: if a loss or a gradient is not finite. The state before the chunk in which this happens is saved,
+      unless it would be the first checkpoint of a run that replaces an earlier one.
     CheckpointError: if a checkpoint cannot be used or written.
   """
   with contextlib.ExitStack() as opened:
@@ -237,6 +238,9 @@ class _AfterChunk:
       self.run.metrics[0].sync()
       self.kept.save(self.good, accuracy)
       self.saved = time.monotonic()
+      if replacing.is_pending(self.run.workdir):
+        self.kept.wait()
+        self.run.keep()
     if stop:
       if self.kept is not None:
         self.kept.wait()
@@ -246,7 +250,8 @@ class _AfterChunk:
   def stop_at_bad_numbers(self, progress: ms.Progress) -> None:
     """Raises TrainingError if a number of the chunk is not finite.
 
-    Before that, it saves a checkpoint of the last good state, which is the state that preceded the chunk.
+    Before that, it saves a checkpoint of the last good state, which is the state that preceded the chunk. If there is
+    no checkpoint yet and the run would replace an earlier one, nothing is saved.
     """
     bad = bad_numbers.find(self.good, progress, lambda state, step: self.training.go(state, step, ()))
     if bad is None:
@@ -257,10 +262,13 @@ class _AfterChunk:
       raise TrainingError(
         f'{said}; the output of the first process says what to do, and where the state before this chunk is saved'
       )
-    self.kept.save(self.good)
-    self.kept.wait()
-    directory = resuming.checkpoints_of(self.run.workdir, self.training.name)
-    saved = f'the state of meta-iteration {self.kept.last} is saved in {directory}'
+    if replacing.is_pending(self.run.workdir):
+      saved = 'nothing is saved, and the earlier run is unchanged'
+    else:
+      self.kept.save(self.good)
+      self.kept.wait()
+      directory = resuming.checkpoints_of(self.run.workdir, self.training.name)
+      saved = f'the state of meta-iteration {self.kept.last} is saved in {directory}'
     lower = 'lower --alpha, --learning_rate or --inner_steps with --restart'
     skip = 'skip such steps with --restart --bad_steps=skip'
     show = f'--debug_task={bad.step} shows the tasks of meta-iteration {bad.step}'

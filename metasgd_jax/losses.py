@@ -44,7 +44,7 @@ def cross_entropy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     >>> print(ms.losses.cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).round(3))  # ln 2
     0.693
   """
-  _check_labels(logits, labels)
+  labels = _checked_labels(logits, labels)
   losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
   valid = are_classes(labels, jnp.shape(logits)[1])
   return jnp.mean(losses * jnp.where(valid, 1, jnp.nan).astype(losses.dtype))  # A product makes the gradient NaN too.
@@ -63,10 +63,12 @@ def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
     >>> print(ms.losses.accuracy(jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([0, 0])))
     0.5
   """
-  _check_labels(logits, labels)
-  wide = jnp.promote_types(jnp.result_type(logits), jnp.float32)  # bfloat16 would round 74/75 to 0.988.
-  right = (jnp.argmax(logits, -1) == labels).astype(wide)
-  return jnp.mean(jnp.where(are_classes(labels, jnp.shape(logits)[1]), right, jnp.nan))
+  labels = _checked_labels(logits, labels)
+  wide = _at_least_float32(logits)  # bfloat16 would round 74/75 to 0.988.
+  valid = are_classes(labels, jnp.shape(logits)[1])
+  # A label that does not fit into int32 is no class.
+  right = jnp.argmax(logits, -1).astype(jnp.int32) == jnp.asarray(labels).astype(jnp.int32)
+  return jnp.mean(jnp.where(valid, right.astype(wide), jnp.asarray(jnp.nan, wide)))
 
 
 def per_token(metric: Callable[[chex.Array, chex.Array], chex.Array]) -> Callable[..., chex.Array]:
@@ -130,10 +132,12 @@ def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, me
       f'the mask must be an array of booleans of shape {items}, one for each item, '
       f'got {dtype} of shape {jnp.shape(mask)}'
     )
-  y = jax.vmap(jnp.where, (0, 0, None))(jnp.asarray(mask), jnp.asarray(y), 0)
+  mask, y = jnp.asarray(mask), jnp.asarray(as_labels(y))
+  y = jax.vmap(lambda real, target: jnp.where(real, target, jnp.zeros_like(target)))(mask, y)
   values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
-  wide = jnp.promote_types(values.dtype, jnp.float32)  # Like jnp.mean: a float16 sum overflows early.
-  mean = jnp.sum(jnp.where(mask, values, 0), dtype=wide) / jnp.maximum(jnp.sum(mask), 1)
+  wide = _at_least_float32(values)  # Like jnp.mean: a float16 sum overflows early.
+  count = jnp.maximum(jnp.sum(mask), 1).astype(wide)
+  mean = jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)), dtype=wide) / count
   return mean.astype(values.dtype) if jnp.issubdtype(values.dtype, jnp.floating) else mean
 
 
@@ -163,9 +167,33 @@ def one_hot(labels: chex.Array, classes: int) -> chex.Array:
   return jnp.where(are_classes(labels, classes)[:, None], jax.nn.one_hot(labels, classes), jnp.nan)
 
 
-def _check_labels(logits, labels) -> None:
+def _at_least_float32(values: chex.Array) -> type:
+  return jnp.float64 if jnp.result_type(values) == jnp.float64 else jnp.float32
+
+
+def as_labels(labels: Any) -> chex.Array | np.ndarray:
+  """Returns labels as an array, which is one of NumPy unless they are an array of JAX.
+
+  Raises:
+    ValueError: if the labels are not numbers, or if some integers are too large for JAX, which would cut them off.
+  """
+  if isinstance(labels, jax.Array):
+    return labels
+  found = np.asarray(labels)
+  if found.dtype.kind not in 'biufV':
+    raise ValueError(f'the labels must be an array of numbers, got {labels!r:.80}; encode them as numbers')
+  if found.dtype.kind in 'iu':
+    kept = jax.dtypes.canonicalize_dtype(found.dtype)
+    if (cut := found[found.astype(kept) != found]).size:
+      raise ValueError(f'the label {cut[0]} does not fit into {kept}; renumber the labels')
+  return found
+
+
+def _checked_labels(logits, labels) -> chex.Array | np.ndarray:
+  labels = as_labels(labels)
   shapes = jnp.shape(logits), jnp.shape(labels)
   if len(shapes[0]) != 2 or shapes[0][:1] != shapes[1]:
     raise ValueError(f'logits must have shape [B, N] and labels shape [B], got {shapes[0]} and {shapes[1]}')
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise ValueError(f'`labels` must be integers from 0 to N - 1, got dtype {jnp.result_type(labels)}')
+  return labels

@@ -48,6 +48,33 @@ def root_by_iteration():
   return newton
 
 
+def factor_where(condition):
+  """A derivative that is doubled where a condition on the input and the cotangent holds."""
+  return lambda: by_vjp(jnp.sin, lambda x, g: jnp.where(condition(x, g), 2, 1).astype(x.dtype) * jnp.cos(x) * g)
+
+
+FALSE_SOMEWHERE = {
+  'near zero': factor_where(lambda x, g: jnp.abs(x) < 0.05),
+  'between two small numbers': factor_where(lambda x, g: (x > 0.0501) & (x < 0.0502)),
+  'far away': factor_where(lambda x, g: jnp.abs(x) > 1e6),
+  'for large gradients': factor_where(lambda x, g: jnp.abs(g) > 1e5),
+  'for one branch of cond': lambda: by_vjp(
+    jnp.sin, lambda x, g: jax.lax.cond(jnp.sum(x) > 1e12, lambda c: 2 * c, lambda c: c, g * jnp.cos(x))
+  ),
+}
+"""Rules that are the derivative of their function for most inputs."""
+
+
+def by_labels(factor, backward):
+  """A layer `(x, labels) → factor(labels) x`, whose backward pass multiplies by `backward(labels)`."""
+  times = lambda which, labels, x: jnp.asarray(which(labels)).astype(x.dtype) * x
+  custom = jax.custom_vjp(lambda x, labels: times(factor, labels, x))
+  custom.defvjp(
+    lambda x, labels: (times(factor, labels, x), labels), lambda labels, g: (times(backward, labels, g), None)
+  )
+  return custom
+
+
 FALSE = {
   'reversal by vjp': lambda: by_vjp(lambda x: x, lambda x, g: -g),
   'reversal by jvp': lambda: by_jvp(lambda x: 1.0 * x, lambda x, t: -t),

@@ -64,6 +64,17 @@ def test_a_label_that_is_no_class_is_refused_or_gives_nan(metric, label):
   assert metric is accuracy or np.isnan(slope[1]).all()
 
 
+@pytest.mark.parametrize(
+  'metric', [cross_entropy, accuracy, lambda *given: masked(accuracy)(given[0], (given[1], np.ones(3, bool)))]
+)
+def test_labels_are_numbers_that_jax_can_hold(metric):
+  assert np.isfinite(metric(LOGITS[0], [0, 2, 1]))
+  with pytest.raises(ValueError, match=saying('label', '4294967296', 'renumber')):
+    metric(LOGITS[0], np.array([0, 2**32, 1]))
+  with pytest.raises(ValueError, match=saying('labels', "['a', 'b', 'c']", 'encode')):
+    metric(LOGITS[0], ['a', 'b', 'c'])
+
+
 def test_padding_may_have_any_label():
   labels, mask = np.array([0, -100, 2]), np.array([True, False, True])
   value, slope = jax.jit(jax.value_and_grad(masked(cross_entropy)))(LOGITS[0][[0, 0, 2]], (labels, mask))

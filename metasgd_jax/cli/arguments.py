@@ -39,6 +39,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   parser.add_argument(
     '--out', metavar='DIR', required=True, help='folder to write predictions.csv and predictions.png to'
   )
+  parser.add_argument('--overwrite', action='store_true', help='replace the results of an earlier call in --out')
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
     '--inductive', action='store_true', default=True, help='batch norm uses the statistics of the examples (default)'

@@ -15,17 +15,21 @@ import numpy as np
 from metasgd_jax.cli.arguments import INVERT
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
+from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
 from metasgd_jax.datasets.messages import printable
 from metasgd_jax.deploy.classifier import FewShotClassifier
 from metasgd_jax.deploy.model_file import ModelConfig, load_model
 from metasgd_jax.io import files
+
+RESULTS = ('predictions.csv', 'predictions.png')
+"""Names of the files that are written to --out."""
 
 
 def run(args: argparse.Namespace) -> None:
   """Reads and checks all inputs, adapts the model, predicts, and writes and reports the results."""
   model, out, query_dir = load_model(args.model), files.as_path(args.out), files.as_path(args.query)
   support, query = _read(args, model.config)
-  _check_out(out, {'--support': files.as_path(args.support), '--query': query_dir})
+  _check_out(out, {'--support': files.as_path(args.support), '--query': query_dir}, args.overwrite)
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
   answers = [support.names[i] for i in probabilities.argmax(1)]
   table = _table(support.names, names, answers, probabilities)
   picture = _picture(support, query, names, probabilities, truth)
-  results = {'predictions.csv': table, 'predictions.png': picture}
+  results = dict(zip(RESULTS, (table, picture), strict=True))
   _write(out, results)
   _report_images(support, query, answers, classifier.inverted_)
   _report_accuracy(answers, truth, left_out=truth.count(None) - folders.count(None))
@@ -56,8 +60,10 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   return support, image_folder.read_images(args.query, **form)
 
 
-def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
+def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path], overwrite: bool) -> None:
   """Raises WriterError if `out` or a folder above it is a file, or if `out` is in one of the input folders.
+
+  It also raises WriterError if there are results already, unless `overwrite` is set.
 
   If the results were in an input folder, the next run would read them as input images.
   """
@@ -67,6 +73,9 @@ def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   there = next(path for path in (out, *out.absolute().parents) if path.exists())
   if not there.is_dir():
     raise files.WriterError(f'--out={out} cannot be written, because {there} is a file; give another --out')
+  for name in () if overwrite else RESULTS:
+    if os.path.lexists(out / name):
+      raise files.WriterError(f'{out / name} exists; give another --out, or --overwrite to replace it')
 
 
 def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str | None]:
@@ -130,7 +139,8 @@ def _report_images(support, query, answers: Sequence[str], inverted: bool) -> No
   if inverted:
     say('light and dark were exchanged; see --invert')
   if skipped := len(support.skipped) + len(query.skipped):
-    say(f'skipped unreadable files: {skipped}, listed above')
+    listed = 'listed above' if skipped <= REPORTED_ONE_BY_ONE else 'the first ones are listed above'
+    say(f'skipped unreadable files: {skipped}, {listed}')
 
 
 def _counted(counts: Mapping[str, int]) -> str:

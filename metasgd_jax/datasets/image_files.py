@@ -75,7 +75,8 @@ def read_image(path: PathLike, size: int | tuple[int, int], channels: int, fit: 
   animation is used.
 
   A grey image of 16 bits is reduced to 8 bits. The number of bits that its values really use is assumed to be 8, 10,
-  12, 14 or 16: the smallest of these numbers that can hold all values of the image.
+  12, 14 or 16: the smallest of these numbers that can hold all values of the image. Of an image of 16 bits with colours
+  or an alpha channel, only the upper 8 bits are read. If its values have at most 14 bits, it cannot be read.
 
   Args:
     path: Path of a PNG, JPEG, BMP, GIF, WebP, TIFF, PNM, AVIF, JPEG 2000, ICO or TGA file, or of a HEIC file if the
@@ -129,10 +130,10 @@ def read_all(
       else:
         images[len(read)] = image
         read.append(path)
-        if image.min() == image.max():
+        if (image == image[0, 0]).all():
           uniform += 1
           if uniform <= REPORTED_ONE_BY_ONE:
-            report(f'{path} is uniform: all of its pixels have the value {image.flat[0]}')
+            report(f'{path} is uniform: all of its pixels have the value {", ".join(map(str, image[0, 0]))}')
   finally:
     pool.shutdown(cancel_futures=True)
   if len(skipped) > REPORTED_ONE_BY_ONE:

@@ -157,13 +157,13 @@ class FewShotClassifier:
       sample_weight: Weights of the images, `[n]`. By default all images have the same weight.
 
     Raises:
-      ValueError: if `y` does not have one label for each image, if a label is None or NaN, or if the labels are text
-        and the classes are not, or the reverse. This method also raises the errors of `decision_function`.
+      ValueError: if `y` does not have one label for each image, if a label is None or NaN, or if one of the labels and
+        the classes are text or bytes and the others are not. This method also raises the errors of `decision_function`.
       TypeError: if `sample_weight` does not have one weight for each image.
     """
     answers = self.predict(X)
     labels = _as_labels(y, len(answers))
-    if _is_text(labels) != _is_text(self.classes_):
+    if _kind(labels) != _kind(self.classes_):
       ours, theirs = self.classes_.tolist()[0], labels.tolist()[0]
       wanted = f'of type {type(ours).__name__}, such as {ours!r}'
       raise ValueError(
@@ -267,6 +267,8 @@ def _as_labels(labels, count: int) -> np.ndarray:
   Raises:
     ValueError: if the number of labels is not `count`, if a label is None or NaN, or if only some labels are text.
   """
+  if isinstance(labels, np.ma.MaskedArray):
+    labels = np.where(np.ma.getmaskarray(labels), None, np.ma.getdata(labels).astype(object))
   if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
     if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
       raise ValueError('labels must all be of one kind, such as strings, but only some of them are text; convert them')
@@ -287,8 +289,9 @@ def _is_missing(label: Any) -> bool:
     return np.ndim(label) == 0
 
 
-def _is_text(labels: np.ndarray) -> bool:
-  return labels.dtype.kind in 'SU' or isinstance(labels[0], str)
+def _kind(labels: np.ndarray) -> type:
+  """Returns str or bytes for labels of these types, and object for others. Text and bytes are never equal."""
+  return next((kind for kind in (str, bytes) if isinstance(labels[0], kind)), object)
 
 
 def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:

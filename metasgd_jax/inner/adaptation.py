@@ -59,6 +59,9 @@ def adapt(
   constant. For one step from θ to θ′, dθ′/dθ is then the identity. The gradient of an outer loss L′(θ′) with respect to
   α is still −∇L(θ) ∘ dL′/dθ′, where L is the support loss.
 
+  Outside of `jax.jit`, `jax.grad` of a function that calls `adapt` compiles programs at each call if `steps` is 2 or
+  more, and JAX keeps them. Put `jax.jit` around the whole gradient.
+
   Args:
     theta: Parameters, any pytree of floating-point arrays.
     alpha: Rates, a pytree with θ's structure whose leaves have the shape of θ's leaves or are scalars; or a prefix of

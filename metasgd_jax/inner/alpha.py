@@ -141,10 +141,7 @@ def broadcast_alpha(
     _check_rate(path, rate, steps)
   leaves = tree_flatten_with_path(theta)[0]
   owners = [next((path[:n] for n in range(len(path) + 1) if path[:n] in rates), None) for path, _ in leaves]
-  used = set(owners)
-  for path, rate in rates.items():
-    if path not in used:
-      _check_unused(path, rate, theta, masked)
+  _check_unused({path: rate for path, rate in rates.items() if path not in set(owners)}, theta, masked)
   found = []
   for owner, (path, leaf) in zip(owners, leaves, strict=True):
     if owner is None:
@@ -183,21 +180,25 @@ def _check_fits(owner, rate, path, leaf, steps) -> None:
     )
 
 
-def _check_unused(path, rate, theta, masked) -> None:
-  """Raises ValueError for a rate that belongs to no leaf of θ, with two exceptions.
+def _check_unused(rates: dict, theta, masked) -> None:
+  """Raises ValueError if one of the rates, which belong to no leaf of θ, has no reason to be there.
 
-  The exceptions are a rate `None` where θ has a `None`, and any rate where θ has a node of a type in `masked`.
+  A rate may be `None` where θ has a `None`. Any rate may be where θ has a node of a type in `masked`.
   """
+  if not rates:
+    return
   nodes = tree_flatten_with_path(theta, is_leaf=lambda node: node is None or isinstance(node, masked))[0]
-  empty = [at for at, node in nodes if node is None]
-  hidden = [at for at, node in nodes if masked and isinstance(node, masked)]
-  if rate is None and any(at[: len(path)] == path for at in empty):
-    return
-  if any(at[: len(path)] == path[: len(at)] for at in hidden):  # One path is a prefix of the other.
-    return
-  raise ValueError(
-    f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
+  hidden = {at for at, node in nodes if node is not None}
+  above_empty, above_hidden = (
+    {at[:n] for at, node in nodes if (node is None) == empty for n in range(len(at) + 1)} for empty in (True, False)
   )
+  for path, rate in rates.items():
+    if rate is None and path in above_empty:
+      continue
+    if path not in above_hidden and not any(path[:n] in hidden for n in range(len(path) + 1)):
+      raise ValueError(
+        f'alpha{keystr(path)} matches nothing in theta; alpha must have the structure of theta or a prefix of it'
+      )
 
 
 def check_theta(theta: PyTree) -> None:

@@ -5,20 +5,38 @@ network, straight-through estimators and surrogate gradients of spikes are examp
 the gradient is not symmetric.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, subjaxprs
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from metasgd_jax.inner.branches import equations, evaluate, widened
 from metasgd_jax.types import PyTree
 
-SCALES = (1.0, 30.0, 1e4)
-"""Scales of the random inputs and cotangents with which a rule is tested. Some rules, such as clipping, are wrong only
-for large values.
+SCALES = ((1e-6, 1), (1e-3, 1), (0.03, 1), (1, 1), (30, 30), (1e4, 1e4), (1e8, 1e8), (1, 1e-4), (1, 1e8))
+"""Scales of the random inputs and cotangents with which a rule is tested. Some rules, such as clipping, are false only
+for large or only for small values. In one more draw, each number has its own magnitude.
 """
+_TOLERANCE = 1e-5
+"""Largest relative difference of two equal derivatives. They are computed in float64, but some functions, such as
+approximations of erf, are only accurate to float32.
+"""
+_NOISE = 1e-15
+"""Rounding error of a derivative in float64, relative to the numbers that it is computed from."""
+_FEW, _DRAWS_OF_FEW = 256, 6
+"""If an array has fewer entries than `_FEW`, more random numbers are drawn, so that each branch is taken."""
+
+_NUMBERS = np.random.default_rng(0).normal(size=4093)
+_MIXED = np.sign(_NUMBERS) * 10 ** np.random.default_rng(1).uniform(-6, 8, _NUMBERS.shape)
+_INTEGERS = np.stack(
+  [np.random.default_rng(i).integers(*ends, 4093) for i, ends in enumerate([(0, 2), (0, 10), (-3, 4), (-999, 1000)])]
+)
+"""Random numbers that fill the inputs, again and again if they are large. Drawing each entry anew would be slow."""
 
 
 def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -> bool:
@@ -26,7 +44,8 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
 
   Each rule of `jax.custom_jvp` and `jax.custom_vjp` is compared with automatic differentiation of its function: the
   first and second derivatives are compared at random inputs. The rules of `jax.nn.relu` and of optax's losses pass. If
-  a rule cannot be compared, the result is False.
+  a rule cannot be compared, the result is False. It is also False if a comparison in the rule or in its function, such
+  as x > 6, has the same result at all random inputs.
 
   Outside of jit, each call compiles the comparison again. No result is cached, because `loss` may read other values
   that change between two calls. A cached True could then be wrong, and would give wrong gradients.
@@ -36,15 +55,8 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
     theta: Parameters, arrays or tracers. Only their shapes and dtypes are used.
   """
   jaxpr = jax.make_jaxpr(loss)(theta).jaxpr
-  custom = (equation for equation in _equations(jaxpr) if equation.primitive.name.startswith('custom_'))
+  custom = (equation for equation in equations(jaxpr) if equation.primitive.name.startswith('custom_'))
   return all(_is_derivative(jaxpr, equation) for equation in custom)
-
-
-def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-  """Yields the equations of a jaxpr. Those of inner jaxprs, such as the body of a scan, are included."""
-  yield from jaxpr.eqns
-  for inner in subjaxprs(jaxpr):
-    yield from _equations(inner)
 
 
 def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
@@ -58,58 +70,101 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
     inputs = [v.val if isinstance(v, Literal) else given[v] for v in equation.invars]
     return jaxpr_as_fun(equation.params['call_jaxpr'])(*inputs)
 
-  shapes = [variable.aval for variable in variables]
+  inputs, outputs = (_shapes(variables), _shapes(equation.outvars))
+  if any(jnp.issubdtype(shape.dtype, jnp.complexfloating) for shape in inputs + outputs):
+    return False
   try:
-    traced, shape = jax.make_jaxpr(lambda: [_derivatives(f, shapes) for f in (rule, function)], return_shape=True)()
-    names = {equation.primitive.name for equation in _equations(traced.jaxpr)}
-    if traced.effects or 'while' in names or any('callback' in name for name in names):
-      return False  # The loop might never end at random inputs, and a callback might be harmful.
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-      leaves = [np.asarray(leaf) for leaf in jax.jit(jaxpr_as_fun(traced))()]  # Fails if a leaf depends on a tracer.
+    by_rule, by_function = (_derivatives(f, inputs, outputs) for f in (rule, function))
+    for each in (by_rule, by_function):
+      names = {e.primitive.name for e in equations(each.jaxpr)}
+      # A while loop might never end at random inputs, a callback might be harmful, and forward mode refuses custom_lin.
+      if each.effects or {'while', 'custom_lin'} & names or any('callback' in name for name in names):
+        return False
+    with contextlib.ExitStack() as entered:
+      for context in (
+        jax.ensure_compile_time_eval(),
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion('standard'),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+      ):
+        entered.enter_context(context)
+      found = _compare(by_rule, by_function, len(_floats(outputs)))
+      agree, *somewhere = [np.asarray(flags) for flags in found]  # Fails if a value depends on a tracer.
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
-  found = jax.tree.unflatten(jax.tree.structure(shape), leaves)
-  # If the function is constant at all test inputs, such as a spike, the comparison says nothing about its rule.
-  if not any(np.any(leaf) for cotangents, _ in found[1] for leaf in cotangents):
-    return False
-  return all(map(_agree, *map(jax.tree.leaves, found)))
+  return bool(agree.all() and all(flags.any() for flags in somewhere))
 
 
-def _derivatives(function: Callable[..., list], shapes: list) -> list:
-  """Returns the cotangents of a function's inputs, and the directional derivatives of the cotangents.
+def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in variables]
 
-  The inputs are random. They are drawn once for each scale in `SCALES`.
+
+def _derivatives(function: Callable[..., list], inputs: list, outputs: list) -> ClosedJaxpr:
+  """Returns the jaxpr of `inputs, tangents, cotangents of the outputs → cotangents of the inputs, their derivatives`.
+
+  Only inputs and outputs of floating point have tangents and cotangents.
   """
-  smooth = [i for i, shape in enumerate(shapes) if jnp.issubdtype(shape.dtype, jnp.floating)]
 
-  def of_smooth(*values):
-    inputs = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
-    for i, value in zip(smooth, values, strict=True):
-      inputs[i] = value
-    return [out for out in function(*inputs) if jnp.issubdtype(out.dtype, jnp.floating)]
+  def derivatives(inputs, tangents, cotangents):
+    def of_floats(floats):
+      rest = iter(floats)
+      return _floats(function(*(next(rest) if _is_float(value) else value for value in inputs)))
 
-  def at(seed: int, scale: float):
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+    return jax.jvp(lambda floats: jax.vjp(of_floats, floats)[1](cotangents), (_floats(inputs),), (tangents,))
 
-    def normal(shape):
-      return scale * jax.random.normal(next(keys), shape.shape, shape.dtype)
-
-    inputs, tangents = ([normal(shapes[i]) for i in smooth] for _ in range(2))
-    outputs = jax.eval_shape(of_smooth, *inputs)
-    cotangents = [normal(output) for output in outputs]
-    return jax.jvp(lambda *values: jax.vjp(of_smooth, *values)[1](cotangents), inputs, tangents)
-
-  return [at(seed, scale) for seed, scale in enumerate(SCALES)]
+  return jax.make_jaxpr(derivatives)(inputs, _floats(inputs), _floats(outputs))
 
 
-def _agree(by_rule: np.ndarray, by_function: np.ndarray) -> bool:
-  """Returns whether the derivative from the custom rule equals the automatic derivative, up to rounding errors.
+def _floats(values: list) -> list:
+  return [value for value in values if _is_float(value)]
 
-  Only the entries whose automatic derivative is finite are compared. If there are none, the result is False, unless the
-  arrays are empty.
+
+def _is_float(value) -> bool:
+  return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _compare(by_rule: ClosedJaxpr, by_function: ClosedJaxpr, cotangents: int) -> list[chex.Array]:
+  """Returns for each draw of random inputs whether the derivatives agree, followed by what must be seen in some draw.
+
+  In some draw, the function must have a derivative that is not zero, each derivative must have a finite entry, and each
+  branch must be taken. Each is a boolean array with one entry for each draw.
   """
-  there = np.isfinite(by_function)
-  tolerance = 10 * float(jnp.finfo(by_function.dtype).eps) ** 0.5
-  ours, theirs = (np.asarray(a, np.float64)[there] for a in (by_rule, by_function))
-  size = np.max(np.abs(theirs), initial=0.0)
-  return bool(there.any() or not there.size) and np.allclose(ours, theirs, rtol=tolerance, atol=tolerance * size)
+  avals = _shapes(by_rule.jaxpr.invars)
+  number = _DRAWS_OF_FEW if min(aval.size for aval in avals) < _FEW else 1
+  scales = np.array(number * [*SCALES, (0, 0)])
+
+  def at(draw):
+    index, scale = draw
+    inputs = [_random(aval, index, i, scale[int(i >= len(avals) - cotangents)]) for i, aval in enumerate(avals)]
+    (ours, branches), (theirs, others) = (evaluate(jaxpr, inputs) for jaxpr in (by_rule, by_function))
+    finite, first = [jnp.isfinite(leaf) for leaf in theirs], len(theirs) // 2
+    sizes = [jnp.max(jnp.abs(leaf), where=there, initial=0.0) for leaf, there in zip(theirs, finite, strict=True)]
+    largest = jnp.max(jnp.stack(sizes[:first]))
+    # A derivative may be a difference of large numbers, and a second derivative one of first derivatives.
+    x, g = jnp.where(scale == 0, 1e8, scale)
+    noise = [_NOISE * g] * first + [_NOISE * x**2 * largest] * first
+    agree = jnp.stack([_agree(*leaves) for leaves in zip(ours, theirs, finite, sizes, noise, strict=True)]).all()
+    return [agree, largest > noise[0], *(jnp.any(there) | (there.size == 0) for there in finite), *branches, *others]
+
+  return jax.jit(lambda draws: jax.lax.map(at, draws))((np.arange(len(scales)), scales))
+
+
+def _random(aval, index: chex.Array, position: int, scale: chex.Array) -> chex.Array:
+  """Returns random numbers with the shape of `aval` and its `widened` dtype, for the draw `index`.
+
+  A scale of zero means that each number has its own magnitude. Integers are from one of four ranges, by the draw.
+  """
+  place = (977 * index + 331 * position + jnp.arange(aval.size)) % _NUMBERS.size
+  if jnp.issubdtype(aval.dtype, jnp.floating):
+    table, factor = jnp.asarray(np.stack([_NUMBERS, _MIXED]))[(scale == 0).astype(int)], jnp.where(scale == 0, 1, scale)
+    return (factor * table[place]).reshape(aval.shape).astype(widened(aval.dtype))
+  integers = jnp.asarray(_INTEGERS)[index % len(_INTEGERS), place].reshape(aval.shape)
+  if aval.dtype == bool:
+    return integers % 2 > 0
+  return (jnp.abs(integers) if jnp.issubdtype(aval.dtype, jnp.unsignedinteger) else integers).astype(aval.dtype)
+
+
+def _agree(ours, theirs, finite, size, noise) -> chex.Array:
+  """Returns whether two derivatives are equal, where that of the function is finite. Its largest entry is `size`."""
+  return jnp.all(~finite | (jnp.abs(ours - theirs) <= _TOLERANCE * (size + jnp.abs(theirs)) + noise))

@@ -32,7 +32,13 @@ Config = Mapping[str, Any]
 Report = Callable[[str], None]
 
 # Orbax moves a checkpoint into this folder before it deletes its files, so that no checkpoint is found half-deleted.
-_REMOVED = 'removed'
+_REMOVED = '.metasgd_removed'
+
+# Bytes of a checkpoint besides its arrays, at most: names, types, configuration and the files of orbax.
+_MARGIN = 1 << 18
+
+# A folder with a step's name is a checkpoint only if it has one of these.
+_PARTS = ('state', 'about', '_CHECKPOINT_METADATA')
 
 
 class CheckpointError(Exception):
@@ -98,12 +104,17 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     Raises:
       CheckpointError: if the configuration of the checkpoints is not `config`, if their arrays do not match `like`, if
-        none of them can be read, or if the directory cannot be written.
+        none of them can be read, if the directory cannot be written, or if it has a folder whose name is a number and
+        which is no checkpoint, because orbax would remove it.
       ValueError: if `keep_best` is no integer of at least 0, if `config` is no mapping or JSON cannot store it, or if
         the path of the directory is not UTF-8, because orbax cannot write there.
     """
     check_count('keep_best', keep_best, 0)
     self._directory, self._config = files.as_utf8_path(directory), _as_json(config)
+    if foreign := [path for path in _step_folders(self._directory) if not _is_checkpoint(path)]:
+      raise CheckpointError(
+        f'{foreign[0]} is no checkpoint, but has the name of one; move it away, or give another directory'
+      )
     self.latest = newest(self._directory, like=like, config=self._config, report=report)
     self.last = -1 if self.latest is None else self.latest.step
     there = [step for step in steps(self._directory) if step <= self.last]
@@ -146,7 +157,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     Raises:
       CheckpointError: if this checkpoint, or the one before it, cannot be written.
+      ValueError: if `metric` is an array with axes.
     """
+    if shape := getattr(metric, 'shape', ()):
+      raise ValueError(f'metric must be one number, got an array of shape {shape}; give its mean')
     step = int(np.max(state.step))
     if step == self.last:
       return
@@ -158,6 +172,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     about['crc32'] = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()}
     about['checksum'] = _checksum(about)
     stored = {name: array for name, array in arrays.items() if array.size}  # Orbax refuses empty arrays.
+    self._check_space(sum(array.nbytes for array in stored.values()))
     items = ocp.args.Composite(state=ocp.args.StandardSave(stored), about=ocp.args.JsonSave(about))
     self.wait()
     with self._told():
@@ -178,6 +193,13 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Waits until all checkpoints are written, and releases the resources of orbax."""
     self.wait()
     self._manager.close()
+
+  def _check_space(self, needed: int) -> None:
+    """Raises CheckpointError if the disk has no room. Orbax would find out in a thread, and print many tracebacks."""
+    with self._told():
+      free = shutil.disk_usage(self._directory).free
+      if free < needed + _MARGIN:
+        raise OSError(f'{needed:,} bytes are needed, and {free:,} are free on the disk')
 
   @contextlib.contextmanager
   def _told(self) -> Iterator[None]:
@@ -208,9 +230,34 @@ class _LatestAndBest(NamedTuple):
 def steps(directory: files.PathLike) -> list[int]:
   """Returns the steps of the checkpoints in a directory, in order, including damaged checkpoints.
 
-  If there is no such directory, the list is empty.
+  If there is no such directory, the list is empty. A folder whose name is a number, but which contains no part of a
+  checkpoint, is left out.
   """
-  return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(files.as_path(directory)))
+  return sorted(int(path.name) for path in _step_folders(files.as_path(directory)) if _is_checkpoint(path))
+
+
+def remove_all(directory: files.PathLike) -> None:
+  """Removes all checkpoints of a directory, and the directory itself if nothing else is in it.
+
+  The directory must not be in use. A checkpoint that was being written when the program was killed is removed too.
+  """
+  directory = files.as_path(directory)
+  half_written = [path for path in directory.glob('*.orbax-checkpoint-tmp*') if path.is_dir()]
+  removed = directory / _REMOVED
+  for path in [*(directory / str(step) for step in steps(directory)), *half_written]:
+    removed.mkdir(exist_ok=True)
+    path.rename(removed / path.name)
+  shutil.rmtree(removed, ignore_errors=True)
+  with contextlib.suppress(OSError):  # It holds other files, or does not exist.
+    directory.rmdir()
+
+
+def _step_folders(directory: pathlib.Path) -> list[pathlib.Path]:
+  return [directory / str(found.step) for found in ocp.path.step.standard_name_format().find_all(directory)]
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+  return any((path / part).exists() for part in _PARTS)
 
 
 def newest(

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metasgd_jax.learners.episodic import Metrics, episodic, measure
-from metasgd_jax.losses import cross_entropy, one_hot
+from metasgd_jax.losses import are_classes, cross_entropy, one_hot
 from metasgd_jax.types import Batch, Episode, Learner, PyTree, check_count, equal_by_arguments
 
 
@@ -164,8 +165,8 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
 
   Raises:
     ValueError: if `way` is not an integer of at least 2, if `size` is not an integer of at least 1, or if a metric is
-      named 'loss'. The learner's functions raise ValueError if `size` is set and the inputs are not images, and `loss`
-      raises ValueError if the key is `None`.
+      named 'loss'. The learner's functions raise ValueError if the inputs are not one array, or not images although
+      `size` is set, and `loss` raises ValueError if the key is `None`.
 
   Example:
     >>> learner = ms.learners.mann(way=3, size=None)
@@ -182,6 +183,8 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
   cell = MemoryCell(way) if cell is None else cell
 
   def flat(x):
+    if not isinstance(x, jax.Array | np.ndarray):
+      raise ValueError(f'`x` of a batch must be one array [B, …], got {type(x).__name__}; concatenate its arrays')
     if size is not None:
       if x.ndim != 4:
         raise ValueError(
@@ -220,7 +223,9 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
     x, y = x[order], y[order]
     _, logits = run(meta, x, y)
     info = measure(measured, logits, y)
-    info |= {f'instance_{n + 1}': value for n, value in enumerate(accuracy_by_instance(logits, y, way))}
+    valid = jnp.all(are_classes(y, way))
+    by_instance = jnp.where(valid, accuracy_by_instance(logits, y, way), jnp.asarray(jnp.nan, logits.dtype))
+    info |= {f'instance_{n + 1}': value for n, value in enumerate(by_instance)}
     return cross_entropy(logits, y), info
 
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics)._replace(loss=loss)

@@ -79,7 +79,8 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
     similar = similarities(adapted, episode.query.x)
     same = episode.query.y[:, None] == adapted.labels[None]
     valid = jnp.all(are_classes(jnp.concatenate([episode.query.y, adapted.labels]), way))
-    return pair_loss(similar, same) * jnp.where(valid, 1, jnp.nan), by_class(similar, adapted.labels, way, jnp.max)
+    loss = pair_loss(similar, same)
+    return jnp.where(valid, loss, jnp.full_like(loss, jnp.nan)), by_class(similar, adapted.labels, way, jnp.max)
 
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics, objective=objective)
 
@@ -96,6 +97,7 @@ def pair_loss(logits: jax.Array, same: jax.Array) -> jax.Array:
   losses = optax.losses.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))
 
   def mean(chosen):
-    return jnp.sum(jnp.where(chosen, losses, 0)) / jnp.maximum(jnp.sum(chosen), 1)
+    total = jnp.sum(jnp.where(chosen, losses, jnp.zeros_like(losses)))
+    return total / jnp.maximum(jnp.sum(chosen), 1).astype(losses.dtype)
 
   return (mean(same) + mean(~same)) / 2

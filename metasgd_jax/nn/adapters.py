@@ -27,10 +27,10 @@ def from_linen(module: nn.Module) -> Model:
   means and variances.
 
   Raises:
-    ValueError: if `module` is not a Linen module. The model's `init` raises ValueError if `module.init` creates a
-      collection other than 'params', such as running averages; the layers `nn.BatchNorm` and `nn.ConvBlock` do not
-      write 'statistics' in `init`. The model's `apply` raises ValueError if a call of the module draws random numbers,
-      for example because dropout is active.
+    ValueError: if `module` is not a Linen module. The model's `init` raises ValueError if `module.init` creates no
+      parameters or a collection other than 'params', such as running averages; the layers `nn.BatchNorm` and
+      `nn.ConvBlock` do not write 'statistics' in `init`. The model's `apply` raises ValueError if a call of the module
+      draws random numbers, for example because dropout is active.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.MLP())
@@ -47,6 +47,10 @@ def from_linen(module: nn.Module) -> Model:
     variables = module.init(key, jax.tree.map(jnp.asarray, x))
     if others := sorted(set(variables) - {'params'}):
       raise _not_pure(module, f"the collections {others} besides 'params'")
+    if 'params' not in variables:
+      raise ValueError(
+        f'{type(module).__name__} has no parameters, so there is nothing to learn; give a module with some'
+      )
     return variables['params']
 
   def apply(theta, x, statistics=None):
@@ -69,6 +73,9 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   `nnx.RNN` and `nnx.Bidirectional` store a key for the initial state of their cells. The key is constant in a `Model`,
   as it is in Linen. The cells of NNX ignore it, because their initial state is zero unless `carry_init` is given.
 
+  Each call returns a model that equals no other, and JAX compiles a program for each model. In a loop, build the model
+  once.
+
   Args:
     build: Function `nnx.Rngs → module`, such as `lambda rngs: nnx.Linear(3, 1, rngs=rngs)`. `init` calls `build`.
       `from_nnx` also traces `build` once to find the module's structure. This creates no array. The module is called
@@ -88,7 +95,7 @@ def from_nnx(build: Callable[[Any], Any]) -> Model:
   """
   from flax import nnx
 
-  _check_function(build, 'nnx.Rngs → nnx.Module', 'rngs', isinstance(build, nnx.Module))
+  _check_function(build, 'nnx.Rngs → nnx.Module', 'rngs', isinstance(build, nnx.Module | nn.Module))
 
   def checked(module):
     """Returns the module. Raises ValueError if an array in it is not a variable.
@@ -132,6 +139,9 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   paths of attributes, such as 'layers.0.weight'. `checkpoint`, `io.files.write_params` and `eqx.tree_serialise_leaves`
   can save such a θ.
 
+  Each call returns a model that equals no other, and JAX compiles a program for each model. In a loop, build the model
+  once.
+
   Args:
     build: Function `key → module`, such as `lambda key: eqx.nn.Linear(3, 1, key=key)`; consumes key. `init` calls
       `build`. `from_equinox` also traces `build` to find the module's structure and constants. This creates no
@@ -156,8 +166,8 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
     raise ImportError("Equinox is not installed; run pip install 'metasgd_jax[compose]'") from error
 
   given: Any = build
-  holds_arrays = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
-  _check_function(build, 'key → eqx.Module', 'key', holds_arrays)
+  is_module = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))
+  _check_function(build, 'key → eqx.Module', 'key', is_module or isinstance(given, nn.Module))
   statics: list[Any] = []
 
   def arrays(key):

@@ -12,7 +12,7 @@ import optax
 
 from metasgd_jax.outer.loop import Progress, TrainState, check_key, step_keys
 from metasgd_jax.tree import named
-from metasgd_jax.types import Learner, Tasks
+from metasgd_jax.types import Learner, Tasks, equal_by_arguments
 
 MOST_SKIPPED = 10
 """Largest number of consecutive bad steps that `skip_bad_steps` skips. More of these steps mean a divergence."""
@@ -60,6 +60,7 @@ class BadStep(NamedTuple):
   leaves: list[str]
 
 
+@equal_by_arguments
 def skip_bad_steps(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
   """Wraps an optimiser in `optax.apply_if_finite`: a step whose gradient is not finite is skipped and counted.
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.outer.placement import Placement, TasksAtOnce
+from metasgd_jax.tree import named
 from metasgd_jax.types import Episode, Learner, PyTree
 
 
@@ -54,7 +55,8 @@ def mean_loss_and_grad(
     tasks_at_once: Number of tasks that are computed at the same time; see `Placement`.
 
   Raises:
-    ValueError: if `tasks_at_once` is not a value that `Placement` allows, or if it does not divide T.
+    ValueError: if a meta-parameter is not floating-point, if `tasks_at_once` is not a value that `Placement` allows, or
+      if it does not divide T.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -66,6 +68,11 @@ def mean_loss_and_grad(
     >>> jax.tree.structure(gradient) == jax.tree.structure(meta)
     True
   """
+  for name, leaf in named(meta):
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      raise ValueError(
+        f'{name} must be floating-point to be learned, got {leaf!r:.80}; give a floating-point number, such as 1.0'
+      )
   placement = Placement(tasks_at_once)
   num_tasks = jax.tree.leaves(episodes)[0].shape[0]
   group = placement.group(meta, num_tasks)

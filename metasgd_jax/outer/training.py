@@ -97,6 +97,9 @@ def train_step(
   the loss as `value` and the gradient of the loss as `grad`, but no `value_fn`. The loss of a few tasks is noisy, so
   `optax.contrib.reduce_on_plateau` needs an `accumulation_size` of several hundred.
 
+  Call it inside `jax.jit`. Outside, a learner with 2 or more inner steps is compiled at each call, and JAX keeps the
+  programs.
+
   Args:
     state: State of one run.
     tasks: Tasks to train on. T = `meta_batch` tasks are drawn with `(state.key, state.step)`. A `TaskStream`
@@ -110,7 +113,8 @@ def train_step(
     placement: How the tasks are placed on devices.
 
   Raises:
-    ValueError: if `meta_batch` is not an integer of at least 1, or if the devices cannot share the tasks evenly.
+    ValueError: if `meta_batch` is not an integer of at least 1, if the devices cannot share the tasks evenly, or if the
+      key of `state` is of a kind that `init` refuses.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -122,6 +126,7 @@ def train_step(
     (1, ['loss'])
   """
   check_count('meta_batch', meta_batch)
+  check_key(state.key)
   placement.check(meta_batch)
   keys = step_keys(state.key, state.step, meta_batch)
   tasks = jax.tree.map(jnp.asarray, tasks.prepare(lambda: (keys[0], keys[1])))

@@ -73,8 +73,8 @@ def collect_on_host(
     ImportError: if Gymnasium is not installed.
     ValueError: if `num` or `horizon` is not an integer of at least 1, if the action space is not a bounded `Box` and
       `act` is not given, if the policy has another observation size than the environment, or another action size while
-      `act` is not given, if `make` returns the same environment twice, or if `float` cannot convert a reward. A reward
-      may be NaN.
+      `act` is not given, if `make` returns the same environment twice, or if what an environment returns is not what
+      Gymnasium's interface says. A reward may be NaN.
 
   Example:
     >>> import gymnasium
@@ -95,7 +95,7 @@ def collect_on_host(
   environments: list[Any] = []
   try:
     for _ in range(num):
-      environments.append(make(task))
+      environments.append(_made(make, task))
     _check_distinct(environments)
     _check_actions(environments[0].action_space, act)
     check_sizes(policy, theta, *_sizes(environments[0], act))
@@ -111,8 +111,9 @@ def collect_on_host(
       log_probs.append(drawn[1])
       for b in np.flatnonzero(~ended):
         action = act(environments[b].action_space, drawn[0][b])
-        observation, reward, terminated[b], truncated, _ = environments[b].step(action)
+        observation, reward, *flags = _step(environments[b], action)
         now[b] = _flat(environments[b], observation)
+        terminated[b], truncated = map(_flag, flags)
         rewards[b, t], valid[b, t], ended[b] = _number(reward), True, terminated[b] or truncated
       if ended.all():
         break
@@ -177,7 +178,7 @@ def policy_gradient_on_host(
   """
   _gymnasium()  # Raises ImportError before anything else is done.
   check_count('horizon', horizon)
-  example = make(jax.device_get(sample(jax.random.key(0))))
+  example = _made(make, jax.device_get(sample(jax.random.key(0))))
   try:
     _check_actions(example.action_space, act)
     sizes = _sizes(example, act)
@@ -217,8 +218,33 @@ def _draw(policy, theta, observations, keys):
   return actions, policy.log_prob(distributions, actions)
 
 
+def _made(make: Make, task: PyTree) -> Any:
+  environment: Any = make(task)
+  if not all(hasattr(environment, name) for name in ('reset', 'step', 'close')):
+    raise ValueError(f'`make` must return a gymnasium.Env, got {environment!r:.80}; return the environment')
+  return environment
+
+
+def _step(environment, action) -> tuple[Any, Any, Any, Any]:
+  """Returns the observation, the reward, and whether the trajectory has terminated and was truncated."""
+  result = environment.step(action)
+  if not isinstance(result, tuple) or len(result) != 5:
+    raise ValueError(
+      f'step must return (observation, reward, terminated, truncated, info), got {result!r:.80}; '
+      'environments of the old gym need a wrapper, such as shimmy'
+    )
+  return result[:4]
+
+
 def _flat(environment, observation) -> np.ndarray:
-  return np.ravel(_gymnasium().spaces.flatten(environment.observation_space, observation))
+  space, spaces = environment.observation_space, _gymnasium().spaces
+  try:
+    flat = np.ravel(spaces.flatten(space, observation))
+  except (KeyError, TypeError, ValueError):
+    flat = np.empty(0)
+  if flat.shape != (spaces.flatdim(space),):
+    raise ValueError(f'an observation must be from {space}, got {observation!r:.80}; change what reset and step return')
+  return flat
 
 
 def _filled(steps: list[np.ndarray], horizon: int) -> jax.Array:
@@ -251,9 +277,17 @@ def _check_distinct(environments: list) -> None:
 
 def _number(reward: Any) -> float:
   try:
-    return float(reward)
+    if not isinstance(reward, str | bytes):
+      return float(reward)
   except (TypeError, ValueError):
-    raise ValueError(f'the reward of a step must be a number, got {reward!r:.80}; change what step returns') from None
+    pass
+  raise ValueError(f'the reward of a step must be a number, got {reward!r:.80}; change what step returns')
+
+
+def _flag(value: Any) -> bool:
+  if np.ndim(value) or not any(value is flag or value == flag for flag in (True, False)):
+    raise ValueError(f'`terminated` and `truncated` of a step must be True or False, got {value!r:.80}')
+  return bool(value)
 
 
 def _only_on_host(*args):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from metasgd_jax.outer.loop import check_key
 from metasgd_jax.outer.placement import Placement
 from metasgd_jax.outer.sharding import mean_over, share_tasks
 from metasgd_jax.rl.learner import Experience, PolicyGradient, act_again, mean_return
@@ -59,7 +60,8 @@ def trpo_meta_step(
   Raises:
     ValueError: if `meta_batch`, `tasks_at_once` or `curvature_tasks` is not an integer of at least 1, if
       `curvature_tasks` is greater than `meta_batch`, or if the devices of the mesh cannot share `meta_batch` or
-      `curvature_tasks` tasks evenly.
+      `curvature_tasks` tasks evenly, or if
+      the key is of a kind that `init` refuses.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)
@@ -71,6 +73,7 @@ def trpo_meta_step(
     >>> bool(info['kl'] <= 0.01)
     True
   """
+  check_key(key)
   curved = meta_batch if curvature_tasks is None else curvature_tasks
   for name, count in (('meta_batch', meta_batch), ('curvature_tasks', curved)):
     check_count(name, count)

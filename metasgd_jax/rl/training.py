@@ -112,6 +112,8 @@ def train(
     2 of 2 ['return_after', 'return_before', 'taken']
   """
   check_count('meta_batch', meta_batch)
+  if curvature_tasks is not None:
+    check_count('curvature_tasks', curvature_tasks)
   iteration = _TrpoIteration(inner, int(meta_batch), curvature_tasks, trpo, placement)
   tasks = task_distribution(inner.environment)
   return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)

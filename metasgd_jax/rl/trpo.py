@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metasgd_jax.types import PyTree, check_count
 
@@ -46,8 +48,8 @@ class TrpoConfig:
     max_backtracks: Number of candidate steps.
 
   Raises:
-    ValueError: if `max_kl` is not positive and finite, if `cg_steps` or `max_backtracks` is not an integer of at least
-      1, if `damping` is negative, or if `backtrack_ratio` is not in (0, 1).
+    ValueError: if a setting is not a number, if `max_kl` is not positive and finite, if `cg_steps` or `max_backtracks`
+      is not an integer of at least 1, if `damping` is negative, or if `backtrack_ratio` is not in (0, 1).
 
   Example:
     >>> ms.rl.TrpoConfig(damping=0.01).max_kl
@@ -62,6 +64,9 @@ class TrpoConfig:
   max_backtracks: int = 15
 
   def __post_init__(self):
+    for name, value in vars(self).items():
+      if np.ndim(value) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+        raise ValueError(f'{name} must be a number, got {value!r:.80}')
     if not 0 < self.max_kl < math.inf:
       raise ValueError(f'max_kl must be above 0 and finite, got {self.max_kl}')
     for name in ('cg_steps', 'max_backtracks'):

@@ -94,7 +94,7 @@ def test_pictures_adapted_to_are_not_judged(folders, model_file, capsys):
   out = capsys.readouterr().out
   assert re.search(saying('1 picture is among the examples', 'leaves it out'), out)
   assert '% of 5 pictures in folders named like a class' in out
-  assert predict(folders, model_file, query=folders / 'support') == 0
+  assert predict(folders, model_file, '--overwrite', query=folders / 'support') == 0
   out = capsys.readouterr().out
   assert re.search(saying('12 pictures are among the examples', 'leaves them out'), out)
   assert 'accuracy:' not in out
@@ -112,7 +112,7 @@ def test_light_paper_is_turned(folders, model_file, capsys):
         image.convert('L').point(lambda v: 255 - v).save(path)
   assert predict(folders, model_file) == 0
   assert 'light and dark were exchanged' in capsys.readouterr().out
-  assert predict(folders, model_file, '--invert=no') == 0
+  assert predict(folders, model_file, '--invert=no', '--overwrite') == 0
   assert 'exchanged' not in capsys.readouterr().out
 
 
@@ -121,7 +121,7 @@ def test_without_matplotlib_there_is_the_table(folders, model_file, capsys, monk
   (folders / 'out' / 'predictions.png').write_text('of an earlier run')
   monkeypatch.setitem(sys.modules, 'metasgd_jax.plotting', None)
   monkeypatch.delattr(ms, 'plotting', raising=False)
-  assert predict(folders, model_file) == 0
+  assert predict(folders, model_file, '--overwrite') == 0
   assert "pip install 'metasgd_jax[plots]'" in capsys.readouterr().out
   assert left(folders / 'out') == ['predictions.csv']
 
@@ -172,6 +172,11 @@ def out_is_under_a_file(folders):
   (folders / 'file').write_text('here')
 
 
+def results_are_there(folders):
+  (folders / 'out').mkdir()
+  (folders / 'out' / 'predictions.csv').write_text('mine')
+
+
 def nothing(folders):
   pass
 
@@ -189,6 +194,7 @@ def nothing(folders):
     (unreadable_query, {}, ('/query has no image', 'can be read')),
     (out_is_a_file, {}, ('/out is a file', 'give another --out')),
     (out_is_under_a_file, {'out': 'file/out'}, ('/file is a file', 'give another --out')),
+    (results_are_there, {}, ('/out/predictions.csv exists', '--out', '--overwrite')),
     (nothing, {'out': 'query/out'}, ('--out', 'lies in --query', 'give another --out')),
     (nothing, {'out': 'support'}, ('--out', 'lies in --support', 'give another --out')),
     (nothing, {'model': 'support/frame/broken.png'}, ('broken.png', 'not a safetensors file')),

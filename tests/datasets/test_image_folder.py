@@ -32,6 +32,14 @@ def chunk(kind, data):
   return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
 
+def png_of_sixteen_bits(path, values, *more):
+  height, width, channels = values.shape
+  header = struct.pack('>IIBBBBB', width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
+  parts = [chunk(b'IHDR', header), *more, chunk(b'IDAT', zlib.compress(rows)), chunk(b'IEND', b'')]
+  path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(parts))
+
+
 def png_that_claims(width, height):
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   data = chunk(b'IDAT', zlib.compress(bytes(1000)))
@@ -129,13 +137,34 @@ class TestReadImage:
     expected = np.where(values == values[1, 1], 255, values >> 8)
     assert np.array_equal(read_image(tmp_path / 'a.png', 8, 1)[:, :, 0], expected)
 
-  def test_low_bits_of_sixteen_bit_colours_are_refused(self, tmp_path):
-    rows = b''.join(b'\0' + bytes(8 * 3 * [3, 255]) for _ in range(8))  # Values of 1,023, the most of ten bits.
-    header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
-    parts = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
-    (tmp_path / 'a.png').write_bytes(b'\x89PNG\r\n\x1a\n' + parts)
-    with pytest.raises(DatasetError, match=saying('16-bit colours', 'almost black', 'scale them up')):
-      read_image(tmp_path / 'a.png', 8, 3)
+  @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
+  def test_colours_of_sixteen_bits(self, tmp_path, mode):
+    values = np.arange(8 * 8 * len(mode)).reshape(8, 8, len(mode)) % 64 * 1024
+    if mode != 'RGB':
+      values[..., -1] = 0xFFFF
+    png_of_sixteen_bits(tmp_path / 'a.png', values)
+    expected = values[..., :3] if mode != 'LA' else values[..., [0, 0, 0]]
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 3), expected >> 8)
+    for bits in (8, 10, 12, 14):
+      few = values >> (16 - bits)
+      if mode != 'RGB':
+        few[..., -1] = 0xFFFF
+      png_of_sixteen_bits(tmp_path / f'{bits}.png', few)
+      with pytest.raises(DatasetError, match=saying('below 16,384', 'multiply the values')):
+        read_image(tmp_path / f'{bits}.png', 8, 3)
+
+  @pytest.mark.parametrize('ink', [0, 0x2020])
+  def test_dark_ink_of_sixteen_bits_on_transparency(self, tmp_path, ink):
+    values = np.full((8, 8, 4), ink)
+    values[..., 3] = np.where(np.eye(8), 0xFFFF, 0)
+    png_of_sixteen_bits(tmp_path / 'a.png', values)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 1)[:, :, 0], np.where(np.eye(8), ink >> 8, 255))
+
+  def test_a_transparent_colour_of_sixteen_bits(self, tmp_path):
+    values = (np.arange(64).reshape(8, 8, 1) * 1024 + 7).repeat(3, 2)
+    png_of_sixteen_bits(tmp_path / 'a.png', values, chunk(b'tRNS', values[1, 1].astype('>u2').tobytes()))
+    expected = np.where(values == values[1, 1], 255, values >> 8)
+    assert np.array_equal(read_image(tmp_path / 'a.png', 8, 3), expected)
 
   @pytest.mark.parametrize('light', [255, 240])
   def test_light_strokes_on_transparency_stay_visible(self, tmp_path, light):
@@ -309,6 +338,9 @@ class TestLoad:
     lines = []
     image_folder.load(tmp_path, size=8, report=lines.append)
     assert any(re.search(saying('a.png is uniform', 'value 90'), line) for line in lines)
+    save(tmp_path / 'cat' / 'b.png', RED)
+    image_folder.load(tmp_path, size=8, report=lines.append)
+    assert any(re.search(saying('b.png is uniform', 'value 200, 0, 0'), line) for line in lines)
 
   def test_images_beside_the_classes_are_told_of(self, tmp_path):
     save(tmp_path / 'cat' / 'a.png')
@@ -352,7 +384,8 @@ class TestLoad:
   def test_progress_of_a_long_read(self, tmp_path, monkeypatch):
     monkeypatch.setattr(messages, 'SECONDS_BETWEEN_REPORTS', 0.0)
     for i in range(3):
-      save(tmp_path / 'cat' / f'{i}.png')
+      (tmp_path / 'cat').mkdir(exist_ok=True)
+      Image.fromarray(noise(i)).save(tmp_path / 'cat' / f'{i}.png')
     lines = []
     image_folder.load(tmp_path, size=8, report=lines.append)
     assert lines == [f'reading 3 images from {tmp_path}', *(f'read {i} of 3 images' for i in (1, 2, 3))]

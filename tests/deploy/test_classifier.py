@@ -251,8 +251,11 @@ def test_scoring_compares_labels_of_one_kind_and_counts_weights(fitted):
   x = pictures([0, 1])
   with pytest.raises(ValueError, match=saying('labels', 'like the classes', 'got int 1')):
     fitted.score(x, [1, 2])
-  with pytest.raises(ValueError, match=saying('labels', 'missing')):
-    fitted.score(x, ['rows', None])
+  with pytest.raises(ValueError, match=saying('labels', 'like the classes', "got bytes b'rows'")):
+    fitted.score(x, [b'rows', b'columns'])
+  for missing in (['rows', None], np.ma.array(['rows', 'columns'], mask=[False, True])):
+    with pytest.raises(ValueError, match=saying('labels', 'missing')):
+      fitted.score(x, missing)
   answers = fitted.predict(x)
   wrong_second = [answers[0], 'another']
   assert fitted.score(X=x, y=wrong_second) == 0.5

@@ -1,8 +1,10 @@
 """A directory's runs that are finished, or another program's; cells of a table."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import signal
 import types
@@ -13,7 +15,16 @@ import pytest
 from problems import saying, table_row
 
 import metasgd_jax as ms
-from experiments import classification, few_shot_table, few_shot_training, processes, regression, resuming, running
+from experiments import (
+  classification,
+  few_shot_table,
+  few_shot_training,
+  processes,
+  regression,
+  replacing,
+  resuming,
+  running,
+)
 from experiments.resuming import Keeping
 from metasgd_jax.io import checkpoint, files, provenance
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -146,7 +157,7 @@ def test_only_files_that_the_record_lists_are_removed(tmp_path):
   assert opened.written >= {name.split('/')[0] for name in OWN}
   mine = ('model_mine.safetensors', 'notes.txt')
   write(tmp_path, *mine)
-  others = {'holiday.png', 'cells', *mine}
+  others = {'holiday.png', 'cells', 'profile', *mine}  # A profile is never removed.
   for shot in (3, 2, 1):  # What is not listed is not listed later either.
     finished(tmp_path, dataclasses.replace(MAML, shot=shot), Keeping(restart=True))
     there = {path.name for path in tmp_path.iterdir()}
@@ -245,18 +256,76 @@ def test_what_a_run_that_fails_has_written_is_listed(tmp_path):
   assert not (tmp_path / 'params_x.safetensors').exists()
 
 
-def test_a_kill_while_an_earlier_run_is_removed_leaves_a_run_that_begins_anew(tmp_path, monkeypatch):
-  finished(tmp_path)
-  remove = resuming._remove
-  monkeypatch.setattr(resuming, '_remove', lambda path: crash() if path.name == 'results.json' else remove(path))
-  other = dataclasses.replace(MAML, shot=3)
-  with pytest.raises(CrashError):
-    finished(tmp_path, other, Keeping(restart=True))
+def kept(workdir):
+  """A finished run with a checkpoint and a note of the user beside the checkpoints."""
+  with resuming.open_run(workdir, MAML, Keeping(keep_checkpoints=True)) as opened:
+    opened.begin()
+    save(opened)
+    files.write_json(opened.path('results.json'), {'rows': ROWS})
+  write(workdir, 'checkpoints/mine/best.safetensors', 'checkpoints/maml_5shot/notes.txt')
+  return contents(workdir)
+
+
+OTHER = dataclasses.replace(MAML, shot=3)
+USERS = {'checkpoints/mine/best.safetensors', 'checkpoints/maml_5shot/notes.txt'}
+
+
+@pytest.mark.parametrize('moves', range(14))
+def test_a_kill_while_an_earlier_run_is_put_aside_or_back_loses_nothing(tmp_path, monkeypatch, moves):
+  """Killed at each file that is moved or written, and once more while the next program puts the files back."""
+  before = kept(tmp_path)
+  real, left = pathlib.Path.replace, [moves, moves // 2]
+
+  def replace(old, new):
+    if not left[0]:
+      crash()
+    left[0] -= 1
+    return real(old, new)
+
+  monkeypatch.setattr(pathlib.Path, 'replace', replace)
+  monkeypatch.setattr(replacing, 'settle', lambda *_, **__: None)  # A kill leaves no time for it.
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, OTHER, Keeping(restart=True)) as opened:
+    opened.begin()
+    files.write_json(opened.path('params_new.safetensors'), {})
+    crash()
   monkeypatch.undo()
-  assert (tmp_path / 'results.json').exists()
+  monkeypatch.setattr(pathlib.Path, 'replace', replace)
+  left[:] = left[1:]
+  with contextlib.suppress(CrashError), resuming.open_run(tmp_path, MAML) as opened:
+    assert opened.rows == ROWS
+  monkeypatch.undo()
   with resuming.open_run(tmp_path, MAML) as opened:
-    assert opened.begun
-    assert not (tmp_path / 'results.json').exists()
+    assert opened.rows == ROWS
+  assert contents(tmp_path) == before
+
+
+def test_an_earlier_run_comes_back_unless_the_new_one_has_a_checkpoint(tmp_path):
+  before = kept(tmp_path)
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, OTHER, Keeping(restart=True)) as opened:
+    opened.begin()
+    crash()
+  assert contents(tmp_path) == before
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, OTHER, Keeping(restart=True)) as opened:
+    opened.begin()
+    save(opened, step=5)
+    opened.keep()
+    crash()
+  assert not (tmp_path / 'results.json').exists()
+  assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [5]
+  finished(tmp_path, OTHER)
+  assert all((tmp_path / name).read_text() == name for name in USERS)
+  assert not list((tmp_path / 'checkpoints').rglob('5'))
+
+
+def test_results_without_checkpoints_are_not_replaced_in_silence(tmp_path):
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML) as opened:
+    opened.begin()
+    write(opened, 'params_x.safetensors')
+    crash()
+  before = contents(tmp_path)
+  with pytest.raises(CheckpointError, match=saying(tmp_path, 'unfinished run', 'shot: 5 there', '--restart')):
+    finished(tmp_path, OTHER)
+  assert contents(tmp_path) == before
 
 
 def test_a_learner_that_is_not_trained_begins_too(tmp_path, monkeypatch):
@@ -274,7 +343,7 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
   with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping) as opened:
     save(opened)
     files.write_json(tmp_path / 'results.json', {'rows': ROWS})
-    monkeypatch.setattr(resuming, '_remove', lambda _: crash())
+    monkeypatch.setattr(replacing, 'remove_files', lambda *_: crash())
     monkeypatch.setattr(processes, 'any_of', lambda _: crash())
   monkeypatch.undo()
   assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [3]
@@ -284,10 +353,11 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
 
 
 def test_sigterm_when_all_is_done_changes_nothing(tmp_path, monkeypatch, capsys):
-  remove = resuming._remove
+  remove = replacing.remove_files
   with resuming.open_run(tmp_path, MAML):
     files.write_json(tmp_path / 'results.json', {'rows': ROWS})
-    monkeypatch.setattr(resuming, '_remove', lambda path: (os.kill(os.getpid(), signal.SIGTERM), remove(path)))
+    stop = lambda *given: (os.kill(os.getpid(), signal.SIGTERM), remove(*given))
+    monkeypatch.setattr(replacing, 'remove_files', stop)
   assert 'stopped' not in capsys.readouterr().out
   assert json.loads((tmp_path / resuming.RECORD).read_text())['finished']
 

@@ -211,6 +211,16 @@ def test_a_run_that_is_replaced_stays_until_the_new_one_trains(tmp_path, monkeyp
   assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
+def test_a_run_that_is_replaced_stays_if_the_new_one_meets_a_bad_number(tmp_path, monkeypatch):
+  regression.run(dataclasses.replace(MAML, shot=3), tmp_path, KEEPING)
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  monkeypatch.setattr(regression, 'sinusoid', lambda *args, **options: poisoned([1], task=3))
+  said = saying('is not finite', 'meta-iteration 1 (from 0)', 'nothing is saved', 'the earlier run is unchanged')
+  with pytest.raises(TrainingError, match=said):
+    regression.run(dataclasses.replace(MAML, seeds=1), tmp_path, Keeping(restart=True))
+  assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+
+
 def test_metrics_that_were_lost_are_missed(tmp_path, at):
   crashed(at, tmp_path)
   (tmp_path / 'metrics.jsonl').write_text('')

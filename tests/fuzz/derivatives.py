@@ -6,7 +6,7 @@ from typing import NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE
+from custom_rules import CANNOT_BE_COMPARED, FALSE, FALSE_SOMEWHERE, TRUE
 from hypothesis import strategies as st
 
 import metasgd_jax as ms
@@ -38,7 +38,7 @@ STOPPING = {
   'a loop without derivative': lambda: _halved_in_a_loop,
 }
 SMOOTH = TRUE | CANNOT_BE_COMPARED | {'a branch': lambda: _in_a_branch}
-LAYERS = SMOOTH | FALSE | STOPPING
+LAYERS = SMOOTH | FALSE | FALSE_SOMEWHERE | STOPPING
 
 
 class Network(NamedTuple):

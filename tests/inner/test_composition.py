@@ -404,6 +404,19 @@ class TestMistakes:
     with pytest.raises(ValueError, match=saying('`module`', 'instance of flax.linen.Module', 'got', 'from_nnx')):
       ms.nn.from_linen(module)
 
+  @pytest.mark.parametrize('from_', [ms.nn.from_nnx, ms.nn.from_equinox])
+  def test_a_linen_module_in_place_of_a_function(self, from_):
+    with pytest.raises(ValueError, match=saying('`build` must be a function', 'got MLP', 'lambda')):
+      from_(ms.nn.MLP())
+
+  def test_a_module_without_parameters(self):
+    class Nothing(nn.Module):
+      def __call__(self, x):
+        return x
+
+    with pytest.raises(ValueError, match=saying('Nothing has no parameters', 'give a module')):
+      ms.nn.from_linen(Nothing()).init(jax.random.key(0), jnp.ones((1, 2)))
+
   def test_equinox_that_is_not_installed(self, monkeypatch):
     monkeypatch.setitem(sys.modules, 'equinox', None)
     with pytest.raises(ImportError, match=saying('Equinox is not installed', "pip install 'metasgd_jax[compose]'")):

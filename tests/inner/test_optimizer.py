@@ -19,6 +19,7 @@ from problems import (
 )
 
 import metasgd_jax as ms
+import metasgd_jax.inner.alpha as alpha_module
 from metasgd_jax.outer import loop
 
 MSE = ms.losses.mean_squared_error
@@ -162,6 +163,14 @@ class TestScaleByAlpha:
     left = optax.partition({'left': ms.scale_by_alpha({'a': 0.5, 'd': 1.0}), 'right': optax.sgd(0.1)}, labels)
     with pytest.raises(ValueError, match=saying("alpha['d']", 'nothing in theta')):
       left.init(theta)
+
+  def test_the_work_for_hidden_rates_grows_with_their_number_alone(self, monkeypatch):
+    theta = {str(i): jnp.ones(1) for i in range(100)}
+    flattened = []
+    flatten = alpha_module.tree_flatten_with_path
+    monkeypatch.setattr(alpha_module, 'tree_flatten_with_path', lambda *a, **k: flattened.append(1) or flatten(*a, **k))
+    optax.masked(ms.scale_by_alpha(theta), dict.fromkeys(theta, False) | {'0': True}).init(theta)
+    assert len(flattened) <= 4
 
   def test_takes_numbers_that_are_no_arrays(self):
     update = ms.scale_by_alpha({'a': 0.5, 'b': 2.0}).update

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from custom_rules import CANNOT_BE_COMPARED, FALSE, TRUE, by_jvp, by_vjp
+from custom_rules import CANNOT_BE_COMPARED, FALSE, FALSE_SOMEWHERE, TRUE, by_jvp, by_labels, by_vjp
 from problems import assert_trees_close
 
 import metasgd_jax as ms
@@ -37,11 +37,42 @@ def test_a_rule_that_is_a_derivative_is_known_to_be_one(name, problem):
   assert jax.jit(lambda theta: jnp.asarray(has_symmetric_hessian(lambda theta: loss(theta, batch), theta)))(theta)
 
 
-@pytest.mark.parametrize('name', [*FALSE, *CANNOT_BE_COMPARED])
+@pytest.mark.parametrize('name', [*FALSE, *FALSE_SOMEWHERE, *CANNOT_BE_COMPARED])
 def test_a_rule_that_is_none_or_that_cannot_be_compared_is_not(name, problem):
   theta, batch = problem
-  loss = loss_of((FALSE | CANNOT_BE_COMPARED)[name]())
+  loss = loss_of((FALSE | FALSE_SOMEWHERE | CANNOT_BE_COMPARED)[name]())
   assert not has_symmetric_hessian(lambda theta: loss(theta, batch), theta)
+
+
+HALF_FALSE = {
+  'half': lambda: by_vjp(jnp.sin, lambda x, g: g * jnp.cos(x) / 2),
+  'seven tenths': lambda: by_jvp(jnp.sin, lambda x, t: (0.7 * jnp.cos(x)).astype(x.dtype) * t),
+  'leaky': lambda: by_vjp(jax.nn.relu, lambda x, g: jnp.where(x > 0, g, g / 10)),
+}
+HALF_TRUE = {name: TRUE[name] for name in ('relu', 'softplus', 'log_softmax', 'sine by vjp', 'square by jvp')}
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('name', [*HALF_FALSE, *HALF_TRUE])
+def test_half_precision_hides_no_false_rule(name, dtype, problem):
+  theta, batch = jax.tree.map(lambda leaf: leaf.astype(dtype), problem)
+  loss = loss_of((HALF_FALSE | HALF_TRUE)[name]())
+  assert has_symmetric_hessian(lambda theta: loss(theta, batch), theta) == (name in HALF_TRUE)
+
+
+@pytest.mark.parametrize('kind', [jnp.int32, jnp.uint8, bool])
+def test_a_rule_that_reads_integers(kind):
+  """A gradient that is reversed for the labels of one domain, and one that is scaled as the values are."""
+  labels, marked = jnp.asarray([0, 1, 1, 0], kind), lambda labels: jnp.where(labels > 0, -1, 1)
+  for forward, symmetric in ((jnp.ones_like, False), (marked, True)):
+    layer = by_labels(forward, marked)
+    assert has_symmetric_hessian(lambda theta, f=layer: jnp.sum(jnp.sin(f(theta, labels))), jnp.ones(4)) == symmetric
+
+
+def test_a_rule_of_complex_numbers_is_not_compared():
+  layer = by_vjp(lambda x: x, lambda x, g: -g)
+  loss = lambda theta: jnp.sum(jnp.abs(layer(jnp.fft.fft(theta))) ** 2)
+  assert not has_symmetric_hessian(loss, jnp.ones(4))
 
 
 def called(seen, x):
@@ -98,10 +129,10 @@ ALWAYS = ('clipping of the norm', 'spikes', 'calls itself', 'relu', 'sine by vjp
 
 @pytest.mark.parametrize(
   'name',
-  [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in FALSE if name not in ALWAYS)],
+  [*ALWAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in FALSE | FALSE_SOMEWHERE if name not in ALWAYS)],
 )
 def test_every_adjoint_gives_the_gradient_of_reverse_mode(name, problem):
-  loss = loss_of((FALSE | TRUE | CANNOT_BE_COMPARED)[name]())
+  loss = loss_of((FALSE | FALSE_SOMEWHERE | TRUE | CANNOT_BE_COMPARED)[name]())
 
   def outer(theta, alpha, batch, adjoint, steps):
     adapted = ms.adapt(theta, alpha, batch, loss_fn=loss, adjoint=adjoint, steps=steps)

@@ -179,6 +179,41 @@ def test_a_metric_is_any_real_scalar(tmp_path, metric):
   assert checkpoint.newest(tmp_path, like=a_state(), config=CONFIG).metric == float(metric)
 
 
+def test_a_metric_with_axes_is_refused(tmp_path):
+  with opened(tmp_path) as kept, pytest.raises(ValueError, match=saying('metric must be one number', '(1,)')):
+    kept.save(a_state(10), np.array([0.5]))
+  assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_the_user_are_never_removed(tmp_path):
+  """Orbax takes each folder whose name is a number for a checkpoint, and removes the older ones."""
+  write(tmp_path, [4])
+  for name in ('1', '9'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'cat.png').write_text('')
+    with pytest.raises(CheckpointError, match=saying(tmp_path / name, 'is no checkpoint', 'move it away')):
+      opened(tmp_path)
+    assert checkpoint.steps(tmp_path) == [4]
+    (tmp_path / name / 'cat.png').rename(tmp_path / f'cat{name}.png')
+    (tmp_path / name).rmdir()
+  for name in ('removed', 'mine'):
+    (tmp_path / name).mkdir()
+  write(tmp_path, [5, 6, 7])
+  checkpoint.remove_all(tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {'cat1.png', 'cat9.png', 'removed', 'mine'}
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch, capfd):
+  with opened(tmp_path) as kept:
+    kept.save(a_state(1))
+    kept.wait()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(CheckpointError, match=saying('cannot be written', 'bytes are needed', 'free disk space')):
+      kept.save(a_state(2))
+  assert checkpoint.steps(tmp_path) == [1]
+  assert capfd.readouterr() == ('', '')
+
+
 def test_saving_a_step_again_changes_nothing(tmp_path):
   with opened(tmp_path) as kept:
     kept.save(a_state(10), 0.5)

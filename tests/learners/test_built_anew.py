@@ -9,6 +9,7 @@ from problems import OneLayer, assert_close, assert_trees_close, compilations, r
 
 import metasgd_jax as ms
 from metasgd_jax import rl
+from metasgd_jax.outer.bad_numbers import skip_bad_steps
 from metasgd_jax.types import equal_by_arguments, equal_partial
 
 MSE, CROSS_ENTROPY, ACCURACY = ms.losses.mean_squared_error, ms.losses.cross_entropy, ms.losses.accuracy
@@ -69,6 +70,7 @@ BUILDERS = {  # A builder, and two different arguments.
   'light': (ms.tasks.augmentation.light, 0.1, 0.2),
   'chain': (lambda pixels: ms.tasks.augmentation.chain(ms.tasks.augmentation.shift(pixels)), 1, 2),
   'optax': (equal_by_arguments(optax.adam), 1e-3, 1e-2),
+  'skip_bad_steps': (lambda rate: skip_bad_steps(equal_by_arguments(optax.adam)(rate)), 1e-3, 1e-2),
   'a partial function': (lambda axis: equal_partial(jnp.sum, axis=axis), 0, 1),
 }
 

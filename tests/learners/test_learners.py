@@ -410,6 +410,9 @@ def test_mann_scales_images_alone():
     ms.init(jax.random.key(0), tasks, learner=ms.learners.mann(way=3), optimizer=optax.identity())
   with pytest.raises(ValueError, match=saying('size', 'at least 1', 'got 0')):
     ms.learners.mann(way=3, size=0)
+  parts = vectors._replace(x={'a': vectors.x})
+  with pytest.raises(ValueError, match=saying('`x` of a batch must be one array', 'got dict')):
+    ms.learners.mann(way=3, size=None).init(jax.random.key(0), ms.Episode(parts, parts))
 
 
 def test_a_rate_that_does_not_fit_is_named_before_training():

@@ -13,6 +13,23 @@ def test_mappings_are_equal_and_equal_a_loop(both_compilers):
   assert_mappings_equal_a_loop(learner, ms.tasks.sinusoid())
 
 
+def test_a_rate_that_is_a_number():
+  """As `adapt` takes it: a number of Python or NumPy, or a dict of numbers."""
+  learner, tasks = sinusoid_learner(hidden=(3,)), ms.tasks.sinusoid(shot=2, query=2)
+  batch, keys = episodes(tasks, 4), jax.random.split(jax.random.key(7), 4)
+  meta = learner.init(jax.random.key(0), jax.tree.map(lambda a: a[0], batch))
+  gradient = jax.jit(lambda meta: ms.mean_loss_and_grad(learner, meta, batch, keys))
+  (expected, _), slopes = gradient(meta._replace(alpha=jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), meta.alpha)))
+  for alpha in (0.1, np.float64(0.1), np.array(0.1), {'Dense_0': 0.1, 'Dense_1': np.float32(0.1)}):
+    (loss, _), found = ms.mean_loss_and_grad(learner, meta._replace(alpha=alpha), batch, keys)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_trees_close(found.theta, slopes.theta, rtol=1e-5, atol=1e-7)
+    total = sum(np.sum(leaf) for leaf in jax.tree.leaves(slopes.alpha))
+    np.testing.assert_allclose(sum(map(float, jax.tree.leaves(found.alpha))), total, rtol=1e-4)
+  with pytest.raises(ValueError, match=saying('alpha', 'floating-point', 'got 1', '1.0')):
+    ms.mean_loss_and_grad(learner, meta._replace(alpha=1), batch, keys)
+
+
 @pytest.mark.slow
 def test_mappings_are_equal_for_a_convolutional_network():
   tasks = ms.tasks.few_shot(random_bank(), way=3, shot=1, query=2)

@@ -271,6 +271,8 @@ def test_keys_whose_numbers_change_under_vmap_are_refused_everywhere(impl):
     lambda: train(state._replace(key=jax.random.split(key, 2), step=jnp.zeros(2, int)), 1),
     lambda: ms.evaluate(LEARNER, state.meta, TASKS, key, metric_fn=ms.losses.mean_squared_error, num_tasks=2),
     lambda: bad_numbers.inspect_step(state._replace(key=key), TASKS, learner=LEARNER, meta_batch=2),
+    lambda: ms.train_step(state._replace(key=key), TASKS, learner=LEARNER, optimizer=ADAM, meta_batch=2),
+    lambda: ms.rl.trpo_meta_step(None, key, inner=None),
   ]
   for call in refused:
     with pytest.raises(ValueError, match=saying('`key` must be', 'threefry2x32', f'got {impl}', 'jax.random.key(seed')):

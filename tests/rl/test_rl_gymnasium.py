@@ -227,15 +227,36 @@ def test_one_environment_for_all_trajectories_is_refused():
       collect_on_host(make, COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
 
 
-class Unrewarded(Count):
+class Odd(Count):
+  """An environment whose steps are not as Gymnasium's interface says."""
+
+  def __init__(self, change):
+    super().__init__(5)
+    self.change = change
+
   def step(self, action):
-    observation, _, *ends = super().step(action)
-    return observation, None, *ends
+    return self.change(*super().step(action))
 
 
-def test_a_reward_that_is_no_number():
-  with pytest.raises(ValueError, match=saying('reward of a step must be a number', 'got None')):
-    collect_on_host(lambda task: Unrewarded(5), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (lambda obs, reward, *rest: (obs, None, *rest), ('reward of a step must be a number', 'got None')),
+    (lambda obs, reward, *rest: (obs, '1.5', *rest), ('reward of a step must be a number', "got '1.5'")),
+    (lambda obs, reward, end, *rest: (obs, reward, np.nan, *rest), ('`terminated`', 'True or False', 'got nan')),
+    (lambda obs, reward, end, *rest: (obs, reward, None, *rest), ('`terminated`', 'True or False', 'got None')),
+    (lambda obs, reward, end, cut, info: (obs, reward, end, info), ('step must return', 'truncated', 'got (')),
+    (lambda obs, *rest: ((*obs, 1), *rest), ('an observation must be from', 'got (', 'change what')),
+  ],
+)
+def test_a_step_that_is_not_as_the_interface_says(change, said):
+  with pytest.raises(ValueError, match=saying(*said)):
+    collect_on_host(lambda task: Odd(change), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+
+
+def test_what_is_no_environment():
+  with pytest.raises(ValueError, match=saying('`make` must return a gymnasium.Env', 'got None')):
+    collect_on_host(lambda task: None, COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
 
 
 @pytest.mark.parametrize(

@@ -384,3 +384,9 @@ def test_numbers_of_numpy_make_an_equal_configuration():
   theirs = rl.TrpoConfig(max_kl=np.array(0.5), cg_steps=np.int64(3))
   assert theirs == ours
   assert hash(theirs) == hash(ours)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('max_kl', '0.01'), ('damping', None), ('max_kl', np.array([0.1, 0.2]))])
+def test_settings_that_are_no_numbers(name, value):
+  with pytest.raises(ValueError, match=saying(name, 'must be a number', f'got {value!r}'.split('(')[0])):
+    rl.TrpoConfig(**{name: value})

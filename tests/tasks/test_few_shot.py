@@ -106,6 +106,8 @@ def test_rotations_are_classes_of_their_own():
     (dict(way=1), ('way', 'at least 2', 'got 1')),
     (dict(shot=0), ('shot', 'at least 1', 'got 0')),
     (dict(query=0), ('query', 'at least 1', 'got 0')),
+    (dict(shot=1.5), ('shot', 'integer', 'got 1.5')),
+    (dict(way=np.array(2)), ('way', 'integer', 'array(2)')),
   ],
 )
 def test_numbers_that_do_not_fit(options, message):
