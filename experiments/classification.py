@@ -17,6 +17,7 @@ from experiments import few_shot_table, few_shot_training, options, reporting, r
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL, UNTRAINED, maml_rate, meta_batch, query_images
 from experiments.few_shot_training import Setup, build
+from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import Result, test_keys
 from experiments.resuming import Keeping
@@ -169,18 +170,25 @@ class Config:
 
 
 def run(
-  config: Config, workdir: PathLike, setup: Setup | None = None, keeping: Keeping | None = None, cell: bool = False
+  config: Config,
+  workdir: PathLike,
+  setup: Setup | None = None,
+  keeping: Keeping | None = None,
+  cell: bool = False,
+  jobs: Jobs = SINGLE,
 ) -> list[dict]:
   """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  If `setup` is left out, `build(config)` creates the setup. `cell` is as in `resuming.open_run`.
+  If `setup` is left out, `build(config)` creates the setup. `cell` is as in `resuming.open_run`. `jobs` says whether
+  the trainings get processes of their own.
   """
   setup = setup or build(config)
   with resuming.open_run(workdir, config, keeping, cell) as opened:
-    return opened.rows or _run(config, setup, opened)
+    return opened.rows or _run(config, setup, opened, jobs)
 
 
-def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
+def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list[dict]:
+  jobs.train(few_shot_training.plan(config, setup), opened)
   rows, curves, metas = [], {}, {}
   pictures: running.Pictures = {}
   for name in config.learners:
@@ -263,7 +271,7 @@ def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
   return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
 
 
-def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> running.Prepared:
+def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
       raise ValueError(
@@ -271,9 +279,9 @@ def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None) -> 
         'replace --table2 or --table3 by the flags of a cell'
       )
     of_cell, made = functools.partial(build, devices=devices), functools.partial(run, keeping=keeping, cell=True)
-    return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping.restart)
+    return [], few_shot_table.prepare(config, workdir, of_cell, made, keeping, jobs)
   setup = build(config, devices=devices)
-  return few_shot_training.plan(config, setup), functools.partial(run, config, workdir, setup, keeping)
+  return few_shot_training.plan(config, setup), functools.partial(run, config, workdir, setup, keeping, jobs=jobs)
 
 
 if __name__ == '__main__':

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from experiments import few_shot_data, processes, reporting, resuming
+from experiments import few_shot_data, options, processes, reporting, resuming
 from experiments.few_shot_learners import LEARNERS, NAMES
+from experiments.jobs import SINGLE, Job, Jobs, run_all
+from experiments.resuming import Keeping
 from metasgd_jax.io import files
+from metasgd_jax.io.checkpoint import CheckpointError
 
 WAYS, SHOTS = (5, 20), (1, 5)
 SETTINGS = tuple((way, shot) for way in WAYS for shot in SHOTS)
@@ -62,7 +65,12 @@ def cells(config: Any) -> list[Any]:
 
 
 def prepare(
-  config: Any, workdir: pathlib.Path, build: Callable, run: Callable, restart: bool = False
+  config: Any,
+  workdir: pathlib.Path,
+  build: Callable,
+  run: Callable,
+  keeping: Keeping | None = None,
+  jobs: Jobs = SINGLE,
 ) -> Callable[[], object]:
   """Checks that the table can be made, and returns the function that makes it.
 
@@ -71,25 +79,59 @@ def prepare(
     workdir: Directory of the table. Each cell has its own directory in it.
     build: Function `(configuration of a cell, data) → Setup`.
     run: Function `(configuration of a cell, directory, Setup) → rows`.
-    restart: Whether a cell is trained from the start if `resuming.check` refuses the run in its directory. If it is
-      False, the error of `resuming.check` is raised before any cell is trained.
+    keeping: Options of the runs. With `keeping.restart`, a cell is trained from the start if `resuming.check` refuses
+      the run in its directory. Otherwise the error of `resuming.check` is raised before any cell is trained.
+    jobs: Whether the cells get processes of their own.
   """
-  todo = cells(config)
+  todo, keeping = cells(config), keeping or Keeping()
   _refuse_others(workdir, config.dataset)
-  if not restart:
-    for cell in todo:
-      resuming.check(_directory(workdir, cell), cell)
+  refused = [cell for cell in todo if not _is_accepted(cell, workdir, keeping.restart)]
   data = few_shot_data.placed(few_shot_data.load(todo[0]), todo[0].stream)  # All cells share the data.
   for cell in todo:
     build(cell, data)  # Raises ValueError if the settings of the cell do not fit the data.
-  return functools.partial(_make, todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)))
+  apart = functools.partial(_train_apart, todo, refused, workdir, keeping, jobs)
+  return functools.partial(_make, todo, workdir, lambda cell, directory: run(cell, directory, build(cell, data)), apart)
 
 
-def _make(todo: list[Any], workdir: pathlib.Path, run: Callable) -> None:
+def _is_accepted(cell: Any, workdir: pathlib.Path, restart: bool) -> bool:
+  """Returns whether `resuming.check` accepts the run in a cell's directory. Without `restart`, its error is raised."""
+  try:
+    resuming.check(_directory(workdir, cell), cell)
+  except CheckpointError:
+    if not restart:
+      raise
+    return False
+  return True
+
+
+def _train_apart(todo: list[Any], refused: list[Any], workdir: pathlib.Path, keeping: Keeping, jobs: Jobs) -> None:
+  """Trains and tests the cells that are not done, each in a process of its own, if `jobs` has several cores."""
+  left = [cell for cell in todo if not _done(cell, _directory(workdir, cell))]
+  if min(len(jobs.cores), len(left)) < 2:
+    return
+  kept = options.flag_texts(dataclasses.replace(keeping, restart=False, jobs=0))
+
+  def job(cell):
+    restart = ['--restart'] if cell in refused else []
+    arguments = ['experiments.classification', *options.flag_texts(cell), *kept, *restart]
+    return Job(_about(cell), _directory(workdir, cell), arguments, cell.meta_iterations * cell.seeds)
+
+  run_all([job(cell) for cell in left], jobs.cores)
+
+
+def _about(cell: Any) -> str:
+  return f'{NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
+
+
+def _make(todo: list[Any], workdir: pathlib.Path, run: Callable, apart: Callable[[], None]) -> None:
   dataset, failed = todo[0].dataset, []
+  try:
+    apart()
+  except reporting.TrainingError as e:  # The cells that failed are tried once more below.
+    print(f'error: {e}', flush=True)
   for i, cell in enumerate(todo):
     directory = _directory(workdir, cell)
-    about = f'cell {i + 1} of {len(todo)}: {NAMES[cell.learner[0]]}, {cell.way}-way, trained on {cell.shot} shot'
+    about = f'cell {i + 1} of {len(todo)}: {_about(cell)}'
     done = processes.from_first(np.bool_(_done(cell, directory)))
     logging.info('%s%s', about, ': is finished already' if done else '')
     try:

@@ -20,6 +20,7 @@ import optax
 import metasgd_jax as ms
 from experiments import classification, few_shot_data, options, reporting, resuming, running, trainings
 from experiments.few_shot_data import DATASETS
+from experiments.jobs import Jobs
 from experiments.options import option
 from experiments.reporting import Result, test_keys
 from experiments.resuming import Keeping
@@ -227,7 +228,8 @@ def _floor(tasks: Any, config: Config) -> float:
   return float(jnp.mean(jax.jit(jax.vmap(of_task))(keys)))
 
 
-def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None) -> running.Prepared:
+def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
+  del jobs  # There is only one training.
   setup = build(config, devices)
   return [setup.training], functools.partial(run, config, workdir, setup, keeping)
 

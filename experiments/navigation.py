@@ -20,6 +20,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import options, reporting, resuming, running, trainings
+from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
@@ -165,21 +166,29 @@ def _label(start: str, name: str) -> str:
   return f'{NAMES[name]}, {start} start'
 
 
-def run(config: Config, workdir: PathLike, keeping: Keeping | None = None, devices: int | None = None) -> list[dict]:
+def run(
+  config: Config,
+  workdir: PathLike,
+  keeping: Keeping | None = None,
+  devices: int | None = None,
+  jobs: Jobs = SINGLE,
+) -> list[dict]:
   """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  `devices` is as in `plan`.
+  `devices` is as in `plan`. `jobs` says whether the trainings get processes of their own.
   """
   with resuming.open_run(workdir, config, keeping) as opened:
-    return opened.rows or _run(config, opened, devices)
+    return opened.rows or _run(config, opened, devices, jobs)
 
 
-def _run(config: Config, opened: resuming.Run, devices: int | None) -> list[dict]:
+def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) -> list[dict]:
   environments = build_environments()
   about_run = running.settings(config, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'optimizer')
   about_run['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
   trained, results, rows = {}, [], []
-  for (start, name), training in zip(config.runs, plan(config, environments, devices), strict=True):
+  planned = plan(config, environments, devices)
+  jobs.train(planned, opened)
+  for (start, name), training in zip(config.runs, planned, strict=True):
     trained[start, name] = running.train(training, opened)
     values = _test(name, trained[start, name].state.meta, environments[start], config, devices)
     results.append(Result({'start': start, 'learner': name}, values))
@@ -286,9 +295,9 @@ def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str]
     print(f'animation: {path}')
 
 
-def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None) -> running.Prepared:
+def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
   planned = plan(config, build_environments(), devices)
-  return planned, functools.partial(run, config, workdir, keeping, devices)
+  return planned, functools.partial(run, config, workdir, keeping, devices, jobs)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import options, reporting, resuming, running, trainings
+from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from metasgd_jax.io.files import PathLike
@@ -117,21 +118,29 @@ def plan(config: Config, devices: int = 1) -> list[tuple[trainings.Training, ms.
   return found
 
 
-def run(config: Config, workdir: PathLike, keeping: resuming.Keeping | None = None, devices: int = 1) -> list[dict]:
+def run(
+  config: Config,
+  workdir: PathLike,
+  keeping: resuming.Keeping | None = None,
+  devices: int = 1,
+  jobs: Jobs = SINGLE,
+) -> list[dict]:
   """Trains and tests the learners, prints and draws the results, and writes files. Returns the rows of results.json.
 
-  `devices` is as in `plan`.
+  `devices` is as in `plan`. `jobs` says whether the trainings get processes of their own.
   """
   with resuming.open_run(workdir, config, keeping) as opened:
-    return opened.rows or _run(config, opened, devices)
+    return opened.rows or _run(config, opened, devices, jobs)
 
 
-def _run(config: Config, opened: resuming.Run, devices: int) -> list[dict]:
+def _run(config: Config, opened: resuming.Run, devices: int, jobs: Jobs) -> list[dict]:
   names = ('inner_steps', 'meta_iterations', 'meta_batch', 'query', 'eval_query', 'eval_repeats')
   about_run = running.settings(config, *names)
   tests = {shot: sinusoid(DATASETS[config.dataset], shot=shot, query=config.eval_query) for shot in TEST_SHOTS}
   trained, results, rows = {}, [], []
-  for (name, shot), (training, learner) in zip(config.runs, plan(config, devices), strict=True):
+  planned = plan(config, devices)
+  jobs.train([training for training, _ in planned], opened)
+  for (name, shot), (training, learner) in zip(config.runs, planned, strict=True):
     trained[name, shot] = done = running.train(training, opened)
     for test_shot, tasks in tests.items():
       about = {'dataset': config.dataset, 'learner': name, 'train_shot': shot, 'test_shot': test_shot}
@@ -218,9 +227,11 @@ def _fit_path(learner, meta, support, x, key):
   return jax.vmap(learner.predict, (0, None))(path, x[:, None])[..., 0]
 
 
-def _prepare(config: Config, workdir: PathLike, keeping: resuming.Keeping, devices: int | None) -> running.Prepared:
+def _prepare(
+  config: Config, workdir: PathLike, keeping: resuming.Keeping, devices: int | None, jobs: Jobs
+) -> running.Prepared:
   planned = [training for training, _ in plan(config, devices or 1)]
-  return planned, functools.partial(run, config, workdir, keeping, devices or 1)
+  return planned, functools.partial(run, config, workdir, keeping, devices or 1, jobs)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,8 @@ from metasgd_jax.io import checkpoint
 
 RECORD = 'metasgd_run.json'
 """Name of the file that marks a directory as the directory of a run, and lists the files that the run has written."""
+JOBS = 'jobs'
+"""Name of the folder with a directory and a log for each training that has a process of its own."""
 ASIDE = '.replaced_run'
 """Name of the folder in which an earlier run waits."""
 _SHARED = ('profile', 'checkpoints')
@@ -30,7 +32,7 @@ def set_aside(workdir: pathlib.Path, names: Iterable[str]) -> None:
   if not (workdir / RECORD).exists():
     return
   aside.mkdir()
-  for path in _checkpoints(workdir):
+  for path in _folders(workdir):
     _move(path, aside / path.relative_to(workdir))
   for name in sorted({*names} - {RECORD, *_SHARED}):
     _move(workdir / name, aside / name)
@@ -51,14 +53,29 @@ def settle(workdir: pathlib.Path, new_stays: bool) -> None:
     remove(aside)
   else:
     with contextlib.suppress(FileNotFoundError):
-      for name in json.loads((workdir / RECORD).read_bytes())['files']:
-        remove_files(workdir, name)
+      remove_run(workdir)
     _put_back(workdir)
 
 
 def is_pending(workdir: pathlib.Path) -> bool:
   """Returns whether an earlier run waits to be removed or put back."""
   return (workdir / ASIDE).is_dir()
+
+
+def runs_in(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the directories of the trainings of a run that have processes of their own; see `jobs`."""
+  return sorted(path.parent for path in (workdir / JOBS).glob(f'*/{RECORD}'))
+
+
+def remove_run(workdir: pathlib.Path) -> None:
+  """Removes a run: the files that its record lists, the record, and the directory if nothing else is in it."""
+  for run in runs_in(workdir):
+    remove_run(run)
+  for name in json.loads((workdir / RECORD).read_bytes())['files']:
+    remove_files(workdir, name)
+  (workdir / RECORD).unlink()
+  with contextlib.suppress(OSError):
+    workdir.rmdir()
 
 
 def remove_files(workdir: pathlib.Path, name: str) -> None:
@@ -89,17 +106,19 @@ def remove(path: pathlib.Path) -> None:
 def _put_back(workdir: pathlib.Path) -> None:
   aside = workdir / ASIDE
   _move(aside / RECORD, workdir / RECORD)
-  for path in [*_checkpoints(aside), *(path for path in aside.iterdir() if path.is_file())]:
+  for path in [*_folders(aside), *(path for path in aside.iterdir() if path.is_file())]:
     _move(path, workdir / path.relative_to(aside))
   shutil.rmtree(aside)
 
 
-def _checkpoints(directory: pathlib.Path) -> list[pathlib.Path]:
-  return [
+def _folders(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders that a run has written: its checkpoints, and the directories of `jobs`."""
+  found = [
     training / str(step)
     for training in sorted((directory / 'checkpoints').glob('*'))
     for step in checkpoint.steps(training)
   ]
+  return found + runs_in(directory)
 
 
 def _move(old: pathlib.Path, new: pathlib.Path) -> None:

@@ -43,6 +43,10 @@ class Keeping:
   debug_task: int | None = option(
     None, 'Replay this meta-iteration (from 0) and show its tasks; nothing is trained.', low=0, high=2**31 - 1, kind=int
   )
+  jobs: int = option(
+    0, 'Trainings at the same time, each on a core of a CPU; 0 for one on each core.', low=0, high=1000
+  )
+  only: str | None = option(None, 'Only train the training of this name, as --jobs does.', kind=str)
   plan: bool = option(False, 'Print the memory that each training needs; nothing is trained.')
 
   def __post_init__(self):
@@ -217,7 +221,7 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
     except BaseException:
       replacing.settle(workdir, new_stays=bool(trainings(workdir)))
       raise
-    if run.begun:
+    if run.begun and run.keeping.only is None:
       run.finish()
     processes.any_of(False)  # The other processes wait until the first one has drawn the pictures.
 
@@ -307,8 +311,9 @@ def checkpoints_of(workdir: files.PathLike, training: str) -> pathlib.Path:
 
 
 def trainings(workdir: files.PathLike) -> list[str]:
-  """Returns the names of the trainings that have checkpoints."""
-  found = sorted(pathlib.Path(workdir, 'checkpoints').glob('*'))
+  """Returns the names of the trainings that have checkpoints, in the directory itself or in processes of their own."""
+  runs = [pathlib.Path(workdir), *replacing.runs_in(pathlib.Path(workdir))]
+  found = [path for run in runs for path in sorted((run / 'checkpoints').glob('*'))]
   return [path.name for path in found if checkpoint.steps(path)]
 
 

@@ -11,6 +11,7 @@ from absl import flags, logging
 
 import metasgd_jax as ms
 from experiments import options, processes, reporting, resuming, trainings
+from experiments.jobs import Jobs, cores
 from experiments.processes import Machines
 from experiments.reporting import Result
 from experiments.resuming import Keeping, Run
@@ -41,9 +42,9 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   Args:
     experiment: Name of the experiment.
     config_class: Class of its configuration.
-    prepare: Function `(config, workdir, keeping, devices) → (plan, run)`, where `keeping` is a `resuming.Keeping`. It
-      loads the data, builds the learners and checks the settings, but trains nothing. `main` then calls `run()`, or
-      inspects the trainings of `plan` if `--plan` or `--debug_task` is given.
+    prepare: Function `(config, workdir, keeping, devices, jobs) → (plan, run)`, where `keeping` is a `resuming.Keeping`
+      and `jobs` a `jobs.Jobs`. It loads the data, builds the learners and checks the settings, but trains nothing.
+      `main` then calls `run()`, or inspects the trainings of `plan` if `--plan` or `--debug_task` is given.
   """
 
   def prepare_from_flags():
@@ -55,7 +56,12 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
       config: Any = options.from_flags(config_class)
       keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
       workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
-      plan, run = prepare(config, workdir, keeping, machines.devices)
+      cache = f'--compilation_cache={flags.FLAGS["compilation_cache"].value}'
+      command = [f'experiments.{experiment}', cache, *options.flag_texts(config)]
+      jobs = Jobs(command, cores(keeping, machines.devices))
+      plan, run = prepare(config, workdir, keeping, machines.devices, jobs)
+      if keeping.only is not None:
+        return functools.partial(trainings.train_only, keeping.only, plan, config, workdir, keeping)
       return trainings.look(plan, config, workdir, keeping) or run
 
   resuming.define_flags(config_class, Keeping, Machines)

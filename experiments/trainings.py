@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 import metasgd_jax as ms
-from experiments import processes, replacing, reporting, resuming
+from experiments import jobs, processes, replacing, reporting, resuming
 from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
@@ -158,6 +158,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
     state = training.start()
     with processes.together():
       run.begin()
+      jobs.adopt(training.name, training.label, run)
       kept = None
       if processes.first():
         how: Any = dict(like=state, config=run.config, keep_best=0 if best is None else best.keep)
@@ -302,6 +303,19 @@ def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) ->
   elif processes.first():
     logging.warning('%s: the profiler wrote no trace to %s', training.label, directory)
   return directory
+
+
+def train_only(name: str, plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> None:
+  """Trains only the training of this name. Its checkpoints stay, and the run is not finished.
+
+  Raises:
+    ValueError: if the plan has no training of this name.
+  """
+  names = [training.name for training in plan]
+  if name not in names:
+    raise ValueError(f'--only must be one of {", ".join(names)}, got {name!r}')
+  with resuming.open_run(workdir, config, keeping) as opened:
+    train(plan[names.index(name)], opened)
 
 
 def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:

@@ -268,12 +268,13 @@ def _as_labels(labels, count: int) -> np.ndarray:
     ValueError: if the number of labels is not `count`, if a label is None or NaN, or if only some labels are text.
   """
   if isinstance(labels, np.ma.MaskedArray):
-    labels = np.where(np.ma.getmaskarray(labels), None, np.ma.getdata(labels).astype(object))
+    missing: Any = None
+    labels = np.where(np.ma.getmaskarray(labels), missing, np.ma.getdata(labels).astype(object))
   if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
     if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
       raise ValueError('labels must all be of one kind, such as strings, but only some of them are text; convert them')
-    missing = any(map(_is_missing, labels))
-    labels = np.asarray(labels, object if missing else None)
+    has_missing = any(map(_is_missing, labels))
+    labels = np.asarray(labels, object if has_missing else None)
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise ValueError(f'there must be a label for each of the {count} images, got labels of shape {labels.shape}')

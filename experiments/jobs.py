@@ -1,0 +1,226 @@
+"""Trains several networks at the same time: one process on each core of the CPU.
+
+XLA hands small operations from thread to thread. Two programs that share cores therefore slow each other down, up to
+ten times. Here each process is bound to a core of its own before JAX starts in it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import tqdm
+from absl import logging
+
+from experiments import replacing, resuming
+from experiments.reporting import StoppedError, TrainingError
+from experiments.resuming import Keeping, Run
+from metasgd_jax.io import checkpoint
+
+SECONDS = 0.2
+"""Time between two looks at the processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A command that trains in a directory of its own.
+
+  Attributes:
+    label: Name in printed text.
+    directory: Work directory of the command.
+    arguments: Module and flags of the command, without `--workdir`.
+    total: Number of meta-iterations of all its trainings.
+  """
+
+  label: str
+  directory: pathlib.Path
+  arguments: Sequence[str]
+  total: int
+
+  @property
+  def log(self) -> pathlib.Path:
+    """File with what the command prints. It is beside the directory."""
+    return self.directory.with_name(f'{self.directory.name}.log')
+
+
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+  """How the trainings of a command get processes of their own.
+
+  Attributes:
+    command: Module and flags of the command, without those of `Keeping` and without `--workdir`.
+    cores: Core of each process that may run at the same time. With one core, there are no such processes.
+  """
+
+  command: Sequence[str]
+  cores: Sequence[int]
+
+  def train(self, plan: Sequence[Any], run: Run) -> None:
+    """Trains the unfinished ones of the `trainings.Training` of a plan, each in its own process.
+
+    The processes run the same command with the flag `--only`. Afterwards `trainings.train` adopts the results. If fewer
+    than two trainings are left, or if there is only one core, nothing is done.
+
+    Raises:
+      TrainingError, StoppedError: as `run_all`.
+    """
+    todo = [training for training in plan if not _is_trained(training, run.workdir)]
+    if min(len(self.cores), len(todo)) > 1:
+      run.begin()
+      run_all([self._of(training, run.workdir) for training in todo], self.cores)
+      run.keep()
+
+  def _of(self, training: Any, workdir: pathlib.Path) -> Job:
+    directory = workdir / replacing.JOBS / training.name
+    return Job(training.label, directory, [*self.command, f'--only={training.name}'], training.total)
+
+
+SINGLE = Jobs((), (0,))
+"""All trainings in one process, one after the other."""
+
+
+def cores(keeping: Keeping, devices: int | None) -> list[int]:
+  """Returns the core of each process that may run at the same time.
+
+  There is only one process if `keeping.jobs` is 1, if `keeping.profile` is set, if `devices` is given, because the
+  trainings then use these devices, if the program has several processes, or if its device is not a CPU.
+
+  Args:
+    keeping: Options of the run.
+    devices: Value of `--devices`.
+  """
+  single = devices or keeping.jobs == 1 or keeping.profile or jax.process_count() > 1
+  if single or jax.default_backend() != 'cpu' or not hasattr(os, 'sched_setaffinity'):  # Only Linux has it.
+    return [0]
+  there = sorted(os.sched_getaffinity(0))
+  return [there[i % len(there)] for i in range(keeping.jobs or len(there))]
+
+
+def adopt(name: str, label: str, run: Run) -> None:
+  """Moves the checkpoints and metrics of a training that had a process of its own to the run.
+
+  It does nothing if there are none, or if the run has checkpoints of the training. `name` and `label` are those of the
+  `trainings.Training`.
+  """
+  source = run.workdir / replacing.JOBS / name
+  theirs, ours = (resuming.checkpoints_of(directory, name) for directory in (source, run.workdir))
+  if checkpoint.steps(ours) or not checkpoint.steps(theirs):
+    return
+  run.metrics[0].cut(label, 0)
+  for lines in ('metrics.jsonl', 'timings.jsonl'):
+    if (source / lines).exists():
+      with (run.workdir / lines).open('a') as file:
+        file.write((source / lines).read_text())
+  ours.mkdir(parents=True, exist_ok=True)
+  for step in checkpoint.steps(theirs):  # The newest is the last, so a kill between two moves loses no progress.
+    (theirs / str(step)).rename(ours / str(step))
+  replacing.remove_run(source)
+  Job('', source, (), 0).log.unlink(missing_ok=True)
+  with contextlib.suppress(OSError):
+    source.parent.rmdir()
+
+
+def run_all(jobs: Sequence[Job], on: Sequence[int]) -> None:
+  """Runs all jobs, at most one at a time on each core of `on`, and shows their progress.
+
+  Raises:
+    TrainingError: if a job fails. The other jobs are finished first.
+    StoppedError: if a signal stops the program. The jobs have then saved their states.
+  """
+  waiting, failed, told = list(jobs), [], False
+  running: dict[int, tuple[Job, subprocess.Popen]] = {}
+  with _signals() as asked, _progress(jobs) as show:
+    while running or (waiting and not asked):
+      for place in set(range(len(on))) - set(running):
+        if waiting and not asked:
+          running[place] = waiting[0], _start(waiting.pop(0), on[place])
+      time.sleep(SECONDS)
+      show()
+      for place, (job, process) in list(running.items()):
+        if asked and not told:
+          process.send_signal(signal.SIGTERM)
+        if process.poll() is not None:
+          del running[place]
+          failed += [job] if process.returncode else []
+      told = bool(asked)
+  if asked:
+    print(f'stopped by {signal.Signals(asked[0]).name}: all that was trained is saved; the same command goes on')
+    raise StoppedError(128 + asked[0])
+  if failed:
+    why = '; '.join(f'{job.label}: {_last_line(job.log)} (its output is in {job.log})' for job in failed)
+    raise TrainingError(f'{len(failed)} of {len(jobs)} trainings failed: {why}')
+
+
+def _is_trained(training: Any, workdir: pathlib.Path) -> bool:
+  directories = (workdir, workdir / replacing.JOBS / training.name)
+  return any(training.total in checkpoint.steps(resuming.checkpoints_of(d, training.name)) for d in directories)
+
+
+def _start(job: Job, core: int) -> subprocess.Popen:
+  """Starts a process that is bound to a core."""
+  job.directory.parent.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, '-m', *job.arguments, f'--workdir={job.directory}', '--jobs=1']
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, {core})  # It concerns this thread alone, and the process inherits it.
+  try:
+    with job.log.open('wb') as log:
+      # In a session of its own, Ctrl-C does not reach the process before it reaches this program.
+      how: dict[str, Any] = dict(stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+      return subprocess.Popen(command, **how)
+  finally:
+    os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Gives a list to which the number of each signal to stop is appended."""
+  asked: list[int] = []
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.signal(number, lambda number, _: asked.append(number)) for number in numbers]
+  try:
+    yield asked
+  finally:
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
+  """Gives a function that shows the meta-iterations of all jobs together: as a bar, or in the log by tenths."""
+  total, shown = sum(job.total for job in jobs), 0
+  with tqdm.tqdm(desc=f'{len(jobs)} trainings', total=total, disable=None) as bar:
+
+    def show():
+      nonlocal shown
+      bar.n = done = min(total, sum(map(_done, jobs)))
+      bar.refresh()
+      if bar.disable and 10 * done // total > shown:
+        shown = 10 * done // total
+        logging.info('%d trainings: %d of %d meta-iterations', len(jobs), done, total)
+
+    yield show
+
+
+def _done(job: Job) -> int:
+  """Returns the number of meta-iterations that a job has written metrics of."""
+  steps: dict[str, int] = {}
+  with contextlib.suppress(OSError, ValueError), (job.directory / 'metrics.jsonl').open() as file:
+    for line in file:
+      found = json.loads(line)
+      steps[found['label']] = found['step']
+  return sum(steps.values())
+
+
+def _last_line(path: pathlib.Path) -> str:
+  with contextlib.suppress(OSError):
+    lines = path.read_text(errors='replace').strip().splitlines()
+    return lines[-1].removeprefix('error: ') if lines else 'it printed nothing'
+  return 'its output cannot be read'
