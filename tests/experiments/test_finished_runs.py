@@ -25,6 +25,7 @@ from experiments import (
   resuming,
   running,
 )
+from experiments.jobs import SINGLE
 from experiments.resuming import Keeping
 from metasgd_jax.io import checkpoint, files, provenance
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -222,9 +223,11 @@ def test_a_cell_of_a_table_is_replaced_once_and_then_goes_on(tmp_path, capsys):
 
 def test_the_cells_of_a_table_know_that_they_are_cells(monkeypatch):
   made = []
-  monkeypatch.setattr(few_shot_table, 'prepare', lambda config, workdir, build, run, restart: made.append(run.keywords))
+  monkeypatch.setattr(
+    few_shot_table, 'prepare', lambda config, workdir, build, run, keeping, jobs: made.append(run.keywords)
+  )
   config = classification.Config(table2=True, data_dir='somewhere')
-  classification._prepare(config, None, Keeping(restart=True), None)
+  classification._prepare(config, None, Keeping(restart=True), None, SINGLE)
   assert made == [dict(keeping=Keeping(restart=True), cell=True)]
 
 

@@ -1,0 +1,249 @@
+"""Trainings in processes of their own: what they run, how they stop, and that one process would give the same."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torture
+from problems import saying
+
+from experiments import (
+  classification,
+  few_shot_table,
+  few_shot_training,
+  jobs,
+  regression,
+  reporting,
+  resuming,
+  trainings,
+)
+from experiments.jobs import Job, Jobs
+from experiments.reporting import StoppedError, TrainingError
+from experiments.resuming import Keeping
+from metasgd_jax.io import checkpoint
+from metasgd_jax.io.checkpoint import CheckpointError
+
+PROGRAM = """
+import json, os, pathlib, signal, sys, time
+flags = dict(word.removeprefix('--').split('=') for word in sys.argv[1:])
+directory = pathlib.Path(flags['workdir'])
+directory.mkdir()
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+begin = time.time()
+with (directory / 'metrics.jsonl').open('w') as file:
+  file.write(json.dumps({'label': 'a', 'step': int(flags['steps'])}) + '\\n')
+while not stop and time.time() < begin + float(flags['seconds']):
+  time.sleep(0.01)
+(directory / 'facts').write_text(json.dumps([sorted(os.sched_getaffinity(0)), begin, time.time(), bool(stop)]))
+if flags['steps'] == '3':
+  sys.exit('error: it fails')
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+  """`job(name, steps, seconds)`: a command that waits, and fails if it has three steps."""
+  (tmp_path / 'a_program.py').write_text(PROGRAM)
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  monkeypatch.setattr(jobs, 'SECONDS', 0.02)
+
+  def make(name, steps=5, seconds=0.3):
+    return Job(name, tmp_path / 'jobs' / name, ['a_program', f'--steps={steps}', f'--seconds={seconds}'], 5)
+
+  return make
+
+
+def facts(job):
+  return json.loads((job.directory / 'facts').read_text())
+
+
+def test_each_process_has_a_core_and_no_core_two_processes_at_once(job):
+  on = sorted(os.sched_getaffinity(0))[:2]
+  todo = [job(f'job{i}') for i in range(4)]
+  jobs.run_all(todo, on)
+  found = [facts(one) for one in todo]
+  assert {core for (core,), *_ in found} == set(on)
+  for core in on:
+    spans = sorted((begin, end) for (of,), begin, end, _ in found if of == core)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_a_job_that_fails_is_named_and_the_others_are_finished(job):
+  todo = [job('one', steps=3), job('two'), job('three')]
+  with pytest.raises(TrainingError, match=saying('1 of 3 trainings failed', 'one: it fails', todo[0].log)):
+    jobs.run_all(todo, [0])
+  assert facts(todo[2])
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_and_begins_no_other(job, number, capsys):
+  todo = [job('one', seconds=30), job('two', seconds=30), job('three')]
+  before = signal.getsignal(number)
+  threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+  with pytest.raises(StoppedError) as stopped:
+    jobs.run_all(todo, [0, 0])
+  assert stopped.value.code == 128 + number
+  assert [facts(one)[-1] for one in todo[:2]] == [True, True]
+  assert not todo[2].directory.exists()
+  assert re.search(saying(f'stopped by {number.name}', 'is saved', 'the same command goes on'), capsys.readouterr().out)
+  assert signal.getsignal(number) == before
+
+
+def test_one_core_or_one_training_needs_no_processes(tmp_path, monkeypatch):
+  monkeypatch.setattr(jobs, 'run_all', lambda *_: pytest.fail('a process began'))
+  config = dataclasses.replace(CONFIG, learner=('maml',))
+  with resuming.open_run(tmp_path, CONFIG) as opened:
+    Jobs([], [0]).train(plan(CONFIG), opened)
+    Jobs([], [0, 1]).train(plan(config), opened)
+    opened.begun = False
+
+
+@pytest.mark.parametrize(
+  ('keeping', 'devices', 'expected'),
+  [({'jobs': 1}, None, 1), ({}, 2, 1), ({'profile': True}, None, 1), ({'jobs': 3}, None, 3)],
+)
+def test_number_of_processes(keeping, devices, expected):
+  assert len(jobs.cores(Keeping(**keeping), devices)) == expected
+
+
+def test_by_default_there_is_a_process_on_each_core():
+  assert jobs.cores(Keeping(), None) == sorted(os.sched_getaffinity(0))
+
+
+CONFIG = regression.Config(meta_iterations=20, seeds=2, eval_tasks=3, eval_repeats=2)
+KEEPING = Keeping(checkpoint_every=4, keep_checkpoints=True)
+
+
+def plan(config):
+  return [training for training, _ in regression.plan(config)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+  """Runs share their compiled programs and draw nothing."""
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in ((regression, 'build_learner'), (regression, 'sinusoid'), (trainings, 'optimizer_of')):
+      patch.setattr(module, name, functools.cache(getattr(module, name)))
+    patch.setattr(regression.optax, 'adam', functools.cache(regression.optax.adam))
+    patch.setattr(reporting, 'save_pictures', lambda *_: None)
+    yield
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  regression.run(CONFIG, workdir, KEEPING)
+  return torture.contents(workdir)
+
+
+def in_this_process(todo, on):
+  """As the processes of `run_all` train."""
+  for one in todo:
+    name = one.directory.name
+    trainings.train_only(name, plan(CONFIG), CONFIG, one.directory, dataclasses.replace(KEEPING, only=name))
+
+
+class CrashError(Exception):
+  """As if the program had been killed here."""
+
+
+def test_what_is_trained_apart_is_what_one_process_trains(tmp_path, monkeypatch, whole):
+  monkeypatch.setattr(jobs, 'run_all', in_this_process)
+  regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  assert torture.contents(tmp_path) == whole
+  assert not (tmp_path / 'jobs').exists()
+
+
+def test_a_run_that_is_stopped_while_others_train_goes_on(tmp_path, monkeypatch, whole):
+  """Stopped after one of two trainings; what it replaces is kept as long as nothing is saved."""
+
+  def stop(todo, on):
+    in_this_process(todo[:number], on)
+    raise CrashError
+
+  monkeypatch.setattr(jobs, 'run_all', stop)
+  regression.run(dataclasses.replace(CONFIG, shot=3), tmp_path, KEEPING)
+  before = torture.contents(tmp_path)
+  restart, apart = dataclasses.replace(KEEPING, restart=True), Jobs([], [0, 1])
+  for number in (0, 1):
+    with pytest.raises(CrashError):
+      regression.run(CONFIG, tmp_path, restart, jobs=apart)
+    assert (torture.contents(tmp_path) == before) == (number == 0)
+  regression.run(CONFIG, tmp_path, KEEPING, jobs=apart)  # One training is left, so it needs no process.
+  assert torture.contents(tmp_path) == whole
+
+
+def test_only_must_be_a_training(tmp_path):
+  with pytest.raises(ValueError, match=saying('--only', 'maml_5shot', "got 'other'")):
+    trainings.train_only('other', plan(CONFIG), CONFIG, tmp_path, KEEPING)
+
+
+def test_each_cell_of_a_table_that_is_left_is_a_process(tmp_path, monkeypatch):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere', meta_iterations=7)
+  cells, seen = few_shot_table.cells(config), []
+  monkeypatch.setattr(few_shot_table, 'run_all', lambda todo, on: seen.extend(todo))
+  monkeypatch.setattr(few_shot_table, '_done', lambda cell, _: cell == cells[0])
+  few_shot_table._train_apart(cells, [cells[1]], tmp_path, Keeping(restart=True, jobs=2), Jobs([], [0, 1]))
+  assert seen == []  # One cell is left.
+  monkeypatch.setattr(few_shot_table, '_done', lambda *_: False)
+  few_shot_table._train_apart(cells, [cells[1]], tmp_path, Keeping(restart=True, jobs=2), Jobs([], [0, 1]))
+  assert [one.total for one in seen] == [7, 7]
+  assert ['--restart' in one.arguments for one in seen] == [False, True]
+  for cell, one in zip(cells, seen, strict=True):
+    assert one.directory.name == f'omniglot_lstm_{cell.way}way_1shot'
+    assert {f'--way={cell.way}', '--learner=lstm', '--meta_iterations=7', '--data_dir=somewhere'} >= {
+      text for text in one.arguments if text.startswith(('--way', '--learner', '--meta', '--data_dir'))
+    }
+    assert not [text for text in one.arguments if text.startswith(('--table', '--jobs'))]
+
+
+def test_a_refused_cell_is_told_of_before_any_begins(tmp_path, monkeypatch):
+  config = classification.Config(learner=('lstm',), table2=True, data_dir='somewhere')
+  monkeypatch.setattr(few_shot_table.resuming, 'check', lambda *_: (_ for _ in ()).throw(CheckpointError('no')))
+  with pytest.raises(CheckpointError):
+    few_shot_table.prepare(config, tmp_path, few_shot_training.build, classification.run, Keeping(), Jobs([], [0, 1]))
+
+
+COMMAND = [
+  *(sys.executable, '-m', 'experiments.regression', '--seeds=1', '--eval_tasks=3', '--eval_repeats=2'),
+  *('--meta_iterations=20000', '--checkpoint_every=1000', '--jobs=2'),
+]
+
+
+@pytest.mark.slow
+def test_a_command_that_is_stopped_and_given_again_ends_as_if_never_stopped(tmp_path):
+  root, results = pathlib.Path(regression.__file__).parents[1], []
+  for name in ('whole', 'stopped'):
+    command = [
+      *COMMAND,
+      '--meta_iterations=20000',
+      '--checkpoint_every=1000',
+      f'--workdir={tmp_path / name}',
+      '--jobs=2',
+    ]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if name == 'stopped':
+      directories = [tmp_path / name / 'jobs' / f'{learner}_5shot' for learner in ('maml', 'meta_sgd')]
+      while not all(checkpoint.steps(resuming.checkpoints_of(d, d.name)) for d in directories):
+        assert process.poll() is None
+        time.sleep(0.05)
+      process.send_signal(signal.SIGTERM)
+      assert 'the same command goes on' in process.communicate()[0]
+      assert process.returncode == 143
+      process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    results.append({p.name: p.read_bytes() for p in (tmp_path / name).glob('*.safetensors')})
+  assert results[0].keys() == {'params_maml_5shot.safetensors', 'params_meta_sgd_5shot.safetensors'}
+  assert results[0] == results[1]
