@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import timing
-from experiments.navigation import Config
+from experiments.navigation import CURVED
 from metasgd_jax import rl
 from metasgd_jax.inner.alpha import AlphaConfig
 from metasgd_jax.io import provenance
@@ -40,7 +40,6 @@ RATE = 0.5
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
 TASKS = 20
-CURVED = Config().curved
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Number of timed turns of each program.', lower_bound=1)
 _LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'Learners to time.')

@@ -1,7 +1,7 @@
 """2D navigation by policy gradients: Table 4 and Figure 4 of Li et al. 2017.
 
 python -m experiments.navigation             Meta-SGD and MAML from a fixed start, beside the paper's numbers
-python -m experiments.navigation --table4    the same from fixed and from varying starts: all of Table 4
+python -m experiments.navigation --table4    the same from fixed and from varying starts, and with TRPO: Table 4
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import functools
 import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import methodcaller
 from typing import Any, cast, get_args
 
@@ -19,8 +19,9 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from experiments import options, reporting, resuming, running, trainings
+from experiments import navigation_table, options, reporting, resuming, running, trainings
 from experiments.jobs import SINGLE, Jobs
+from experiments.navigation_table import label
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
@@ -33,48 +34,64 @@ from metasgd_jax.rl.surrogate import Estimator
 
 LEARNERS = ('meta_sgd', 'maml')
 STARTS = ('fixed', 'varying')
-MAML_RATE = 0.5
-"""Inner rate of MAML's released script, with actions in [−1, 1]."""
+OPTIMIZERS = ('adam', 'trpo')
+SETTINGS: dict[str, dict[str, Any]] = {
+  'adam': dict(meta_iterations=800, meta_batch=40, decay=0.95, later_rate=0.1),
+  'trpo': dict(meta_iterations=100, meta_batch=20, decay=0.9, later_rate=0.5),
+}
+"""Settings whose default depends on the outer optimiser. TRPO has the paper's numbers of meta-iterations and tasks.
+
+With Adam, the settings were chosen on validation tasks; see docs/results.md.
+"""
+QUICK = dict(meta_iterations=400, meta_batch=20)
+"""Settings of Adam with `--budget=quick`."""
+RATES = {('adam', 'meta_sgd'): 0.02, ('adam', 'maml'): 0.005, ('trpo', 'meta_sgd'): 0.5, ('trpo', 'maml'): 0.5}
+"""Inner rate of MAML and initial α of Meta-SGD, by outer optimiser and learner.
+
+With TRPO it is that of MAML's released script, where the surrogate is a mean over steps. With Adam the surrogate is a
+mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5.
+"""
+CURVED = 4
+"""Number of tasks from which TRPO computes the Fisher matrix, unless there are fewer."""
 FILM_STEPS = 30
 """Number of environment steps that an animation shows. An adapted policy reaches the goal sooner."""
-
-PAPER_TABLE = {  # (learner, start) → mean return after one update and half-width; Li et al. 2017, Table 4.
-  ('maml', 'fixed'): (-9.12, 0.66),
-  ('meta_sgd', 'fixed'): (-8.64, 0.68),
-  ('maml', 'varying'): (-10.71, 0.76),
-  ('meta_sgd', 'varying'): (-10.15, 0.62),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings of the paper, section 4.3. Settings that the paper does not give are mostly those of MAML's released code.
+  """Settings of section 4.3 of the paper, except for the outer optimiser: the paper uses TRPO.
 
-  Four defaults differ from MAML's code. MAML's code uses the estimator 'score', which is biased. It uses a decay of 1,
-  which makes the updates noisier. It uses a damping of 1e-5, as in rllab, which makes the steps too long if the
-  curvature is computed from few tasks. It computes the curvature from all tasks, which would be most of the work here.
+  Settings that the paper does not give are mostly those of MAML's released code. Four defaults differ from MAML's code.
+  MAML's code uses the estimator 'score', which is biased. It uses a decay of 1, which makes the updates noisier. For
+  TRPO, it uses a damping of 1e-5, as in rllab, which makes the steps too long if the curvature is computed from few
+  tasks. It computes the curvature from all tasks, which would be most of the work here.
   A test may take more inner steps than the training. The inner rate of these additional steps is multiplied by
-  `later_rate`, whose default, 0.5, is that of MAML's test script.
+  `later_rate`.
   """
 
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)
   start: tuple[str, ...] = option(('fixed',), 'Task sets: the start is the origin, or varies.', choices=STARTS)
-  table4: bool = option(False, 'Train both learners on both task sets; --learner and --start have no effect.')
+  optimizer: tuple[str, ...] = option(('adam',), 'Outer optimisers; the paper uses TRPO.', choices=OPTIMIZERS)
+  table4: bool = option(False, 'Train all learners, task sets and optimisers; their flags have no effect.')
+  budget: str = option('full', 'With Adam: quick takes a minute for each training.', choices=('full', 'quick'))
   inner_steps: int = option(1, 'Updates in training.', low=1, high=10)
   eval_updates: int = option(3, 'Updates in testing, each on new trajectories.', low=1, high=100)
-  alpha: float | None = option(None, 'Inner rate of MAML, initial α of Meta-SGD; 0.5 by default.', **running.RATE)
-  later_rate: float = option(0.5, 'Factor of α in the updates of the test beyond --inner_steps.', low=0.0, high=100.0)
+  alpha: float | None = option(None, 'Inner rate of MAML, initial α of Meta-SGD.', **running.RATE)
+  later_rate: float | None = option(
+    None, 'Factor of α in the updates of the test beyond --inner_steps.', low=0.0, high=100.0, kind=float
+  )
   estimator: str = option('lvc', 'Estimator of the inner gradient; score is biased.', choices=get_args(Estimator))
   trajectories: int = option(20, 'Trajectories per task, before each update and after the last.', low=2, high=1000)
-  meta_batch: int = option(20, 'Tasks per meta-iteration.', low=1, high=10_000)
-  meta_iterations: int = option(100, 'Meta-iterations.', low=1, high=2**31 - 1)
-  optimizer: str = option('trpo', 'Outer optimiser: TRPO, as in the paper, or Adam.', choices=('trpo', 'adam'))
+  meta_batch: int | None = option(None, 'Tasks per meta-iteration.', low=1, high=10_000, kind=int)
+  meta_iterations: int | None = option(None, 'Meta-iterations.', low=1, high=2**31 - 1, kind=int)
   max_kl: float = option(0.01, 'Bound on the divergence of a TRPO step, in nats.', low=1e-9, high=10.0)
   curvature_tasks: int | None = option(None, "Tasks for TRPO's curvature; by default 4.", low=1, high=10_000, kind=int)
   damping: float = option(0.01, "Damping that is added to TRPO's curvature.", low=0.0, high=1e3)
-  learning_rate: float = option(1e-3, 'Learning rate of Adam.', low=1e-12, high=1e3)
+  learning_rate: float = option(3e-3, 'First learning rate of Adam for θ; it falls to zero.', low=1e-12, high=1e3)
+  alpha_learning_rate: float = option(3e-2, 'First learning rate of Adam for α.', low=1e-12, high=1e3)
+  clip: float = option(1.0, 'Bound on the norm of the meta-gradient with Adam.', low=1e-9, high=1e9)
   discount: float = option(0.99, 'Discount per step.', low=0.0, high=1.0)
-  decay: float = option(0.9, 'λ of the generalised advantages.', low=0.0, high=1.0)
+  decay: float | None = option(None, 'λ of the generalised advantages.', low=0.0, high=1.0, kind=float)
   seeds: int = option(1, 'Training runs, side by side.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
@@ -83,25 +100,34 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
-    if self.curvature_tasks is not None and self.curvature_tasks > self.meta_batch:
-      raise ValueError(
-        f'curvature_tasks={self.curvature_tasks} is more than meta_batch={self.meta_batch}; lower curvature_tasks'
-      )
+    batch = self.meta_batch or SETTINGS['trpo']['meta_batch']
+    if self.curvature_tasks is not None and self.curvature_tasks > batch:
+      raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={batch}; lower curvature_tasks')
 
   @property
-  def curved(self) -> int:
-    """Number of tasks from which TRPO computes the Fisher matrix: by default 4, or all tasks if there are fewer."""
-    return self.curvature_tasks or min(4, self.meta_batch)
+  def cells(self) -> list['Config']:
+    """Returns the configuration of each training, in which no setting is `None` except for `curvature_tasks`."""
+    starts, learners, optimizers = self.start, self.learner, self.optimizer
+    if self.table4:
+      starts, learners, optimizers = STARTS, LEARNERS, OPTIMIZERS
+    return [
+      self._cell(start, learner, optimizer) for start in starts for optimizer in optimizers for learner in learners
+    ]
 
-  @property
-  def runs(self) -> list[tuple[str, str]]:
-    """Returns a pair (start, learner) for each training."""
-    starts, learners = (STARTS, LEARNERS) if self.table4 else (self.start, self.learner)
-    return [(start, learner) for start in starts for learner in learners]
+  def _cell(self, start: str, learner: str, optimizer: str) -> 'Config':
+    known = SETTINGS[optimizer] | {'alpha': RATES[optimizer, learner]}
+    if self.budget == 'quick' and optimizer == 'adam':
+      known |= QUICK
+    given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
+    one: dict[str, Any] = dict(start=(start,), learner=(learner,), optimizer=(optimizer,), table4=False, budget='full')
+    return dataclasses.replace(self, **one, **known | given)
 
 
-AllTrained = dict[tuple[str, str], trainings.Trained]
-"""The result of each training, by (start, learner)."""
+Cell = tuple[str, str, str]
+"""The start, the learner and the outer optimiser of a training."""
+
+AllTrained = dict[Cell, trainings.Trained]
+"""The result of each training."""
 
 
 def build_environments() -> dict[str, rl.Environment]:
@@ -109,22 +135,23 @@ def build_environments() -> dict[str, rl.Environment]:
   return {start: rl.navigation(cast(Any, start)) for start in STARTS}
 
 
-def build_inner(name: str, environment: rl.Environment, config: Config, steps: int | None = None) -> rl.PolicyGradient:
+def build_inner(environment: rl.Environment, cell: Config, steps: int | None = None) -> rl.PolicyGradient:
   """Returns the inner loop of a learner, with a policy of layer sizes 2-100-100-2, as in the paper.
 
-  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `config.inner_steps` by default.
+  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `cell.inner_steps` by default.
   """
-  steps, rate = steps or config.inner_steps, MAML_RATE if config.alpha is None else config.alpha
-  how: dict[str, Any] = running.settings(config, 'trajectories', 'estimator')
-  how['alpha'] = rate if name == 'maml' else ms.AlphaConfig(rate, rate)
-  how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=config.discount, decay=config.decay)
-  how['rates'] = [1.0 if i < config.inner_steps else config.later_rate for i in range(steps)]
+  (learner,), (optimizer,), steps = cell.learner, cell.optimizer, steps or cell.inner_steps
+  how: dict[str, Any] = running.settings(cell, 'trajectories', 'estimator')
+  how['alpha'] = cell.alpha if learner == 'maml' else ms.AlphaConfig(cast(float, cell.alpha), cast(float, cell.alpha))
+  how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=cell.discount, decay=cast(float, cell.decay))
+  how['rates'] = [1.0 if i < cell.inner_steps else cell.later_rate for i in range(steps)]
+  how['mean_over'] = 'trajectory' if optimizer == 'adam' else 'step'
   policy = rl.gaussian(environment.observation_size, environment.action_size)
   return rl.policy_gradient(environment, policy, steps=steps, **how)
 
 
 def plan(config: Config, environments: dict[str, rl.Environment], devices: int | None = None) -> list[Training]:
-  """Returns the trainings of `config.runs`, before anything is trained.
+  """Returns the trainings of `config.cells`, before anything is trained.
 
   Args:
     config: Configuration of the experiment.
@@ -132,38 +159,54 @@ def plan(config: Config, environments: dict[str, rl.Environment], devices: int |
     devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
 
   Raises:
-    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the `config.curved` tasks from
-      which TRPO computes the curvature.
+    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks from which TRPO computes
+      the curvature.
   """
-  curved = config.curved if config.optimizer == 'trpo' else 0
-  mesh = ms.sharding.task_mesh(config.meta_batch if devices else math.gcd(config.meta_batch, curved), devices=devices)
+  return [_training(cell, environments[cell.start[0]], devices) for cell in config.cells]
+
+
+def _training(cell: Config, environment: rl.Environment, devices: int | None) -> Training:
+  (start, name, optimizer), batch = _key(cell), cast(int, cell.meta_batch)
+  inner, keys = build_inner(environment, cell), reporting.seed_keys(cell.seed, cell.seeds)
+  what = f'{name}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}'), label(start, name, optimizer)
+  chunk = running.chunk(cell, 5)
+  if optimizer == 'adam':
+    mesh = ms.sharding.task_mesh(batch, devices=devices)
+    how = dict(learner=rl.policy_learner(inner), optimizer=_adam(cell), placement=_placement(mesh), chunk=chunk)
+    return running.by_gradient(cell, *what, keys, rl.task_distribution(environment), **how)
+
+  curved = cell.curvature_tasks or min(CURVED, batch)
+  mesh = ms.sharding.task_mesh(batch if devices else math.gcd(batch, curved), devices=devices)
   check_curvature(mesh, curved)
-  training_of = _by_trpo if config.optimizer == 'trpo' else _by_adam
-  return [training_of(start, name, environments[start], mesh, config) for start, name in config.runs]
-
-
-def _by_adam(start: str, name: str, environment: rl.Environment, mesh, config: Config) -> Training:
-  keys, tasks = reporting.seed_keys(config.seed, config.seeds), rl.task_distribution(environment)
-  learner, optimizer = rl.policy_learner(build_inner(name, environment, config)), optax.adam(config.learning_rate)
-  how = dict(learner=learner, optimizer=optimizer, placement=ms.Placement('all', mesh), chunk=running.chunk(config, 5))
-  return running.by_gradient(config, f'{name}_{start}', _label(start, name), keys, tasks, **how)
-
-
-def _by_trpo(start: str, name: str, environment: rl.Environment, mesh, config: Config) -> Training:
-  keys, inner = reporting.seed_keys(config.seed, config.seeds), build_inner(name, environment, config)
-  chunk, placement = running.chunk(config, 5), ms.Placement(mesh=mesh)
-  trpo = rl.TrpoConfig(max_kl=config.max_kl, damping=config.damping)
-  train = functools.partial(rl.train, inner=inner, meta_batch=config.meta_batch, curvature_tasks=config.curved)
+  trpo = rl.TrpoConfig(max_kl=cell.max_kl, damping=cell.damping)
+  train = functools.partial(rl.train, inner=inner, meta_batch=batch, curvature_tasks=curved, trpo=trpo, chunk=chunk)
 
   def go(state, step, callbacks):
-    return train(state, meta_iterations=step, trpo=trpo, placement=placement, chunk=chunk, callbacks=callbacks)
+    return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
 
-  start_state = functools.partial(rl.init, keys, inner)
-  return Training(f'{name}_{start}', _label(start, name), config.meta_iterations, chunk, start_state, go)
+  return Training(*what, cast(int, cell.meta_iterations), chunk, functools.partial(rl.init, keys, inner), go)
 
 
-def _label(start: str, name: str) -> str:
-  return f'{NAMES[name]}, {start} start'
+def _adam(cell: Config) -> optax.GradientTransformation:
+  """Returns Adam with a rate for θ and another for α, which both fall to zero along a cosine."""
+
+  def adam(rate):
+    return optax.adam(optax.cosine_decay_schedule(rate, cast(int, cell.meta_iterations)))
+
+  def parts(meta: ms.MetaParams):
+    return ms.MetaParams(jax.tree.map(lambda _: 'theta', meta.theta), jax.tree.map(lambda _: 'alpha', meta.alpha))
+
+  rates = {'theta': adam(cell.learning_rate), 'alpha': adam(cell.alpha_learning_rate)}
+  return optax.chain(optax.clip_by_global_norm(cell.clip), optax.partition(rates, parts))
+
+
+def _placement(mesh) -> ms.Placement:
+  """Returns the placement of tasks. A core of a CPU is fastest with one task at a time."""
+  return ms.Placement(1 if jax.default_backend() == 'cpu' else 'all', mesh)
+
+
+def _key(cell: Config) -> Cell:
+  return cell.start[0], cell.learner[0], cell.optimizer[0]
 
 
 def run(
@@ -182,71 +225,41 @@ def run(
 
 
 def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) -> list[dict]:
-  environments = build_environments()
-  about_run = running.settings(config, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'optimizer')
-  about_run['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
-  trained, results, rows = {}, [], []
+  environments, trained, results, rows = build_environments(), {}, [], []
   planned = plan(config, environments, devices)
   jobs.train(planned, opened)
-  for (start, name), training in zip(config.runs, planned, strict=True):
-    trained[start, name] = running.train(training, opened)
-    values = _test(name, trained[start, name].state.meta, environments[start], config, devices)
-    results.append(Result({'start': start, 'learner': name}, values))
-    rows.append(results[-1].row(opened.path, about_run))
+  for cell, training in zip(config.cells, planned, strict=True):
+    start, name, optimizer = _key(cell)
+    trained[_key(cell)] = running.train(training, opened)
+    values = _test(trained[_key(cell)].state.meta, environments[start], cell, devices)
+    results.append(Result({'start': start, 'learner': name, 'optimizer': optimizer}, values))
+    about = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
+    about['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
+    rows.append(results[-1].row(opened.path, about))
     running.write_results('navigation', config, opened, rows)
-  print(_table(results, config))
+  budgets = [f'{cell.meta_iterations:,} × {cell.meta_batch}' for cell in config.cells]
+  print(navigation_table.text(results, budgets, config.seeds, config.trajectories))
   walks = functools.cache(functools.partial(_walks, trained, environments, config))
   reporting.save_pictures(opened.path, _pictures(trained, walks), opened.metrics)
   _save_films(opened, trained, walks)
   return rows
 
 
-def _test(name: str, meta: ms.MetaParams, environment: rl.Environment, config: Config, devices: int | None):
-  learner = rl.policy_learner(build_inner(name, environment, config, steps=config.eval_updates))
+def _test(meta: ms.MetaParams, environment: rl.Environment, cell: Config, devices: int | None) -> np.ndarray:
+  learner = rl.policy_learner(build_inner(environment, cell, steps=cell.eval_updates))
   tasks, metas = rl.task_distribution(environment), running.each_run(meta)
-  return running.evaluate(learner, metas, tasks, config, devices, 'all', metric_fn=rl.mean_return)
-
-
-def _table(results: list[Result], config: Config) -> str:
-  """Returns a text: the mean returns after 0, 1, … updates, the paper's mean returns, and Meta-SGD minus MAML."""
-  counts = range(config.eval_updates + 1)
-  lines = [
-    f'mean undiscounted return ± 95% interval over {config.eval_tasks} unseen tasks; {config.seeds} training run(s) of '
-    f'{config.meta_iterations:,} meta-iterations of {config.meta_batch} tasks, {config.trajectories} trajectories '
-    'before and after each update',
-    _line('start', 'learner', [f'{n} updates' for n in counts]) + 'paper, 1 update',
-  ]
-  cells = {}  # (start, learner) → the result after each number of updates.
-  for start_and_name, result in zip(config.runs, results, strict=True):
-    cells[start_and_name] = [Result(result.about, result.values[..., : n + 1]) for n in counts]
-  for (start, name), found in cells.items():
-    paper = ms.Interval(*PAPER_TABLE[name, start])
-    lines.append(_line(start, NAMES[name], [cell.estimate for cell in found]) + str(paper))
-  if config.seeds > 1:
-    lines.append('95% interval of the mean over training runs:')
-    for (start, name), found in cells.items():
-      lines.append(_line(start, NAMES[name], [f'±{cell.over_runs.ci95:.2f}' for cell in found]))
-  for start in STARTS:
-    if {(start, name) for name in LEARNERS} <= set(cells):
-      lines.append(f'Meta-SGD − MAML, {start} start, on the same tasks:')
-      for n in counts:
-        pair = running.difference(cells[start, 'meta_sgd'][n], cells[start, 'maml'][n], 'tasks')
-        lines.append(f'         {n} updates {pair}')
-  return '\n'.join(lines)
-
-
-def _line(start: str, learner: str, cells: Sequence[Any]) -> str:
-  return f'{start:<9}{learner:<10}' + ''.join(f'{cell!s:<15}' for cell in cells)
+  return running.evaluate(learner, metas, tasks, cell, devices, 'all', metric_fn=rl.mean_return)
 
 
 def _pictures(trained: AllTrained, walks: Callable[[str], list[list]]) -> running.Pictures:
   pictures: running.Pictures = {}
-  for start in dict.fromkeys(start for start, _ in trained):
+  for start in dict.fromkeys(start for start, *_ in trained):
     pictures[f'paths_{start}'] = functools.partial(_draw_paths, walks, start)
-  curves = {_label(start, name): done.curves['return_after'] for (start, name), done in trained.items()}
+  curves = {label(*cell): done.curves['return_after'] for cell, done in trained.items()}
   ylabel = 'mean return after the update, training tasks'
   pictures['learning_curves'] = methodcaller('learning_curves', curves, ylabel=ylabel)
-  return pictures | running.alpha_pictures({f'{name}_{start}': t.state.meta for (start, name), t in trained.items()})
+  metas = {f'{name}_{start}_{optimizer}': t.state.meta for (start, name, optimizer), t in trained.items()}
+  return pictures | running.alpha_pictures(metas)
 
 
 def _draw_paths(walks, start: str, plotting):
@@ -254,19 +267,23 @@ def _draw_paths(walks, start: str, plotting):
 
 
 def _walks(trained: AllTrained, environments, config: Config, start: str) -> list[list]:
-  """Returns a list for each of three unseen tasks, with the `Walks` of the first run of each learner."""
+  """Returns a list for each of three unseen tasks, with the `Walks` of the first run of each learner.
+
+  They are of the first outer optimiser of the start.
+  """
   from metasgd_jax.plotting import Walks
 
   columns: list[list] = [[], [], []]
   keys = [jax.random.split(key) for key in jax.random.split(test_keys(config.eval_seed)[1], len(columns))]
   act = jax.jit(_act, static_argnums=0)
-  for name in [name for of_start, name in trained if of_start == start]:
-    inner = build_inner(name, environments[start], config, steps=config.eval_updates)
-    meta = reporting.one_run(trained[start, name].state.meta, 0)
+  cells = [cell for cell in config.cells if cell.start == (start,)]
+  for cell in [cell for cell in cells if cell.optimizer == cells[0].optimizer]:
+    inner = build_inner(environments[start], cell, steps=cell.eval_updates)
+    meta = reporting.one_run(trained[_key(cell)].state.meta, 0)
     for column, (task_key, walk_key) in zip(columns, keys, strict=True):
       task = environments[start].sample(task_key)
       paths, returns = jax.device_get(act(inner, meta, task, walk_key))
-      column.append(Walks(NAMES[name], np.asarray(task.start), np.asarray(task.goal), paths, returns))
+      column.append(Walks(NAMES[cell.learner[0]], np.asarray(task.start), np.asarray(task.goal), paths, returns))
   return columns
 
 
@@ -286,7 +303,7 @@ def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str]
     from metasgd_jax import plotting
   except ImportError:
     return
-  for start in dict.fromkeys(start for start, _ in trained):
+  for start in dict.fromkeys(start for start, *_ in trained):
     path = opened.path(f'adaptation_{start}.gif')
     with files.atomic(path) as file, tempfile.TemporaryDirectory() as directory:  # Matplotlib writes to paths only.
       film = plotting.navigation_animation(walks(start)[0], steps=FILM_STEPS)

@@ -13,7 +13,7 @@ from PIL import Image
 from problems import saying
 
 import metasgd_jax as ms
-from experiments import navigation, reporting, resuming
+from experiments import navigation, navigation_table, reporting, resuming
 from metasgd_jax import plotting, rl
 from metasgd_jax.io import files
 
@@ -27,7 +27,8 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(reporting, 'save_pictures', lambda path_of, pictures, metrics: drawn.extend(pictures))
   small = dict(meta_iterations=1, meta_batch=2, trajectories=2, eval_tasks=2, eval_updates=1, learner=('meta_sgd',))
   (row,) = navigation.run(navigation.Config(**small), tmp_path)
-  assert (row['start'], row['learner'], row['optimizer'], row['seeds']) == ('fixed', 'meta_sgd', 'trpo', 1)
+  assert (row['start'], row['learner'], row['optimizer'], row['seeds']) == ('fixed', 'meta_sgd', 'adam', 1)
+  assert (row['meta_iterations'], row['meta_batch'], row['alpha']) == (1, 2, 0.02)
   assert json.loads((tmp_path / 'results.json').read_text())['rows'][0]['mean'] == row['mean']
   values = np.load(tmp_path / row['per_task_file'], allow_pickle=False)
   assert values.shape == (1, 2, 2)
@@ -36,7 +37,7 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   (line,) = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
   assert line['step'] == 1
   assert '-8.64±0.68' in capsys.readouterr().out
-  assert drawn == ['paths_fixed', 'learning_curves', 'alpha_meta_sgd_fixed']
+  assert drawn == ['paths_fixed', 'learning_curves', 'alpha_meta_sgd_fixed_adam']
 
 
 def test_a_film_is_never_half_written(tmp_path, monkeypatch):
@@ -47,29 +48,65 @@ def test_a_film_is_never_half_written(tmp_path, monkeypatch):
   monkeypatch.setattr(plotting, 'navigation_animation', lambda *_, **__: types.SimpleNamespace(save=save))
   run = resuming.Run(tmp_path, {}, resuming.Keeping())
   with pytest.raises(files.WriterError, match=saying(tmp_path / 'adaptation_fixed.gif', 'No space left')):
-    navigation._save_films(run, {('fixed', 'maml'): None}, lambda start: [None])
+    navigation._save_films(run, {('fixed', 'maml', 'adam'): None}, lambda start: [None])
   assert [path.name for path in tmp_path.iterdir()] == [resuming.RECORD]
 
 
 def test_the_table_has_the_papers_figures_and_the_pairs():
-  config = navigation.Config(**TINY)
   values = {'meta_sgd': np.full((1, 4, 3), -2.0), 'maml': np.full((1, 4, 3), -5.0)}
-  results = [reporting.Result({'start': 'fixed', 'learner': name}, of_one) for name, of_one in values.items()]
-  table = navigation._table(results, config)
+  results = [
+    reporting.Result({'start': 'fixed', 'learner': name, 'optimizer': 'trpo'}, of_one)
+    for name, of_one in values.items()
+  ]
+  table = navigation_table.text(results, ['100 × 20'] * 2, 1, 20)
   assert '-8.64±0.68' in table
   assert '-9.12±0.66' in table
   assert '-10.15' not in table
-  pairs = table[table.index('Meta-SGD − MAML, fixed start, on the same tasks:') :]
+  assert '100 × 20' in table
+  pairs = table[table.index('Meta-SGD by TRPO − MAML by TRPO, fixed start, on the same tasks:') :]
   assert '2 updates 3.00±0.00 over tasks' in pairs
   assert 'over training runs' not in table
   several = [r.__class__(r.about, np.concatenate([r.values, r.values])) for r in results]
-  assert 'over training runs' in navigation._table(several, navigation.Config(**TINY, seeds=2))
+  assert 'over training runs' in navigation_table.text(several, ['', ''], 2, 20)
+
+
+def test_settings_of_each_training():
+  """TRPO has the paper's budget, and a setting that is given is that of all trainings."""
+  cells = navigation.Config(table4=True).cells
+  assert [(c.start[0], c.optimizer[0], c.learner[0]) for c in cells] == [
+    (start, optimizer, learner)
+    for start in ('fixed', 'varying')
+    for optimizer in ('adam', 'trpo')
+    for learner in ('meta_sgd', 'maml')
+  ]
+  assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in cells} == {('adam', 800, 40), ('trpo', 100, 20)}
+  quick = navigation.Config(table4=True, budget='quick', meta_batch=7).cells
+  assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick} == {('adam', 400, 7), ('trpo', 100, 7)}
+  assert all(cell.cells == [cell] for cell in cells + quick)
+  assert {c.alpha for c in navigation.Config(alpha=0.25, table4=True).cells} == {0.25}
+
+
+def test_adam_has_a_rate_for_theta_and_one_for_alpha():
+  """They fall to zero, and the gradient is clipped."""
+  cell = navigation.Config(meta_iterations=4, learning_rate=0.1, alpha_learning_rate=0.01, learner=('meta_sgd',)).cells[
+    0
+  ]
+  optimizer, meta = navigation._adam(cell), ms.MetaParams({'w': np.zeros(1)}, {'w': np.zeros(1)})
+  state, sizes = optimizer.init(meta), []
+  for _ in range(5):
+    updates, state = optimizer.update(ms.MetaParams({'w': np.full(1, 1e6)}, {'w': np.full(1, 1e6)}), state)
+    sizes.append((-updates.theta['w'][0], -updates.alpha['w'][0]))
+  np.testing.assert_allclose(sizes[0], (0.1, 0.01), rtol=1e-4)
+  np.testing.assert_allclose(sizes[2], (0.05, 0.005), rtol=1e-4)
+  np.testing.assert_allclose(sizes[4], (0, 0), atol=1e-9)
 
 
 def test_trpo_gets_the_settings(monkeypatch):
   given = {}
   monkeypatch.setattr(navigation.rl, 'train', lambda state, **options: given.update(options))
-  config = navigation.Config(**TINY, learner=('maml',), max_kl=0.5, damping=0.25, curvature_tasks=1)
+  config = navigation.Config(
+    **TINY, learner=('maml',), optimizer=('trpo',), max_kl=0.5, damping=0.25, curvature_tasks=1
+  )
   (training,) = navigation.plan(config, navigation.build_environments(), devices=1)
   training.go(None, 2, [])
   assert given['inner'].steps == 1
@@ -85,15 +122,14 @@ def test_trpo_gets_the_settings(monkeypatch):
   )
 
 
-def test_learners_differ_by_alpha_alone():
-  environment = rl.navigation()
-  config = navigation.Config(**TINY)
-  maml, meta_sgd = (
-    jax.jit(navigation.build_inner(name, environment, config).init)(jax.random.key(0)) for name in ('maml', 'meta_sgd')
-  )
+@pytest.mark.parametrize('optimizer', ['adam', 'trpo'])
+def test_learners_differ_by_alpha_alone(optimizer):
+  environment, cells = rl.navigation(), navigation.Config(**TINY, optimizer=(optimizer,)).cells
+  meta_sgd, maml = (jax.jit(navigation.build_inner(environment, cell).init)(jax.random.key(0)) for cell in cells)
   jax.tree.map(np.testing.assert_array_equal, maml.theta, meta_sgd.theta)
   assert maml.alpha is None
-  assert all(np.all(a == navigation.MAML_RATE) for a in jax.tree.leaves(jax.device_get(meta_sgd.alpha)))
+  rate = np.float32(navigation.RATES[optimizer, 'meta_sgd'])
+  assert all(np.all(a == rate) for a in jax.tree.leaves(jax.device_get(meta_sgd.alpha)))
 
 
 @pytest.fixture(scope='module')
@@ -105,11 +141,10 @@ def table4(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_all_four_cells_are_there(table4):
+def test_all_eight_cells_are_there(table4):
   workdir, rows = table4
-  cells = [(start, learner) for start in ('fixed', 'varying') for learner in ('meta_sgd', 'maml')]
-  assert [(row['start'], row['learner']) for row in rows] == cells
-  assert json.loads((workdir / 'results.json').read_text())['rows'][3]['mean'] == rows[3]['mean']
+  assert len({(row['start'], row['learner'], row['optimizer']) for row in rows}) == 8
+  assert json.loads((workdir / 'results.json').read_text())['rows'][7]['mean'] == rows[7]['mean']
 
 
 @pytest.mark.slow
@@ -125,24 +160,11 @@ def test_a_row_is_of_every_task_run_and_update(table4):
 @pytest.mark.slow
 def test_pictures(table4):
   workdir, _ = table4
-  for name in ('paths_fixed', 'paths_varying', 'learning_curves', 'alpha_meta_sgd_fixed'):
+  for name in ('paths_fixed', 'paths_varying', 'learning_curves', 'alpha_meta_sgd_fixed_adam'):
     with Image.open(workdir / f'{name}.png') as picture:
       assert min(picture.size) > 200
   with Image.open(workdir / 'adaptation_fixed.gif') as film:
     assert film.n_frames > 20
-
-
-@pytest.mark.slow
-def test_adam_is_the_other_outer_optimiser(tmp_path, monkeypatch, capsys):
-  """Of both learners, whose pairs are printed."""
-  monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
-  rows = navigation.run(navigation.Config(**TINY, optimizer='adam'), tmp_path, devices=1)
-  assert [row['optimizer'] for row in rows] == ['adam', 'adam']
-  out = capsys.readouterr().out
-  assert '-9.12±0.66' in out
-  assert '-10.15' not in out
-  assert 'Meta-SGD − MAML, fixed start, on the same tasks:' in out
-  assert '2 updates' in out
 
 
 @pytest.mark.parametrize(
@@ -152,6 +174,7 @@ def test_adam_is_the_other_outer_optimiser(tmp_path, monkeypatch, capsys):
     (dict(trajectories=1), ['trajectories', '2 to 1000', '1']),
     (dict(start=('fixed', 'fixed')), ['start', 'fixed, varying', 'once']),
     (dict(curvature_tasks=3, meta_batch=2), ['curvature_tasks=3', 'meta_batch=2']),
+    (dict(curvature_tasks=30), ['curvature_tasks=30', 'meta_batch=20']),
   ],
 )
 def test_settings_that_cannot_be(changes, message):

@@ -250,6 +250,7 @@ def test_classification_by_two_processes(tmp_path, no_pictures):
 
 NAVIGATION = navigation.Config(
   learner=('meta_sgd',),
+  optimizer=('trpo',),
   trajectories=2,
   meta_batch=4,
   curvature_tasks=2,

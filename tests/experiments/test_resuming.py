@@ -379,6 +379,7 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
     monkeypatch.setattr(navigation, name, functools.cache(getattr(navigation, name)))
   config = navigation.Config(
     learner=('meta_sgd',),
+    optimizer=('trpo',),
     trajectories=2,
     meta_batch=2,
     curvature_tasks=2,
@@ -388,12 +389,12 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
   )
   keeping = dataclasses.replace(KEEPING, checkpoint_every=1)
   navigation.run(config, tmp_path / 'whole', keeping)
-  at('Meta-SGD, fixed start', 3, crash)
+  at('Meta-SGD by TRPO, fixed start', 3, crash)
   with pytest.raises(CrashError):
     navigation.run(config, tmp_path / 'killed', keeping)
-  at('Meta-SGD, fixed start', -1, crash)
+  at('Meta-SGD by TRPO, fixed start', -1, crash)
   navigation.run(config, tmp_path / 'killed', keeping)
-  assert 'Meta-SGD, fixed start: goes on from meta-iteration 2' in capsys.readouterr().out
+  assert 'Meta-SGD by TRPO, fixed start: goes on from meta-iteration 2' in capsys.readouterr().out
   assert_same(tmp_path / 'killed', torture.contents(tmp_path / 'whole'))
 
 
