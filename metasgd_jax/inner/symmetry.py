@@ -13,14 +13,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, jaxprs_in_params
 
 from metasgd_jax.inner.branches import equations, evaluate, widened
 from metasgd_jax.types import PyTree
 
 SCALES = ((1e-6, 1), (1e-3, 1), (0.03, 1), (1, 1), (30, 30), (1e4, 1e4), (1e8, 1e8), (1, 1e-4), (1, 1e8))
 """Scales of the random inputs and cotangents with which a rule is tested. Some rules, such as clipping, are false only
-for large or only for small values. In one more draw, each number has its own magnitude.
+for large or only for small values. In one more draw, each number has its own magnitude, and for `jax.custom_vjp`, many
+inputs are exactly zero in another, as after relu.
 """
 _TOLERANCE = 1e-5
 """Largest relative difference of two equal derivatives. They are computed in float64, but some functions, such as
@@ -55,12 +56,16 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
     theta: Parameters, arrays or tracers. Only their shapes and dtypes are used.
   """
   jaxpr = jax.make_jaxpr(loss)(theta).jaxpr
-  custom = (equation for equation in equations(jaxpr) if equation.primitive.name.startswith('custom_'))
-  return all(_is_derivative(jaxpr, equation) for equation in custom)
+  custom = (e for e in equations(jaxpr) if e.primitive.name.startswith('custom_') or e.primitive.name == 'linear_call')
+  known: set[str] = set()
+  return all(_is_derivative(jaxpr, equation, known) for equation in custom)
 
 
-def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
-  """Returns whether the custom rule of an equation is known to give the true first and second derivatives."""
+def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn, known: set[str]) -> bool:
+  """Returns whether the custom rule of an equation is known to give the true first and second derivatives.
+
+  Rules that were compared before, such as `jax.nn.relu` at the same shape, are in `known` and are not compared again.
+  """
   variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
   alone = jaxpr.replace(constvars=(), invars=variables, outvars=equation.outvars, eqns=[equation])
   rule = jaxpr_as_fun(ClosedJaxpr(alone, ()))
@@ -70,6 +75,8 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
     inputs = [v.val if isinstance(v, Literal) else given[v] for v in equation.invars]
     return jaxpr_as_fun(equation.params['call_jaxpr'])(*inputs)
 
+  if 'call_jaxpr' not in equation.params or equation.params.get('symbolic_zeros'):
+    return False  # With symbolic zeros, the rule may depend on which inputs are differentiated.
   inputs, outputs = (_shapes(variables), _shapes(equation.outvars))
   if any(jnp.issubdtype(shape.dtype, jnp.complexfloating) for shape in inputs + outputs):
     return False
@@ -80,6 +87,9 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
       # A while loop might never end at random inputs, a callback might be harmful, and forward mode refuses custom_lin.
       if each.effects or {'while', 'custom_lin'} & names or any('callback' in name for name in names):
         return False
+    text = f'{by_rule}{by_function}'
+    if text in known:
+      return True
     with contextlib.ExitStack() as entered:
       for context in (
         jax.ensure_compile_time_eval(),
@@ -89,11 +99,23 @@ def _is_derivative(jaxpr: Jaxpr, equation: JaxprEqn) -> bool:
         jax.debug_infs(False),
       ):
         entered.enter_context(context)
-      found = _compare(by_rule, by_function, len(_floats(outputs)))
+      by_vjp = equation.primitive.name == 'custom_vjp_call'
+      found = _compare(by_rule, by_function, len(inputs), len(_floats(outputs)), by_vjp)
       agree, *somewhere = [np.asarray(flags) for flags in found]  # Fails if a value depends on a tracer.
   except Exception:  # JAX raises errors of many types for a function that it cannot differentiate twice.
     return False
-  return bool(agree.all() and all(flags.any() for flags in somewhere))
+  same = bool(agree.all() and all(flags.any() for flags in somewhere))
+  if same and not any(map(_has_arrays, (by_rule, by_function))):  # The text does not show the values of arrays.
+    known.add(text)
+  return same
+
+
+def _has_arrays(closed: ClosedJaxpr) -> bool:
+  """Returns whether a jaxpr, or one inside of it, contains constant arrays."""
+  found = list(equations(closed.jaxpr))
+  jaxprs = [closed.jaxpr, *(jaxpr for equation in found for jaxpr in jaxprs_in_params(equation.params))]
+  literals = [v for equation in found for v in equation.invars if isinstance(v, Literal)]
+  return any(jaxpr.constvars for jaxpr in jaxprs) or any(np.ndim(literal.val) for literal in literals)
 
 
 def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -101,9 +123,11 @@ def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
 
 
 def _derivatives(function: Callable[..., list], inputs: list, outputs: list) -> ClosedJaxpr:
-  """Returns the jaxpr of `inputs, tangents, cotangents of the outputs → cotangents of the inputs, their derivatives`.
+  """Returns the jaxpr of `inputs, tangents, cotangents of the outputs → cotangents of the inputs, …`.
 
-  Only inputs and outputs of floating point have tangents and cotangents.
+  The cotangents of the inputs are followed by their derivatives and by the tangents of the outputs. The tangents come
+  from the forward pass, which the backward pass need not match. Only inputs and outputs of floating point have tangents
+  and cotangents.
   """
 
   def derivatives(inputs, tangents, cotangents):
@@ -111,7 +135,12 @@ def _derivatives(function: Callable[..., list], inputs: list, outputs: list) -> 
       rest = iter(floats)
       return _floats(function(*(next(rest) if _is_float(value) else value for value in inputs)))
 
-    return jax.jvp(lambda floats: jax.vjp(of_floats, floats)[1](cotangents), (_floats(inputs),), (tangents,))
+    def both(floats):
+      outputs, backward = jax.vjp(of_floats, floats)
+      return backward(cotangents), outputs
+
+    (first, _), (second, pushed) = jax.jvp(both, (_floats(inputs),), (tangents,))
+    return first, second, pushed
 
   return jax.make_jaxpr(derivatives)(inputs, _floats(inputs), _floats(outputs))
 
@@ -124,30 +153,50 @@ def _is_float(value) -> bool:
   return jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _compare(by_rule: ClosedJaxpr, by_function: ClosedJaxpr, cotangents: int) -> list[chex.Array]:
+def _compare(by_rule: ClosedJaxpr, by_function: ClosedJaxpr, inputs: int, cotangents: int, zeroed: bool) -> list:
   """Returns for each draw of random inputs whether the derivatives agree, followed by what must be seen in some draw.
 
-  In some draw, the function must have a derivative that is not zero, each derivative must have a finite entry, and each
-  branch must be taken. Each is a boolean array with one entry for each draw.
+  The rule must agree with the function, and its forward pass with its backward pass. If `zeroed`, many inputs are zero
+  in some draws. Only the two passes are compared in these draws, because a rule such as that of relu may choose any of
+  several derivatives there.
+
+  In some other draw, the function must have a derivative that is not zero, each derivative must have a finite entry,
+  and each branch must be taken. Each is a boolean array with one entry for each draw.
   """
   avals = _shapes(by_rule.jaxpr.invars)
+  tangents = slice(inputs, len(avals) - cotangents)
+  n = len(avals[tangents])
   number = _DRAWS_OF_FEW if min(aval.size for aval in avals) < _FEW else 1
-  scales = np.array(number * [*SCALES, (0, 0)])
+  scales = np.array(number * ([*SCALES, (0, 0)] + zeroed * [(1, 1)]))
+  zeros = np.array(number * ((len(SCALES) + 1) * [False] + zeroed * [True]))
 
   def at(draw):
-    index, scale = draw
-    inputs = [_random(aval, index, i, scale[int(i >= len(avals) - cotangents)]) for i, aval in enumerate(avals)]
-    (ours, branches), (theirs, others) = (evaluate(jaxpr, inputs) for jaxpr in (by_rule, by_function))
-    finite, first = [jnp.isfinite(leaf) for leaf in theirs], len(theirs) // 2
+    index, scale, zero = draw
+    values = [_random(aval, index, i, scale[int(i >= len(avals) - cotangents)]) for i, aval in enumerate(avals)]
+    values[:inputs] = [jnp.where(zero & (v < 1), 0, v) if _is_float(v) else v for v in values[:inputs]]
+    (ours, branches), (theirs, others) = (evaluate(jaxpr, values) for jaxpr in (by_rule, by_function))
+    given = values[tangents] + values[len(avals) - cotangents :]
+    duals, ours, theirs = ours[:n] + ours[2 * n :], ours[: 2 * n], theirs[: 2 * n]
+    finite = [jnp.isfinite(leaf) for leaf in theirs]
     sizes = [jnp.max(jnp.abs(leaf), where=there, initial=0.0) for leaf, there in zip(theirs, finite, strict=True)]
-    largest = jnp.max(jnp.stack(sizes[:first]))
+    largest = jnp.max(jnp.stack(sizes[:n]))
     # A derivative may be a difference of large numbers, and a second derivative one of first derivatives.
     x, g = jnp.where(scale == 0, 1e8, scale)
-    noise = [_NOISE * g] * first + [_NOISE * x**2 * largest] * first
+    noise = [_NOISE * g] * n + [_NOISE * x**2 * largest] * n
     agree = jnp.stack([_agree(*leaves) for leaves in zip(ours, theirs, finite, sizes, noise, strict=True)]).all()
-    return [agree, largest > noise[0], *(jnp.any(there) | (there.size == 0) for there in finite), *branches, *others]
+    agree = (zero | agree) & _passes_agree(duals, given, n, _NOISE * x * g * sum(aval.size for aval in avals))
+    seen = [largest > noise[0], *(jnp.any(there) | (there.size == 0) for there in finite), *branches, *others]
+    return [agree, *(flag & ~zero for flag in seen)]
 
-  return jax.jit(lambda draws: jax.lax.map(at, draws))((np.arange(len(scales)), scales))
+  return jax.jit(lambda draws: jax.lax.map(at, draws))((np.arange(len(scales)), scales, zeros))
+
+
+def _passes_agree(duals: list, given: list, n: int, noise: chex.Array) -> chex.Array:
+  """Returns whether ⟨cotangents of the inputs, tangents⟩ = ⟨tangents of the outputs, cotangents⟩, if it is finite."""
+  products = [dual * value for dual, value in zip(duals, given, strict=True)]
+  backward, forward = (sum(map(jnp.sum, part)) for part in (products[:n], products[n:]))
+  size = sum(jnp.sum(jnp.abs(product)) for product in products)
+  return ~jnp.isfinite(size) | (jnp.abs(backward - forward) <= _TOLERANCE * size + noise)
 
 
 def _random(aval, index: chex.Array, position: int, scale: chex.Array) -> chex.Array:

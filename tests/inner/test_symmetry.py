@@ -11,6 +11,7 @@ from custom_rules import CANNOT_BE_COMPARED, FALSE, FALSE_SOMEWHERE, TRUE, by_jv
 from problems import assert_trees_close
 
 import metasgd_jax as ms
+from metasgd_jax.inner import symmetry
 from metasgd_jax.inner.symmetry import has_symmetric_hessian
 
 
@@ -67,6 +68,14 @@ def test_a_rule_that_reads_integers(kind):
   for forward, symmetric in ((jnp.ones_like, False), (marked, True)):
     layer = by_labels(forward, marked)
     assert has_symmetric_hessian(lambda theta, f=layer: jnp.sum(jnp.sin(f(theta, labels))), jnp.ones(4)) == symmetric
+
+
+def test_equal_rules_are_compared_once(monkeypatch):
+  compared = []
+  monkeypatch.setattr(symmetry, '_compare', lambda *given: compared.append(given) or [jnp.ones(1, bool)])
+  layers = lambda theta: jnp.sum(jax.nn.relu(jax.nn.relu(theta)) + by_vjp(jnp.sin, lambda x, g: -g)(theta))
+  assert has_symmetric_hessian(layers, jnp.ones(4))
+  assert len(compared) == 2
 
 
 def test_a_rule_of_complex_numbers_is_not_compared():
