@@ -157,7 +157,7 @@ class Run:
     In this order, nothing is lost if the program is killed at any moment.
     """
     for name in {RECORD, *self.written}:
-      for half in self.workdir.glob(f'.{name}-' + '[0-9a-f]' * 8):  # Left by a program that was killed while it wrote.
+      for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
         half.unlink()
     self.note(finished=True)
     self.keep()
