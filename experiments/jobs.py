@@ -111,9 +111,10 @@ def adopt(name: str, label: str, run: Run) -> None:
   `trainings.Training`.
   """
   source = run.workdir / replacing.JOBS / name
-  theirs, ours = (resuming.checkpoints_of(directory, name) for directory in (source, run.workdir))
-  if checkpoint.steps(ours) or not checkpoint.steps(theirs):
+  theirs = resuming.checkpoints_of(source, name)
+  if checkpoint.steps(resuming.checkpoints_of(run.workdir, name)) or not checkpoint.steps(theirs):
     return
+  ours = run.checkpoints(name)
   run.metrics[0].cut(label, 0)
   for lines in ('metrics.jsonl', 'timings.jsonl'):
     if (source / lines).exists():

@@ -15,7 +15,7 @@ from absl import flags
 
 from experiments import options, processes, replacing
 from experiments.options import option
-from experiments.replacing import RECORD
+from experiments.replacing import RECORD, read_record, refuse, trainings
 from experiments.reporting import StoppedError
 from metasgd_jax.io import checkpoint, files, provenance, writers
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -80,6 +80,7 @@ class Run:
     rows: Rows of results.json if the run is finished already and there is nothing to do, otherwise `None`.
     begun: Whether the directory is marked as the directory of this run. Until then, it may hold an earlier run.
     written: Names of the files that the run in the directory has written, or is about to write.
+    trained: Names of the trainings whose checkpoints the run in the directory has written, or is about to write.
     asked: Number of the signal that was received, SIGTERM or SIGINT, or 0 if there was none.
     idle: Whether the program may end at once, because there is no training whose state must be saved first.
   """
@@ -92,6 +93,7 @@ class Run:
   rows: list[dict[str, Any]] | None = None
   begun: bool = False
   written: set[str] = dataclasses.field(default_factory=set)
+  trained: set[str] = dataclasses.field(default_factory=set)
   asked: int = 0
   idle: bool = True
 
@@ -107,6 +109,19 @@ class Run:
       self.note()
     return self.workdir / name
 
+  def checkpoints(self, training: str) -> pathlib.Path:
+    """Returns the directory for the checkpoints of a training, and records that these checkpoints are the run's.
+
+    Raises:
+      WriterError: if there are checkpoints that the run has not written.
+    """
+    directory = checkpoints_of(self.workdir, training)
+    if training not in self.trained:
+      refuse([directory / str(step) for step in checkpoint.steps(directory)])
+      self.trained.add(training)
+      self.note()
+    return directory
+
   def begin(self) -> None:
     """Puts the files of an earlier run aside, and marks the directory as this run's.
 
@@ -118,8 +133,8 @@ class Run:
       return
     names, old = {'config.json', 'metrics.jsonl', 'timings.jsonl', 'checkpoints'}, set(self.written)
     refuse([self.workdir / name for name in sorted(names - old)])
-    replacing.set_aside(self.workdir, old)
-    self.begun, self.written = True, names | ({'profile'} & old)
+    replacing.set_aside(self.workdir)
+    self.begun, self.written, self.trained = True, names | ({'profile'} & old), set()
     self.note()
     self.open_events()
     files.write_json(self.workdir / 'config.json', self.config)
@@ -127,12 +142,13 @@ class Run:
 
   def keep(self) -> None:
     """Removes the earlier run for good. It must be called when the first checkpoint is on the disk."""
-    replacing.settle(self.workdir, new_stays=True)
+    replacing.settle(self.workdir)
 
   def note(self, finished: bool = False) -> None:
     """Writes the file `RECORD`: whether the run is finished, its configuration, the versions, and the run's files."""
     record = {'finished': finished, 'config': self.config, 'versions': provenance.collect()['versions']}
-    files.write_json(self.workdir / RECORD, record | {'files': sorted(self.written)})
+    lists = {'files': sorted(self.written), 'trainings': sorted(self.trained)}
+    files.write_json(self.workdir / RECORD, record | lists)
 
   def close(self) -> None:
     """Closes the event file of TensorBoard."""
@@ -150,7 +166,7 @@ class Run:
     self.note(finished=True)
     self.keep()
     if not self.keeping.keep_checkpoints:
-      replacing.remove_files(self.workdir, 'checkpoints')
+      replacing.remove_checkpoints(self.workdir, self.trained)
 
   def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
     """Handles a signal: records its `number`, and ends the program if it is idle and has a single process."""
@@ -219,7 +235,7 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
         yield run
         run.idle = False  # A run that is finished ignores signals.
     except BaseException:
-      replacing.settle(workdir, new_stays=bool(trainings(workdir)))
+      replacing.settle(workdir)
       raise
     if run.begun and run.keeping.only is None:
       run.finish()
@@ -228,17 +244,16 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
 
 def _enter(run: Run, config: Any) -> None:
   """Decides whether the run begins, continues or is finished already, and prints the decision."""
-  workdir, record = run.workdir, _read_record(run.workdir)
-  if replacing.is_pending(workdir):  # A program was killed while it replaced a run.
-    replacing.settle(workdir, new_stays=bool(record and (record['finished'] or trainings(workdir))))
-    record = _read_record(workdir)
+  workdir = run.workdir
+  replacing.settle(workdir)  # A program may have been killed while it replaced a run.
+  record = read_record(workdir)
   if record is None:
     there = sorted(path.name for pattern in OWN_PATTERNS for path in workdir.glob(pattern))
     if there:
       raise files.WriterError(f'{workdir} holds {", ".join(there)}, which no run has written; give another --workdir')
     run.begin()
     return
-  run.written = set(record['files']) - {RECORD}
+  run.written, run.trained = set(record['files']) - {RECORD}, set(record['trainings'])
   try:
     found = check(workdir, config)
   except CheckpointError:
@@ -263,12 +278,6 @@ def _enter(run: Run, config: Any) -> None:
     run.begin()
 
 
-def refuse(paths: Sequence[pathlib.Path]) -> None:
-  """Raises WriterError if one of the paths exists. Call it with paths that no run is known to have written."""
-  if there := [path for path in paths if os.path.lexists(path)]:
-    raise files.WriterError(f'{there[0]} exists, but no run has written it; move it away, or give another --workdir')
-
-
 def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
   """Checks that a run can begin or resume in a directory. Returns its configuration, as values that JSON can store.
 
@@ -279,7 +288,8 @@ def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
     CheckpointError: if the earlier run has another configuration, if it is finished and its results cannot be read, or
       if its record cannot be read. If the configurations differ, the message names the fields that differ.
   """
-  record = _read_record(workdir)
+  workdir = replacing.standing(files.as_path(workdir))
+  record = read_record(workdir)
   if record is None or not (record['finished'] or trainings(workdir) or _has_results(workdir, record['files'])):
     return _plain(config)
   if fields := differences(record['config'], config):
@@ -287,7 +297,7 @@ def check(workdir: files.PathLike, config: Any) -> dict[str, Any]:
     advice = 'give another --workdir, the configuration of that run, or --restart to replace it'
     raise CheckpointError(f'{workdir} holds {kind} run of another configuration ({fields}); {advice}')
   if record['finished']:
-    _read_rows(pathlib.Path(workdir))
+    _read_rows(workdir)
   return record['config']
 
 
@@ -301,20 +311,13 @@ def differences(found: dict[str, Any], config: Any) -> str:
 
 def unfinished(workdir: files.PathLike) -> bool:
   """Returns whether a directory holds checkpoints of a run that is not finished."""
-  record = _read_record(workdir)
+  record = read_record(workdir)
   return record is not None and not record['finished'] and bool(trainings(workdir))
 
 
 def checkpoints_of(workdir: files.PathLike, training: str) -> pathlib.Path:
   """Returns the directory with the checkpoints of a training."""
   return pathlib.Path(workdir, 'checkpoints', training)
-
-
-def trainings(workdir: files.PathLike) -> list[str]:
-  """Returns the names of the trainings that have checkpoints, in the directory itself or in processes of their own."""
-  runs = [pathlib.Path(workdir), *replacing.runs_in(pathlib.Path(workdir))]
-  found = [path for run in runs for path in sorted((run / 'checkpoints').glob('*'))]
-  return [path.name for path in found if checkpoint.steps(path)]
 
 
 def changed_versions(before: dict[str, str]) -> str:
@@ -325,18 +328,6 @@ def changed_versions(before: dict[str, str]) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
   return files.plain(dataclasses.asdict(config))
-
-
-def _read_record(workdir: files.PathLike) -> dict[str, Any] | None:
-  path = pathlib.Path(workdir, RECORD)
-  try:
-    found = json.loads(path.read_bytes())
-    kinds = {'finished': bool, 'config': dict, 'versions': dict, 'files': list}
-    return {name: kind(found[name]) for name, kind in kinds.items()}
-  except FileNotFoundError:
-    return None
-  except (OSError, KeyError, RecursionError, TypeError, ValueError) as e:
-    raise CheckpointError(f'{path} cannot be read ({e!r:.200}); restore it, or give another --workdir') from e
 
 
 def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

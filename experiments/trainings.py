@@ -162,7 +162,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
       kept = None
       if processes.first():
         how: Any = dict(like=state, config=run.config, keep_best=0 if best is None else best.keep)
-        kept = opened.enter_context(checkpoint.Checkpoints(resuming.checkpoints_of(run.workdir, training.name), **how))
+        kept = opened.enter_context(checkpoint.Checkpoints(run.checkpoints(training.name), **how))
       recorder, state = _resume(training, run, kept, state)
       opened.callback(recorder.close)
     state = processes.from_first(state)

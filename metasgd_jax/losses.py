@@ -172,15 +172,18 @@ def _at_least_float32(values: chex.Array) -> type:
 
 
 def as_labels(labels: Any) -> chex.Array | np.ndarray:
-  """Returns labels as an array, which is one of NumPy unless they are an array of JAX.
+  """Returns labels as an array, which is one of NumPy unless they are or contain arrays of JAX.
 
   Raises:
     ValueError: if the labels are not numbers, or if some integers are too large for JAX, which would cut them off.
   """
-  if isinstance(labels, jax.Array):
-    return labels
-  found = np.asarray(labels)
-  if found.dtype.kind not in 'biufV':
+  if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(labels)):
+    return jnp.asarray(labels)
+  try:
+    found = np.asarray(labels)
+  except ValueError:  # Lists of different lengths.
+    found = np.empty(0, object)
+  if found.dtype.kind not in 'biufcV':
     raise ValueError(f'the labels must be an array of numbers, got {labels!r:.80}; encode them as numbers')
   if found.dtype.kind in 'iu':
     kept = jax.dtypes.canonicalize_dtype(found.dtype)

@@ -73,6 +73,9 @@ def test_labels_are_numbers_that_jax_can_hold(metric):
     metric(LOGITS[0], np.array([0, 2**32, 1]))
   with pytest.raises(ValueError, match=saying('labels', "['a', 'b', 'c']", 'encode')):
     metric(LOGITS[0], ['a', 'b', 'c'])
+  with pytest.raises(ValueError, match=saying('labels', '[[0], [1, 2], 3]', 'encode')):
+    metric(LOGITS[0], [[0], [1, 2], 3])
+  assert np.isfinite(jax.jit(lambda label: metric(LOGITS[0], [label, 2, label]))(1))
 
 
 def test_padding_may_have_any_label():

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 _DEPTHS = (8, 10, 12, 14, 16)
 """Numbers of bits that the values of a 16-bit image may really use. Cameras and microscopes often use 10, 12 or 14."""
 
-_SIXTEEN_BITS = re.compile(r'\b(RGB[AX]?|LA|CMYK);16')
+_SIXTEEN_BITS = re.compile(r'\b(RGB[AXa]?|LA|CMYK);16')
 """Pillow's names of the 16-bit formats of which it keeps the upper eight bits alone."""
 
 

@@ -268,8 +268,8 @@ def _as_labels(labels, count: int) -> np.ndarray:
     ValueError: if the number of labels is not `count`, if a label is None or NaN, or if only some labels are text.
   """
   if isinstance(labels, np.ma.MaskedArray):
-    missing: Any = None
-    labels = np.where(np.ma.getmaskarray(labels), missing, np.ma.getdata(labels).astype(object))
+    hidden, labels = np.ma.getmaskarray(labels), np.ma.getdata(labels).astype(object)
+    labels[hidden] = None
   if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
     if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
       raise ValueError('labels must all be of one kind, such as strings, but only some of them are text; convert them')

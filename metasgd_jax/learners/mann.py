@@ -224,7 +224,8 @@ def mann(*, way: int, cell: Any = None, size: int | None = 20, metrics: Metrics 
     _, logits = run(meta, x, y)
     info = measure(measured, logits, y)
     valid = jnp.all(are_classes(y, way))
-    by_instance = jnp.where(valid, accuracy_by_instance(logits, y, way), jnp.asarray(jnp.nan, logits.dtype))
+    by_instance = accuracy_by_instance(logits, y, way)
+    by_instance = jnp.where(valid, by_instance, jnp.full_like(by_instance, jnp.nan))
     info |= {f'instance_{n + 1}': value for n, value in enumerate(by_instance)}
     return cross_entropy(logits, y), info
 

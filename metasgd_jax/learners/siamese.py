@@ -80,7 +80,8 @@ def siamese(embedding: Model, *, way: int, inductive: bool = False, metrics: Met
     same = episode.query.y[:, None] == adapted.labels[None]
     valid = jnp.all(are_classes(jnp.concatenate([episode.query.y, adapted.labels]), way))
     loss = pair_loss(similar, same)
-    return jnp.where(valid, loss, jnp.full_like(loss, jnp.nan)), by_class(similar, adapted.labels, way, jnp.max)
+    loss *= jnp.where(valid, 1, jnp.nan).astype(loss.dtype)  # A product makes the gradient NaN too.
+    return loss, by_class(similar, adapted.labels, way, jnp.max)
 
   return episodic(init, adapt, predict, loss_fn=cross_entropy, metrics=metrics, objective=objective)
 

@@ -28,6 +28,13 @@ Make = Callable[[Any], 'gymnasium.Env']
 Act = Callable[['gymnasium.Space', np.ndarray], Any]
 """`(action space, action) → action`: converts an action `[A]` of the policy to an action of the environment."""
 
+_NEEDED = ('reset', 'step', 'close', 'unwrapped', 'observation_space', 'action_space')
+_PARTS = {
+  'reset': ('observation', 'info'),
+  'step': ('observation', 'reward', 'terminated', 'truncated', 'info'),
+}
+"""Parts of the result of each method of a `gymnasium.Env`."""
+
 
 def to_box(space: 'gymnasium.Space', action: np.ndarray) -> np.ndarray:
   """Returns low + (clip(a, −1, 1) + 1) / 2 · (high − low), which maps [−1, 1] to the bounds of a `Box`.
@@ -99,7 +106,8 @@ def collect_on_host(
     _check_distinct(environments)
     _check_actions(environments[0].action_space, act)
     check_sizes(policy, theta, *_sizes(environments[0], act))
-    now = [_flat(e, e.reset(seed=int(seed))[0]) for e, seed in zip(environments, seeds, strict=True)]
+    resets = [_parts(e.reset(seed=int(seed)), 'reset') for e, seed in zip(environments, seeds, strict=True)]
+    now = [_flat(e, observation) for e, (observation, _) in zip(environments, resets, strict=True)]
     real = np.dtype(jnp.result_type(float))
     rewards, valid = np.zeros((num, horizon), real), np.zeros((num, horizon), bool)
     terminated, ended = np.zeros(num, bool), np.zeros(num, bool)
@@ -111,7 +119,7 @@ def collect_on_host(
       log_probs.append(drawn[1])
       for b in np.flatnonzero(~ended):
         action = act(environments[b].action_space, drawn[0][b])
-        observation, reward, *flags = _step(environments[b], action)
+        observation, reward, *flags, _ = _parts(environments[b].step(action), 'step')
         now[b] = _flat(environments[b], observation)
         terminated[b], truncated = map(_flag, flags)
         rewards[b, t], valid[b, t], ended[b] = _number(reward), True, terminated[b] or truncated
@@ -220,27 +228,26 @@ def _draw(policy, theta, observations, keys):
 
 def _made(make: Make, task: PyTree) -> Any:
   environment: Any = make(task)
-  if not all(hasattr(environment, name) for name in ('reset', 'step', 'close')):
+  if not all(hasattr(environment, name) for name in _NEEDED):
     raise ValueError(f'`make` must return a gymnasium.Env, got {environment!r:.80}; return the environment')
   return environment
 
 
-def _step(environment, action) -> tuple[Any, Any, Any, Any]:
-  """Returns the observation, the reward, and whether the trajectory has terminated and was truncated."""
-  result = environment.step(action)
-  if not isinstance(result, tuple) or len(result) != 5:
+def _parts(result: Any, method: str) -> tuple:
+  """Returns the result of an environment's method. Raises ValueError if it does not have the parts in `_PARTS`."""
+  if not isinstance(result, tuple) or len(result) != len(_PARTS[method]):
     raise ValueError(
-      f'step must return (observation, reward, terminated, truncated, info), got {result!r:.80}; '
+      f'{method} must return ({", ".join(_PARTS[method])}), got {result!r:.80}; '
       'environments of the old gym need a wrapper, such as shimmy'
     )
-  return result[:4]
+  return result
 
 
 def _flat(environment, observation) -> np.ndarray:
   space, spaces = environment.observation_space, _gymnasium().spaces
   try:
     flat = np.ravel(spaces.flatten(space, observation))
-  except (KeyError, TypeError, ValueError):
+  except (LookupError, OverflowError, TypeError, ValueError):
     flat = np.empty(0)
   if flat.shape != (spaces.flatdim(space),):
     raise ValueError(f'an observation must be from {space}, got {observation!r:.80}; change what reset and step return')

@@ -59,9 +59,8 @@ def trpo_meta_step(
 
   Raises:
     ValueError: if `meta_batch`, `tasks_at_once` or `curvature_tasks` is not an integer of at least 1, if
-      `curvature_tasks` is greater than `meta_batch`, or if the devices of the mesh cannot share `meta_batch` or
-      `curvature_tasks` tasks evenly, or if
-      the key is of a kind that `init` refuses.
+      `curvature_tasks` is greater than `meta_batch`, if the devices of the mesh cannot share `meta_batch` or
+      `curvature_tasks` tasks evenly, or if the key is of a kind that `init` refuses.
 
   Example:
     >>> inner = ms.rl.policy_gradient(ms.rl.navigation(horizon=5), ms.rl.gaussian(2, 2, hidden=(8,)), trajectories=3)

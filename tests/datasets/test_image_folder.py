@@ -40,6 +40,16 @@ def png_of_sixteen_bits(path, values, *more):
   path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(parts))
 
 
+def tiff_of_sixteen_bits(path, values, alpha):
+  """An RGBA file. If `alpha` is 1, its colours are multiplied by its alpha channel, and if it is 2, they are not."""
+  height, width, _ = values.shape
+  entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 4, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 144)]
+  entries += [(277, 3, 1, 4), (278, 3, 1, height), (279, 4, 1, values.size * 2), (338, 3, 1, alpha)]
+  table = b''.join(struct.pack('<HHII', *entry) for entry in entries)
+  start = b'II*\0' + struct.pack('<I4H', 16, 16, 16, 16, 16) + struct.pack('<H', len(entries)) + table + bytes(6)
+  path.write_bytes(start + values.astype('<u2').tobytes())
+
+
 def png_that_claims(width, height):
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
   data = chunk(b'IDAT', zlib.compress(bytes(1000)))
@@ -152,6 +162,17 @@ class TestReadImage:
       png_of_sixteen_bits(tmp_path / f'{bits}.png', few)
       with pytest.raises(DatasetError, match=saying('below 16,384', 'multiply the values')):
         read_image(tmp_path / f'{bits}.png', 8, 3)
+
+  @pytest.mark.parametrize('alpha', [1, 2])
+  def test_tiff_files_of_sixteen_bits(self, tmp_path, alpha):
+    values = np.arange(8 * 8 * 4).reshape(8, 8, 4) * 256
+    values[..., 3] = 0xFFFF
+    tiff_of_sixteen_bits(tmp_path / 'a.tiff', values, alpha)
+    assert np.array_equal(read_image(tmp_path / 'a.tiff', 8, 3), values[..., :3] >> 8)
+    values[..., :3] >>= 2
+    tiff_of_sixteen_bits(tmp_path / 'b.tiff', values, alpha)
+    with pytest.raises(DatasetError, match=saying('below 16,384', 'multiply the values')):
+      read_image(tmp_path / 'b.tiff', 8, 3)
 
   @pytest.mark.parametrize('ink', [0, 0x2020])
   def test_dark_ink_of_sixteen_bits_on_transparency(self, tmp_path, ink):

@@ -128,6 +128,8 @@ def write(where, *names):
   for name in names:
     if isinstance(where, resuming.Run):
       where.path(name.split('/')[0])
+      if name.startswith('checkpoints/'):
+        where.checkpoints(name.split('/')[1])
     path = getattr(where, 'workdir', where) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(name)
@@ -136,8 +138,7 @@ def write(where, *names):
 def save(opened, step=3):
   """Saves a checkpoint of a run."""
   state = ms.TrainState(np.int32(step), jax.random.key(0), {'w': np.zeros(2)}, ())
-  directory = resuming.checkpoints_of(opened.workdir, 'maml_5shot')
-  with checkpoint.Checkpoints(directory, like=state, config=opened.config) as kept:
+  with checkpoint.Checkpoints(opened.checkpoints('maml_5shot'), like=state, config=opened.config) as kept:
     kept.save(state)
 
 
@@ -265,12 +266,12 @@ def kept(workdir):
     opened.begin()
     save(opened)
     files.write_json(opened.path('results.json'), {'rows': ROWS})
-  write(workdir, 'checkpoints/mine/best.safetensors', 'checkpoints/maml_5shot/notes.txt')
+  write(workdir, *USERS)
   return contents(workdir)
 
 
 OTHER = dataclasses.replace(MAML, shot=3)
-USERS = {'checkpoints/mine/best.safetensors', 'checkpoints/maml_5shot/notes.txt'}
+USERS = {'checkpoints/mine/best.safetensors', 'checkpoints/maml_5shot/notes.txt', 'checkpoints/mine/3/state'}
 
 
 @pytest.mark.parametrize('moves', range(14))
@@ -320,6 +321,80 @@ def test_an_earlier_run_comes_back_unless_the_new_one_has_a_checkpoint(tmp_path)
   assert not list((tmp_path / 'checkpoints').rglob('5'))
 
 
+def test_a_file_of_the_user_is_not_overwritten_when_an_earlier_run_comes_back(tmp_path):
+  before = kept(tmp_path)
+  mine = tmp_path / 'results.json'
+  for aside, back in (('config.json', mine), (replacing.RECORD, mine)):
+    (tmp_path / replacing.ASIDE).mkdir()
+    (tmp_path / aside).rename(tmp_path / replacing.ASIDE / aside)
+    (tmp_path / 'results.json').rename(tmp_path / replacing.ASIDE / 'results.json')
+    mine.write_text('mine')
+    with pytest.raises(files.WriterError, match=saying(back, 'exists', 'move one of them away')):
+      finished(tmp_path)
+    assert mine.read_text() == 'mine'
+    mine.unlink()
+    with resuming.open_run(tmp_path, MAML) as opened:
+      assert opened.rows == ROWS
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_the_user_with_the_name_of_ours_stays(tmp_path):
+  kept(tmp_path)
+  write(tmp_path, f'{replacing.ASIDE}/holiday.png')
+  before = contents(tmp_path)
+  with resuming.open_run(tmp_path, MAML) as opened:
+    assert opened.rows == ROWS
+  with pytest.raises(files.WriterError, match=saying(tmp_path / replacing.ASIDE, 'no run has written', 'move it away')):
+    finished(tmp_path, OTHER, Keeping(restart=True))
+  assert contents(tmp_path) == before
+
+
+def test_checkpoints_that_cannot_be_moved_stay(tmp_path, monkeypatch):
+  """As if the folder with the checkpoints were a link to another file system."""
+  before, real = kept(tmp_path), pathlib.Path.replace
+
+  def replace(old, new):
+    if old.name == '3':
+      raise OSError(18, 'Invalid cross-device link')
+    return real(old, new)
+
+  monkeypatch.setattr(pathlib.Path, 'replace', replace)
+  with pytest.raises(files.WriterError, match=saying('cross-device', 'give another --workdir')):
+    finished(tmp_path, OTHER, Keeping(restart=True))
+  assert contents(tmp_path) == before
+
+
+def test_a_table_sees_the_run_that_waits_in_a_cell(tmp_path, monkeypatch):
+  before = kept(tmp_path)
+  monkeypatch.setattr(replacing, 'settle', lambda _: None)  # As if the program were killed.
+  with pytest.raises(CrashError), resuming.open_run(tmp_path, OTHER, Keeping(restart=True)) as opened:
+    opened.begin()
+    crash()
+  monkeypatch.undo()
+  with pytest.raises(CheckpointError, match=saying('a finished run', 'shot: 5 there, 3 asked for')):
+    resuming.check(tmp_path, OTHER)
+  resuming.check(tmp_path, MAML)
+  with resuming.open_run(tmp_path, MAML) as opened:
+    assert opened.rows == ROWS
+  assert contents(tmp_path) == before
+
+
+def test_a_record_of_an_earlier_version_without_trainings(tmp_path):
+  stopped(tmp_path)
+  record = json.loads((tmp_path / replacing.RECORD).read_text())
+  del record['trainings']
+  (tmp_path / replacing.RECORD).write_text(json.dumps(record))
+  assert resuming.trainings(tmp_path) == ['maml_5shot']
+  with resuming.open_run(tmp_path, MAML) as opened:
+    assert opened.begun
+    opened.checkpoints('maml_5shot')
+    with pytest.raises(files.WriterError, match=saying('mine/7', 'no run has written')):
+      write(tmp_path, 'checkpoints/mine/7/state')
+      opened.checkpoints('mine')
+  assert resuming.trainings(tmp_path) == []
+  assert (tmp_path / 'checkpoints/mine/7/state').exists()
+
+
 def test_results_without_checkpoints_are_not_replaced_in_silence(tmp_path):
   with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML) as opened:
     opened.begin()
@@ -346,7 +421,7 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
   with pytest.raises(CrashError), resuming.open_run(tmp_path, MAML, keeping) as opened:
     save(opened)
     files.write_json(tmp_path / 'results.json', {'rows': ROWS})
-    monkeypatch.setattr(replacing, 'remove_files', lambda *_: crash())
+    monkeypatch.setattr(replacing, 'remove_checkpoints', lambda *_: crash())
     monkeypatch.setattr(processes, 'any_of', lambda _: crash())
   monkeypatch.undo()
   assert checkpoint.steps(tmp_path / 'checkpoints' / 'maml_5shot') == [3]
@@ -356,11 +431,11 @@ def test_a_kill_just_after_the_end_loses_nothing(tmp_path, monkeypatch, keep):
 
 
 def test_sigterm_when_all_is_done_changes_nothing(tmp_path, monkeypatch, capsys):
-  remove = replacing.remove_files
+  remove = replacing.remove_checkpoints
   with resuming.open_run(tmp_path, MAML):
     files.write_json(tmp_path / 'results.json', {'rows': ROWS})
     stop = lambda *given: (os.kill(os.getpid(), signal.SIGTERM), remove(*given))
-    monkeypatch.setattr(replacing, 'remove_files', stop)
+    monkeypatch.setattr(replacing, 'remove_checkpoints', stop)
   assert 'stopped' not in capsys.readouterr().out
   assert json.loads((tmp_path / resuming.RECORD).read_text())['finished']
 
@@ -403,7 +478,7 @@ def test_a_table_refuses_unfinished_cells_of_another_configuration_before_it_beg
   directory = tmp_path / 'cells' / 'omniglot_lstm_20way_1shot'
   other = dataclasses.replace(cell, meta_iterations=7)
   with pytest.raises(CrashError), resuming.open_run(directory, other) as opened:
-    with checkpoint.Checkpoints(directory / 'checkpoints' / 'lstm_run0', like=state, config=opened.config) as kept:
+    with checkpoint.Checkpoints(opened.checkpoints('lstm_run0'), like=state, config=opened.config) as kept:
       kept.save(state)
     files.write_json(directory / 'config.json', dataclasses.asdict(cell))
     files.write_json(directory / 'results.json', {'rows': []})

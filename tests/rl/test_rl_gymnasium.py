@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import types
 
 import gymnasium
 import jax
@@ -13,6 +14,7 @@ from problems import saying
 
 from metasgd_jax import adapt
 from metasgd_jax.inner.alpha import AlphaConfig
+from metasgd_jax.rl import gymnasium_host
 from metasgd_jax.rl.advantages import AdvantageConfig, advantages
 from metasgd_jax.rl.gymnasium_host import collect_on_host, policy_gradient_on_host, to_box
 from metasgd_jax.rl.learner import RolloutRequest, policy_gradient, policy_learner
@@ -252,6 +254,24 @@ class Odd(Count):
 def test_a_step_that_is_not_as_the_interface_says(change, said):
   with pytest.raises(ValueError, match=saying(*said)):
     collect_on_host(lambda task: Odd(change), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+
+
+def test_a_reset_that_is_not_as_the_interface_says(monkeypatch):
+  for result, said in (
+    (None, ('reset must return (observation, info)', 'got None', 'wrapper')),
+    ((np.zeros(3), {}), ('an observation must be from', 'got array([0., 0., 0.])')),
+  ):
+    monkeypatch.setattr(Count, 'reset', lambda self, seed, result=result: result)
+    with pytest.raises(ValueError, match=saying(*said)):
+      collect_on_host(lambda task: Count(5), COUNTING, THETA, None, jax.random.key(1), horizon=2, num=2)
+
+
+@pytest.mark.parametrize(
+  ('space', 'value'), [(gymnasium.spaces.Discrete(3), 3), (gymnasium.spaces.Box(0, 255, (1,), np.uint8), 256)]
+)
+def test_an_observation_that_its_space_cannot_hold(space, value):
+  with pytest.raises(ValueError, match=saying('an observation must be from', f'got {value}')):
+    gymnasium_host._flat(types.SimpleNamespace(observation_space=space), value)
 
 
 def test_what_is_no_environment():
