@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import timing
-from experiments.navigation import CURVED
+from experiments.navigation_training import CURVED
 from metasgd_jax import rl
 from metasgd_jax.inner.alpha import AlphaConfig
 from metasgd_jax.io import provenance

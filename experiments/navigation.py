@@ -6,37 +6,33 @@ python -m experiments.navigation --table4    the same from fixed and from varyin
 
 import dataclasses
 import functools
-import math
 import pathlib
 import tempfile
 from collections.abc import Callable
 from operator import methodcaller
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import metasgd_jax as ms
 from experiments import navigation_table, options, reporting, resuming, running, trainings
 from experiments.jobs import SINGLE, Jobs
 from experiments.navigation_table import label
+from experiments.navigation_training import STARTS, Cell, build_environments, build_inner, key, plan
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
-from experiments.trainings import Training
 from metasgd_jax import rl
 from metasgd_jax.io import files
 from metasgd_jax.io.files import PathLike
-from metasgd_jax.rl.meta_step import check_curvature
 from metasgd_jax.rl.surrogate import Estimator
 
 LEARNERS = ('meta_sgd', 'maml')
-STARTS = ('fixed', 'varying')
 OPTIMIZERS = ('adam', 'trpo')
 SETTINGS: dict[str, dict[str, Any]] = {
-  'adam': dict(meta_iterations=800, meta_batch=40, decay=0.95, later_rate=0.1),
+  'adam': dict(meta_iterations=800, meta_batch=40, decay=0.97, later_rate=0.1),
   'trpo': dict(meta_iterations=100, meta_batch=20, decay=0.9, later_rate=0.5),
 }
 """Settings whose default depends on the outer optimiser. TRPO has the paper's numbers of meta-iterations and tasks.
@@ -51,8 +47,6 @@ RATES = {('adam', 'meta_sgd'): 0.02, ('adam', 'maml'): 0.005, ('trpo', 'meta_sgd
 With TRPO it is that of MAML's released script, where the surrogate is a mean over steps. With Adam the surrogate is a
 mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5.
 """
-CURVED = 4
-"""Number of tasks from which TRPO computes the Fisher matrix, unless there are fewer."""
 FILM_STEPS = 30
 """Number of environment steps that an animation shows. An adapted policy reaches the goal sooner."""
 
@@ -123,90 +117,8 @@ class Config:
     return dataclasses.replace(self, **one, **known | given)
 
 
-Cell = tuple[str, str, str]
-"""The start, the learner and the outer optimiser of a training."""
-
 AllTrained = dict[Cell, trainings.Trained]
 """The result of each training."""
-
-
-def build_environments() -> dict[str, rl.Environment]:
-  """Returns `{start: environment}`, with one environment for each of the task sets 'fixed' and 'varying'."""
-  return {start: rl.navigation(cast(Any, start)) for start in STARTS}
-
-
-def build_inner(environment: rl.Environment, cell: Config, steps: int | None = None) -> rl.PolicyGradient:
-  """Returns the inner loop of a learner, with a policy of layer sizes 2-100-100-2, as in the paper.
-
-  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `cell.inner_steps` by default.
-  """
-  (learner,), (optimizer,), steps = cell.learner, cell.optimizer, steps or cell.inner_steps
-  how: dict[str, Any] = running.settings(cell, 'trajectories', 'estimator')
-  how['alpha'] = cell.alpha if learner == 'maml' else ms.AlphaConfig(cast(float, cell.alpha), cast(float, cell.alpha))
-  how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=cell.discount, decay=cast(float, cell.decay))
-  how['rates'] = [1.0 if i < cell.inner_steps else cell.later_rate for i in range(steps)]
-  how['mean_over'] = 'trajectory' if optimizer == 'adam' else 'step'
-  policy = rl.gaussian(environment.observation_size, environment.action_size)
-  return rl.policy_gradient(environment, policy, steps=steps, **how)
-
-
-def plan(config: Config, environments: dict[str, rl.Environment], devices: int | None = None) -> list[Training]:
-  """Returns the trainings of `config.cells`, before anything is trained.
-
-  Args:
-    config: Configuration of the experiment.
-    environments: Environments of both task sets, from `build_environments`.
-    devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
-
-  Raises:
-    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks from which TRPO computes
-      the curvature.
-  """
-  return [_training(cell, environments[cell.start[0]], devices) for cell in config.cells]
-
-
-def _training(cell: Config, environment: rl.Environment, devices: int | None) -> Training:
-  (start, name, optimizer), batch = _key(cell), cast(int, cell.meta_batch)
-  inner, keys = build_inner(environment, cell), reporting.seed_keys(cell.seed, cell.seeds)
-  what = f'{name}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}'), label(start, name, optimizer)
-  chunk = running.chunk(cell, 5)
-  if optimizer == 'adam':
-    mesh = ms.sharding.task_mesh(batch, devices=devices)
-    how = dict(learner=rl.policy_learner(inner), optimizer=_adam(cell), placement=_placement(mesh), chunk=chunk)
-    return running.by_gradient(cell, *what, keys, rl.task_distribution(environment), **how)
-
-  curved = cell.curvature_tasks or min(CURVED, batch)
-  mesh = ms.sharding.task_mesh(batch if devices else math.gcd(batch, curved), devices=devices)
-  check_curvature(mesh, curved)
-  trpo = rl.TrpoConfig(max_kl=cell.max_kl, damping=cell.damping)
-  train = functools.partial(rl.train, inner=inner, meta_batch=batch, curvature_tasks=curved, trpo=trpo, chunk=chunk)
-
-  def go(state, step, callbacks):
-    return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
-
-  return Training(*what, cast(int, cell.meta_iterations), chunk, functools.partial(rl.init, keys, inner), go)
-
-
-def _adam(cell: Config) -> optax.GradientTransformation:
-  """Returns Adam with a rate for θ and another for α, which both fall to zero along a cosine."""
-
-  def adam(rate):
-    return optax.adam(optax.cosine_decay_schedule(rate, cast(int, cell.meta_iterations)))
-
-  def parts(meta: ms.MetaParams):
-    return ms.MetaParams(jax.tree.map(lambda _: 'theta', meta.theta), jax.tree.map(lambda _: 'alpha', meta.alpha))
-
-  rates = {'theta': adam(cell.learning_rate), 'alpha': adam(cell.alpha_learning_rate)}
-  return optax.chain(optax.clip_by_global_norm(cell.clip), optax.partition(rates, parts))
-
-
-def _placement(mesh) -> ms.Placement:
-  """Returns the placement of tasks. A core of a CPU is fastest with one task at a time."""
-  return ms.Placement(1 if jax.default_backend() == 'cpu' else 'all', mesh)
-
-
-def _key(cell: Config) -> Cell:
-  return cell.start[0], cell.learner[0], cell.optimizer[0]
 
 
 def run(
@@ -229,9 +141,9 @@ def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) 
   planned = plan(config, environments, devices)
   jobs.train(planned, opened)
   for cell, training in zip(config.cells, planned, strict=True):
-    start, name, optimizer = _key(cell)
-    trained[_key(cell)] = running.train(training, opened)
-    values = _test(trained[_key(cell)].state.meta, environments[start], cell, devices)
+    start, name, optimizer = key(cell)
+    trained[key(cell)] = running.train(training, opened)
+    values = _test(trained[key(cell)].state.meta, environments[start], cell, devices)
     results.append(Result({'start': start, 'learner': name, 'optimizer': optimizer}, values))
     about = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
     about['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
@@ -279,7 +191,7 @@ def _walks(trained: AllTrained, environments, config: Config, start: str) -> lis
   cells = [cell for cell in config.cells if cell.start == (start,)]
   for cell in [cell for cell in cells if cell.optimizer == cells[0].optimizer]:
     inner = build_inner(environments[start], cell, steps=cell.eval_updates)
-    meta = reporting.one_run(trained[_key(cell)].state.meta, 0)
+    meta = reporting.one_run(trained[key(cell)].state.meta, 0)
     for column, (task_key, walk_key) in zip(columns, keys, strict=True):
       task = environments[start].sample(task_key)
       paths, returns = jax.device_get(act(inner, meta, task, walk_key))

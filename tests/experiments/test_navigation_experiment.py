@@ -3,6 +3,7 @@
 import errno
 import json
 import pathlib
+import re
 import types
 from unittest import mock
 
@@ -13,7 +14,7 @@ from PIL import Image
 from problems import saying
 
 import metasgd_jax as ms
-from experiments import navigation, navigation_table, reporting, resuming
+from experiments import navigation, navigation_table, navigation_training, reporting, resuming
 from metasgd_jax import plotting, rl
 from metasgd_jax.io import files
 
@@ -86,15 +87,23 @@ def test_settings_of_each_training():
   assert {c.alpha for c in navigation.Config(alpha=0.25, table4=True).cells} == {0.25}
 
 
+def test_a_run_that_runs_away_is_told_of_once(capsys):
+  watch = navigation_training.Watch('Meta-SGD, fixed start')
+  for step, (first, second) in enumerate([(-40, -40), (-10, -12), (-30, -500), (-9, -600)]):
+    watch(types.SimpleNamespace(step=10 * step, info={'return_after': np.array([[first, second]] * 5, float)}))
+  (line,) = capsys.readouterr().out.splitlines()
+  assert re.match(
+    saying('Meta-SGD, fixed start: 1 run(s) run away', '-500', 'meta-iteration 20', '--learning_rate'), line
+  )
+
+
 def test_adam_has_a_rate_for_theta_and_one_for_alpha():
   """They fall to zero, and the gradient is clipped."""
-  cell = navigation.Config(meta_iterations=4, learning_rate=0.1, alpha_learning_rate=0.01, learner=('meta_sgd',)).cells[
-    0
-  ]
-  optimizer, meta = navigation._adam(cell), ms.MetaParams({'w': np.zeros(1)}, {'w': np.zeros(1)})
-  state, sizes = optimizer.init(meta), []
+  config = navigation.Config(meta_iterations=4, learning_rate=0.1, alpha_learning_rate=0.01, learner=('meta_sgd',))
+  optimizer, part = navigation_training._adam(config.cells[0]), {'w': np.full(1, 1e6, np.float32)}
+  state, sizes, update = jax.jit(optimizer.init)(ms.MetaParams(part, part)), [], jax.jit(optimizer.update)
   for _ in range(5):
-    updates, state = optimizer.update(ms.MetaParams({'w': np.full(1, 1e6)}, {'w': np.full(1, 1e6)}), state)
+    updates, state = update(ms.MetaParams(part, part), state)
     sizes.append((-updates.theta['w'][0], -updates.alpha['w'][0]))
   np.testing.assert_allclose(sizes[0], (0.1, 0.01), rtol=1e-4)
   np.testing.assert_allclose(sizes[2], (0.05, 0.005), rtol=1e-4)
@@ -103,7 +112,7 @@ def test_adam_has_a_rate_for_theta_and_one_for_alpha():
 
 def test_trpo_gets_the_settings(monkeypatch):
   given = {}
-  monkeypatch.setattr(navigation.rl, 'train', lambda state, **options: given.update(options))
+  monkeypatch.setattr(navigation_training.rl, 'train', lambda state, **options: given.update(options))
   config = navigation.Config(
     **TINY, learner=('maml',), optimizer=('trpo',), max_kl=0.5, damping=0.25, curvature_tasks=1
   )

@@ -20,6 +20,7 @@ from experiments import (
   classification,
   few_shot_training,
   navigation,
+  navigation_training,
   regression,
   reporting,
   resuming,
@@ -376,7 +377,9 @@ def test_a_navigation_goes_on_to_the_bit(tmp_path, monkeypatch, at, capsys):
   """TRPO's meta-iterations, whose state has no optimiser."""
   monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
   for name in ('build_environments', 'build_inner'):
-    monkeypatch.setattr(navigation, name, functools.cache(getattr(navigation, name)))
+    cached = functools.cache(getattr(navigation, name))
+    for module in (navigation, navigation_training):
+      monkeypatch.setattr(module, name, cached)
   config = navigation.Config(
     learner=('meta_sgd',),
     optimizer=('trpo',),

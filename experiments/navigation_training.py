@@ -1,0 +1,135 @@
+"""The trainings of navigation: the inner loop, the outer optimisers, and a watch for runs that run away."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, cast
+
+import jax
+import numpy as np
+import optax
+
+import metasgd_jax as ms
+from experiments import reporting, running
+from experiments.navigation_table import label
+from experiments.trainings import Training
+from metasgd_jax import rl
+from metasgd_jax.rl.meta_step import check_curvature
+
+STARTS = ('fixed', 'varying')
+CURVED = 4
+"""Number of tasks from which TRPO computes the Fisher matrix, unless there are fewer."""
+ADAM_B2 = 0.99
+"""Decay of Adam's mean of squared gradients. With optax's 0.999, the mean hardly forgets within 800 meta-iterations."""
+RUNAWAY = 50.0
+"""A run has run away if its mean return is lower than its best one by this number: policies leave the square."""
+
+Cell = tuple[str, str, str]
+"""The start, the learner and the outer optimiser of a training."""
+
+
+def build_environments() -> dict[str, rl.Environment]:
+  """Returns `{start: environment}`, with one environment for each of the task sets 'fixed' and 'varying'."""
+  return {start: rl.navigation(cast(Any, start)) for start in STARTS}
+
+
+def build_inner(environment: rl.Environment, cell: Any, steps: int | None = None) -> rl.PolicyGradient:
+  """Returns the inner loop of a learner, with a policy of layer sizes 2-100-100-2, as in the paper.
+
+  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `cell.inner_steps` by default.
+  """
+  (learner,), (optimizer,), steps = cell.learner, cell.optimizer, steps or cell.inner_steps
+  how: dict[str, Any] = running.settings(cell, 'trajectories', 'estimator')
+  how['alpha'] = cell.alpha if learner == 'maml' else ms.AlphaConfig(cell.alpha, cell.alpha)
+  how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=cell.discount, decay=cell.decay)
+  how['rates'] = [1.0 if i < cell.inner_steps else cell.later_rate for i in range(steps)]
+  how['mean_over'] = 'trajectory' if optimizer == 'adam' else 'step'
+  policy = rl.gaussian(environment.observation_size, environment.action_size)
+  return rl.policy_gradient(environment, policy, steps=steps, **how)
+
+
+def plan(config: Any, environments: dict[str, rl.Environment], devices: int | None = None) -> list[Training]:
+  """Returns the trainings of `config.cells`, before anything is trained.
+
+  Args:
+    config: Anyuration of the experiment.
+    environments: Environments of both task sets, from `build_environments`.
+    devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
+
+  Raises:
+    ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks from which TRPO computes
+      the curvature.
+  """
+  return [_training(cell, environments[cell.start[0]], devices) for cell in config.cells]
+
+
+def _training(cell: Any, environment: rl.Environment, devices: int | None) -> Training:
+  (start, name, optimizer), batch = key(cell), cell.meta_batch
+  inner, keys = build_inner(environment, cell), reporting.seed_keys(cell.seed, cell.seeds)
+  what = f'{name}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}'), label(start, name, optimizer)
+  chunk = running.chunk(cell, 5)
+  if optimizer == 'adam':
+    mesh = ms.sharding.task_mesh(batch, devices=devices)
+    how = dict(learner=rl.policy_learner(inner), optimizer=_adam(cell), placement=_placement(mesh), chunk=chunk)
+    training = running.by_gradient(cell, *what, keys, rl.task_distribution(environment), **how)
+    return dataclasses.replace(training, go=functools.partial(_watched, training.go, what[1]))
+
+  curved = cell.curvature_tasks or min(CURVED, batch)
+  mesh = ms.sharding.task_mesh(batch if devices else math.gcd(batch, curved), devices=devices)
+  check_curvature(mesh, curved)
+  trpo = rl.TrpoConfig(max_kl=cell.max_kl, damping=cell.damping)
+  train = functools.partial(rl.train, inner=inner, meta_batch=batch, curvature_tasks=curved, trpo=trpo, chunk=chunk)
+
+  def go(state, step, callbacks):
+    return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
+
+  return Training(*what, cell.meta_iterations, chunk, functools.partial(rl.init, keys, inner), go)
+
+
+def _watched(go, name: str, state, step, callbacks):
+  return go(state, step, [*callbacks, Watch(name)] if callbacks else ())
+
+
+class Watch:
+  """Callback that tells once if a run runs away, which the loss does not show."""
+
+  def __init__(self, label: str):
+    """Starts with no returns; `label` is the name of the training."""
+    self._label, self._best, self._told = label, -math.inf, False
+
+  def __call__(self, progress: ms.Progress) -> None:
+    """Compares the mean returns of the chunk with the best so far."""
+    returns = np.mean(progress.info['return_after'], 0)
+    self._best = np.maximum(self._best, returns)
+    if not self._told and np.any(fallen := returns < self._best - RUNAWAY):
+      worst = float(np.min(returns))
+      print(
+        f'{self._label}: {int(np.sum(fallen))} run(s) run away: the mean return after the update is {worst:.0f} at '
+        f'meta-iteration {progress.step:,}, and was {float(np.max(self._best)):.0f}; stop the program, and lower '
+        '--learning_rate and --alpha_learning_rate, or raise --decay',
+        flush=True,
+      )
+      self._told = True
+
+
+def _adam(cell: Any) -> optax.GradientTransformation:
+  """Returns Adam with a rate for θ and another for α, which both fall to zero along a cosine."""
+
+  def adam(rate):
+    return optax.adam(optax.cosine_decay_schedule(rate, cell.meta_iterations), b2=ADAM_B2)
+
+  def parts(meta: ms.MetaParams):
+    return ms.MetaParams(jax.tree.map(lambda _: 'theta', meta.theta), jax.tree.map(lambda _: 'alpha', meta.alpha))
+
+  rates = {'theta': adam(cell.learning_rate), 'alpha': adam(cell.alpha_learning_rate)}
+  return optax.chain(optax.clip_by_global_norm(cell.clip), optax.partition(rates, parts))
+
+
+def _placement(mesh) -> ms.Placement:
+  """Returns the placement of tasks. A core of a CPU is fastest with one task at a time."""
+  return ms.Placement(1 if jax.default_backend() == 'cpu' else 'all', mesh)
+
+
+def key(cell: Any) -> Cell:
+  """Returns the start, the learner and the outer optimiser of a cell."""
+  return cell.start[0], cell.learner[0], cell.optimizer[0]
