@@ -32,8 +32,8 @@ from metasgd_jax.rl.surrogate import Estimator
 LEARNERS = ('meta_sgd', 'maml')
 OPTIMIZERS = ('adam', 'trpo')
 SETTINGS: dict[str, dict[str, Any]] = {
-  'adam': dict(meta_iterations=800, meta_batch=40, decay=0.97, later_rate=0.1),
-  'trpo': dict(meta_iterations=100, meta_batch=20, decay=0.9, later_rate=0.5),
+  'adam': dict(meta_iterations=800, meta_batch=40, decay=0.97),
+  'trpo': dict(meta_iterations=100, meta_batch=20, decay=0.9),
 }
 """Settings whose default depends on the outer optimiser. TRPO has the paper's numbers of meta-iterations and tasks.
 
@@ -41,11 +41,17 @@ With Adam, the settings were chosen on validation tasks; see docs/results.md.
 """
 QUICK = dict(meta_iterations=400, meta_batch=20)
 """Settings of Adam with `--budget=quick`."""
-RATES = {('adam', 'meta_sgd'): 0.02, ('adam', 'maml'): 0.005, ('trpo', 'meta_sgd'): 0.5, ('trpo', 'maml'): 0.5}
-"""Inner rate of MAML and initial α of Meta-SGD, by outer optimiser and learner.
+RATES = {
+  ('adam', 'meta_sgd'): (0.02, 0.01),
+  ('adam', 'maml'): (0.005, 0.5),
+  ('trpo', 'meta_sgd'): (0.5, 0.5),
+  ('trpo', 'maml'): (0.5, 0.5),
+}
+"""Inner rate of MAML or initial α of Meta-SGD, and `later_rate`, by outer optimiser and learner.
 
-With TRPO it is that of MAML's released script, where the surrogate is a mean over steps. With Adam the surrogate is a
-mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5.
+With TRPO they are those of MAML's released scripts, where the surrogate is a mean over steps. With Adam the surrogate
+is a mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5. The α that Meta-SGD learns with Adam
+brings the policy to the goal in one step, so that further steps must be small.
 """
 FILM_STEPS = 30
 """Number of environment steps that an animation shows. An adapted policy reaches the goal sooner."""
@@ -109,7 +115,8 @@ class Config:
     ]
 
   def _cell(self, start: str, learner: str, optimizer: str) -> 'Config':
-    known = SETTINGS[optimizer] | {'alpha': RATES[optimizer, learner]}
+    rate, later = RATES[optimizer, learner]
+    known = SETTINGS[optimizer] | {'alpha': rate, 'later_rate': later}
     if self.budget == 'quick' and optimizer == 'adam':
       known |= QUICK
     given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}

@@ -137,7 +137,7 @@ def test_learners_differ_by_alpha_alone(optimizer):
   meta_sgd, maml = (jax.jit(navigation.build_inner(environment, cell).init)(jax.random.key(0)) for cell in cells)
   jax.tree.map(np.testing.assert_array_equal, maml.theta, meta_sgd.theta)
   assert maml.alpha is None
-  rate = np.float32(navigation.RATES[optimizer, 'meta_sgd'])
+  rate = np.float32(navigation.RATES[optimizer, 'meta_sgd'][0])
   assert all(np.all(a == rate) for a in jax.tree.leaves(jax.device_get(meta_sgd.alpha)))
 
 
