@@ -151,6 +151,8 @@ def run_all(jobs: Sequence[Job], on: Sequence[int]) -> None:
         if process.poll() is not None:
           del running[place]
           failed += [job] if process.returncode else []
+      if asked and not told:
+        print(f'{signal.Signals(asked[0]).name}: stops when the trainings have saved their states', flush=True)
       told = bool(asked)
   if asked:
     print(f'stopped by {signal.Signals(asked[0]).name}: all that was trained is saved; the same command goes on')

@@ -83,6 +83,7 @@ class Run:
     trained: Names of the trainings whose checkpoints the run in the directory has written, or is about to write.
     asked: Number of the signal that was received, SIGTERM or SIGINT, or 0 if there was none.
     idle: Whether the program may end at once, because there is no training whose state must be saved first.
+    finished: Whether all is done, so that signals are ignored.
   """
 
   workdir: pathlib.Path
@@ -96,6 +97,7 @@ class Run:
   trained: set[str] = dataclasses.field(default_factory=set)
   asked: int = 0
   idle: bool = True
+  finished: bool = False
 
   def path(self, name: str) -> pathlib.Path:
     """Returns the path of a file that the run is about to write, and records that the file is the run's.
@@ -170,10 +172,14 @@ class Run:
 
   def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
     """Handles a signal: records its `number`, and ends the program if it is idle and has a single process."""
-    self.asked = number
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if self.finished:
+      return
+    self.asked = number
     if self.idle and jax.process_count() == 1:
       self.leave('what was trained is saved')
+    if not self.idle:
+      print(f'{signal.Signals(number).name}: stops when this chunk of meta-iterations is saved', flush=True)
 
   def ask(self) -> None:
     """Ends the program if a signal has come to any process. All processes must call it, after they have saved."""
@@ -233,7 +239,7 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
     try:
       with contextlib.closing(run):
         yield run
-        run.idle = False  # A run that is finished ignores signals.
+        run.finished = True
     except BaseException:
       replacing.settle(workdir)
       raise
@@ -264,7 +270,7 @@ def _enter(run: Run, config: Any) -> None:
     return
   run.config = found
   if record['finished']:
-    run.rows, run.idle = _read_rows(workdir), False
+    run.rows, run.finished = _read_rows(workdir), True
     changed = changed_versions(record['versions'])
     versions = f', with other versions ({changed})' if changed else ''
     print(f'{workdir} holds a finished run of this configuration{versions}; --restart trains it again')
