@@ -310,7 +310,11 @@ def test_mistakes_about_processes_get_a_sentence(given, said):
     ('regression', ['--devices=3'], ('devices', 'from 1 to 2', 'got 3')),
     ('regression', ['--process_id=1'], ('process_id=1', 'give --coordinator and --num_processes')),
     ('classification', ['--meta_batch=3', '--devices=2'], ('3 tasks', '2 devices', 'multiple of 2')),
-    ('navigation', ['--curvature_tasks=3', '--devices=2'], ('curvature_tasks=3', '2 devices', 'multiple of 2')),
+    (
+      'navigation',
+      ['--optimizer=trpo', '--curvature_tasks=3', '--devices=2'],
+      ('curvature_tasks=3', '2 devices', 'multiple of 2'),
+    ),
   ],
 )
 def test_mistakes_in_flags_get_a_sentence(module, flags, said, tmp_path):
