@@ -17,6 +17,11 @@ os.environ.setdefault(
   * importlib.metadata.version('jaxlib').startswith(('0.7.', '0.8.', '0.9.', '0.10.')),
 )
 
+# Threads of two workers that share cores wait for each other, so each worker has a core of its own.
+if (worker := os.environ.get('PYTEST_XDIST_WORKER')) and hasattr(os, 'sched_setaffinity'):
+  cores = sorted(os.sched_getaffinity(0))
+  os.sched_setaffinity(0, {cores[int(worker.removeprefix('gw')) % len(cores)]})
+
 import jax
 import pytest
 

@@ -33,7 +33,8 @@ v ← v − H_t (α ∘ v) and dL/dα −= g_t ∘ v. This is the chain rule for
 - `hvp`: the Hessian-vector product H_t (α ∘ v) is computed by forward mode over the gradient. Only θ_t is kept for each
   step. The result has no forward-mode derivative. With `first_order` this method is the same as `reverse`. If the loss
   contains a custom derivative rule that is not the true derivative of its function, such as gradient reversal, H_t is
-  not symmetric. H_tᵀ (α ∘ v) is then computed by reverse mode, which stores the intermediates of one step.
+  not symmetric. H_tᵀ (α ∘ v) is then computed by reverse mode, which stores the intermediates of one step. Rules are
+  tested at random inputs; see `has_symmetric_hessian` in inner/symmetry.py for rules that this test does not find.
 - `revolve`: like `hvp`, but only a few of the θ_t are kept (9 for 200 steps). The others are computed again, at most
   twice each. This method is meant for hundreds of steps. If each step has its own rates (`alpha_by_step`), the memory
   for the rates grows with the steps anyway. All θ_t are then kept, and `revolve` is the same as `hvp`.

@@ -48,6 +48,9 @@ def has_symmetric_hessian(loss: Callable[[PyTree], chex.Array], theta: PyTree) -
   a rule cannot be compared, the result is False. It is also False if a comparison in the rule or in its function, such
   as x > 6, has the same result at all random inputs.
 
+  The test does not find a rule that is false only where a value is NaN or infinite, or only in a small region that no
+  comparison in the rule marks. Such a rule must not be used with the adjoints `hvp` and `revolve`.
+
   Outside of jit, each call compiles the comparison again. No result is cached, because `loss` may read other values
   that change between two calls. A cached True could then be wrong, and would give wrong gradients.
 
