@@ -107,7 +107,7 @@ def _is_accepted(cell: Any, workdir: pathlib.Path, restart: bool) -> bool:
 def _train_apart(todo: list[Any], refused: list[Any], workdir: pathlib.Path, keeping: Keeping, jobs: Jobs) -> None:
   """Trains and tests the cells that are not done, each in a process of its own, if `jobs` has several cores."""
   left = [cell for cell in todo if not _done(cell, _directory(workdir, cell))]
-  if min(len(jobs.cores), len(left)) < 2:
+  if not jobs.are_useful(len(left)):
     return
   kept = options.flag_texts(dataclasses.replace(keeping, restart=False, jobs=0))
 

@@ -47,8 +47,8 @@ class Job:
 
   @property
   def log(self) -> pathlib.Path:
-    """File with what the command prints. It is beside the directory."""
-    return self.directory.with_name(f'{self.directory.name}.log')
+    """File with what the command prints."""
+    return _log_of(self.directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,14 @@ class Jobs:
       TrainingError, StoppedError: as `run_all`.
     """
     todo = [training for training in plan if not _is_trained(training, run.workdir)]
-    if min(len(self.cores), len(todo)) > 1:
+    if self.are_useful(len(todo)):
       run.begin()
       run_all([self._of(training, run.workdir) for training in todo], self.cores)
       run.keep()
+
+  def are_useful(self, count: int) -> bool:
+    """Returns whether `count` trainings, or cells of a table, get processes of their own."""
+    return min(len(self.cores), count) > 1
 
   def _of(self, training: Any, workdir: pathlib.Path) -> Job:
     directory = workdir / replacing.JOBS / training.name
@@ -124,7 +128,7 @@ def adopt(name: str, label: str, run: Run) -> None:
   for step in checkpoint.steps(theirs):  # The newest is the last, so a kill between two moves loses no progress.
     (theirs / str(step)).rename(ours / str(step))
   replacing.remove_run(source)
-  Job('', source, (), 0).log.unlink(missing_ok=True)
+  _log_of(source).unlink(missing_ok=True)
   with contextlib.suppress(OSError):
     source.parent.rmdir()
 
@@ -160,6 +164,10 @@ def run_all(jobs: Sequence[Job], on: Sequence[int]) -> None:
   if failed:
     why = '; '.join(f'{job.label}: {_last_line(job.log)} (its output is in {job.log})' for job in failed)
     raise TrainingError(f'{len(failed)} of {len(jobs)} trainings failed: {why}')
+
+
+def _log_of(directory: pathlib.Path) -> pathlib.Path:
+  return directory.with_name(f'{directory.name}.log')  # It is beside the directory, in which only the run writes.
 
 
 def _is_trained(training: Any, workdir: pathlib.Path) -> bool:

@@ -88,7 +88,7 @@ def _evaluate(jaxpr: Jaxpr, consts, inputs, vary: Sequence[bool], taken: list, b
       depends = any(vary) and not _is_not_counted(equation)
       if depends:
         taken += _branches(equation, operands, outputs, vary)
-        if equation.primitive.name in _ORDERED and not all(vary) and _is_float(operands[0]):
+        if equation.primitive.name in _ORDERED and not all(vary) and is_float(operands[0]):
           array, bound = operands if vary[0] else operands[::-1]
           bounds.setdefault(id(array), [array]).append(bound)
       vary = [depends] * len(outputs)
@@ -143,7 +143,7 @@ def _branches(equation: JaxprEqn, operands: list, outputs: list, vary: Sequence[
     there = [operands[0] == i for i in range(len(operands) - 1)]
   else:
     there = []
-  if name in _ORDERED and not all(vary) and _is_float(operands[0]):
+  if name in _ORDERED and not all(vary) and is_float(operands[0]):
     bound = operands[1 if vary[0] else 0]
     ends = (jnp.min(bound), jnp.max(bound))
     return [jnp.any(branch & (bound == end)) | jnp.isinf(end) for branch in there for end in ends]
@@ -154,10 +154,11 @@ def _truncates(equation: JaxprEqn) -> bool:
   """Returns whether an equation converts floating-point numbers to integers."""
   if equation.primitive.name != 'convert_element_type':
     return False
-  return _is_float(cast(Any, equation.invars[0].aval)) and jnp.issubdtype(equation.params['new_dtype'], jnp.integer)
+  return is_float(cast(Any, equation.invars[0].aval)) and jnp.issubdtype(equation.params['new_dtype'], jnp.integer)
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
+  """Returns whether an array, or its shape and dtype, is of floating point."""
   return jnp.issubdtype(value.dtype, jnp.floating)
 
 

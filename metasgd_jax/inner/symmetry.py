@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, jaxprs_in_params
 
-from metasgd_jax.inner.branches import equations, evaluate, widened
+from metasgd_jax.inner.branches import equations, evaluate, is_float, widened
 from metasgd_jax.types import PyTree
 
 SCALES = ((1e-6, 1), (1e-3, 1), (0.03, 1), (1, 1), (30, 30), (1e4, 1e4), (1e8, 1e8), (1, 1e-4), (1, 1e8))
@@ -136,7 +136,7 @@ def _derivatives(function: Callable[..., list], inputs: list, outputs: list) -> 
   def derivatives(inputs, tangents, cotangents):
     def of_floats(floats):
       rest = iter(floats)
-      return _floats(function(*(next(rest) if _is_float(value) else value for value in inputs)))
+      return _floats(function(*(next(rest) if is_float(value) else value for value in inputs)))
 
     def both(floats):
       outputs, backward = jax.vjp(of_floats, floats)
@@ -149,11 +149,7 @@ def _derivatives(function: Callable[..., list], inputs: list, outputs: list) -> 
 
 
 def _floats(values: list) -> list:
-  return [value for value in values if _is_float(value)]
-
-
-def _is_float(value) -> bool:
-  return jnp.issubdtype(value.dtype, jnp.floating)
+  return [value for value in values if is_float(value)]
 
 
 def _compare(by_rule: ClosedJaxpr, by_function: ClosedJaxpr, inputs: int, cotangents: int, zeroed: bool) -> list:
@@ -176,7 +172,7 @@ def _compare(by_rule: ClosedJaxpr, by_function: ClosedJaxpr, inputs: int, cotang
   def at(draw):
     index, scale, zero = draw
     values = [_random(aval, index, i, scale[int(i >= len(avals) - cotangents)]) for i, aval in enumerate(avals)]
-    values[:inputs] = [jnp.where(zero & (v < 1), 0, v) if _is_float(v) else v for v in values[:inputs]]
+    values[:inputs] = [jnp.where(zero & (v < 1), 0, v) if is_float(v) else v for v in values[:inputs]]
     (ours, branches), (theirs, others) = (evaluate(jaxpr, values) for jaxpr in (by_rule, by_function))
     given = values[tangents] + values[len(avals) - cotangents :]
     duals, ours, theirs = ours[:n] + ours[2 * n :], ours[: 2 * n], theirs[: 2 * n]
@@ -208,7 +204,7 @@ def _random(aval, index: chex.Array, position: int, scale: chex.Array) -> chex.A
   A scale of zero means that each number has its own magnitude. Integers are from one of four ranges, by the draw.
   """
   place = (977 * index + 331 * position + jnp.arange(aval.size)) % _NUMBERS.size
-  if jnp.issubdtype(aval.dtype, jnp.floating):
+  if is_float(aval):
     table, factor = jnp.asarray(np.stack([_NUMBERS, _MIXED]))[(scale == 0).astype(int)], jnp.where(scale == 0, 1, scale)
     return (factor * table[place]).reshape(aval.shape).astype(widened(aval.dtype))
   integers = jnp.asarray(_INTEGERS)[index % len(_INTEGERS), place].reshape(aval.shape)

@@ -1,7 +1,6 @@
 """Trainings in processes of their own: what they run, how they stop, and that one process would give the same."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import time
 import pytest
 import torture
 from problems import saying
+from quick_regression import quick_regression
 
 from experiments import (
   classification,
@@ -23,7 +23,6 @@ from experiments import (
   few_shot_training,
   jobs,
   regression,
-  reporting,
   resuming,
   trainings,
 )
@@ -132,11 +131,7 @@ def plan(config):
 @pytest.fixture(scope='module', autouse=True)
 def quick():
   """Runs share their compiled programs and draw nothing."""
-  with pytest.MonkeyPatch.context() as patch:
-    for module, name in ((regression, 'build_learner'), (regression, 'sinusoid'), (trainings, 'optimizer_of')):
-      patch.setattr(module, name, functools.cache(getattr(module, name)))
-    patch.setattr(regression.optax, 'adam', functools.cache(regression.optax.adam))
-    patch.setattr(reporting, 'save_pictures', lambda *_: None)
+  with quick_regression():
     yield
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torture
 from problems import poisoned, saying
+from quick_regression import quick_regression
 
 from experiments import (
   classification,
@@ -52,11 +53,7 @@ VALIDATION = classification.Config(
 @pytest.fixture(scope='module', autouse=True)
 def quick():
   """Runs share their compiled programs and draw nothing; the one with SIGKILL compiles, and draws."""
-  with pytest.MonkeyPatch.context() as patch:
-    for module, name in ((regression, 'build_learner'), (regression, 'sinusoid'), (trainings, 'optimizer_of')):
-      patch.setattr(module, name, functools.cache(getattr(module, name)))
-    patch.setattr(regression.optax, 'adam', functools.cache(regression.optax.adam))
-    patch.setattr(reporting, 'save_pictures', lambda *_: None)
+  with quick_regression():
     yield
 
 
