@@ -91,6 +91,13 @@ FALSE_SOMEWHERE = {
   'after rounding': factor_where(lambda x, g: jnp.floor(x) == 123456),
   'in one row of a table': factor_where(lambda x, g: (jnp.arange(1000) == 777)[jnp.clip(x, 0, 999).astype(int)]),
   'in an inner where': factor_where(lambda x, g: jnp.where(x > 0.0501, jnp.where(x < 0.0502, 1, 0), 0)),
+  'in a product of comparisons': factor_where(
+    lambda x, g: (x > 0.0501).astype(float) * (2 * x < 0.1004).astype(float) != 0
+  ),
+  'in a product over all entries': factor_where(lambda x, g: jnp.prod((x > 2).astype(float)) != 0),
+  'between two bounds on equal numbers': factor_where(
+    lambda x, g: jnp.where(jnp.abs(x) > 0.0501, jnp.where(jnp.abs(x) < 0.0502, 1, 0), 0)
+  ),
   'beyond the bound of one entry': factor_where(
     lambda x, g: jnp.where(x > jnp.where(first_entry(x), 1e12, 0), jnp.where(first_entry(x), 1, 0), 0)
   ),

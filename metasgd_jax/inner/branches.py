@@ -4,6 +4,8 @@ A function that is made of comparisons, such as `jnp.where(x > 6, …, …)`, co
 a piece that none of its inputs reaches. `evaluate` therefore tells for each comparison which of its results occurred.
 """
 
+import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -23,6 +25,39 @@ _ORDERED = ('lt', 'le', 'gt', 'ge', 'max', 'min')
 """Primitives that compare with a bound. Two bounds on one array divide its values into pieces."""
 _STEPS = ('floor', 'ceil', 'round', 'rem')
 """Primitives with more pieces than can be counted. They are listed as one branch that is never taken."""
+_COMBINING = ('mul', 'min', 'max', 'reduce_prod', 'reduce_min', 'reduce_max')
+"""Primitives that combine zeros and ones to zeros and ones, as `and` and `or` combine booleans."""
+_MOVING = ('broadcast_in_dim', 'concatenate', 'convert_element_type', 'reshape', 'squeeze', 'transpose')
+"""Primitives that change no value."""
+
+
+class _Kind(enum.IntEnum):
+  """What an array depends on.
+
+  Attributes:
+    CONSTANT: On no input.
+    INDICATOR: On inputs. It consists of booleans, or of zeros and ones that were made from booleans.
+    VARYING: On inputs, in any other way.
+  """
+
+  CONSTANT = 0
+  INDICATOR = 1
+  VARYING = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+  """What is collected while a jaxpr is evaluated.
+
+  Attributes:
+    taken: For each branch whether it was taken.
+    bounds: Arrays, each followed by the constants that it is compared with. The keys are the `id` of the arrays.
+    outputs: Outputs of the equations. An equation that occurs again gives the same arrays, with the same `id`.
+  """
+
+  taken: list[chex.Array] = dataclasses.field(default_factory=list)
+  bounds: dict[int, list] = dataclasses.field(default_factory=dict)
+  outputs: dict[tuple, tuple[list, list]] = dataclasses.field(default_factory=dict)
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
@@ -44,8 +79,9 @@ def evaluate(closed: ClosedJaxpr, inputs: Sequence[chex.Array]) -> tuple[list[ch
 
   Only branches that depend on an input are listed. A comparison of floating-point numbers by == or ≠, a test for NaN or
   infinity, and a test for a negative index are not listed, because random inputs almost never meet them. If an array is
-  compared with several constant bounds, the values between two of them are a branch of their own. What cannot be
-  observed is listed as not taken: a branch inside of a loop or of `cond`, rounding, and a look-up in a constant table.
+  compared with several constant bounds, the values between two of them are a branch of their own. If the results of
+  comparisons are multiplied as zeros and ones, products of zero and of one are branches too. What cannot be observed is
+  listed as not taken: a branch inside of a loop or of `cond`, rounding, and a look-up in a constant table.
 
   Args:
     closed: Jaxpr. Its custom derivative rules are not used: their functions are evaluated.
@@ -56,45 +92,63 @@ def evaluate(closed: ClosedJaxpr, inputs: Sequence[chex.Array]) -> tuple[list[ch
   Returns:
     The outputs, and one boolean scalar for each branch. The branches are the same for all inputs.
   """
-  taken: list[chex.Array] = []
-  bounds: dict[int, list] = {}
-  outputs, _ = _evaluate(closed.jaxpr, closed.consts, inputs, [True] * len(inputs), taken, bounds)
-  return outputs, taken + [piece for array, *ends in bounds.values() for piece in _between(array, ends)]
+  seen = _Seen()
+  outputs, _ = _evaluate(closed.jaxpr, closed.consts, inputs, [_Kind.VARYING] * len(inputs), seen)
+  return outputs, seen.taken + [piece for array, *ends in seen.bounds.values() for piece in _between(array, ends)]
 
 
-def _evaluate(jaxpr: Jaxpr, consts, inputs, vary: Sequence[bool], taken: list, bounds: dict) -> tuple[list, list[bool]]:
-  """Returns the outputs and whether each depends on an input, and adds to `taken` and `bounds`.
-
-  Each value of `bounds` is an array, followed by the constants that it is compared with. Its key is the array's `id`.
-  """
+def _evaluate(jaxpr: Jaxpr, consts, inputs, kinds: Sequence[_Kind], seen: _Seen) -> tuple[list, list[_Kind]]:
+  """Returns the outputs and their kinds, and adds to `seen`."""
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), map(_wide, (*consts, *inputs)), strict=True))
-  varying = {variable for variable, varies in zip(jaxpr.invars, vary, strict=True) if varies}
+  kind_of = dict(zip(jaxpr.invars, kinds, strict=True))
 
   def read(variables):
     found = [_wide(v.val) if isinstance(v, Literal) else values[v] for v in variables]
-    return found, [not isinstance(v, Literal) and v in varying for v in variables]
+    return found, [_Kind.CONSTANT if isinstance(v, Literal) else kind_of.get(v, _Kind.CONSTANT) for v in variables]
 
   for equation in jaxpr.eqns:
-    operands, vary = read(equation.invars)
+    operands, kinds = read(equation.invars)
     if equation.primitive.name in _CALLS:
       inner = equation.params['call_jaxpr' if 'call_jaxpr' in equation.params else 'jaxpr']
-      outputs, vary = _evaluate(
-        getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), operands, vary, taken, bounds
-      )
+      outputs, kinds = _evaluate(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), operands, kinds, seen)
     else:
-      parameters = {name: _wide_parameter(value) for name, value in equation.params.items()}
-      outputs = equation.primitive.bind(*operands, **parameters)
-      outputs = outputs if equation.primitive.multiple_results else [outputs]
-      depends = any(vary) and not _is_not_counted(equation)
-      if depends:
-        taken += _branches(equation, operands, outputs, vary)
-        if equation.primitive.name in _ORDERED and not all(vary) and is_float(operands[0]):
-          array, bound = operands if vary[0] else operands[::-1]
-          bounds.setdefault(id(array), [array]).append(bound)
-      vary = [depends] * len(outputs)
+      outputs = _outputs(equation, operands, seen)
+      kinds = [_kind(equation, kinds, seen, operands, outputs)] * len(outputs)
     values |= dict(zip(equation.outvars, outputs, strict=True))
-    varying |= {variable for variable, varies in zip(equation.outvars, vary, strict=True) if varies}
+    kind_of |= dict(zip(equation.outvars, kinds, strict=True))
   return read(jaxpr.outvars)
+
+
+def _outputs(equation: JaxprEqn, operands: list, seen: _Seen) -> list:
+  """Returns the outputs of an equation. They are those of an earlier equation if it was the same."""
+  sources = [
+    f'{v.val}{v.aval}' if isinstance(v, Literal) and not np.ndim(v.val) else id(operand)
+    for v, operand in zip(equation.invars, operands, strict=True)
+  ]
+  key = (equation.primitive, *sources, str(equation.params))
+  if key in seen.outputs:
+    return seen.outputs[key][0]
+  parameters = {name: _wide_parameter(value) for name, value in equation.params.items()}
+  outputs = equation.primitive.bind(*operands, **parameters)
+  outputs = outputs if equation.primitive.multiple_results else [outputs]
+  if not any(True for _ in jaxprs_in_params(equation.params)):  # The text of a jaxpr does not show its constants.
+    seen.outputs[key] = (outputs, operands)  # While the operands are kept, no other array has their `id`.
+  return outputs
+
+
+def _kind(equation: JaxprEqn, kinds: list[_Kind], seen: _Seen, operands: list, outputs: list) -> _Kind:
+  """Returns the kind of the outputs of an equation, and adds its branches and bounds to `seen`."""
+  if not any(kinds) or _is_not_counted(equation):
+    return _Kind.CONSTANT
+  name = equation.primitive.name
+  seen.taken.extend(_branches(equation, operands, outputs, kinds))
+  if name in _ORDERED and not all(kinds) and is_float(operands[0]):
+    array, bound = operands if kinds[0] else operands[::-1]
+    seen.bounds.setdefault(id(array), [array]).append(bound)
+  if _is_boolean(equation):
+    return _Kind.INDICATOR
+  indicators = all(kind == _Kind.INDICATOR for kind in kinds)
+  return _Kind.INDICATOR if indicators and name in _COMBINING + _MOVING else _Kind.VARYING
 
 
 def _is_not_counted(equation: JaxprEqn) -> bool:
@@ -115,20 +169,22 @@ def _between(array: chex.Array, bounds: list) -> list[chex.Array]:
   return [jnp.any((low < array) & (array < high)) | ~jnp.any(low < high) for low, high in pairwise(ends)]
 
 
-def _branches(equation: JaxprEqn, operands: list, outputs: list, vary: Sequence[bool]) -> list[chex.Array]:
+def _branches(equation: JaxprEqn, operands: list, outputs: list, kinds: Sequence[_Kind]) -> list[chex.Array]:
   """Returns for each branch of a primitive whether an entry of its operands has taken it.
 
   If the entries of a constant bound differ, the branch must be taken at both the smallest and the largest of them.
   Nothing lies beyond an infinite bound, such as that of a softmax.
   """
   name = equation.primitive.name
-  if name in _STEPS or (name in ('gather', 'dynamic_slice') and not vary[0]) or _truncates(equation):
+  if name in _STEPS or (name in ('gather', 'dynamic_slice') and not kinds[0]) or _truncates(equation):
     return [jnp.zeros((), bool)]
   inner = [e for jaxpr in jaxprs_in_params(equation.params) for e in equations(jaxpr)]
   hidden = [
     jnp.zeros((), bool) for e in inner if e.primitive.name in _PIECEWISE + _STEPS or _is_boolean(e) or _truncates(e)
   ]
-  if name in ('max', 'min'):
+  if name in _COMBINING and all(kind == _Kind.INDICATOR for kind in kinds):
+    there = [outputs[0] == 0, outputs[0] != 0]
+  elif name in ('max', 'min'):
     there = [operands[0] < operands[1], operands[0] > operands[1]]
   elif name in ('abs', 'sign'):
     there = [operands[0] < 0, operands[0] > 0]
@@ -143,8 +199,8 @@ def _branches(equation: JaxprEqn, operands: list, outputs: list, vary: Sequence[
     there = [operands[0] == i for i in range(len(operands) - 1)]
   else:
     there = []
-  if name in _ORDERED and not all(vary) and is_float(operands[0]):
-    bound = operands[1 if vary[0] else 0]
+  if name in _ORDERED and not all(kinds) and is_float(operands[0]):
+    bound = operands[1 if kinds[0] else 0]
     ends = (jnp.min(bound), jnp.max(bound))
     return [jnp.any(branch & (bound == end)) | jnp.isinf(end) for branch in there for end in ends]
   return hidden + [jnp.any(branch) for branch in there]
@@ -180,8 +236,8 @@ def _wide_parameter(parameter: Any) -> Any:
   if isinstance(parameter, ClosedJaxpr):
     avals: list[Any] = parameter.in_avals
     inputs = [jax.ShapeDtypeStruct(aval.shape, widened(aval.dtype)) for aval in avals]
-    constant = [False] * len(inputs)
-    return jax.make_jaxpr(lambda *inputs: _evaluate(parameter.jaxpr, parameter.consts, inputs, constant, [], {})[0])(
+    constant = [_Kind.CONSTANT] * len(inputs)
+    return jax.make_jaxpr(lambda *inputs: _evaluate(parameter.jaxpr, parameter.consts, inputs, constant, _Seen())[0])(
       *inputs
     )
   return widened(parameter) if isinstance(parameter, np.dtype) else parameter
