@@ -125,14 +125,14 @@ def _of_sequences(outputs: chex.Array, targets: Any, *, metric) -> chex.Array:
 def _of_items(outputs: chex.Array, targets: tuple[chex.Array, chex.Array], *, metric) -> chex.Array:
   if not isinstance(targets, tuple | list) or len(targets) != 2:
     raise ValueError(f'the targets must be a pair (y, mask), got {type(targets).__name__}; give Batch(x, (y, mask))')
-  y, mask = targets
-  items, dtype = jnp.shape(outputs)[:1], jnp.result_type(mask)
+  y, mask = targets[0], jnp.asarray(targets[1])
+  items, dtype = jnp.shape(outputs)[:1], mask.dtype
   if jnp.shape(mask) != items or not jnp.issubdtype(dtype, jnp.bool_):
     raise ValueError(
       f'the mask must be an array of booleans of shape {items}, one for each item, '
       f'got {dtype} of shape {jnp.shape(mask)}'
     )
-  mask, y = jnp.asarray(mask), jnp.asarray(as_labels(y))
+  y = jnp.asarray(as_labels(y))
   y = jax.vmap(lambda real, target: jnp.where(real, target, jnp.zeros_like(target)))(mask, y)
   values = jax.vmap(lambda output, target: metric(output[None], target[None]))(outputs, y)
   wide = _at_least_float32(values)  # Like jnp.mean: a float16 sum overflows early.

@@ -136,7 +136,7 @@ def _outputs(equation: JaxprEqn, operands: list, seen: _Seen) -> list:
   return outputs
 
 
-def _kind(equation: JaxprEqn, kinds: list[_Kind], seen: _Seen, operands: list, outputs: list) -> _Kind:
+def _kind(equation: JaxprEqn, kinds: Sequence[_Kind], seen: _Seen, operands: list, outputs: list) -> _Kind:
   """Returns the kind of the outputs of an equation, and adds its branches and bounds to `seen`."""
   if not any(kinds) or _is_not_counted(equation):
     return _Kind.CONSTANT

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ class TrpoConfig:
 
   def __post_init__(self):
     for name, value in vars(self).items():
-      if np.ndim(value) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+      if np.ndim(value) or np.asarray(value).dtype.kind not in 'biuf':
         raise ValueError(f'{name} must be a number, got {value!r:.80}')
     if not 0 < self.max_kl < math.inf:
       raise ValueError(f'max_kl must be above 0 and finite, got {self.max_kl}')
