@@ -53,6 +53,11 @@ With TRPO they are those of MAML's released scripts, where the surrogate is a me
 is a mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5. The α that Meta-SGD learns with Adam
 brings the policy to the goal in one step, so that further steps must be small.
 """
+OF_ONE = {
+  'adam': ('budget', 'learning_rate', 'alpha_learning_rate', 'clip'),
+  'trpo': ('max_kl', 'curvature_tasks', 'damping'),
+}
+"""Settings that only one of the outer optimisers has."""
 FILM_STEPS = 30
 """Number of environment steps that an animation shows. An adapted policy reaches the goal sooner."""
 
@@ -100,6 +105,13 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
+    for optimizer in () if self.table4 else set(OPTIMIZERS) - set(self.optimizer):
+      for name in OF_ONE[optimizer]:
+        if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+          raise ValueError(
+            f'{name} works only with optimizer={optimizer}, got {name}={value} with optimizer='
+            f'{",".join(self.optimizer)}; add {optimizer} to optimizer, or leave {name} out'
+          )
     batch = self.meta_batch or SETTINGS['trpo']['meta_batch']
     if self.curvature_tasks is not None and self.curvature_tasks > batch:
       raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={batch}; lower curvature_tasks')

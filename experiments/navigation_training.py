@@ -52,7 +52,7 @@ def plan(config: Any, environments: dict[str, rl.Environment], devices: int | No
   """Returns the trainings of `config.cells`, before anything is trained.
 
   Args:
-    config: Anyuration of the experiment.
+    config: Configuration of the experiment.
     environments: Environments of both task sets, from `build_environments`.
     devices: Number of devices of each process; `None` uses all that can share the tasks evenly.
 
