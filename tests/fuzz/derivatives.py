@@ -39,6 +39,7 @@ STOPPING = {
 }
 SMOOTH = TRUE | CANNOT_BE_COMPARED | {'a branch': lambda: _in_a_branch}
 LAYERS = SMOOTH | FALSE | FALSE_SOMEWHERE | STOPPING
+del LAYERS['unlike its transpose']  # JAX has no batching rule for `linear_call`.
 
 
 class Network(NamedTuple):
