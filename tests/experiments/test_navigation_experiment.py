@@ -182,8 +182,10 @@ def test_pictures(table4):
     (dict(estimator='reinforce'), ['estimator', 'dice, lvc, score', "'reinforce'"]),
     (dict(trajectories=1), ['trajectories', '2 to 1000', '1']),
     (dict(start=('fixed', 'fixed')), ['start', 'fixed, varying', 'once']),
-    (dict(curvature_tasks=3, meta_batch=2), ['curvature_tasks=3', 'meta_batch=2']),
-    (dict(curvature_tasks=30), ['curvature_tasks=30', 'meta_batch=20']),
+    (dict(optimizer=('trpo',), curvature_tasks=3, meta_batch=2), ['curvature_tasks=3', 'meta_batch=2']),
+    (dict(table4=True, curvature_tasks=30), ['curvature_tasks=30', 'meta_batch=20']),
+    (dict(curvature_tasks=3), ['curvature_tasks=3', 'optimizer=trpo', 'optimizer=adam']),
+    (dict(optimizer=('trpo',), budget='quick'), ['budget=quick', 'optimizer=adam', 'optimizer=trpo']),
   ],
 )
 def test_settings_that_cannot_be(changes, message):
