@@ -18,6 +18,7 @@ import numpy as np
 
 import metasgd_jax as ms
 from experiments import navigation_table, options, reporting, resuming, running, trainings
+from experiments.command import flag_texts
 from experiments.jobs import SINGLE, Jobs
 from experiments.navigation_table import label
 from experiments.navigation_training import STARTS, Cell, build_environments, build_inner, key, plan
@@ -106,12 +107,11 @@ class Config:
   def __post_init__(self):
     options.check(self)
     for optimizer in () if self.table4 else set(OPTIMIZERS) - set(self.optimizer):
-      for name in OF_ONE[optimizer]:
-        if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
-          raise ValueError(
-            f'{name} works only with optimizer={optimizer}, got {name}={value} with optimizer='
-            f'{",".join(self.optimizer)}; add {optimizer} to optimizer, or leave {name} out'
-          )
+      if given := flag_texts(self, OF_ONE[optimizer]):
+        raise ValueError(
+          f'{given[0]} works only with optimizer={optimizer}, got optimizer={",".join(self.optimizer)}; '
+          f'add {optimizer} to optimizer, or leave {given[0]} out'
+        )
     batch = self.meta_batch or SETTINGS['trpo']['meta_batch']
     if self.curvature_tasks is not None and self.curvature_tasks > batch:
       raise ValueError(f'curvature_tasks={self.curvature_tasks} is more than meta_batch={batch}; lower curvature_tasks')
