@@ -140,19 +140,17 @@ def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any,
     run.begin()
     metas = [_members([_first_state(name, r, config, setup).meta], config) for r in range(config.seeds)]
     return _stacked(metas), None, {}
-  metas, curves, skipped = [], [], []
+  metas, found = [], []
   validator = build_learner(name, config, test=True)  # All runs share the validator, which is compiled once.
   for r in range(config.seeds):
     training = _training(name, r, config, setup)
     best = _best(training.label, validator, config, setup, run) if setup.validation else None
     logging.info('%s: compiling', training.label)
-    found = trainings.train(training, run, best)
-    members = [found.state.meta] if best is None else [meta for _, _, meta in best.found]
+    found.append(trainings.train(training, run, best))
+    members = [found[-1].state.meta] if best is None else [meta for _, _, meta in best.found]
     metas.append(_members(members, config))
-    curves.append(found.curves)
-    skipped.append(found.skipped)
-  together = {k: (steps, np.concatenate([c[k][1] for c in curves], 1)) for k, (steps, _) in curves[0].items()}
-  return _stacked(metas), together, _stacked(skipped)
+  together = running.joined(found)
+  return _stacked(metas), together.curves, together.skipped
 
 
 def _members(metas: list[Any], config: Any) -> Any:

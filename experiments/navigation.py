@@ -6,6 +6,7 @@ python -m experiments.navigation --table4    the same from fixed and from varyin
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from experiments import navigation_table, options, reporting, resuming, running,
 from experiments.command import flag_texts
 from experiments.jobs import SINGLE, Jobs
 from experiments.navigation_table import label
-from experiments.navigation_training import STARTS, Cell, build_environments, build_inner, key, plan
+from experiments.navigation_training import STARTS, Cell, build_environments, build_inner, file_name, key, plan
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
@@ -98,7 +99,7 @@ class Config:
   clip: float = option(1.0, 'Bound on the norm of the meta-gradient with Adam.', low=1e-9, high=1e9)
   discount: float = option(0.99, 'Discount per step.', low=0.0, high=1.0)
   decay: float | None = option(None, 'λ of the generalised advantages.', low=0.0, high=1.0, kind=float)
-  seeds: int = option(1, 'Training runs, side by side.', low=1, high=1000)
+  seeds: int = option(1, 'Training runs.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
   eval_tasks: int = option(600, 'Unseen tasks in the test.', low=2, high=100_000)
@@ -158,10 +159,10 @@ def run(
 def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) -> list[dict]:
   environments, trained, results, rows = build_environments(), {}, [], []
   planned = plan(config, environments, devices)
-  jobs.train(planned, opened)
-  for cell, training in zip(config.cells, planned, strict=True):
+  jobs.train(list(itertools.chain(*planned)), opened)
+  for cell, runs in zip(config.cells, planned, strict=True):
     start, name, optimizer = key(cell)
-    trained[key(cell)] = running.train(training, opened)
+    trained[key(cell)] = running.train_runs(file_name(cell), runs, opened)
     values = _test(trained[key(cell)].state.meta, environments[start], cell, devices)
     results.append(Result({'start': start, 'learner': name, 'optimizer': optimizer}, values))
     about = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
@@ -244,7 +245,7 @@ def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str]
 
 
 def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
-  planned = plan(config, build_environments(), devices)
+  planned = list(itertools.chain(*plan(config, build_environments(), devices)))
   return planned, functools.partial(run, config, workdir, keeping, devices, jobs)
 
 

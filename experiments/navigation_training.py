@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -48,8 +49,8 @@ def build_inner(environment: rl.Environment, cell: Any, steps: int | None = None
   return rl.policy_gradient(environment, policy, steps=steps, **how)
 
 
-def plan(config: Any, environments: dict[str, rl.Environment], devices: int | None = None) -> list[Training]:
-  """Returns the trainings of `config.cells`, before anything is trained.
+def plan(config: Any, environments: dict[str, rl.Environment], devices: int | None = None) -> list[list[Training]]:
+  """Returns the trainings of `config.cells`, before anything is trained: for each cell the list of its R runs.
 
   Args:
     config: Configuration of the experiment.
@@ -60,20 +61,32 @@ def plan(config: Any, environments: dict[str, rl.Environment], devices: int | No
     ValueError: if the devices cannot evenly share the tasks of a meta-iteration, or the tasks from which TRPO computes
       the curvature.
   """
-  return [_training(cell, environments[cell.start[0]], devices) for cell in config.cells]
+  return [_runs(cell, environments[cell.start[0]], devices) for cell in config.cells]
 
 
-def _training(cell: Any, environment: rl.Environment, devices: int | None) -> Training:
-  (start, name, optimizer), batch = key(cell), cell.meta_batch
-  inner, keys = build_inner(environment, cell), reporting.seed_keys(cell.seed, cell.seeds)
-  what = f'{name}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}'), label(start, name, optimizer)
-  chunk = running.chunk(cell, 5)
-  if optimizer == 'adam':
-    mesh = ms.sharding.task_mesh(batch, devices=devices)
-    how = dict(learner=rl.policy_learner(inner), optimizer=_adam(cell), placement=_placement(mesh), chunk=chunk)
-    training = running.by_gradient(cell, *what, keys, rl.task_distribution(environment), **how)
-    return dataclasses.replace(training, go=functools.partial(_watched, training.go, what[1]))
+def _runs(cell: Any, environment: rl.Environment, devices: int | None) -> list[Training]:
+  build = (_by_adam if cell.optimizer == ('adam',) else _by_trpo)(cell, environment, devices)
+  called, keys = label(*key(cell)), reporting.seed_keys(cell.seed, cell.seeds)
+  labels = [called] if cell.seeds == 1 else [f'{called}, run {r + 1} of {cell.seeds}' for r in range(cell.seeds)]
+  return [build(f'{file_name(cell)}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
 
+
+def _by_adam(cell: Any, environment: rl.Environment, devices: int | None) -> Callable[..., Training]:
+  """Returns a function from the name, the label and the key of a run to its training. All runs share one program."""
+  mesh, tasks = ms.sharding.task_mesh(cell.meta_batch, devices=devices), rl.task_distribution(environment)
+  learner, optimizer = rl.policy_learner(build_inner(environment, cell)), _adam(cell)
+  how: dict[str, Any] = dict(learner=learner, optimizer=optimizer, placement=_placement(mesh))
+
+  def build(name, label, key):
+    training = running.by_gradient(cell, name, label, key, tasks, chunk=running.chunk(cell, 5), **how)
+    return dataclasses.replace(training, go=functools.partial(_watched, training.go, label))
+
+  return build
+
+
+def _by_trpo(cell: Any, environment: rl.Environment, devices: int | None) -> Callable[..., Training]:
+  """Returns a function as `_by_adam` does."""
+  inner, batch, chunk = build_inner(environment, cell), cell.meta_batch, running.chunk(cell, 5)
   curved = cell.curvature_tasks or min(CURVED, batch)
   mesh = ms.sharding.task_mesh(batch if devices else math.gcd(batch, curved), devices=devices)
   check_curvature(mesh, curved)
@@ -83,7 +96,10 @@ def _training(cell: Any, environment: rl.Environment, devices: int | None) -> Tr
   def go(state, step, callbacks):
     return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
 
-  return Training(*what, cell.meta_iterations, chunk, functools.partial(rl.init, keys, inner), go)
+  def build(name, label, key):
+    return Training(name, label, cell.meta_iterations, chunk, functools.partial(rl.init, key, inner), go)
+
+  return build
 
 
 def _watched(go, name: str, state, step, callbacks):
@@ -98,15 +114,14 @@ class Watch:
     self._label, self._best, self._told = label, -math.inf, False
 
   def __call__(self, progress: ms.Progress) -> None:
-    """Compares the mean returns of the chunk with the best so far."""
-    returns = np.mean(progress.info['return_after'], 0)
-    self._best = np.maximum(self._best, returns)
-    if not self._told and np.any(fallen := returns < self._best - RUNAWAY):
-      worst = float(np.min(returns))
+    """Compares the mean return of the chunk with the best so far."""
+    now = float(np.mean(progress.info['return_after']))
+    self._best = max(self._best, now)
+    if not self._told and now < self._best - RUNAWAY:
       print(
-        f'{self._label}: {int(np.sum(fallen))} run(s) run away: the mean return after the update is {worst:.0f} at '
-        f'meta-iteration {progress.step:,}, and was {float(np.max(self._best)):.0f}; stop the program, and lower '
-        '--learning_rate and --alpha_learning_rate, or raise --decay',
+        f'{self._label}: the run runs away: the mean return after the update is {now:.0f} at meta-iteration '
+        f'{progress.step:,}, and was {self._best:.0f}; stop the program, and lower --learning_rate and '
+        '--alpha_learning_rate, or raise --decay',
         flush=True,
       )
       self._told = True
@@ -133,3 +148,9 @@ def _placement(mesh) -> ms.Placement:
 def key(cell: Any) -> Cell:
   """Returns the start, the learner and the outer optimiser of a cell."""
   return cell.start[0], cell.learner[0], cell.optimizer[0]
+
+
+def file_name(cell: Any) -> str:
+  """Returns the name of a cell in the names of files."""
+  start, learner, optimizer = key(cell)
+  return f'{learner}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}')

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
@@ -110,10 +111,35 @@ def settings(config: Any, *names: str) -> dict[str, Any]:
 
 def train(training: Training, run: Run) -> Trained:
   """Trains as `trainings.train` does, and writes the meta-parameters to params_NAME.safetensors."""
+  return _written(training.name, _train(training, run), run)
+
+
+def train_runs(name: str, runs: Sequence[Training], run: Run) -> Trained:
+  """Trains the runs of a learner one after the other, and writes their meta-parameters to params_NAME.safetensors.
+
+  The results are joined by `joined`.
+  """
+  return _written(name, joined([_train(training, run) for training in runs]), run)
+
+
+def _train(training: Training, run: Run) -> Trained:
   logging.info('%s: compiling', training.label)
-  trained = trainings.train(training, run)
-  files.write_params(run.path(f'params_{training.name}.safetensors'), trained.state.meta)
+  return trainings.train(training, run)
+
+
+def _written(name: str, trained: Trained, run: Run) -> Trained:
+  files.write_params(run.path(f'params_{name}.safetensors'), trained.state.meta)
   return trained
+
+
+def joined(runs: Sequence[Trained]) -> Trained:
+  """Joins the results of R trainings of one run each: the leaves of the state get a leading axis `[R]`."""
+  state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.state for one in runs))
+  curves = {
+    name: (steps, np.concatenate([one.curves[name][1] for one in runs], 1))
+    for name, (steps, _) in runs[0].curves.items()
+  }
+  return Trained(state, curves)
 
 
 def evaluate(

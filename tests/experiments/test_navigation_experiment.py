@@ -89,11 +89,11 @@ def test_settings_of_each_training():
 
 def test_a_run_that_runs_away_is_told_of_once(capsys):
   watch = navigation_training.Watch('Meta-SGD, fixed start')
-  for step, (first, second) in enumerate([(-40, -40), (-10, -12), (-30, -500), (-9, -600)]):
-    watch(types.SimpleNamespace(step=10 * step, info={'return_after': np.array([[first, second]] * 5, float)}))
+  for step, mean in enumerate([-40, -12, -30, -500, -600]):
+    watch(types.SimpleNamespace(step=10 * step, info={'return_after': np.full(5, mean, float)}))
   (line,) = capsys.readouterr().out.splitlines()
   assert re.match(
-    saying('Meta-SGD, fixed start: 1 run(s) run away', '-500', 'meta-iteration 20', '--learning_rate'), line
+    saying('Meta-SGD, fixed start: the run runs away', '-500', 'meta-iteration 30', '-12', '--learning_rate'), line
   )
 
 
@@ -116,7 +116,7 @@ def test_trpo_gets_the_settings(monkeypatch):
   config = navigation.Config(
     **TINY, learner=('maml',), optimizer=('trpo',), max_kl=0.5, damping=0.25, curvature_tasks=1
   )
-  (training,) = navigation.plan(config, navigation.build_environments(), devices=1)
+  ((training,),) = navigation.plan(config, navigation.build_environments(), devices=1)
   training.go(None, 2, [])
   assert given['inner'].steps == 1
   del given['inner']
