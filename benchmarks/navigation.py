@@ -1,9 +1,10 @@
-"""Compares the speed of meta-training with TRPO on 2D navigation, in metasgd_jax and in a peer written with PyTorch.
+"""Compares the speed of meta-training on 2D navigation, in metasgd_jax and in a peer written with PyTorch.
 
     python -m benchmarks.navigation
 
 A meta-iteration has 20 tasks. In each task, 20 trajectories of 100 steps are drawn before the inner step, and 20 after
-the inner step. The programs draw new tasks in each meta-iteration.
+the inner step. The programs draw new tasks in each meta-iteration. The outer optimiser is Adam or TRPO. With Adam, the
+rate is also measured as a share of the rate of a product of large matrices, and for trainings that are bound to cores.
 
 Before the timing, both programs compute the following values in float64, for the same trajectories and weights:
 advantages, inner gradients, the meta-gradient of the surrogate, the divergence at other meta-parameters, the product of
@@ -16,15 +17,16 @@ all threads. If the machine has other work, processor seconds are more reliable 
 
 import functools
 import math
-import multiprocessing
-import time
+import os
+import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import timing
+from benchmarks import conv4, ours, timing
+from benchmarks.program import Program, all_at_once
 from experiments.navigation_training import CURVED
 from metasgd_jax import rl
 from metasgd_jax.inner.alpha import AlphaConfig
@@ -46,6 +48,10 @@ _LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'Learners to
 _THREADS = flags.DEFINE_multi_integer(
   'threads', None, "Thread counts of PyTorch to time. By default 1 and PyTorch's own choice."
 )
+_PARTS = flags.DEFINE_multi_enum(
+  'parts', ['adam', 'cores', 'trpo', 'none'], ['adam', 'cores', 'trpo', 'none'],
+  'What is timed: Adam, trainings that are bound to cores, TRPO, and sampling without updates.',
+)  # fmt: skip
 _SECONDS = flags.DEFINE_float('seconds', 4.0, 'Approximate duration of a turn, in seconds.', lower_bound=0.1)
 
 
@@ -55,8 +61,30 @@ def build_inner(learner: str, **environment) -> rl.PolicyGradient:
   return rl.policy_gradient(navigation(**environment), rl.gaussian(2, 2), alpha=alpha)
 
 
-class Ours:
-  """The program of metasgd_jax: `program(n)` takes n meta-iterations on all cores, in one call of a compiled loop.
+def work(tasks: int = TASKS, steps: int = 2000) -> float:
+  """Returns the number of FLOPs of the policy's matrix products in a meta-iteration with Adam.
+
+  A layer from I to J units takes 2·I·J FLOPs for each step of a trajectory, and `steps` is the number of steps before
+  the inner step and the number after it. Drawing an action takes one operation of this size. The outer loss takes 3:
+  the layer, and the gradients of its kernel and of its input. The inner step takes 9: the same 3, and the derivatives
+  of each of them with respect to its two operands. The first layer needs no gradient of its input, and takes 2 and 4.
+  """
+  sizes = [(2, 100, False), (100, 100, True), (100, 2, True)]
+  by_step = sum(2 * i * j * (2 + (3 + 9 if later else 2 + 4)) for i, j, later in sizes)
+  return float(by_step * tasks * steps)
+
+
+def train_with_adam(learner: str, devices: bool = True) -> ours.Run:
+  """Returns a training with Adam by `metasgd_jax.train`, on all cores or, without `devices`, on one device."""
+  if devices:
+    sharding.cpu_cores_as_devices()
+  inner = build_inner(learner)
+  tasks = rl.task_distribution(inner.environment)
+  return ours.Run(rl.policy_learner(inner), tasks, TASKS, tasks_at_once=1, devices=devices, chunk=10)
+
+
+class WithTrpo:
+  """A training with TRPO: `program(n)` takes n meta-iterations on all cores, in one call of a compiled loop.
 
   If `whole` is False, the program only draws trajectories, takes inner steps and computes advantages.
   """
@@ -196,8 +224,8 @@ def _check_dynamics(peers) -> None:
   env.set_task(np.asarray(task.start), np.asarray(task.goal))
   env.reset()
   for t, action in enumerate(np.asarray(actions)):
-    for theirs, ours in zip(env.step(action)[:3], expected, strict=True):
-      np.testing.assert_allclose(theirs, ours[t], atol=1e-5)
+    for theirs, found in zip(env.step(action)[:3], expected, strict=True):
+      np.testing.assert_allclose(theirs, found[t], atol=1e-5)
 
 
 def in_torchs_order(tree) -> list[np.ndarray]:
@@ -221,41 +249,49 @@ def check_close(what: str, found, expected, limit: float = 1e-6) -> None:
   assert error < limit, f'{what}: the two programs differ by a relative error of {error:.1e}, more than {limit:.0e}'
 
 
-class Program:
-  """A program that runs in a separate process: `program(n)` takes n iterations in that process."""
+def programs_of(learner: str, update: str, threads: list[int]) -> dict[str, Program]:
+  """Returns the programs that are compared if the outer optimiser is `update`, which is 'none' for no updates."""
+  from benchmarks import navigation_peer as peers
 
-  def __init__(self, build, *args) -> None:
-    context = multiprocessing.get_context('spawn')
-    self._pipe, theirs = context.Pipe()
-    self._process = context.Process(target=serve, args=(theirs, build, *args), daemon=True)
-    self._process.start()
-    theirs.close()
-    self._cpu: list[tuple[int, float]] = []
-
-  def __call__(self, iterations: int) -> None:
-    self._pipe.send(iterations)
-    self._cpu.append((iterations, self._pipe.recv()))
-
-  def cpu(self) -> float:
-    """Returns the processor seconds per iteration, summed over all threads. The first call is not counted."""
-    iterations, seconds = zip(*self._cpu[1:], strict=True)
-    return sum(seconds) / sum(iterations)
-
-  def close(self) -> None:
-    self._pipe.send(0)
-    self._process.join()
+  if update == 'adam':
+    programs = {OURS: Program(train_with_adam, learner), conv4.ROOF: Program(conv4.matrix_product)}
+  else:
+    programs = {OURS: Program(WithTrpo, learner, update == 'trpo')}
+  if update == 'trpo':
+    programs[f'{OURS}, curvature from {CURVED} tasks'] = Program(WithTrpo, learner, True, CURVED)
+  for count in threads:
+    name = f'torch and Gymnasium, {count} thread(s)'
+    programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, update)
+  return programs
 
 
-def serve(pipe, build, *args) -> None:
-  """Runs a program in this process, with the number of iterations that each message of the pipe gives.
+def compare(learner: str, update: str, threads: list[int]) -> None:
+  """Times the programs in turn, and prints a table."""
+  programs = programs_of(learner, update, threads)
+  found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
+  columns = {'processor seconds per iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
+  if roof := found.pop(conv4.ROOF, None):
+    peak = statistics.median(roof) * 2 * conv4.SIDE**3
+    share = {name: f'{statistics.median(values) * work() / peak:.0%}' for name, values in found.items()}
+    columns['share of the roof'] = share
+    print(f'roof {peak / 1e9:.0f} GFLOP/s; {work() / 1e9:.1f} GFLOP per meta-iteration\n')
+  print(timing.table(found, OURS, columns), flush=True)
+  for program in programs.values():
+    program.close()
 
-  The answer to each message is the number of processor seconds. The message 0 ends the loop.
-  """
-  run = build(*args)
-  while iterations := pipe.recv():
-    start = time.process_time()
-    run(iterations)
-    pipe.send(time.process_time() - start)
+
+def compare_cores(learner: str) -> None:
+  """Times a training with Adam on all cores, one that is bound to a core, and one on each core at the same time."""
+  cores = sorted(os.sched_getaffinity(0))
+  alone = [Program(train_with_adam, learner, False, cores={core}) for core in cores]
+  spread = Program(train_with_adam, learner)
+  one, together, all_cores = 'one, bound to a core', f'{len(cores)} at once, bound to a core each', 'one on all cores'
+  runs = {one: alone[0], together: functools.partial(all_at_once, alone), all_cores: spread}
+  found = timing.rates(runs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
+  found[together] = [len(cores) * rate for rate in found[together]]  # The sum of their rates.
+  print(timing.table(found, one), flush=True)
+  for program in [*alone, spread]:
+    program.close()
 
 
 def main(argv) -> None:
@@ -264,25 +300,18 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   import torch
 
-  from benchmarks import navigation_peer as peers
-
+  headings = {'adam': 'with Adam', 'trpo': 'with TRPO', 'none': 'only sampling and inner steps, without updates'}
   threads = _THREADS.value or sorted({1, torch.get_num_threads()})
   for learner in _LEARNERS.value:
     check(learner)
     print(f'\n## {learner}: the programs agree in float64; timing them in turn', flush=True)
-    for whole in (True, False):
-      print('\nmeta-iterations:' if whole else '\nonly sampling and inner steps, without updates:')
-      programs = {OURS: Program(Ours, learner, whole)}
-      if whole:
-        programs[f'{OURS}, curvature from {CURVED} tasks'] = Program(Ours, learner, whole, CURVED)
-      for count in threads:
-        name = f'torch and Gymnasium, {count} thread(s)'
-        programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, whole)
-      found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
-      columns = {'processor seconds per iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
-      print(timing.table(found, OURS, columns), flush=True)
-      for program in programs.values():
-        program.close()
+    for part in _PARTS.value:
+      if part == 'cores':
+        print('\ntrainings with Adam on cores:\n', flush=True)
+        compare_cores(learner)
+      else:
+        print(f'\n{headings[part]}:\n', flush=True)
+        compare(learner, part, threads)
   about = provenance.collect()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 

@@ -1,8 +1,8 @@
-"""Meta-SGD and MAML with TRPO on 2D navigation, written as usual in PyTorch, with autograd and Gymnasium environments.
+"""Meta-SGD and MAML on 2D navigation, written as usual in PyTorch, with autograd and Gymnasium environments.
 
 Trajectories are sampled for one task after another. The environments of a task are stepped together in a
-`SyncVectorEnv`. Products with the Fisher matrix are second derivatives of the divergence. The graph of the divergence
-is built once and is used for all products.
+`SyncVectorEnv`. The outer optimiser is TRPO or Adam. For TRPO, products with the Fisher matrix are second derivatives
+of the divergence. The graph of the divergence is built once and is used for all products.
 """
 
 import itertools
@@ -110,6 +110,7 @@ class Peer:
     self.alpha = [torch.full_like(t, rate).requires_grad_(learns_alpha) for t in self.theta]
     self.params = self.theta + (self.alpha if learns_alpha else [])
     self.envs = SyncVectorEnv([Navigation2D] * TRAJECTORIES)
+    self.adam = torch.optim.Adam(self.params, 1e-3)
 
   def sample(self, theta, start, goal) -> Batch:
     self.envs.call('set_task', start, goal)
@@ -199,9 +200,17 @@ class Peer:
       self.draw()
 
   def __call__(self, iterations: int) -> None:
-    """Takes `iterations` meta-iterations."""
+    """Takes `iterations` meta-iterations with TRPO."""
     for _ in range(iterations):
       self.update(*self.draw())
+
+  def train_with_adam(self, iterations: int) -> None:
+    """Takes `iterations` meta-iterations with Adam. The gradient is computed task by task, which needs less memory."""
+    for _ in range(iterations):
+      self.adam.zero_grad()
+      for before, after in zip(*self.draw(), strict=True):
+        (-self.objective([before], [after])[0] / TASKS).backward()
+      self.adam.step()
 
   def _set(self, flat) -> None:
     torch.nn.utils.vector_to_parameters(flat, self.params)
@@ -222,14 +231,15 @@ def conjugate_gradient(product, b):
   return x
 
 
-def build(learns_alpha: bool, rate: float, threads: int, whole: bool = True) -> Callable[[int], None]:
-  """Returns a function that takes n meta-iterations of a new peer, without updates if `whole` is False.
+def build(learns_alpha: bool, rate: float, threads: int, update: str) -> Callable[[int], None]:
+  """Returns a function that takes n meta-iterations of a new peer.
 
-  `threads` becomes the number of PyTorch's threads in this process.
+  `update` is 'adam', 'trpo' or 'none', which means that the meta-parameters are not updated. `threads` becomes the
+  number of PyTorch's threads in this process.
   """
   torch.set_num_threads(threads)
   peer = Peer(new_theta(), rate, learns_alpha)
-  return peer if whole else peer.draw_only
+  return {'adam': peer.train_with_adam, 'trpo': peer, 'none': peer.draw_only}[update]
 
 
 def _normal(mean, log_std):

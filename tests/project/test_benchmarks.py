@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import metasgd_jax as ms
-from benchmarks import conv4
+from benchmarks import conv4, navigation
+from metasgd_jax import rl
 from metasgd_jax.nn import block
 
 
@@ -41,3 +42,29 @@ def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
   meta = jax.eval_shape(lambda key: learner.init(key, tasks.episode(tasks.sample(key), key)), keys[0])
   jaxpr = jax.make_jaxpr(gradient)(meta, keys)
   assert flop(jaxpr.jaxpr) == conv4.work(way, shot, 2, filters=8)
+
+
+def test_work_of_a_policy_is_that_of_its_matrix_products():
+  """The baseline of the advantages has a few more products, with its 8 features."""
+  inner = navigation.build_inner('Meta-SGD', horizon=5)
+  learner, tasks = rl.policy_learner(inner), rl.task_distribution(inner.environment)
+  key = jax.random.key(0)
+  gradient = jax.grad(lambda meta, key: learner.loss(meta, tasks.episode(tasks.sample(key), key), key)[0])
+  jaxpr = jax.make_jaxpr(gradient)(jax.eval_shape(inner.init, key), key)
+  assert products(jaxpr.jaxpr) == pytest.approx(navigation.work(tasks=1, steps=20 * 5), rel=1e-3)
+
+
+def products(jaxpr) -> float:
+  """FLOP of the products of matrices in a jaxpr and those inside it."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      shapes = [v.aval.shape for v in equation.invars]
+      (contracted, _), _ = equation.params['dimension_numbers']
+      depth = math.prod(shapes[0][i] for i in contracted)
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, 'jaxpr')):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        total += products(inner) * equation.params.get('length', 1)
+  return total
