@@ -15,6 +15,7 @@ from experiments import reporting, running
 from experiments.navigation_table import label
 from experiments.trainings import Training
 from metasgd_jax import rl
+from metasgd_jax.rl.learner import explorer
 from metasgd_jax.rl.meta_step import check_curvature
 
 STARTS = ('fixed', 'varying')
@@ -37,16 +38,36 @@ def build_environments() -> dict[str, rl.Environment]:
 def build_inner(environment: rl.Environment, cell: Any, steps: int | None = None) -> rl.PolicyGradient:
   """Returns the inner loop of a learner, with a policy of layer sizes 2-100-100-2, as in the paper.
 
-  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `cell.inner_steps` by default.
+  MAML and Meta-SGD differ only in α. `steps` is the number of updates, `cell.inner_steps` by default. The updates
+  beyond `cell.inner_steps` have one rate for all parameters, `cell.later_rate`.
   """
   (learner,), (optimizer,), steps = cell.learner, cell.optimizer, steps or cell.inner_steps
   how: dict[str, Any] = running.settings(cell, 'trajectories', 'estimator')
   how['alpha'] = cell.alpha if learner == 'maml' else ms.AlphaConfig(cell.alpha, cell.alpha)
   how['advantage'] = dataclasses.replace(rl.MAML_ADVANTAGES, discount=cell.discount, decay=cell.decay)
-  how['rates'] = [1.0 if i < cell.inner_steps else cell.later_rate for i in range(steps)]
   how['mean_over'] = 'trajectory' if optimizer == 'adam' else 'step'
   policy = rl.gaussian(environment.observation_size, environment.action_size)
-  return rl.policy_gradient(environment, policy, steps=steps, **how)
+  inner = rl.policy_gradient(environment, policy, steps=steps, **how)
+  if steps <= cell.inner_steps:
+    return inner
+  return _then(inner, cell.inner_steps, rl.policy_gradient(environment, policy, **how | {'alpha': cell.later_rate}))
+
+
+def _then(inner: rl.PolicyGradient, first: int, later: rl.PolicyGradient) -> rl.PolicyGradient:
+  """Returns `inner`, whose steps from number `first` on are replaced by the first step of `later`, which is MAML."""
+
+  def step(meta, theta, experience, i):
+    if i < first:
+      return inner.step(meta, theta, experience, i)
+    return later.step(ms.MetaParams(theta, None), theta, experience, 0)
+
+  def replay(meta, experiences):
+    theta = meta.theta
+    for i, experience in enumerate(experiences):
+      theta = step(meta, theta, experience, i)
+    return theta
+
+  return inner._replace(step=step, explore=explorer(inner.experience, step, inner.steps), replay=replay)
 
 
 def plan(config: Any, environments: dict[str, rl.Environment], devices: int | None = None) -> list[list[Training]]:

@@ -80,9 +80,9 @@ def test_settings_of_each_training():
     for optimizer in ('adam', 'trpo')
     for learner in ('meta_sgd', 'maml')
   ]
-  assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in cells} == {('adam', 800, 40), ('trpo', 100, 20)}
+  assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in cells} == {('adam', 1000, 80), ('trpo', 100, 20)}
   quick = navigation.Config(table4=True, budget='quick', meta_batch=7).cells
-  assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick} == {('adam', 400, 7), ('trpo', 100, 7)}
+  assert [(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick] == [('adam', 300, 7)] * 4
   assert all(cell.cells == [cell] for cell in cells + quick)
   assert {c.alpha for c in navigation.Config(alpha=0.25, table4=True).cells} == {0.25}
 
@@ -129,6 +129,29 @@ def test_trpo_gets_the_settings(monkeypatch):
     callbacks=[],
     placement=ms.Placement(),
   )
+
+
+def test_updates_beyond_those_of_training_have_one_rate():
+  """A loop of two updates is Meta-SGD and then MAML, if it was trained with one."""
+  environment, (cell, _) = rl.navigation(horizon=5), navigation.Config(**TINY, later_rate=0.25).cells
+  inner = navigation.build_inner(environment, cell, steps=2)
+  once = navigation.build_inner(environment, cell)
+  how = dict(trajectories=3, estimator='lvc', mean_over='trajectory')
+  maml = rl.policy_gradient(environment, inner.policy, alpha=0.25, **how)
+
+  @jax.jit
+  def paths(key):
+    meta, task = inner.init(key), environment.sample(key)
+    alpha = jax.tree.map(lambda leaf: 0.5 * jax.random.normal(key, leaf.shape), meta.alpha)
+    meta = ms.MetaParams(meta.theta, alpha)
+    experiences, path = inner.explore(meta, task, key)
+    first = once.replay(meta, experiences[:1])
+    second = maml.replay(ms.MetaParams(first, None), experiences[1:])
+    return path, (meta.theta, first, second), inner.replay(meta, experiences)
+
+  found, expected, replayed = paths(jax.random.key(0))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), replayed, expected[-1])
 
 
 @pytest.mark.parametrize('optimizer', ['adam', 'trpo'])
@@ -186,6 +209,7 @@ def test_pictures(table4):
     (dict(table4=True, curvature_tasks=30), ['curvature_tasks=30', 'meta_batch=20']),
     (dict(curvature_tasks=3), ['curvature_tasks=3', 'optimizer=trpo', 'optimizer=adam']),
     (dict(optimizer=('trpo',), budget='quick'), ['budget=quick', 'optimizer=adam', 'optimizer=trpo']),
+    (dict(table4=True, budget='quick', damping=0.1), ['damping=0.1', 'optimizer=trpo', 'optimizer=adam']),
   ],
 )
 def test_settings_that_cannot_be(changes, message):
