@@ -45,7 +45,7 @@ QUICK = dict(meta_iterations=300, meta_batch=40)
 """Settings of Adam with `--budget=quick`."""
 RATES = {
   ('adam', 'meta_sgd'): (0.02, 5e-4),
-  ('adam', 'maml'): (0.01, 5e-4),
+  ('adam', 'maml'): (0.005, 5e-4),
   ('trpo', 'meta_sgd'): (0.5, 0.25),
   ('trpo', 'maml'): (0.5, 0.25),
 }
