@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 With Adam, the settings were chosen on validation tasks; see docs/results.md.
 """
-QUICK = dict(meta_iterations=300, meta_batch=40)
+QUICK = dict(meta_iterations=250, meta_batch=40)
 """Settings of Adam with `--budget=quick`."""
 RATES = {
   ('adam', 'meta_sgd'): (0.02, 5e-4),

@@ -82,7 +82,7 @@ def test_settings_of_each_training():
   ]
   assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in cells} == {('adam', 1000, 80), ('trpo', 100, 20)}
   quick = navigation.Config(table4=True, budget='quick', meta_batch=7).cells
-  assert [(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick] == [('adam', 300, 7)] * 4
+  assert [(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick] == [('adam', 250, 7)] * 4
   assert all(cell.cells == [cell] for cell in cells + quick)
   assert {c.alpha for c in navigation.Config(alpha=0.25, table4=True).cells} == {0.25}
 
