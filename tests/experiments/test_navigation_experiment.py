@@ -87,6 +87,17 @@ def test_settings_of_each_training():
   assert {c.alpha for c in navigation.Config(alpha=0.25, table4=True).cells} == {0.25}
 
 
+def test_each_seed_is_a_training_of_its_own():
+  """Its name and label are its own, and it starts as a single run of its seed does."""
+  environments, options = navigation.build_environments(), dict(TINY, learner=('maml',))
+  ((first, second),) = navigation.plan(navigation.Config(**options, seeds=2, seed=3), environments, devices=1)
+  ((alone,),) = navigation.plan(navigation.Config(**options, seed=4), environments, devices=1)
+  assert (first.name, second.name, alone.name) == ('maml_fixed_run0', 'maml_fixed_run1', 'maml_fixed_run0')
+  assert (second.label, alone.label) == ('MAML, fixed start, run 2 of 2', 'MAML, fixed start')
+  data = lambda state: jax.tree.map(lambda a: jax.random.key_data(a) if a.dtype == state.key.dtype else a, state)
+  jax.tree.map(np.testing.assert_array_equal, data(second.start()), data(alone.start()))
+
+
 def test_a_run_that_runs_away_is_told_of_once(capsys):
   watch = navigation_training.Watch('Meta-SGD, fixed start')
   for step, mean in enumerate([-40, -12, -30, -500, -600]):
