@@ -7,9 +7,9 @@ the inner step. The programs draw new tasks in each meta-iteration. The outer op
 rate is also measured as a share of the rate of a product of large matrices, and for trainings that are bound to cores.
 
 Before the timing, both programs compute the following values in float64, for the same trajectories and weights:
-advantages, inner gradients, the meta-gradient of the surrogate, the divergence at other meta-parameters, the product of
-a vector with the Fisher matrix, and the changes of θ and α by one TRPO step. These values must be equal. The
-environments of the peer must also give the same rewards for the same actions.
+advantages, inner gradients, the meta-gradient of the surrogate as TRPO and as Adam take it, the divergence at other
+meta-parameters, the product of a vector with the Fisher matrix, and the changes of θ and α by one TRPO step. These
+values must be equal. The environments of the peer must also give the same rewards for the same actions.
 
 Each program runs in a separate process, and waits while another program has its turn. Processor seconds are summed over
 all threads. If the machine has other work, processor seconds are more reliable than rates.
@@ -42,6 +42,8 @@ RATE = 0.5
 LEARNERS = ('Meta-SGD', 'MAML')
 OURS = 'metasgd_jax'
 TASKS = 20
+MOST_CORES = 8
+"""Number of cores on which trainings are timed at the same time."""
 
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Number of timed turns of each program.', lower_bound=1)
 _LEARNERS = flags.DEFINE_multi_enum('learners', LEARNERS, LEARNERS, 'Learners to time.')
@@ -148,6 +150,8 @@ def check(learner: str, tasks: int = 3) -> None:
     moved = jax.tree.map(lambda m, v: m + 1e-3 * v, meta, vector)
     parts = jax.jit(functools.partial(_parts, inner))(before, after, meta, moved, vector)
     gradient, divergence, product = jax.device_get(parts)
+    learner_keys = drawn, keys[2], keys[1]
+    by_loss = jax.device_get(jax.jit(functools.partial(_gradient_for_adam, inner))(meta, *learner_keys))
     step = functools.partial(rl.trpo_meta_step, inner=inner, meta_batch=tasks)
     updated, info = jax.device_get(jax.jit(step)(meta, key))
     assert info['step'] > 0, 'the TRPO step was not taken, so it cannot be compared; change the key'
@@ -164,6 +168,10 @@ def check(learner: str, tasks: int = 3) -> None:
     check_close('inner gradient', grads, expected)
   value, own, old = peer.objective(old_batches, new_batches)
   check_close('meta-gradient', torch.autograd.grad(value, peer.params, retain_graph=True), parameters(gradient))
+  for old_batch, new_batch in zip(old_batches, new_batches, strict=True):
+    peer.add_gradient(peer.adapt(old_batch), new_batch)
+  by_adam = [-p.grad.numpy() * peers.TASKS / tasks for p in peer.params]
+  check_close('gradient for Adam', by_adam, parameters(by_loss))
   flat = torch.tensor(np.concatenate([np.ravel(a) for a in parameters(vector)]))
   check_close('curvature', [peer.curvature(own)(flat)], [np.concatenate([np.ravel(a) for a in parameters(product)])])
   there = peers.Peer([torch.tensor(a) for a in in_torchs_order(moved.theta)], RATE, meta.alpha is not None)
@@ -198,6 +206,17 @@ def _parts(inner, before, after, meta, moved, vector):
 
   product = rl.fisher_product(distributions, kl, meta, damping=1e-5)(vector)
   return jax.grad(surrogate)(meta), kl(distributions(meta), distributions(moved)), product
+
+
+def _gradient_for_adam(inner, meta, drawn, act_keys, explore_keys):
+  """Returns the gradient that `metasgd_jax.train` takes of the learner's loss, with the sign of the surrogate."""
+  learner, episode = rl.policy_learner(inner), rl.task_distribution(inner.environment).episode
+
+  def loss(meta, task, act_key, explore_key):
+    return learner.loss(meta, episode(task, act_key), explore_key)[0]
+
+  mean = lambda meta: -jnp.mean(jax.vmap(loss, (None, 0, 0, 0))(meta, drawn, act_keys, explore_keys))
+  return jax.grad(mean)(meta)
 
 
 def _keys(meta):
@@ -282,7 +301,7 @@ def compare(learner: str, update: str, threads: list[int]) -> None:
 
 def compare_cores(learner: str) -> None:
   """Times a training with Adam on all cores, one that is bound to a core, and one on each core at the same time."""
-  cores = sorted(os.sched_getaffinity(0))
+  cores = sorted(os.sched_getaffinity(0))[:MOST_CORES]
   alone = [Program(train_with_adam, learner, False, cores={core}) for core in cores]
   spread = Program(train_with_adam, learner)
   one, together, all_cores = 'one, bound to a core', f'{len(cores)} at once, bound to a core each', 'one on all cores'

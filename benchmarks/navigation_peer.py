@@ -99,6 +99,13 @@ def advantages(observations, rewards, valid):
   return (result - taken.mean()) / (taken.std(correction=0) + 1e-8) * valid
 
 
+def surrogate_of(theta, batch: Batch):
+  """Returns (surrogate, mean, log σ): TRPO's surrogate, averaged over the valid steps, and the policy's actions."""
+  mean, log_std = mean_of(theta, batch.observations), theta[-1]
+  ratio = (log_prob(mean, log_std, batch.actions) - batch.log_probs).exp()
+  return (ratio * batch.advantages).sum() / batch.valid.sum(), mean, log_std
+
+
 class Peer:
   """A learner with parameters θ and rates α: `peer(n)` takes n meta-iterations with TRPO.
 
@@ -150,10 +157,8 @@ class Peer:
     """
     surrogate, divergence, count, now = 0.0, 0.0, 0, []
     for i, (b, a) in enumerate(zip(before, after, strict=True)):
-      theta = self.adapt(b, create_graph)
-      mean, log_std = mean_of(theta, a.observations), theta[-1]
-      ratio = (log_prob(mean, log_std, a.actions) - a.log_probs).exp()
-      surrogate = surrogate + (ratio * a.advantages).sum() / a.valid.sum() / len(before)
+      value, mean, log_std = surrogate_of(self.adapt(b, create_graph), a)
+      surrogate = surrogate + value / len(before)
       now.append((mean.detach(), log_std.detach()))
       was = now[-1] if old is None else old[i]
       kl = torch.distributions.kl_divergence(_normal(*was), _normal(mean, log_std)).sum(-1)
@@ -186,10 +191,9 @@ class Peer:
 
   def draw(self) -> tuple[list[Batch], list[Batch]]:
     """Returns (before, after): for new tasks, a list of batches before the inner step, and one after it."""
-    goals = np.random.default_rng().uniform(-0.5, 0.5, (TASKS, 2)).astype(np.float32)
     start = np.zeros(2, np.float32)
     before, after = [], []
-    for goal in goals:
+    for goal in new_goals():
       before.append(self.sample(self.theta, start, goal))
       after.append(self.sample(self.adapt(before[-1], create_graph=False), start, goal))
     return before, after
@@ -205,15 +209,27 @@ class Peer:
       self.update(*self.draw())
 
   def train_with_adam(self, iterations: int) -> None:
-    """Takes `iterations` meta-iterations with Adam. The gradient is computed task by task, which needs less memory."""
+    """Takes `iterations` meta-iterations with Adam."""
     for _ in range(iterations):
       self.adam.zero_grad()
-      for before, after in zip(*self.draw(), strict=True):
-        (-self.objective([before], [after])[0] / TASKS).backward()
+      for goal in new_goals():
+        start = np.zeros(2, np.float32)
+        theta = self.adapt(self.sample(self.theta, start, goal))
+        after = self.sample([t.detach() for t in theta], start, goal)
+        self.add_gradient(theta, after)
       self.adam.step()
+
+  def add_gradient(self, theta, after: Batch) -> None:
+    """Adds the gradient of the outer loss of one task, whose adapted parameters are `theta`, as a part of TASKS."""
+    (-surrogate_of(theta, after)[0] / TASKS).backward()
 
   def _set(self, flat) -> None:
     torch.nn.utils.vector_to_parameters(flat, self.params)
+
+
+def new_goals() -> np.ndarray:
+  """Returns the goals of TASKS new tasks, `[TASKS, 2]`."""
+  return np.random.default_rng().uniform(-0.5, 0.5, (TASKS, 2)).astype(np.float32)
 
 
 def conjugate_gradient(product, b):

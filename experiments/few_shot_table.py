@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,7 +117,9 @@ def _train_apart(todo: list[Any], refused: list[Any], workdir: pathlib.Path, kee
     arguments = ['experiments.classification', *options.flag_texts(cell), *kept, *restart]
     return Job(_about(cell), _directory(workdir, cell), arguments, cell.meta_iterations * cell.seeds)
 
-  run_all([job(cell) for cell in left], jobs.cores)
+  if number := run_all([job(cell) for cell in left], jobs.cores):
+    print(f'stopped by {signal.Signals(number).name}: all that was trained is saved; the same command goes on')
+    raise reporting.StoppedError(128 + number)
 
 
 def _about(cell: Any) -> str:

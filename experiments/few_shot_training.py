@@ -1,6 +1,8 @@
 """Builds, trains, validates and tests the learners of a configuration for few-shot classification."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,9 +111,10 @@ def _training(name: str, r: int, config: Any, setup: Setup) -> trainings.Trainin
   placement = ms.Placement(at_once, ms.sharding.task_mesh(batch, devices=setup.devices))
   placement.group((), batch // placement.devices)  # Raises ValueError if the tasks cannot be split into groups.
   most = running.chunk(config, 50)
-  return trainings.by_gradient(
+  label = NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else '')
+  training = trainings.by_gradient(
     f'{name}_run{r}',
-    NAMES[name] + (f' run {r + 1} of {config.seeds}' if config.seeds > 1 else ''),
+    label,
     functools.partial(_first_state, name, r, config, setup),
     setup.train[name],
     learner=setup.learners[name],
@@ -121,6 +124,9 @@ def _training(name: str, r: int, config: Any, setup: Setup) -> trainings.Trainin
     chunk=max(n for n in range(1, most + 1) if config.validate_every % n == 0),
     placement=placement,
   )
+  if setup.validation is None:
+    return training
+  return dataclasses.replace(training, best=functools.partial(_best, name, label, config, setup))
 
 
 def _first_state(name: str, r: int, config: Any, setup: Setup) -> ms.TrainState:
@@ -140,31 +146,25 @@ def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any,
     run.begin()
     metas = [_members([_first_state(name, r, config, setup).meta], config) for r in range(config.seeds)]
     return _stacked(metas), None, {}
-  metas, found = [], []
-  validator = build_learner(name, config, test=True)  # All runs share the validator, which is compiled once.
-  for r in range(config.seeds):
-    training = _training(name, r, config, setup)
-    best = _best(training.label, validator, config, setup, run) if setup.validation else None
-    logging.info('%s: compiling', training.label)
-    found.append(trainings.train(training, run, best))
-    members = [found[-1].state.meta] if best is None else [meta for _, _, meta in best.found]
-    metas.append(_members(members, config))
+  found = [trainings.train(_training(name, r, config, setup), run) for r in range(config.seeds)]
+  metas = [_members(one.best or [one.state.meta], config) for one in found]
   together = running.joined(found)
   return _stacked(metas), together.curves, together.skipped
 
 
-def _members(metas: list[Any], config: Any) -> Any:
+def _members(metas: Sequence[Any], config: Any) -> Any:
   """Returns the first of `metas`, which is the best, or for an ensemble all of them, stacked along an axis `[E]`."""
   return metas[0] if config.ensemble == 1 else _stacked(metas)
 
 
-def _stacked(trees: list[Any]) -> Any:
+def _stacked(trees: Sequence[Any]) -> Any:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _best(label: str, validator: ms.Learner, config: Any, setup: Setup, run: resuming.Run) -> Best:
+def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -> Best:
   """Returns the callback that validates a training and reports the accuracy."""
   tasks: Any = setup.validation
+  validator = build_learner(name, config, test=True)  # Equal learners share their programs.
 
   def judge(step: int, meta: Any) -> float:
     key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)

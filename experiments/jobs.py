@@ -12,21 +12,24 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import tqdm
 from absl import logging
 
-from experiments import replacing, resuming
-from experiments.reporting import StoppedError, TrainingError
+from experiments import replacing, reporting, resuming
+from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
 from metasgd_jax.io import checkpoint
 
 SECONDS = 0.2
 """Time between two looks at the processes."""
+_IS_JOB = 'METASGD_JAX_IS_JOB'
+"""Variable of the environment that is set in the processes of jobs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +70,19 @@ class Jobs:
     """Trains the unfinished ones of the `trainings.Training` of a plan, each in its own process.
 
     The processes run the same command with the flag `--only`. Afterwards `trainings.train` adopts the results. If fewer
-    than two trainings are left, or if there is only one core, nothing is done.
+    than two trainings are left, or if there is only one core, nothing is done. A training that this program has begun
+    itself is left to `trainings.train`.
 
     Raises:
-      TrainingError, StoppedError: as `run_all`.
+      TrainingError: as `run_all`.
+      StoppedError: if a signal stops the program. The processes have then saved their states.
     """
-    todo = [training for training in plan if not _is_trained(training, run.workdir)]
+    todo = [training for training in plan if not (run.begun and _is_elsewhere(training, run.workdir))]
     if self.are_useful(len(todo)):
       run.begin()
-      run_all([self._of(training, run.workdir) for training in todo], self.cores)
+      if number := run_all([self._of(training, run.workdir) for training in todo], self.cores):
+        run.asked = number
+        run.leave('all that was trained is saved')
       run.keep()
 
   def are_useful(self, count: int) -> bool:
@@ -109,83 +116,133 @@ def cores(keeping: Keeping, devices: int | None) -> list[int]:
 
 
 def adopt(name: str, label: str, run: Run) -> None:
-  """Moves the checkpoints and metrics of a training that had a process of its own to the run.
+  """Moves the checkpoints and metrics of a training that had a process of its own to the run, and removes the rest.
 
-  It does nothing if there are none, or if the run has checkpoints of the training. `name` and `label` are those of the
+  If the program is killed meanwhile, the next call does what is left. `name` and `label` are those of the
   `trainings.Training`.
   """
   source = run.workdir / replacing.JOBS / name
-  theirs = resuming.checkpoints_of(source, name)
-  if checkpoint.steps(resuming.checkpoints_of(run.workdir, name)) or not checkpoint.steps(theirs):
+  if replacing.read_record(source) is None:
     return
-  ours = run.checkpoints(name)
-  run.metrics[0].cut(label, 0)
-  for lines in ('metrics.jsonl', 'timings.jsonl'):
-    if (source / lines).exists():
-      with (run.workdir / lines).open('a') as file:
-        file.write((source / lines).read_text())
+  theirs, ours = resuming.checkpoints_of(source, name), run.checkpoints(name)
+  if checkpoint.steps(theirs) and not checkpoint.steps(ours):  # Otherwise the lines are there already.
+    run.metrics[0].cut(label, 0)
+    for lines in ('metrics.jsonl', 'timings.jsonl'):
+      if (source / lines).exists():
+        with (run.workdir / lines).open('a') as file:
+          file.write((source / lines).read_text())
   ours.mkdir(parents=True, exist_ok=True)
-  for step in checkpoint.steps(theirs):  # The newest is the last, so a kill between two moves loses no progress.
-    (theirs / str(step)).rename(ours / str(step))
+  for step in checkpoint.steps(theirs):
+    if not (ours / str(step)).exists():
+      (theirs / str(step)).rename(ours / str(step))
+  for events in source.glob('events.out.tfevents.*'):
+    events.rename(run.path(events.name))
   replacing.remove_run(source)
   _log_of(source).unlink(missing_ok=True)
   with contextlib.suppress(OSError):
     source.parent.rmdir()
 
 
-def run_all(jobs: Sequence[Job], on: Sequence[int]) -> None:
-  """Runs all jobs, at most one at a time on each core of `on`, and shows their progress.
+def run_all(jobs: Sequence[Job], on: Sequence[int]) -> int:
+  """Runs all jobs, at most one at a time on each core of `on`, and shows their progress and warnings.
+
+  Returns:
+    0, or the number of the signal that stopped the program. The jobs have then saved their states.
 
   Raises:
     TrainingError: if a job fails. The other jobs are finished first.
-    StoppedError: if a signal stops the program. The jobs have then saved their states.
   """
   waiting, failed, told = list(jobs), [], False
-  running: dict[int, tuple[Job, subprocess.Popen]] = {}
-  with _signals() as asked, _progress(jobs) as show:
+  running: dict[int, _Running] = {}
+  with _signals() as asked, _progress(jobs) as show, _ended(running):
     while running or (waiting and not asked):
       for place in set(range(len(on))) - set(running):
         if waiting and not asked:
-          running[place] = waiting[0], _start(waiting.pop(0), on[place])
+          running[place] = _start(waiting.pop(0), on[place])
       time.sleep(SECONDS)
       show()
-      for place, (job, process) in list(running.items()):
+      for place, one in list(running.items()):
         if asked and not told:
-          process.send_signal(signal.SIGTERM)
-        if process.poll() is not None:
-          del running[place]
-          failed += [job] if process.returncode else []
+          one.process.send_signal(signal.SIGTERM)
+        code = one.process.poll()
+        _relay(one.output)
+        if code is not None:
+          running.pop(place).close()
+          failed += [one.job] if code else []
       if asked and not told:
         print(f'{signal.Signals(asked[0]).name}: stops when the trainings have saved their states', flush=True)
       told = bool(asked)
-  if asked:
-    print(f'stopped by {signal.Signals(asked[0]).name}: all that was trained is saved; the same command goes on')
-    raise StoppedError(128 + asked[0])
-  if failed:
+  if failed and not asked:
     why = '; '.join(f'{job.label}: {_last_line(job.log)} (its output is in {job.log})' for job in failed)
     raise TrainingError(f'{len(failed)} of {len(jobs)} trainings failed: {why}')
+  return asked[0] if asked else 0
+
+
+def stop_with_parent() -> None:
+  """If this program is a job, stops it as SIGTERM does when the program that started it ends, even if it is killed."""
+  if os.environ.pop(_IS_JOB, None):
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+  os.read(0, 1)  # The parent writes nothing, and its end of the pipe is closed when it ends.
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Running(NamedTuple):
+  job: Job
+  process: subprocess.Popen[bytes]
+  output: TextIO
+
+  def close(self) -> None:
+    """Closes the pipe to the process, and its log."""
+    assert self.process.stdin
+    self.process.stdin.close()
+    self.output.close()
+
+
+@contextlib.contextmanager
+def _ended(running: dict[int, _Running]) -> Iterator[None]:
+  """Ends the processes that are left if the block raises an error."""
+  try:
+    yield
+  finally:
+    for one in running.values():
+      one.process.terminate()
+      one.process.wait()
+      one.close()
+
+
+def _relay(output: TextIO) -> None:
+  for line in output:
+    if line.startswith(reporting.WARNING):
+      tqdm.tqdm.write(line.rstrip())
 
 
 def _log_of(directory: pathlib.Path) -> pathlib.Path:
   return directory.with_name(f'{directory.name}.log')  # It is beside the directory, in which only the run writes.
 
 
-def _is_trained(training: Any, workdir: pathlib.Path) -> bool:
-  directories = (workdir, workdir / replacing.JOBS / training.name)
-  return any(training.total in checkpoint.steps(resuming.checkpoints_of(d, training.name)) for d in directories)
+def _is_elsewhere(training: Any, workdir: pathlib.Path) -> bool:
+  """Returns whether a training was begun by this program itself, or was finished by a process of its own."""
+  own = workdir / replacing.JOBS / training.name
+  finished = training.total in checkpoint.steps(resuming.checkpoints_of(own, training.name))
+  return finished or bool(checkpoint.steps(resuming.checkpoints_of(workdir, training.name)))
 
 
-def _start(job: Job, core: int) -> subprocess.Popen:
+def _start(job: Job, core: int) -> _Running:
   """Starts a process that is bound to a core."""
   job.directory.parent.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, '-m', *job.arguments, f'--workdir={job.directory}', '--jobs=1']
   before = os.sched_getaffinity(0)
-  os.sched_setaffinity(0, {core})  # It concerns this thread alone, and the process inherits it.
+  os.sched_setaffinity(0, {core})  # The affinity is that of this thread alone, and the process inherits it.
   try:
-    with job.log.open('wb') as log:
+    with job.log.open('ab') as log:
+      output = job.log.open(errors='replace')
+      output.seek(0, os.SEEK_END)
       # In a session of its own, Ctrl-C does not reach the process before it reaches this program.
-      how: dict[str, Any] = dict(stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-      return subprocess.Popen(command, **how)
+      how: dict[str, Any] = dict(stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True)
+      return _Running(job, subprocess.Popen(command, env=os.environ | {_IS_JOB: '1'}, **how), output)
   finally:
     os.sched_setaffinity(0, before)
 

@@ -51,12 +51,13 @@ RATES = {
 }
 """Inner rate of MAML or initial α of Meta-SGD, and `later_rate`, by outer optimiser and learner.
 
-With TRPO they are those of MAML's released scripts, where the surrogate is a mean over steps. With Adam the surrogate
-is a mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5. The first update with Adam brings the
-policy near the goal, so that further updates must be small. The rates with Adam were chosen on validation tasks.
+With TRPO both learners have the rates of MAML's released scripts, where the surrogate is a mean over steps. With Adam
+the surrogate is a mean over trajectories of 100 steps, so that 0.005 is the same rate as 0.5. The first update with
+Adam brings the policy near the goal, so that further updates must be small. The rates with Adam were chosen on
+validation tasks.
 """
 OF_ONE = {
-  'adam': ('budget', 'learning_rate', 'alpha_learning_rate', 'clip'),
+  'adam': ('budget', 'learning_rate', 'alpha_learning_rate', 'clip', 'bad_steps'),
   'trpo': ('max_kl', 'curvature_tasks', 'damping'),
 }
 """Settings that only one of the outer optimisers has."""
@@ -79,8 +80,10 @@ class Config:
   learner: tuple[str, ...] = option(LEARNERS, 'Learners to train.', choices=LEARNERS)
   start: tuple[str, ...] = option(('fixed',), 'Task sets: the start is the origin, or varies.', choices=STARTS)
   optimizer: tuple[str, ...] = option(('adam',), 'Outer optimisers; the paper uses TRPO.', choices=OPTIMIZERS)
-  table4: bool = option(False, 'Train all learners and task sets, with Adam and, unless quick, TRPO.')
-  budget: str = option('full', 'With Adam: quick takes about a minute for each training.', choices=('full', 'quick'))
+  table4: bool = option(False, 'Train both learners on both task sets, with Adam and with TRPO.')
+  budget: str = option(
+    'full', 'quick: fewer meta-iterations of fewer tasks with Adam, and no TRPO in --table4.', choices=('full', 'quick')
+  )
   inner_steps: int = option(1, 'Updates in training.', low=1, high=10)
   eval_updates: int = option(3, 'Updates in testing, each on new trajectories.', low=1, high=100)
   alpha: float | None = option(None, 'Inner rate of MAML, initial α of Meta-SGD.', **running.RATE)
@@ -99,14 +102,17 @@ class Config:
   clip: float = option(1.0, 'Bound on the norm of the meta-gradient with Adam.', low=1e-9, high=1e9)
   discount: float = option(0.99, 'Discount per step.', low=0.0, high=1.0)
   decay: float | None = option(None, 'λ of the generalised advantages.', low=0.0, high=1.0, kind=float)
-  seeds: int = option(1, 'Training runs.', low=1, high=1000)
+  seeds: int = option(1, 'Number of training runs.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
   eval_tasks: int = option(600, 'Unseen tasks in the test.', low=2, high=100_000)
+  bad_steps: str = trainings.bad_steps_option()
   tensorboard: bool = option(False, 'Also write event files for TensorBoard.')
 
   def __post_init__(self):
     options.check(self)
+    if self.table4 and (given := flag_texts(self, ('start', 'learner', 'optimizer'))):
+      raise ValueError(f'table4 trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
     for optimizer in set(OPTIMIZERS) - set(self.optimizers):
       if given := flag_texts(self, OF_ONE[optimizer]):
         raise ValueError(
@@ -135,6 +141,8 @@ class Config:
       known |= QUICK
     given = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
     one: dict[str, Any] = dict(start=(start,), learner=(learner,), optimizer=(optimizer,), table4=False, budget='full')
+    of_others = {name for other in set(OPTIMIZERS) - {optimizer} for name in OF_ONE[other]}
+    one |= {field.name: field.default for field in dataclasses.fields(self) if field.name in of_others}
     return dataclasses.replace(self, **one, **known | given)
 
 
@@ -163,10 +171,11 @@ def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) 
   jobs.train(list(itertools.chain(*planned)), opened)
   for cell, runs in zip(config.cells, planned, strict=True):
     start, name, optimizer = key(cell)
-    trained[key(cell)] = running.train_runs(file_name(cell), runs, opened)
+    trained[key(cell)] = running.train_runs(file_name(*key(cell)), runs, opened)
     values = _test(trained[key(cell)].state.meta, environments[start], cell, devices)
     results.append(Result({'start': start, 'learner': name, 'optimizer': optimizer}, values))
     about = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
+    about |= trained[key(cell)].skipped
     about['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
     rows.append(results[-1].row(opened.path, about))
     running.write_results('navigation', config, opened, rows)
@@ -191,7 +200,7 @@ def _pictures(trained: AllTrained, walks: Callable[[str], list[list]]) -> runnin
   curves = {label(*cell): done.curves['return_after'] for cell, done in trained.items()}
   ylabel = 'mean return after the update, training tasks'
   pictures['learning_curves'] = methodcaller('learning_curves', curves, ylabel=ylabel)
-  metas = {f'{name}_{start}_{optimizer}': t.state.meta for (start, name, optimizer), t in trained.items()}
+  metas = {file_name(*cell): done.state.meta for cell, done in trained.items()}
   return pictures | running.alpha_pictures(metas)
 
 
@@ -202,7 +211,7 @@ def _draw_paths(walks, start: str, plotting):
 def _walks(trained: AllTrained, environments, config: Config, start: str) -> list[list]:
   """Returns a list for each of three unseen tasks, with the `Walks` of the first run of each learner.
 
-  They are of the first outer optimiser of the start.
+  If the start has several outer optimisers, the policies are those of the first one.
   """
   from metasgd_jax.plotting import Walks
 

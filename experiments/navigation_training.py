@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 import metasgd_jax as ms
-from experiments import reporting, running
+from experiments import reporting, running, trainings
 from experiments.navigation_table import label
-from experiments.trainings import Training
+from experiments.trainings import Curves, Training
 from metasgd_jax import rl
 from metasgd_jax.rl.learner import explorer
 from metasgd_jax.rl.meta_step import check_curvature
@@ -22,7 +22,7 @@ STARTS = ('fixed', 'varying')
 CURVED = 4
 """Number of tasks from which TRPO computes the Fisher matrix, unless there are fewer."""
 ADAM_B2 = 0.99
-"""Decay of Adam's mean of squared gradients. With optax's 0.999, the mean hardly forgets within 800 meta-iterations."""
+"""Decay of Adam's mean of squared gradients. With optax's 0.999, the mean hardly forgets within a training."""
 RUNAWAY = 50.0
 """A run has run away if its mean return is lower than its best one by this number: policies leave the square."""
 
@@ -89,18 +89,19 @@ def _runs(cell: Any, environment: rl.Environment, devices: int | None) -> list[T
   build = (_by_adam if cell.optimizer == ('adam',) else _by_trpo)(cell, environment, devices)
   called, keys = label(*key(cell)), reporting.seed_keys(cell.seed, cell.seeds)
   labels = [called] if cell.seeds == 1 else [f'{called}, run {r + 1} of {cell.seeds}' for r in range(cell.seeds)]
-  return [build(f'{file_name(cell)}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
+  return [build(f'{file_name(*key(cell))}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
 
 
 def _by_adam(cell: Any, environment: rl.Environment, devices: int | None) -> Callable[..., Training]:
   """Returns a function from the name, the label and the key of a run to its training. All runs share one program."""
   mesh, tasks = ms.sharding.task_mesh(cell.meta_batch, devices=devices), rl.task_distribution(environment)
-  learner, optimizer = rl.policy_learner(build_inner(environment, cell)), _adam(cell)
+  learner = rl.policy_learner(build_inner(environment, cell))
+  optimizer = trainings.optimizer_of(cell, _adam(cell))
   how: dict[str, Any] = dict(learner=learner, optimizer=optimizer, placement=_placement(mesh))
 
   def build(name, label, key):
     training = running.by_gradient(cell, name, label, key, tasks, chunk=running.chunk(cell, 5), **how)
-    return dataclasses.replace(training, go=functools.partial(_watched, training.go, label))
+    return dataclasses.replace(training, watch=runs_away)
 
   return build
 
@@ -118,34 +119,22 @@ def _by_trpo(cell: Any, environment: rl.Environment, devices: int | None) -> Cal
     return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
 
   def build(name, label, key):
-    return Training(name, label, cell.meta_iterations, chunk, functools.partial(rl.init, key, inner), go)
+    start = functools.partial(rl.init, key, inner)
+    return Training(name, label, cell.meta_iterations, chunk, start, go, watch=runs_away)
 
   return build
 
 
-def _watched(go, name: str, state, step, callbacks):
-  return go(state, step, [*callbacks, Watch(name)] if callbacks else ())
-
-
-class Watch:
-  """Callback that tells once if a run runs away, which the loss does not show."""
-
-  def __init__(self, label: str):
-    """Starts with no returns; `label` is the name of the training."""
-    self._label, self._best, self._told = label, -math.inf, False
-
-  def __call__(self, progress: ms.Progress) -> None:
-    """Compares the mean return of the chunk with the best so far."""
-    now = float(np.mean(progress.info['return_after']))
-    self._best = max(self._best, now)
-    if not self._told and now < self._best - RUNAWAY:
-      print(
-        f'{self._label}: the run runs away: the mean return after the update is {now:.0f} at meta-iteration '
-        f'{progress.step:,}, and was {self._best:.0f}; stop the program, and lower --learning_rate and '
-        '--alpha_learning_rate, or raise --decay',
-        flush=True,
-      )
-      self._told = True
+def runs_away(curves: Curves) -> str | None:
+  """Returns a warning if the mean return of the last chunk is much lower than the best one, which no loss shows."""
+  steps, returns = curves['return_after']
+  now, best = float(np.mean(returns[-1])), float(np.max(np.mean(returns, 1)))
+  if now > best - RUNAWAY:
+    return None
+  return (
+    f'the run runs away: the mean return after the update is {now:.0f} at meta-iteration {steps[-1]:,}, and was '
+    f'{best:.0f}; stop the program, and train with --restart and lower rates, or with a higher --decay'
+  )
 
 
 def _adam(cell: Any) -> optax.GradientTransformation:
@@ -171,7 +160,6 @@ def key(cell: Any) -> Cell:
   return cell.start[0], cell.learner[0], cell.optimizer[0]
 
 
-def file_name(cell: Any) -> str:
-  """Returns the name of a cell in the names of files."""
-  start, learner, optimizer = key(cell)
+def file_name(start: str, learner: str, optimizer: str) -> str:
+  """Returns the name of a training in the names of files."""
   return f'{learner}_{start}' + ('' if optimizer == 'adam' else f'_{optimizer}')

@@ -15,6 +15,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import options, reporting, resuming, running, trainings
+from experiments.command import flag_texts
 from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
@@ -52,7 +53,7 @@ class Config:
   dataset: str = option('sinusoids', "The paper's curves, or MAML's (frequency 1).", choices=tuple(DATASETS))
   shot: int = option(5, 'Support points per curve in training.', low=1, high=1000)
   query: int = option(10, 'Query points per curve in training.', low=1, high=1000)
-  table1: bool = option(False, 'Train both learners on 5, 10 and 20 shots; --learner and --shot have no effect.')
+  table1: bool = option(False, 'Train both learners on 5, 10 and 20 shots.')
   inner_steps: int = option(1, 'Inner steps, in training and in testing.', low=0, high=100)
   alpha: float | None = option(
     None, "MAML's inner rate, 0.01 by default; initial α of Meta-SGD, by default from U[0.005, 0.1].", **running.RATE
@@ -71,6 +72,8 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
+    if self.table1 and (given := flag_texts(self, ('learner', 'shot'))):
+      raise ValueError(f'table1 trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
 
   @property
   def runs(self) -> list[tuple[str, int]]:

@@ -27,6 +27,10 @@ _NOT_CURVES = ('label', 'step', 'alpha_negative', 'skipped')
 """Fields of a line of metrics that are not means over a chunk of training, and so have no curve."""
 
 
+WARNING = 'warning: '
+"""Start of a printed line that a program relays from the trainings that have processes of their own."""
+
+
 class StoppedError(SystemExit):
   """A signal has ended the program, after what was trained has been saved."""
 

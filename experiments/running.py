@@ -12,7 +12,7 @@ from absl import flags, logging
 
 import metasgd_jax as ms
 from experiments import options, processes, reporting, resuming, trainings
-from experiments.jobs import Jobs, cores
+from experiments.jobs import Jobs, cores, stop_with_parent
 from experiments.processes import Machines
 from experiments.reporting import Result
 from experiments.resuming import Keeping, Run
@@ -30,7 +30,7 @@ Prepared = tuple[Sequence[Training], Callable[[], object]]
 """The trainings of a command, and the function that runs the command."""
 
 TABLES = ('table1', 'table2', 'table3', 'table4')
-WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start')
+WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start', 'optimizer', 'budget')
 """Options whose values are in the name of the default work directory. The learners are too, unless a table is made."""
 
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
@@ -49,6 +49,7 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
   """
 
   def prepare_from_flags():
+    stop_with_parent()
     machines = options.from_flags(Machines)
     processes.start(machines)
     with processes.together():
@@ -58,15 +59,21 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
       keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
       workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
       cache = f'--compilation_cache={flags.FLAGS["compilation_cache"].value}'
-      command = [f'experiments.{experiment}', cache, *options.flag_texts(config)]
-      jobs = Jobs(command, cores(keeping, machines.devices))
+      jobs = Jobs([*job_command(experiment, config, keeping), cache], cores(keeping, machines.devices))
       plan, run = prepare(config, workdir, keeping, machines.devices, jobs)
       if keeping.only is not None:
-        return functools.partial(trainings.train_only, keeping.only, plan, config, workdir, keeping)
+        plan = [trainings.named(keeping.only, plan)]
+        run = functools.partial(trainings.train_only, plan[0], config, workdir, keeping)
       return trainings.look(plan, config, workdir, keeping) or run
 
   resuming.define_flags(config_class, Keeping, Machines)
   options.main(prepare_from_flags, config_class)
+
+
+def job_command(experiment: str, config: Any, keeping: Keeping) -> list[str]:
+  """Returns the module and the flags of a program that trains what this program trains and saves it as often."""
+  kept = options.flag_texts(keeping, ('checkpoint_every',))
+  return [f'experiments.{experiment}', *options.flag_texts(config), *kept]
 
 
 def default_workdir(experiment: str, config: Any) -> str:
@@ -111,7 +118,7 @@ def settings(config: Any, *names: str) -> dict[str, Any]:
 
 def train(training: Training, run: Run) -> Trained:
   """Trains as `trainings.train` does, and writes the meta-parameters to params_NAME.safetensors."""
-  return _written(training.name, _train(training, run), run)
+  return _written(training.name, trainings.train(training, run), run)
 
 
 def train_runs(name: str, runs: Sequence[Training], run: Run) -> Trained:
@@ -119,12 +126,7 @@ def train_runs(name: str, runs: Sequence[Training], run: Run) -> Trained:
 
   The results are joined by `joined`.
   """
-  return _written(name, joined([_train(training, run) for training in runs]), run)
-
-
-def _train(training: Training, run: Run) -> Trained:
-  logging.info('%s: compiling', training.label)
-  return trainings.train(training, run)
+  return _written(name, joined([trainings.train(training, run) for training in runs]), run)
 
 
 def _written(name: str, trained: Trained, run: Run) -> Trained:

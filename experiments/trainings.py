@@ -29,6 +29,8 @@ PROFILED = 3
 """Number of meta-iterations that `--profile` traces."""
 
 Callbacks = Sequence[Callable[[ms.Progress], Any]]
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Metrics over the meta-iterations, `{name: (steps [n], values [n, R])}`."""
 
 
 class Best:
@@ -75,6 +77,8 @@ class Training:
     inspect: Function that takes the state of one run and returns the `StepReport` of the next meta-iteration. It is
       `None` if the training cannot be inspected.
     memory: Function that plans the memory of one run, or `None` if the memory cannot be planned.
+    best: Function from the run to the callback that validates states, or `None` if no state is validated.
+    watch: Function from the curves so far to a warning, or to `None` if nothing is wrong. A warning is printed once.
   """
 
   name: str
@@ -85,6 +89,8 @@ class Training:
   go: Callable[[ms.TrainState, int, Callbacks], ms.TrainState]
   inspect: Callable[[ms.TrainState], bad_numbers.StepReport] | None = None
   memory: Callable[[], ms.MemoryPlan] | None = None
+  best: Callable[[Run], Best] | None = None
+  watch: Callable[[Curves], str | None] | None = None
 
 
 class Trained(NamedTuple):
@@ -92,11 +98,13 @@ class Trained(NamedTuple):
 
   Attributes:
     state: State after the last meta-iteration.
-    curves: Metrics over the meta-iterations, `{name: (steps [n], values [n, R])}`.
+    curves: Metrics over the meta-iterations; see `Curves`.
+    best: Meta-parameters of the best states, the best one first, if states were validated.
   """
 
   state: ms.TrainState
-  curves: dict[str, tuple[np.ndarray, np.ndarray]]
+  curves: Curves
+  best: Sequence[Any] = ()
 
   @property
   def skipped(self) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def optimizer_of(config: Any, optimizer: optax.GradientTransformation) -> optax.
   return bad_numbers.skip_bad_steps(optimizer) if config.bad_steps == 'skip' else optimizer
 
 
-def train(training: Training, run: Run, best: Best | None = None) -> Trained:
+def train(training: Training, run: Run) -> Trained:
   """Continues from the newest checkpoint, if there is one, and trains and saves checkpoints until the end or a signal.
 
   If there are several processes, only the first process reads and saves the checkpoints. After a signal, all processes
@@ -149,6 +157,8 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
       unless it would be the first checkpoint of a run that replaces an earlier one.
     CheckpointError: if a checkpoint cannot be used or written.
   """
+  logging.info('%s: compiling', training.label)
+  best = None if training.best is None else training.best(run)
   with contextlib.ExitStack() as opened:
     opened.enter_context(warnings.catch_warnings())
     warnings.filterwarnings('ignore', 'the loss is not finite', RuntimeWarning)  # `_AfterChunk` reports more.
@@ -172,7 +182,7 @@ def train(training: Training, run: Run, best: Best | None = None) -> Trained:
     state = training.go(state, training.total, [after_chunk])
   run.idle = True
   run.ask()
-  return Trained(state, recorder.curves)
+  return Trained(state, recorder.curves, [] if best is None else [meta for _, _, meta in best.found])
 
 
 def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, state: ms.TrainState):
@@ -214,6 +224,7 @@ class _AfterChunk:
     good: The last state whose numbers are known to be finite.
     saved: Time of the last checkpoint.
     first: Whether the next chunk is the first one since the training was started or resumed.
+    warned: Whether the warning of `training.watch` has been printed.
   """
 
   training: Training
@@ -224,6 +235,7 @@ class _AfterChunk:
   good: ms.TrainState
   saved: float = dataclasses.field(default_factory=time.monotonic)
   first: bool = True
+  warned: bool = False
 
   def __call__(self, progress: ms.Progress) -> None:
     """Checks, records and saves the chunk that has just been trained."""
@@ -233,6 +245,7 @@ class _AfterChunk:
     self.first = False
     self.good = progress.state
     self.recorder(progress)
+    self.warn()
     accuracy = None if self.best is None else self.best(progress)
     stop = processes.any_of(self.run.asked > 0)
     if self.kept is not None and (stop or accuracy is not None or self.is_due(progress, self.kept.last)):
@@ -247,6 +260,12 @@ class _AfterChunk:
         self.kept.wait()
       at = f'meta-iteration {progress.step:,} of {progress.total:,}'
       self.run.leave(f'{self.training.label} is saved at {at} in {self.run.workdir}')
+
+  def warn(self) -> None:
+    """Prints the warning of `training.watch`, if there is one and it has not been printed."""
+    if self.training.watch and not self.warned and (said := self.training.watch(self.recorder.curves)):
+      print(f'{reporting.WARNING}{self.training.label}: {said}', flush=True)
+      self.warned = True
 
   def stop_at_bad_numbers(self, progress: ms.Progress) -> None:
     """Raises TrainingError if a number of the chunk is not finite.
@@ -270,10 +289,12 @@ class _AfterChunk:
       self.kept.wait()
       directory = resuming.checkpoints_of(self.run.workdir, self.training.name)
       saved = f'the state of meta-iteration {self.kept.last} is saved in {directory}'
+    if self.training.inspect is None:  # TRPO has neither a learning rate nor steps that are skipped.
+      raise TrainingError(f'{said}; {saved}; lower --alpha or --inner_steps with --restart')
     lower = 'lower --alpha, --learning_rate or --inner_steps with --restart'
     skip = 'skip such steps with --restart --bad_steps=skip'
-    show = f'--debug_task={bad.step} shows the tasks of meta-iteration {bad.step}'
-    raise TrainingError(f'{said}; {saved}; {show}; {lower}, or {skip}')
+    only = f'--only={self.training.name} --debug_task={bad.step}'
+    raise TrainingError(f'{said}; {saved}; {only} shows the tasks of meta-iteration {bad.step}; {lower}, or {skip}')
 
   def is_due(self, progress: ms.Progress, last: int) -> bool:
     """Returns whether a checkpoint is due now. The newest checkpoint is that of meta-iteration `last`."""
@@ -305,17 +326,22 @@ def profile(training: Training, state: ms.TrainState, profiles: pathlib.Path) ->
   return directory
 
 
-def train_only(name: str, plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> None:
-  """Trains only the training of this name. Its checkpoints stay, and the run is not finished.
-
-  Raises:
-    ValueError: if the plan has no training of this name.
-  """
+def named(name: str, plan: Sequence[Training]) -> Training:
+  """Returns the training of this name. Raises ValueError if the plan has none."""
   names = [training.name for training in plan]
   if name not in names:
-    raise ValueError(f'--only must be one of {", ".join(names)}, got {name!r}')
+    raise ValueError(f'--only must be one of {", ".join(names) or "no trainings"}, got {name!r}')
+  return plan[names.index(name)]
+
+
+def train_only(training: Training, config: Any, workdir: pathlib.Path, keeping: Keeping) -> None:
+  """Trains a single training of a run. Its checkpoints stay, and the run is not finished.
+
+  If the run in the directory is finished already, nothing is done.
+  """
   with resuming.open_run(workdir, config, keeping) as opened:
-    train(plan[names.index(name)], opened)
+    if opened.rows is None:
+      train(training, opened)
 
 
 def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: Keeping) -> Callable[[], None] | None:
@@ -323,7 +349,8 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
 
   Raises:
     ValueError: if both flags are given, if the experiment trains nothing, if the number that `--debug_task` gives is
-      not a meta-iteration of the training, or if `--debug_task` is given and there are several processes.
+      not a meta-iteration of the training, or if `--debug_task` is given and there are several processes. The training
+      is the last one of `plan` that has checkpoints, or the first one if none has.
   """
   step = keeping.debug_task
   if step is None and not keeping.plan:
@@ -338,9 +365,14 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
     raise ValueError(
       f'debug_task needs a single process, got {jax.process_count()}; leave out --coordinator or --distributed'
     )
-  if step >= plan[0].total:
-    raise ValueError(f'debug_task must be a meta-iteration from 0 to {plan[0].total - 1}, got {step}; give a lower one')
-  return functools.partial(debug, plan, config, workdir, step)
+  there = resuming.trainings(workdir)
+  training = next((t for t in reversed(plan) if t.name in there), plan[0])
+  if step >= training.total:
+    raise ValueError(
+      f'debug_task must be a meta-iteration from 0 to {training.total - 1} for {training.label}, got {step}; give a '
+      'lower one, or another training with --only'
+    )
+  return functools.partial(debug, training, config, workdir, step)
 
 
 def print_memory(plan: Sequence[Training]) -> None:
@@ -354,26 +386,25 @@ def print_memory(plan: Sequence[Training]) -> None:
       print(f'this is the memory of one run; {side}', flush=True)
 
 
-def debug(plan: Sequence[Training], config: Any, workdir: pathlib.Path, step: int) -> None:
+def debug(training: Training, config: Any, workdir: pathlib.Path, step: int) -> None:
   """Replays one meta-iteration of a training and prints its tasks. No file is changed.
 
-  The training is the last one of `plan` that has checkpoints, or the first one if none has. The replay starts at the
-  newest checkpoint that is not past the meta-iteration, or at the beginning if there is no such checkpoint.
+  The replay starts at the newest checkpoint that is not past the meta-iteration, or at the beginning if there is no
+  such checkpoint. The checkpoints are those in the run's directory, or in the directory of the training's own process.
 
   Raises:
     CheckpointError: if the checkpoints have another configuration.
     TrainingError: if the training cannot be inspected.
   """
-  there = resuming.trainings(workdir)
-  training = next((t for t in reversed(plan) if t.name in there), plan[0])
   if training.inspect is None:
     raise TrainingError(
       f'--debug_task does not support {training.label}, whose outer update is not a mean of gradients of single tasks'
     )
-  state = training.start()
-  directory = resuming.checkpoints_of(workdir, training.name)
-  stored = resuming.check(workdir, config) if there else {}
-  found = checkpoint.newest(directory, like=state, config=stored, until=step)
+  state, found = training.start(), None
+  stored = resuming.check(workdir, config) if resuming.trainings(workdir) else {}
+  for home in (workdir, workdir / replacing.JOBS / training.name):
+    directory = resuming.checkpoints_of(home, training.name)
+    found = found or checkpoint.newest(directory, like=state, config=stored, until=step)
   state = state if found is None else found.state
   print(f'{training.label}: meta-iteration {step:,} (from 0), replayed from {int(np.max(state.step)):,}', flush=True)
   state = training.go(state, step, ())

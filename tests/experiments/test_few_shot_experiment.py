@@ -13,9 +13,19 @@ from problems import OneLayer, SmallConvNet, assert_trees_close, in_place_of_con
 from small_models import small_model
 
 import metasgd_jax as ms
-from experiments import classification, few_shot_data, few_shot_learners, few_shot_table, few_shot_training
+from experiments import (
+  classification,
+  few_shot_data,
+  few_shot_learners,
+  few_shot_table,
+  few_shot_training,
+  jobs,
+  reporting,
+  trainings,
+)
 from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL
 from experiments.reporting import TrainingError
+from experiments.resuming import Keeping
 from metasgd_jax.datasets import DatasetError, published_split
 
 TINY = dict(filters=2, meta_iterations=1, meta_batch=1, query=1, eval_tasks=2, eval_query=1)
@@ -267,6 +277,26 @@ def test_the_best_checkpoints_answer_together(folder_run):
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   found = {line['step']: line['validation_accuracy'] for line in lines if 'validation_accuracy' in line}
   assert list(found) == list(range(2, 23, 2))
+
+
+def test_what_is_validated_in_a_process_of_its_own(folder_run, tmp_path, monkeypatch):
+  """Each run validates its states, and the results are those of one process."""
+  config = dataclasses.replace(folder_run[0], meta_iterations=4, ensemble=2, seeds=2)
+
+  def in_this_process(todo, on):
+    for one in todo:
+      training = trainings.named(one.directory.name, few_shot_training.plan(config, setup))
+      trainings.train_only(training, config, one.directory, Keeping(only=training.name))
+
+  monkeypatch.setattr(jobs, 'run_all', in_this_process)
+  monkeypatch.setattr(reporting, 'save_pictures', lambda *_: None)
+  with in_place_of_conv4(OneLayer):
+    setup = few_shot_training.build(config)
+    classification.run(config, tmp_path / 'alone', setup)
+    classification.run(config, tmp_path / 'apart', setup, jobs=jobs.Jobs([], [0, 1]))
+  found = [json.loads((tmp_path / name / 'results.json').read_text())['rows'] for name in ('alone', 'apart')]
+  assert found[0] == found[1]
+  assert len({(tmp_path / name / 'metrics.jsonl').read_bytes() for name in ('alone', 'apart')}) == 1
 
 
 def test_checkpoints_are_kept_by_their_accuracy():

@@ -1,6 +1,7 @@
 """Trainings in processes of their own: what they run, how they stop, and that one process would give the same."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -23,11 +24,13 @@ from experiments import (
   few_shot_training,
   jobs,
   regression,
+  replacing,
   resuming,
+  running,
   trainings,
 )
 from experiments.jobs import Job, Jobs
-from experiments.reporting import StoppedError, TrainingError
+from experiments.reporting import TrainingError
 from experiments.resuming import Keeping
 from metasgd_jax.io import checkpoint
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -45,6 +48,7 @@ with (directory / 'metrics.jsonl').open('w') as file:
 while not stop and time.time() < begin + float(flags['seconds']):
   time.sleep(0.01)
 (directory / 'facts').write_text(json.dumps([sorted(os.sched_getaffinity(0)), begin, time.time(), bool(stop)]))
+print('warning: it is slow', flush=True)
 if flags['steps'] == '3':
   sys.exit('error: it fails')
 """
@@ -90,13 +94,41 @@ def test_a_signal_stops_all_and_begins_no_other(job, number, capsys):
   todo = [job('one', seconds=30), job('two', seconds=30), job('three')]
   before = signal.getsignal(number)
   threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-  with pytest.raises(StoppedError) as stopped:
-    jobs.run_all(todo, [0, 0])
-  assert stopped.value.code == 128 + number
+  assert jobs.run_all(todo, [0, 0]) == number
   assert [facts(one)[-1] for one in todo[:2]] == [True, True]
   assert not todo[2].directory.exists()
-  assert re.search(saying(f'stopped by {number.name}', 'is saved', 'the same command goes on'), capsys.readouterr().out)
+  assert re.search(saying(number.name, 'stops when', 'saved'), capsys.readouterr().out)
   assert signal.getsignal(number) == before
+
+
+def test_warnings_of_a_job_are_shown(job, capsys):
+  jobs.run_all([job('one'), job('two')], [0, 0])
+  found = capsys.readouterr()
+  assert (found.out + found.err).count('warning: it is slow') == 2
+
+
+def test_an_error_ends_the_jobs(job, monkeypatch):
+  todo = [job('one', seconds=30)]
+  monkeypatch.setattr(jobs, '_relay', lambda output: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    jobs.run_all(todo, [0])
+  started = todo[0].directory / 'facts'
+  assert not todo[0].directory.exists() or started.exists()
+
+
+def test_a_job_stops_when_its_parent_is_killed():
+  """The parent's end of the pipe is closed then."""
+  code = 'import time; from experiments import jobs; jobs.stop_with_parent(); time.sleep(60)'
+  how = dict(cwd=pathlib.Path(regression.__file__).parents[1], env=os.environ | {jobs._IS_JOB: '1'})
+  with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, **how) as process:
+    process.stdin.close()
+    assert process.wait(50) == -signal.SIGTERM
+
+
+def test_a_job_has_the_flags_that_say_what_is_trained_and_how_often_it_is_saved():
+  keeping = Keeping(checkpoint_every=7, keep_checkpoints=True, restart=True, jobs=3)
+  command = running.job_command('regression', regression.Config(shot=3), keeping)
+  assert command == ['experiments.regression', '--shot=3', '--checkpoint_every=7']
 
 
 def test_one_core_or_one_training_needs_no_processes(tmp_path, monkeypatch):
@@ -142,11 +174,12 @@ def whole(tmp_path_factory):
   return torture.contents(workdir)
 
 
-def in_this_process(todo, on):
+def in_this_process(todo, on, config=CONFIG):
   """As the processes of `run_all` train."""
   for one in todo:
     name = one.directory.name
-    trainings.train_only(name, plan(CONFIG), CONFIG, one.directory, dataclasses.replace(KEEPING, only=name))
+    keeping = dataclasses.replace(KEEPING, only=name)
+    trainings.train_only(trainings.named(name, plan(config)), config, one.directory, keeping)
 
 
 class CrashError(Exception):
@@ -179,9 +212,63 @@ def test_a_run_that_is_stopped_while_others_train_goes_on(tmp_path, monkeypatch,
   assert torture.contents(tmp_path) == whole
 
 
-def test_only_must_be_a_training(tmp_path):
+def test_a_kill_while_results_are_moved_loses_nothing(tmp_path, monkeypatch, whole):
+  """Some checkpoints are moved then, or all."""
+  monkeypatch.setattr(jobs, 'run_all', in_this_process)
+  rename, remove = pathlib.Path.rename, replacing.remove_run
+
+  def second_fails(path, target):
+    rename(path, target)
+    monkeypatch.setattr(pathlib.Path, 'rename', crash)
+
+  def crash(*_):
+    monkeypatch.setattr(pathlib.Path, 'rename', rename)
+    monkeypatch.setattr(replacing, 'remove_run', remove)
+    raise CrashError
+
+  for name, patched in ((pathlib.Path, 'rename'), second_fails), ((replacing, 'remove_run'), crash):
+    monkeypatch.setattr(*name, patched)
+    with pytest.raises(CrashError):
+      regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  assert torture.contents(tmp_path) == whole
+  assert not (tmp_path / 'jobs').exists()
+
+
+def test_a_training_that_one_process_began_is_not_begun_anew(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(jobs, 'run_all', lambda todo, on: seen.extend(one.directory.name for one in todo))
+  config = dataclasses.replace(CONFIG, table1=True)
+  with resuming.open_run(tmp_path, config, KEEPING) as opened:
+    first, *others = plan(config)
+    checkpoints = opened.checkpoints(first.name)
+    (checkpoints / '4').mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, 'steps', lambda path: [4] if path == checkpoints else [])
+    Jobs([], [0, 1]).train([first, *others], opened)
+    assert seen == [training.name for training in others]
+    monkeypatch.undo()
+    opened.begun = False
+
+
+def test_event_files_are_kept(tmp_path, monkeypatch):
+  config = dataclasses.replace(CONFIG, tensorboard=True)
+  monkeypatch.setattr(jobs, 'run_all', functools.partial(in_this_process, config=config))
+  regression.run(config, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  events = b''.join(path.read_bytes() for path in tmp_path.glob('events.out.tfevents.*'))
+  assert {b'MAML_5-shot' in events, b'Meta-SGD_5-shot' in events, b'alpha' in events} == {True}
+  assert not (tmp_path / 'jobs').exists()
+
+
+def test_only_must_be_a_training():
   with pytest.raises(ValueError, match=saying('--only', 'maml_5shot', "got 'other'")):
-    trainings.train_only('other', plan(CONFIG), CONFIG, tmp_path, KEEPING)
+    trainings.named('other', plan(CONFIG))
+
+
+def test_only_leaves_a_finished_run_as_it_is(tmp_path, whole):
+  regression.run(CONFIG, tmp_path, KEEPING)
+  keeping = dataclasses.replace(KEEPING, only='maml_5shot')
+  trainings.train_only(plan(CONFIG)[0], CONFIG, tmp_path, keeping)
+  assert torture.contents(tmp_path) == whole
 
 
 def test_each_cell_of_a_table_that_is_left_is_a_process(tmp_path, monkeypatch):
@@ -220,13 +307,7 @@ COMMAND = [
 def test_a_command_that_is_stopped_and_given_again_ends_as_if_never_stopped(tmp_path):
   root, results = pathlib.Path(regression.__file__).parents[1], []
   for name in ('whole', 'stopped'):
-    command = [
-      *COMMAND,
-      '--meta_iterations=20000',
-      '--checkpoint_every=1000',
-      f'--workdir={tmp_path / name}',
-      '--jobs=2',
-    ]
+    command = [*COMMAND, f'--workdir={tmp_path / name}']
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if name == 'stopped':
       directories = [tmp_path / name / 'jobs' / f'{learner}_5shot' for learner in ('maml', 'meta_sgd')]
