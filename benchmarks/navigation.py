@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ _THREADS = flags.DEFINE_multi_integer(
   'threads', None, "Thread counts of PyTorch to time. By default 1 and PyTorch's own choice."
 )
 _PARTS = flags.DEFINE_multi_enum(
-  'parts', ['adam', 'cores', 'trpo', 'none'], ['adam', 'cores', 'trpo', 'none'],
-  'What is timed: Adam, trainings that are bound to cores, TRPO, and sampling without updates.',
+  'parts', ['adam', 'trpo', 'none'], ['adam', 'trpo', 'none'],
+  'What is timed: trainings with Adam, trainings with TRPO, and sampling without updates.',
 )  # fmt: skip
 _SECONDS = flags.DEFINE_float('seconds', 4.0, 'Approximate duration of a turn, in seconds.', lower_bound=0.1)
 
@@ -268,48 +269,44 @@ def check_close(what: str, found, expected, limit: float = 1e-6) -> None:
   assert error < limit, f'{what}: the two programs differ by a relative error of {error:.1e}, more than {limit:.0e}'
 
 
-def programs_of(learner: str, update: str, threads: list[int]) -> dict[str, Program]:
-  """Returns the programs that are compared if the outer optimiser is `update`, which is 'none' for no updates."""
+def compare_adam(learner: str, threads: list[int]) -> None:
+  """Times trainings with Adam in turn: ours bound to a core, one on each core, and on all cores, and the peer's."""
   from benchmarks import navigation_peer as peers
 
-  if update == 'adam':
-    programs = {OURS: Program(train_with_adam, learner), conv4.ROOF: Program(conv4.matrix_product)}
-  else:
-    programs = {OURS: Program(WithTrpo, learner, update == 'trpo')}
-  if update == 'trpo':
-    programs[f'{OURS}, curvature from {CURVED} tasks'] = Program(WithTrpo, learner, True, CURVED)
+  cores = sorted(os.sched_getaffinity(0))[:MOST_CORES]
+  bound = [Program(train_with_adam, learner, False, cores={core}) for core in cores]
+  others = {f'{OURS}, one on all cores': Program(train_with_adam, learner), conv4.ROOF: Program(conv4.matrix_product)}
   for count in threads:
-    name = f'torch and Gymnasium, {count} thread(s)'
-    programs[name] = Program(peers.build, learner == 'Meta-SGD', RATE, count, update)
-  return programs
-
-
-def compare(learner: str, update: str, threads: list[int]) -> None:
-  """Times the programs in turn, and prints a table."""
-  programs = programs_of(learner, update, threads)
+    peer = Program(peers.build, learner == 'Meta-SGD', RATE, count, 'adam')
+    others[f'torch and Gymnasium, {count} thread(s)'] = peer
+  together = f'{OURS}, one on each of {len(cores)} cores'
+  at_once = functools.partial(all_at_once, bound)
+  programs: dict[str, Callable[[int], object]] = {OURS: bound[0], together: at_once, **others}
   found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
-  columns = {'processor seconds per iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
-  if roof := found.pop(conv4.ROOF, None):
-    peak = statistics.median(roof) * 2 * conv4.SIDE**3
-    share = {name: f'{statistics.median(values) * work() / peak:.0%}' for name, values in found.items()}
-    columns['share of the roof'] = share
-    print(f'roof {peak / 1e9:.0f} GFLOP/s; {work() / 1e9:.1f} GFLOP per meta-iteration\n')
-  print(timing.table(found, OURS, columns), flush=True)
-  for program in programs.values():
+  found[together] = [len(cores) * rate for rate in found[together]]  # The sum of their rates.
+  roof = statistics.median(found.pop(conv4.ROOF)) * 2 * conv4.SIDE**3
+  share = {name: f'{statistics.median(values) * work() / roof:.0%}' for name, values in found.items()}
+  print(f'\nwith Adam; roof of all cores {roof / 1e9:.0f} GFLOP/s, {work() / 1e9:.1f} GFLOP per meta-iteration:\n')
+  print(timing.table(found, OURS, {'share of the roof': share}), flush=True)
+  for program in [*bound, *others.values()]:
     program.close()
 
 
-def compare_cores(learner: str) -> None:
-  """Times a training with Adam on all cores, one that is bound to a core, and one on each core at the same time."""
-  cores = sorted(os.sched_getaffinity(0))[:MOST_CORES]
-  alone = [Program(train_with_adam, learner, False, cores={core}) for core in cores]
-  spread = Program(train_with_adam, learner)
-  one, together, all_cores = 'one, bound to a core', f'{len(cores)} at once, bound to a core each', 'one on all cores'
-  runs = {one: alone[0], together: functools.partial(all_at_once, alone), all_cores: spread}
-  found = timing.rates(runs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
-  found[together] = [len(cores) * rate for rate in found[together]]  # The sum of their rates.
-  print(timing.table(found, one), flush=True)
-  for program in [*alone, spread]:
+def compare(learner: str, whole: bool, threads: list[int]) -> None:
+  """Times the programs with TRPO in turn, or if `whole` is False, only sampling and inner steps."""
+  from benchmarks import navigation_peer as peers
+
+  programs = {OURS: Program(WithTrpo, learner, whole)}
+  if whole:
+    programs[f'{OURS}, curvature from {CURVED} tasks'] = Program(WithTrpo, learner, whole, CURVED)
+  for count in threads:
+    peer = Program(peers.build, learner == 'Meta-SGD', RATE, count, 'trpo' if whole else 'none')
+    programs[f'torch and Gymnasium, {count} thread(s)'] = peer
+  found = timing.rates(programs, seconds=_SECONDS.value, rounds=_ROUNDS.value)
+  columns = {'processor seconds per iteration': {name: f'{p.cpu():.2g}' for name, p in programs.items()}}
+  print('\nwith TRPO:\n' if whole else '\nonly sampling and inner steps, without updates:\n')
+  print(timing.table(found, OURS, columns), flush=True)
+  for program in programs.values():
     program.close()
 
 
@@ -319,18 +316,14 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)  # JAX logs each platform that it does not find.
   import torch
 
-  headings = {'adam': 'with Adam', 'trpo': 'with TRPO', 'none': 'only sampling and inner steps, without updates'}
   threads = _THREADS.value or sorted({1, torch.get_num_threads()})
   for learner in _LEARNERS.value:
     check(learner)
     print(f'\n## {learner}: the programs agree in float64; timing them in turn', flush=True)
-    for part in _PARTS.value:
-      if part == 'cores':
-        print('\ntrainings with Adam on cores:\n', flush=True)
-        compare_cores(learner)
-      else:
-        print(f'\n{headings[part]}:\n', flush=True)
-        compare(learner, part, threads)
+    if 'adam' in _PARTS.value:
+      compare_adam(learner, threads)
+    for part in sorted({'trpo', 'none'} & {*_PARTS.value}):
+      compare(learner, part == 'trpo', threads)
   about = provenance.collect()
   print(f'\ntorch {torch.__version__}, {about["versions"]}, {about["device"]}')
 

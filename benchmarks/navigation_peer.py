@@ -255,7 +255,8 @@ def build(learns_alpha: bool, rate: float, threads: int, update: str) -> Callabl
   """
   torch.set_num_threads(threads)
   peer = Peer(new_theta(), rate, learns_alpha)
-  return {'adam': peer.train_with_adam, 'trpo': peer, 'none': peer.draw_only}[update]
+  programs: dict[str, Callable[[int], None]] = {'adam': peer.train_with_adam, 'trpo': peer, 'none': peer.draw_only}
+  return programs[update]
 
 
 def _normal(mean, log_std):

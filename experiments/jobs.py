@@ -61,17 +61,19 @@ class Jobs:
   Attributes:
     command: Module and flags of the command, without those of `Keeping` and without `--workdir`.
     cores: Core of each process that may run at the same time. With one core, there are no such processes.
+    least: Smallest number of trainings that get such processes.
   """
 
   command: Sequence[str]
   cores: Sequence[int]
+  least: int = 2
 
   def train(self, plan: Sequence[Any], run: Run) -> None:
     """Trains the unfinished ones of the `trainings.Training` of a plan, each in its own process.
 
     The processes run the same command with the flag `--only`. Afterwards `trainings.train` adopts the results. If fewer
-    than two trainings are left, or if there is only one core, nothing is done. A training that this program has begun
-    itself is left to `trainings.train`.
+    than `least` trainings are left, or if there is only one core, nothing is done. A training that this program has
+    begun itself is left to `trainings.train`.
 
     Raises:
       TrainingError: as `run_all`.
@@ -87,7 +89,7 @@ class Jobs:
 
   def are_useful(self, count: int) -> bool:
     """Returns whether `count` trainings, or cells of a table, get processes of their own."""
-    return min(len(self.cores), count) > 1
+    return len(self.cores) > 1 and count >= self.least
 
   def _of(self, training: Any, workdir: pathlib.Path) -> Job:
     directory = workdir / replacing.JOBS / training.name

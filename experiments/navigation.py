@@ -256,6 +256,7 @@ def _save_films(opened: resuming.Run, trained: AllTrained, walks: Callable[[str]
 
 def _prepare(config: Config, workdir: PathLike, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
   planned = list(itertools.chain(*plan(config, build_environments(), devices)))
+  jobs = dataclasses.replace(jobs, least=1)  # A training is fastest if it is bound to a core; see docs/cores.md.
   return planned, functools.partial(run, config, workdir, keeping, devices, jobs)
 
 

@@ -137,7 +137,18 @@ def test_one_core_or_one_training_needs_no_processes(tmp_path, monkeypatch):
   with resuming.open_run(tmp_path, CONFIG) as opened:
     Jobs([], [0]).train(plan(CONFIG), opened)
     Jobs([], [0, 1]).train(plan(config), opened)
+    Jobs([], [0], least=1).train(plan(config), opened)
     opened.begun = False
+
+
+def test_a_single_training_may_get_a_process(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(jobs, 'run_all', lambda todo, on: seen.extend(todo))
+  config = dataclasses.replace(CONFIG, learner=('maml',))
+  with resuming.open_run(tmp_path, config) as opened:
+    Jobs([], [0, 1], least=1).train(plan(config), opened)
+    opened.begun = False
+  assert [one.directory.name for one in seen] == ['maml_5shot']
 
 
 @pytest.mark.parametrize(
