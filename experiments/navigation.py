@@ -22,7 +22,7 @@ from experiments import navigation_table, options, reporting, resuming, running,
 from experiments.command import flag_texts
 from experiments.jobs import SINGLE, Jobs
 from experiments.navigation_table import label
-from experiments.navigation_training import STARTS, Cell, build_environments, build_inner, file_name, key, plan
+from experiments.navigation_training import STARTS, CellKey, build_environments, build_inner, file_name, key, plan
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
@@ -146,7 +146,7 @@ class Config:
     return dataclasses.replace(self, **one, **known | given)
 
 
-AllTrained = dict[Cell, trainings.Trained]
+AllTrained = dict[CellKey, trainings.Trained]
 """The result of each training."""
 
 

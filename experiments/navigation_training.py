@@ -26,8 +26,8 @@ ADAM_B2 = 0.99
 RUNAWAY = 50.0
 """A run has run away if its mean return is lower than its best one by this number: policies leave the square."""
 
-Cell = tuple[str, str, str]
-"""The start, the learner and the outer optimiser of a training."""
+CellKey = tuple[str, str, str]
+"""The start, the learner and the outer optimiser of a cell."""
 
 
 def build_environments() -> dict[str, rl.Environment]:
@@ -155,7 +155,7 @@ def _placement(mesh) -> ms.Placement:
   return ms.Placement(1 if jax.default_backend() == 'cpu' else 'all', mesh)
 
 
-def key(cell: Any) -> Cell:
+def key(cell: Any) -> CellKey:
   """Returns the start, the learner and the outer optimiser of a cell."""
   return cell.start[0], cell.learner[0], cell.optimizer[0]
 
