@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import metasgd_jax as ms
-from experiments import classification, few_shot_data, options, reporting, resuming, running, trainings
+from experiments import classification, few_shot_data, inspecting, options, reporting, resuming, running, trainings
 from experiments.few_shot_data import DATASETS
 from experiments.jobs import Jobs
 from experiments.options import option
@@ -176,7 +176,7 @@ def run(config: Config, workdir: PathLike, setup: Setup | None = None, keeping: 
 
 
 def _run(config: Config, setup: Setup, opened: resuming.Run) -> list[dict]:
-  trainings.print_memory([setup.training])
+  inspecting.print_memory([setup.training])
   trained = running.train(setup.training, opened)
   meta = trained.state.meta
   about_run = {'theta_entries': _entries(meta.theta), 'alpha_entries': _entries(meta.alpha)}

@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags, logging
 
 import metasgd_jax as ms
-from experiments import options, processes, reporting, resuming, trainings
+from experiments import inspecting, options, processes, reporting, resuming, trainings
 from experiments.jobs import Jobs, cores, stop_with_parent
 from experiments.processes import Machines
 from experiments.reporting import Result
@@ -64,7 +64,7 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
       if keeping.only is not None:
         plan = [trainings.named(keeping.only, plan)]
         run = functools.partial(trainings.train_only, plan[0], config, workdir, keeping)
-      return trainings.look(plan, config, workdir, keeping) or run
+      return inspecting.look(plan, config, workdir, keeping) or run
 
   resuming.define_flags(config_class, Keeping, Machines)
   options.main(prepare_from_flags, config_class)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from problems import saying
 
-from experiments import large_learners, trainings
+from experiments import inspecting, large_learners
 from experiments.large_learners import Config
 
 CHAINS = dict(network='transformer', width=16, depth=1, heads=2, tokens=4, length=8, shot=4, query=4)
@@ -37,7 +37,7 @@ def check_run(config, folder, capsys):
 def test_the_least_run(tmp_path, capsys, monkeypatch):
   """The plan is a program of its own, which the runs of full length compile."""
   monkeypatch.setattr(large_learners, 'FLOOR_TASKS', 2)
-  monkeypatch.setattr(trainings, 'print_memory', lambda of: print('memory of a meta-iteration of', of[0].label))
+  monkeypatch.setattr(inspecting, 'print_memory', lambda of: print('memory of a meta-iteration of', of[0].label))
   assert np.all(np.isfinite(check_run(Config(**LEAST), tmp_path, capsys)))
 
 

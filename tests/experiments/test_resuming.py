@@ -20,6 +20,7 @@ from quick_regression import quick_regression
 from experiments import (
   classification,
   few_shot_training,
+  inspecting,
   navigation,
   navigation_training,
   regression,
@@ -240,7 +241,7 @@ def test_an_unfinished_run_that_is_older_than_an_option_goes_on(tmp_path, at, mo
   with monkeypatch.context() as patch:
     patch.setattr(resuming, '_plain', lambda c: {name: v for name, v in plain(c).items() if name != 'bad_steps'})
     crashed(at, tmp_path)
-  trainings.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(debug_task=9))()
+  inspecting.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(debug_task=9))()
   assert 'replayed from 8' in capsys.readouterr().out
   regression.run(MAML, tmp_path, KEEPING)
   assert 'MAML 5-shot: goes on from meta-iteration 8' in capsys.readouterr().out
@@ -325,7 +326,7 @@ def test_a_bad_number_stops_the_run_with_the_last_good_state_saved(tmp_path, mon
 
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
   capsys.readouterr()
-  trainings.look([t for t, _ in regression.plan(config)], config, tmp_path, Keeping(debug_task=13))()
+  inspecting.look([t for t, _ in regression.plan(config)], config, tmp_path, Keeping(debug_task=13))()
   out = capsys.readouterr().out
   assert 'MAML 5-shot: meta-iteration 13 (from 0), replayed from 12' in out
   assert '1 of 4 tasks are not finite' in out
@@ -416,9 +417,9 @@ def last_line(capsys):
 
 
 def test_a_plan_of_memory_says_that_runs_are_side_by_side(capsys):
-  trainings.print_memory([training for training, _ in regression.plan(MAML)])
+  inspecting.print_memory([training for training, _ in regression.plan(MAML)])
   assert re.match(saying('one run; 2 are trained side by side', '2 times as much'), last_line(capsys))
-  trainings.print_memory([regression.plan(dataclasses.replace(MAML, seeds=1))[0][0]])
+  inspecting.print_memory([regression.plan(dataclasses.replace(MAML, seeds=1))[0][0]])
   out = capsys.readouterr().out
   assert '  total ' in out
   assert '1 are trained' not in out
@@ -434,7 +435,7 @@ def test_a_chunk_with_a_skipped_step_has_the_mean_of_the_others():
 def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, capsys):
   config = dataclasses.replace(MAML, meta_iterations=20)
   plan = [t for t, _ in regression.plan(config)]
-  trainings.look(plan, config, tmp_path, Keeping(debug_task=5))()
+  inspecting.look(plan, config, tmp_path, Keeping(debug_task=5))()
   out = capsys.readouterr().out
   assert 'MAML 5-shot: meta-iteration 5 (from 0), replayed from 0' in out
   assert out.count('0 of 4 tasks are not finite') == 2
@@ -457,4 +458,4 @@ def test_debugging_without_a_checkpoint_replays_from_the_beginning(tmp_path, cap
 )
 def test_what_cannot_be_looked_into(tmp_path, keeping, said):
   with pytest.raises(ValueError, match=saying(*said)):
-    trainings.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(**keeping))
+    inspecting.look([t for t, _ in regression.plan(MAML)], MAML, tmp_path, Keeping(**keeping))
