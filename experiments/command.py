@@ -98,6 +98,12 @@ def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
   return texts
 
 
+def refuse_beside(table: str, config: Any, names: Container[str]) -> None:
+  """Raises ValueError if an option in `names` is given beside the option `table`, which trains all cells of a table."""
+  if given := flag_texts(config, names):
+    raise ValueError(f'{table} trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
+
+
 def help_text() -> str:
   """Returns the text of `--help`: the descriptions of the most used flags, and the names of the other flags."""
   about, experiment = (sys.modules['__main__'].__doc__ or '').partition('\n')[0], pathlib.Path(sys.argv[0]).stem

@@ -19,7 +19,7 @@ import numpy as np
 
 import metasgd_jax as ms
 from experiments import navigation_table, options, reporting, resuming, running, trainings
-from experiments.command import flag_texts
+from experiments.command import flag_texts, refuse_beside
 from experiments.jobs import SINGLE, Jobs
 from experiments.navigation_table import label
 from experiments.navigation_training import STARTS, CellKey, build_environments, build_inner, file_name, key, plan
@@ -111,8 +111,8 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
-    if self.table4 and (given := flag_texts(self, ('start', 'learner', 'optimizer'))):
-      raise ValueError(f'table4 trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
+    if self.table4:
+      refuse_beside('table4', self, ('start', 'learner', 'optimizer'))
     for optimizer in set(OPTIMIZERS) - set(self.optimizers):
       if given := flag_texts(self, OF_ONE[optimizer]):
         raise ValueError(

@@ -15,7 +15,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import options, reporting, resuming, running, trainings
-from experiments.command import flag_texts
+from experiments.command import refuse_beside
 from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
@@ -72,8 +72,8 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
-    if self.table1 and (given := flag_texts(self, ('learner', 'shot'))):
-      raise ValueError(f'table1 trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
+    if self.table1:
+      refuse_beside('table1', self, ('learner', 'shot'))
 
   @property
   def runs(self) -> list[tuple[str, int]]:
