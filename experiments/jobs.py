@@ -138,7 +138,7 @@ def adopt(name: str, label: str, run: Run) -> None:
     if not (ours / str(step)).exists():
       (theirs / str(step)).rename(ours / str(step))
   for events in source.glob('events.out.tfevents.*'):
-    events.rename(run.path(events.name))
+    events.rename(run.path(f'{events.name}.{name}'))  # Processes that start in the same second give equal names.
   replacing.remove_run(source)
   _log_of(source).unlink(missing_ok=True)
   with contextlib.suppress(OSError):
