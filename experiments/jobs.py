@@ -242,8 +242,9 @@ def _start(job: Job, core: int) -> _Running:
     with job.log.open('ab') as log:
       output = job.log.open(errors='replace')
       output.seek(0, os.SEEK_END)
-      # In a session of its own, Ctrl-C does not reach the process before it reaches this program.
-      how: dict[str, Any] = dict(stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True)
+      # The process has a group of its own, so that Ctrl-C does not reach it before it reaches this program. It stays in
+      # this session: Linux divides the processor among sessions first, and `nice` works only within a session.
+      how: dict[str, Any] = dict(stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, process_group=0)
       return _Running(job, subprocess.Popen(command, env=os.environ | {_IS_JOB: '1'}, **how), output)
   finally:
     os.sched_setaffinity(0, before)
