@@ -1,4 +1,4 @@
-"""Functions that draw figures of meta-learning with matplotlib. Each returns a matplotlib Figure or an animation.
+"""Functions that draw figures of meta-learning with matplotlib. Each returns a matplotlib Figure or a GIF.
 
 No other part of metasgd_jax imports matplotlib.
 """
@@ -14,7 +14,7 @@ from metasgd_jax.plotting.figures import (
 )
 from metasgd_jax.plotting.paths import (
   Walks as Walks,
-  navigation_animation as navigation_animation,
+  navigation_gif as navigation_gif,
   navigation_paths as navigation_paths,
 )
 from metasgd_jax.plotting.sheets import episode_sheet as episode_sheet, prediction_sheet as prediction_sheet

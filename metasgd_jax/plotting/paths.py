@@ -1,14 +1,19 @@
 """Draws or animates paths of a point in the plane before and after adaptation, as in Figure 4 of Li et al. 2017."""
 
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.animation import FuncAnimation
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from metasgd_jax.plotting.colours import BLUE, GREY, ORANGE
+
+REST = 9
+"""Duration of the last frame of each update, in frames."""
 
 
 class Walks(NamedTuple):
@@ -76,56 +81,68 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
   return figure
 
 
-def navigation_animation(walks: Sequence[Walks], *, steps: int | None = None, milliseconds: int = 60) -> FuncAnimation:
-  """Animates one task: points move along the paths of the unadapted policy, then along the paths after each update.
+def navigation_gif(
+  walks: Sequence[Walks], *, steps: int | None = None, milliseconds: int = 60, dpi: float = 80
+) -> bytes:
+  """Returns the bytes of an animated GIF of one task, with one panel per learner.
 
-  There is one panel per learner.
+  Points move along the paths of the policy before adaptation, then along the paths after each update. At the end of
+  each update the animation waits.
 
   Args:
     walks: Paths of each learner, all in the same task.
     steps: Number of steps of each path that are shown. By default all steps are shown.
     milliseconds: Duration of one frame, in milliseconds.
+    dpi: Number of pixels per inch. A panel is 3.2 inches wide.
 
   Example:
-    >>> import pathlib, tempfile
     >>> from metasgd_jax import plotting
     >>> paths = np.zeros((2, 3, 6, 2))  # Before and after one update: 3 trajectories of 5 steps each.
     >>> walk = plotting.Walks('Meta-SGD', np.zeros(2), np.array([0.3, 0.4]), paths, returns=np.array([-40.0, -15.0]))
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...   plotting.navigation_animation([walk], steps=2).save(f'{directory}/walk.gif', writer='pillow', dpi=30)
-    ...   pathlib.Path(f'{directory}/walk.gif').is_file()
-    True
+    >>> plotting.navigation_gif([walk], steps=2, dpi=30)[:6]
+    b'GIF89a'
   """
-  figure = Figure(figsize=(3.2 * len(walks), 3.6), layout='constrained')
-  axes = figure.subplots(1, len(walks), squeeze=False)[0]
-  most = walks[0].paths.shape[2]
-  shown = most if steps is None else min(steps + 1, most)
-  rest = 8  # Number of frames that show the last position before the next update.
-  lines, dots = [], []
-  for ax, walk in zip(axes, walks, strict=True):
-    lines.append([ax.plot([], [], color=BLUE, linewidth=0.7, alpha=0.6)[0] for _ in walk.paths[0]])
-    dots.append(ax.plot([], [], 'o', color=BLUE, markersize=3)[0])
+  figure = Figure(figsize=(3.2 * len(walks), 3.6), dpi=dpi, layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  panels = []
+  for ax, walk in zip(figure.subplots(1, len(walks), squeeze=False)[0], walks, strict=True):
     _mark(ax, walk)
+    (lines,), (dots,) = ax.plot([], [], linewidth=0.7, alpha=0.6), ax.plot([], [], 'o', markersize=3)
+    title = ax.set_title(_caption(walk, 0), fontsize=9)
+    panels.append((ax, walk, lines, dots, title))
+  canvas.draw()  # This computes the layout, for which the title counts only while it is not animated.
+  for _, _, *artists in panels:
+    for artist in artists:
+      artist.set_animated(True)
+  canvas.draw()
+  background = canvas.copy_from_bbox(figure.bbox)  # Drawing the axes again would take most of the time of a frame.
+  updates, _, positions, _ = walks[0].paths.shape
+  shown = positions if steps is None else min(steps + 1, positions)
+  frames, durations = [], []
+  for update in range(updates):
+    for moment in range(1, shown):
+      canvas.restore_region(background)
+      for ax, walk, lines, dots, title in panels:
+        path = walk.paths[update, :, : moment + 1]
+        apart = np.full((len(path), 1, 2), np.nan)  # NaN separates the paths, which are one line of matplotlib.
+        lines.set_data(*np.concatenate([path, apart], 1).reshape(-1, 2).T)
+        dots.set_data(*path[:, -1].T)
+        title.set_text(_caption(walk, update))
+        for artist in (lines, dots):
+          artist.set_color(BLUE if update else ORANGE)
+        for artist in (lines, dots, title):
+          ax.draw_artist(artist)
+      image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
+      frames.append(image.quantize(64, dither=Image.Dither.NONE))
+      durations.append(milliseconds * (1 if moment < shown - 1 else REST))
+  file = io.BytesIO()
+  frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
+  return file.getvalue()
 
-  def draw(frame: int):
-    update, moment = divmod(frame, shown + rest)
-    moment = min(moment, shown - 1)
-    for ax, walk, those, points in zip(axes, walks, lines, dots, strict=True):
-      colour = ORANGE if update == 0 else BLUE
-      for line, path in zip(those, walk.paths[update], strict=True):
-        line.set_data(*path[: moment + 1].T)
-        line.set_color(colour)
-      points.set_data(*walk.paths[update, :, moment].T)
-      points.set_color(colour)
-      when = 'before' if update == 0 else f'after {update} update' + ('s' if update > 1 else '')
-      ax.set_title(f'{walk.name}, {when}: {walk.returns[update]:.1f}', fontsize=9)
-    return []
 
-  draw(0)
-  figure.draw_without_rendering()
-  figure.set_layout_engine('none')  # A new layout would take a quarter of the time of a frame.
-  frames = len(walks[0].paths) * (shown + rest)
-  return FuncAnimation(figure, draw, frames=frames, interval=milliseconds, blit=False)
+def _caption(walk: Walks, update: int) -> str:
+  when = 'before' if update == 0 else f'after {update} update' + ('s' if update > 1 else '')
+  return f'{walk.name}, {when}: {walk.returns[update]:.1f}'
 
 
 def _mark(ax, walk: Walks) -> None:

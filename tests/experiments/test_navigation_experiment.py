@@ -2,9 +2,7 @@
 
 import errno
 import json
-import pathlib
 import re
-import types
 from unittest import mock
 
 import jax
@@ -42,11 +40,10 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_film_is_never_half_written(tmp_path, monkeypatch):
-  def save(path, **_):
-    pathlib.Path(path).write_bytes(b'half')
+  def full(*_, **__):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(plotting, 'navigation_animation', lambda *_, **__: types.SimpleNamespace(save=save))
+  monkeypatch.setattr(plotting, 'navigation_gif', full)
   run = resuming.Run(tmp_path, {}, resuming.Keeping())
   with pytest.raises(files.WriterError, match=saying(tmp_path / 'adaptation_fixed.gif', 'No space left')):
     navigation._save_films(run, {('fixed', 'maml', 'adam'): None}, lambda start: [None])
@@ -82,7 +79,8 @@ def test_settings_of_each_training():
   ]
   assert {(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in cells} == {('adam', 1000, 80), ('trpo', 100, 20)}
   quick = navigation.Config(table4=True, budget='quick', meta_batch=7).cells
-  assert [(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick] == [('adam', 250, 7)] * 4
+  budgets = [('adam', 300, 7), ('adam', 100, 7)]
+  assert [(c.optimizer[0], c.meta_iterations, c.meta_batch) for c in quick] == budgets * 2
   assert all(cell.cells == [cell] for cell in cells + quick)
   both = navigation.Config(table4=True, clip=2.0, max_kl=0.02, curvature_tasks=2).cells
   assert {(c.optimizer[0], c.clip, c.max_kl, c.curvature_tasks) for c in both} == {
