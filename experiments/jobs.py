@@ -137,6 +137,8 @@ def adopt(name: str, label: str, run: Run) -> None:
   for step in checkpoint.steps(theirs):
     if not (ours / str(step)).exists():
       (theirs / str(step)).rename(ours / str(step))
+  if (tested := source / resuming.tested_file(name)).exists():
+    tested.replace(run.path(tested.name))
   for events in source.glob('events.out.tfevents.*'):
     events.rename(run.path(f'{events.name}.{name}'))  # Processes that start in the same second give equal names.
   replacing.remove_run(source)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import metasgd_jax as ms
 from experiments import navigation_table, options, reporting, resuming, running, trainings
 from experiments.command import flag_texts, refuse_beside
 from experiments.jobs import SINGLE, Jobs
@@ -173,12 +172,12 @@ def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) 
   for cell, runs in zip(config.cells, planned, strict=True):
     start, name, optimizer = key(cell)
     trained[key(cell)] = running.train_runs(file_name(*key(cell)), runs, opened)
-    values = _test(trained[key(cell)].state.meta, environments[start], cell, devices)
-    results.append(Result({'start': start, 'learner': name, 'optimizer': optimizer}, values))
-    about = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
-    about |= trained[key(cell)].skipped
-    about['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
-    rows.append(results[-1].row(opened.path, about))
+    about = {'start': start, 'learner': name, 'optimizer': optimizer}
+    results.append(Result(about, np.asarray(trained[key(cell)].values)))
+    settings = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
+    settings |= trained[key(cell)].skipped
+    settings['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
+    rows.append(results[-1].row(opened.path, settings))
     running.write_results('navigation', config, opened, rows)
   budgets = [f'{cell.meta_iterations:,} × {cell.meta_batch}' for cell in config.cells]
   print(navigation_table.text(results, budgets, config.seeds, config.trajectories))
@@ -186,12 +185,6 @@ def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) 
   reporting.save_pictures(opened.path, _pictures(trained, walks), opened.metrics)
   _save_films(opened, trained, walks)
   return rows
-
-
-def _test(meta: ms.MetaParams, environment: rl.Environment, cell: Config, devices: int | None) -> np.ndarray:
-  learner = rl.policy_learner(build_inner(environment, cell, steps=cell.eval_updates))
-  tasks, metas = rl.task_distribution(environment), running.each_run(meta)
-  return running.evaluate(learner, metas, tasks, cell, devices, 'all', metric_fn=rl.mean_return)
 
 
 def _pictures(trained: AllTrained, walks: Callable[[str], list[list]]) -> running.Pictures:

@@ -89,7 +89,15 @@ def _runs(cell: Any, environment: rl.Environment, devices: int | None) -> list[T
   build = (_by_adam if cell.optimizer == ('adam',) else _by_trpo)(cell, environment, devices)
   called, keys = label(*key(cell)), reporting.seed_keys(cell.seed, cell.seeds)
   labels = [called] if cell.seeds == 1 else [f'{called}, run {r + 1} of {cell.seeds}' for r in range(cell.seeds)]
-  return [build(f'{file_name(*key(cell))}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
+  runs = [build(f'{file_name(*key(cell))}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
+  learner = rl.policy_learner(build_inner(environment, cell, steps=cell.eval_updates))
+  test = functools.partial(_test, learner, rl.task_distribution(environment), cell, devices)
+  return [dataclasses.replace(run, watch=runs_away, test=test) for run in runs]
+
+
+def _test(learner: ms.Learner, tasks: Any, cell: Any, devices: int | None, state: ms.TrainState) -> np.ndarray:
+  """Returns the mean returns on each unseen task after 0, 1, …, k updates, `[T, k + 1]`."""
+  return running.evaluate(learner, [state.meta], tasks, cell, devices, 'all', metric_fn=rl.mean_return)[0]
 
 
 def _by_adam(cell: Any, environment: rl.Environment, devices: int | None) -> Callable[..., Training]:
@@ -100,8 +108,7 @@ def _by_adam(cell: Any, environment: rl.Environment, devices: int | None) -> Cal
   how: dict[str, Any] = dict(learner=learner, optimizer=optimizer, placement=_placement(mesh))
 
   def build(name, label, key):
-    training = running.by_gradient(cell, name, label, key, tasks, chunk=running.chunk(cell, 5), **how)
-    return dataclasses.replace(training, watch=runs_away)
+    return running.by_gradient(cell, name, label, key, tasks, chunk=running.chunk(cell, 5), **how)
 
   return build
 
@@ -120,7 +127,7 @@ def _by_trpo(cell: Any, environment: rl.Environment, devices: int | None) -> Cal
 
   def build(name, label, key):
     start = functools.partial(rl.init, key, inner)
-    return Training(name, label, cell.meta_iterations, chunk, start, go, watch=runs_away)
+    return Training(name, label, cell.meta_iterations, chunk, start, go)
 
   return build
 

@@ -326,6 +326,11 @@ def checkpoints_of(workdir: files.PathLike, training: str) -> pathlib.Path:
   return pathlib.Path(workdir, 'checkpoints', training)
 
 
+def tested_file(training: str) -> str:
+  """Returns the name of the file with the values of one run on unseen tasks; see `Training.test`."""
+  return f'per_task_{training}.npy'
+
+
 def changed_versions(before: dict[str, str]) -> str:
   """Returns, as text, the versions of Python and packages that have changed since an earlier run; '' if none has."""
   now = provenance.collect()['versions']

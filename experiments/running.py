@@ -135,13 +135,14 @@ def _written(name: str, trained: Trained, run: Run) -> Trained:
 
 
 def joined(runs: Sequence[Trained]) -> Trained:
-  """Joins the results of R trainings of one run each: the leaves of the state get a leading axis `[R]`."""
+  """Joins the results of R trainings of one run each: leaves of the state, and the values, get a first axis `[R]`."""
   state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.state for one in runs))
   curves = {
     name: (steps, np.concatenate([one.curves[name][1] for one in runs], 1))
     for name, (steps, _) in runs[0].curves.items()
   }
-  return Trained(state, curves)
+  values = [one.values for one in runs if one.values is not None]
+  return Trained(state, curves, values=np.stack(values) if values else None)
 
 
 def evaluate(

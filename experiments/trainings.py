@@ -18,7 +18,7 @@ from experiments import jobs, processes, replacing, reporting, resuming
 from experiments.options import option
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping, Run
-from metasgd_jax.io import checkpoint
+from metasgd_jax.io import checkpoint, files
 from metasgd_jax.outer import bad_numbers
 
 SECONDS = 15.0
@@ -77,6 +77,8 @@ class Training:
     memory: Function that plans the memory of one run, or `None` if the memory cannot be planned.
     best: Function from the run to the callback that validates states, or `None` if no state is validated.
     watch: Function from the curves so far to a warning, or to `None` if nothing is wrong. A warning is printed once.
+    test: Function from the last state of one run to its values on unseen tasks, `[T, k + 1]`, or `None` if the run is
+      tested elsewhere. A training that has a process of its own is tested in this process.
   """
 
   name: str
@@ -89,6 +91,7 @@ class Training:
   memory: Callable[[], ms.MemoryPlan] | None = None
   best: Callable[[Run], Best] | None = None
   watch: Callable[[Curves], str | None] | None = None
+  test: Callable[[ms.TrainState], np.ndarray] | None = None
 
 
 class Trained(NamedTuple):
@@ -98,11 +101,13 @@ class Trained(NamedTuple):
     state: State after the last meta-iteration.
     curves: Metrics over the meta-iterations; see `Curves`.
     best: Meta-parameters of the best states, the best one first, if states were validated.
+    values: Result of `Training.test`.
   """
 
   state: ms.TrainState
   curves: Curves
   best: Sequence[Any] = ()
+  values: np.ndarray | None = None
 
   @property
   def skipped(self) -> dict[str, Any]:
@@ -180,7 +185,19 @@ def train(training: Training, run: Run) -> Trained:
     state = training.go(state, training.total, [after_chunk])
   run.idle = True
   run.ask()
-  return Trained(state, recorder.curves, [] if best is None else [meta for _, _, meta in best.found])
+  values = None if training.test is None else _tested(training.name, training.test, run, state)
+  return Trained(state, recorder.curves, [] if best is None else [meta for _, _, meta in best.found], values)
+
+
+def _tested(name: str, test: Callable[[ms.TrainState], np.ndarray], run: Run, state: ms.TrainState) -> np.ndarray:
+  """Returns the values of a test, which is done once. Then they are in the file `resuming.tested_file`."""
+  path = run.path(resuming.tested_file(name))
+  if processes.any_of(not path.exists()):
+    values = test(state)
+    if processes.first():
+      files.write_array(path, values)
+    return values
+  return np.load(path, allow_pickle=False)
 
 
 def _resume(training: Training, run: Run, kept: checkpoint.Checkpoints | None, state: ms.TrainState):

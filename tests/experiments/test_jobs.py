@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torture
 from problems import saying
@@ -259,6 +260,23 @@ def test_a_training_that_one_process_began_is_not_begun_anew(tmp_path, monkeypat
     assert seen == [training.name for training in others]
     monkeypatch.undo()
     opened.begun = False
+
+
+def test_a_training_is_tested_once_where_it_is_trained(tmp_path):
+  tested = []
+
+  def test(state):
+    tested.append(int(state.step[0]))
+    return np.full((3, 2), 7.0)
+
+  training = dataclasses.replace(plan(CONFIG)[0], test=test)
+  apart = tmp_path / 'jobs' / training.name
+  trainings.train_only(training, CONFIG, apart, dataclasses.replace(KEEPING, only=training.name))
+  with resuming.open_run(tmp_path, CONFIG, KEEPING) as opened:
+    trained = [trainings.train(training, opened) for _ in range(2)]
+  assert tested == [20]
+  assert np.array_equal(running.joined(trained).values, np.full((2, 3, 2), 7.0))
+  assert not (tmp_path / 'jobs').exists()
 
 
 def test_event_files_are_kept(tmp_path, monkeypatch):

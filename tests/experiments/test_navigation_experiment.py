@@ -32,6 +32,7 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   values = np.load(tmp_path / row['per_task_file'], allow_pickle=False)
   assert values.shape == (1, 2, 2)
   assert np.all(values < 0)
+  assert np.array_equal(np.load(tmp_path / 'per_task_meta_sgd_fixed_run0.npy'), values[0])
   np.testing.assert_allclose(row['mean'], values[..., -1].mean(), rtol=1e-6)
   (line,) = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
   assert line['step'] == 1
