@@ -10,16 +10,15 @@ import functools
 from operator import methodcaller
 from typing import Any, cast, get_args
 
-import jax
-
 import metasgd_jax as ms
-from experiments import few_shot_table, few_shot_training, options, reporting, resuming, running, trainings
+from experiments import evaluating, few_shot_table, few_shot_training, options, reporting, resuming, running, trainings
+from experiments.command import refuse_beside
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL, UNTRAINED, maml_rate, meta_batch, query_images
-from experiments.few_shot_training import Setup, build
+from experiments.few_shot_training import BATCH_NORM, Setup, build
 from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
-from experiments.reporting import Result, test_keys
+from experiments.reporting import Result, percent
 from experiments.resuming import Keeping
 from metasgd_jax.inner.adaptation import Adjoint
 from metasgd_jax.io import provenance
@@ -35,11 +34,15 @@ MODEL_FACTS = (
 )
 """Settings that a model file contains, in addition to the accuracies."""
 
-BATCH_NORM = {
-  'none': 'no batch norm',
-  'transductive': 'batch norm by the statistics of the batch',
-  'inductive': 'batch norm by the statistics of the support',
-}
+SAVED = ('meta_sgd', 'maml', 'prototypical')
+"""Learners whose models are written to files for `metasgd predict`, `FewShotClassifier` and `--evaluate`."""
+
+OF_TRAINING = (
+  *('learner', 'table2', 'table3', 'start', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate', 'clip'),
+  *('schedule', 'alpha', 'inner_steps', 'adjoint', 'multi_step_loss', 'alpha_by_step', 'ensemble', 'validate_every'),
+  *('network', 'floor_rate', 'filters', 'precision', 'inductive', 'augmentation', 'seeds', 'seed', 'bad_steps'),
+)
+"""Settings that have no effect on the test of a trained model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,9 @@ class Config:
     **running.RATE,
   )
   start: str | None = option(None, 'Model to start from: name of a shipped model, or a model file.', kind=str)
+  evaluate: str | None = option(
+    None, 'Model to test on --dataset without training: name of a shipped model, or a model file.', kind=str
+  )
   inductive: bool = option(False, 'In training, normalise query images by the statistics of the support.')
   multi_step_loss: bool = option(False, 'Meta-SGD: train on the mean of the query losses after each inner step.')
   alpha_by_step: bool = option(False, 'Meta-SGD: learn separate rates for each inner step, as in MAML++.')
@@ -114,6 +120,8 @@ class Config:
 
   def __post_init__(self):
     options.check(self)
+    if self.evaluate is not None:
+      refuse_beside('evaluate tests a model without training', self, OF_TRAINING)
     if self.table2 and self.table3:
       raise ValueError('table2 and table3 need separate commands, got both; give one of them')
     if self.dataset is None:
@@ -209,13 +217,13 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
         results.append(result)
         rows.append(result.row(opened.path, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
         print(_sentence(rows[-1], result, config))
-    if name in ('meta_sgd', 'maml') and config.ensemble == 1 and not config.alpha_by_step:
+    if name in SAVED and config.ensemble == 1 and not config.alpha_by_step and config.network == 'conv4':
       path = opened.path(f'model_{name}.safetensors')
       _save_model(path, name, reporting.one_run(metas[name], 0), results, config, setup)
     running.write_results('classification', config, opened, rows)
     if curve:
       curves[NAMES[name]] = curve['accuracy']
-    pictures[f'task_{name}'] = functools.partial(_draw_task, name, metas[name], config, setup)
+    pictures[f'task_{name}'] = functools.partial(few_shot_training.draw_task, name, metas[name], config, setup)
   pictures |= running.alpha_pictures(metas)
   if curves:
     pictures['learning_curves'] = methodcaller('learning_curves', curves, ylabel='query accuracy on training tasks')
@@ -232,16 +240,16 @@ def _save_model(path, name: str, meta: Any, results: list[Result], config: Confi
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
   for result in results:
     first = dataclasses.replace(result, values=result.values[:1])
-    training[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = _percent(first.estimate)
+    training[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = percent(first.estimate)
   alpha = maml_rate(name, config) if name == 'maml' else None
   background: Any = 'dark' if config.dataset in CHARACTERS else 'any'
-  sizes = setup.image_shape, *config.sizes
-  about = ms.ModelConfig(cast(Any, name), config.way, *sizes, config.inner_steps, alpha, background, training)
+  filters, hidden = config.sizes
+  if name == 'prototypical':
+    sizes = config.way, setup.image_shape, filters, 0, 0
+  else:
+    sizes = config.way, setup.image_shape, filters, hidden, config.inner_steps
+  about = ms.ModelConfig(cast(Any, name), *sizes, alpha, background, training)
   ms.save_model(path, ms.FewShotModel(about, meta))
-
-
-def _percent(interval: ms.Interval) -> str:
-  return f'{100 * interval.mean:.2f}% ± {100 * interval.ci95:.2f}'
 
 
 def _sentence(row: dict[str, Any], result: Result, config: Config) -> str:
@@ -250,28 +258,20 @@ def _sentence(row: dict[str, Any], result: Result, config: Config) -> str:
   over_runs = f', ±{100 * result.over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
   paper = few_shot_table.paper_figure(name, str(config.dataset), config.way, shot)
   return (
-    f'{NAMES[name]}, {config.dataset}, {config.way}-way {shot}-shot: {_percent(result.estimate)}'
+    f'{NAMES[name]}, {config.dataset}, {config.way}-way {shot}-shot: {percent(result.estimate)}'
     f'{before}; 95% interval over {config.eval_tasks} unseen tasks{over_runs}; {config.seeds} training run(s) of '
     f'{row["meta_iterations"]:,} meta-iterations of {row["meta_batch"]} tasks, {config.shot}-shot; {BATCH_NORM[mode]}'
     + (f'; the paper has {paper}' if paper and mode == 'transductive' else '')
   )
 
 
-def _draw_task(name: str, meta: Any, config: Config, setup: Setup, plotting):
-  """Returns a figure of one unseen task, with the predictions of the model from the first run."""
-  keys = jax.random.split(test_keys(config.eval_seed)[1], 3)
-  tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
-  found = _answered(setup.testers[name, False], reporting.one_run(meta, 0), tasks, *keys)
-  return plotting.episode_sheet(*jax.device_get(found))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
-  support, query = tasks.episode(tasks.sample(task_key), episode_key)
-  return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)
-
-
 def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
+  if config.evaluate is not None:
+    if keeping.plan or keeping.debug_task is not None:
+      raise ValueError('--plan and --debug_task are for trainings, got --evaluate too; leave one of them out')
+    model = ms.load_model(config.evaluate)
+    tests = evaluating.build(config, model, devices)
+    return [], functools.partial(evaluating.run, config, workdir, model, tests, keeping)
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
       raise ValueError(

@@ -98,10 +98,10 @@ def flag_texts(config: Any, names: Container[str] | None = None) -> list[str]:
   return texts
 
 
-def refuse_beside(table: str, config: Any, names: Container[str]) -> None:
-  """Raises ValueError if an option in `names` is given beside the option `table`, which trains all cells of a table."""
+def refuse_beside(what: str, config: Any, names: Container[str]) -> None:
+  """Raises ValueError if an option in `names` is given. `what` names the other option, and says what it does."""
   if given := flag_texts(config, names):
-    raise ValueError(f'{table} trains all cells of the table, got {" ".join(given)} too; leave one of the two out')
+    raise ValueError(f'{what}, got {" ".join(given)} too; leave one of the two out')
 
 
 def help_text() -> str:

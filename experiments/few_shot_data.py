@@ -50,6 +50,22 @@ def load(config: Any) -> Data:
   return Data(found.train, found.validation if len(found.validation.sizes) else None, found.test)
 
 
+def load_unseen(config: Any) -> ms.tasks.ClassBank | None:
+  """Returns the classes on which a model is tested that this run does not train, or `None` for glyphs.
+
+  They are the test classes of `config.dataset`. A folder without class lists is tested on all of its classes.
+
+  Raises:
+    ValueError: if settings do not fit the data.
+    DatasetError: if the data set cannot be loaded.
+  """
+  if config.dataset != 'folder' or config.class_lists:
+    return load(config).test
+  images = load_images(config)
+  check_part('whole', images.names, images.bank, config.way, max(config.test_shots), config.eval_query)
+  return images.bank
+
+
 def load_archived(config: Any) -> splits.Splits:
   """Returns the classes of CIFAR-FS or Omniglot, which tfds prepares.
 
@@ -71,7 +87,7 @@ def load_folder(config: Any) -> splits.Splits:
 
   Without `class_lists` the split is random: 64% of the classes to train on, 16% for validation, and 20% to test on.
   """
-  images = image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
+  images = load_images(config)
   if config.class_lists:
     parts = splits.ClassNames._fields
     names = splits.ClassNames(*(splits.read_list(f'{config.class_lists}/{part}.txt') for part in parts))
@@ -83,6 +99,11 @@ def load_folder(config: Any) -> splits.Splits:
   if config.validate_every:
     check_part('validation', names.validation, found.validation, config.way, max(config.test_shots), config.eval_query)
   return found
+
+
+def load_images(config: Any) -> image_folder.ImageFolder:
+  """Returns the images of a folder with a sub-folder for each class."""
+  return image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
 
 
 def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, way: int, shot: int, query: int) -> None:

@@ -17,6 +17,12 @@ from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, UNTRAINED
 from experiments.trainings import Best
 from metasgd_jax.types import Tasks
 
+BATCH_NORM = {
+  'none': 'no batch norm',
+  'transductive': 'batch norm by the statistics of the batch',
+  'inductive': 'batch norm by the statistics of the support',
+}
+
 
 class Setup(NamedTuple):
   """The objects that a configuration describes.
@@ -224,3 +230,17 @@ def _by_instance(meta, sequences, keys, *, learner):
     return jnp.stack([info[f'instance_{n}'] for n in range(1, DRAWINGS + 1)])
 
   return jax.lax.map(of_sequence, keys)
+
+
+def draw_task(name: str, meta: Any, config: Any, setup: Setup, plotting):
+  """Returns a figure of one unseen task, with the predictions of the model from the first run."""
+  keys = jax.random.split(reporting.test_keys(config.eval_seed)[1], 3)
+  tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
+  found = _answered(setup.testers[name, False], reporting.one_run(meta, 0), tasks, *keys)
+  return plotting.episode_sheet(*jax.device_get(found))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
+  support, query = tasks.episode(tasks.sample(task_key), episode_key)
+  return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)

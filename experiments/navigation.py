@@ -112,7 +112,7 @@ class Config:
   def __post_init__(self):
     options.check(self)
     if self.table4:
-      refuse_beside('table4', self, ('start', 'learner', 'optimizer'))
+      refuse_beside('table4 trains all cells of the table', self, ('start', 'learner', 'optimizer'))
     for optimizer in set(OPTIMIZERS) - set(self.optimizers):
       if given := flag_texts(self, OF_ONE[optimizer]):
         raise ValueError(

@@ -73,7 +73,7 @@ class Config:
   def __post_init__(self):
     options.check(self)
     if self.table1:
-      refuse_beside('table1', self, ('learner', 'shot'))
+      refuse_beside('table1 trains all cells of the table', self, ('learner', 'shot'))
 
   @property
   def runs(self) -> list[tuple[str, int]]:

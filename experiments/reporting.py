@@ -177,6 +177,11 @@ class Result:
     return self.about | figures | by_step | about_run | provenance.collect()
 
 
+def percent(interval: Interval) -> str:
+  """Returns an accuracy and its interval as text in percent."""
+  return f'{100 * interval.mean:.2f}% ± {100 * interval.ci95:.2f}'
+
+
 def draw_alpha(alpha: PyTree, plotting):
   """Returns a figure of the rates α that the first of R runs learned. `save_pictures` calls this function."""
   return plotting.alpha_histograms(one_run(alpha, 0))

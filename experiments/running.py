@@ -30,7 +30,7 @@ Prepared = tuple[Sequence[Training], Callable[[], object]]
 """The trainings of a command, and the function that runs the command."""
 
 TABLES = ('table1', 'table2', 'table3', 'table4')
-WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start', 'optimizer', 'budget')
+WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start', 'evaluate', 'optimizer', 'budget')
 """Options whose values are in the name of the default work directory. The learners are too, unless a table is made."""
 
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)

@@ -14,6 +14,8 @@ def small_model(learner='meta_sgd', seed=0, training=None, **config):
   config = dict(way=WAY, image_shape=(28, 28, 1), filters=4, hidden=8) | config
   if learner == 'maml':
     config = dict(alpha=0.4) | config
+  if learner == 'prototypical':
+    config |= dict(hidden=0, inner_steps=0)
   config = ms.ModelConfig(learner, training=training or {}, **config)
   x = np.zeros((config.way, *config.image_shape), np.float32)
   batch = ms.Batch(x, np.arange(config.way, dtype=np.int32))

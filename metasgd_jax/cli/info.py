@@ -10,7 +10,7 @@ import numpy as np
 from metasgd_jax.cli.telling import say
 from metasgd_jax.deploy import model_file
 
-_LEARNERS = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML'}
+_LEARNERS = {'meta_sgd': 'Meta-SGD', 'maml': 'MAML', 'prototypical': 'Prototypical Networks'}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 def about(model: Any, size: int) -> list[str]:
   """Returns the lines of text that describe a model. `size` is the number of bytes of the model's file."""
-  config, (theta, alpha) = model
+  config, meta = model
   facts = config.training
   width = max(map(len, facts), default=0)
   return [
@@ -34,8 +34,8 @@ def about(model: Any, size: int) -> list[str]:
     f'network      Conv4, {config.filters} filters, hidden layer {config.hidden or "none"}',
     f'classes      2 to {config.way}',
     f'images       {_images(config)}',
-    f'parameters   {sum(leaf.size for leaf in jax.tree.leaves(theta)):,}',
-    f'alpha        {_rates(config, alpha)}',
+    f'parameters   {sum(leaf.size for leaf in jax.tree.leaves(getattr(meta, "theta", meta))):,}',
+    f'alpha        {_rates(config, getattr(meta, "alpha", None))}',
     f'size         {size / 1e6:.2f} MB',
     'training' if facts else 'training     the file has no facts about it',
     *(f'  {name:{width}}  {_fact(value)}' for name, value in facts.items()),
@@ -49,6 +49,8 @@ def _images(config) -> str:
 
 
 def _rates(config, alpha) -> str:
+  if config.learner == 'prototypical':
+    return 'none, the parameters do not adapt'
   if alpha is None:
     return f'{config.alpha:g}, one rate for all, not learned'
   rates = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(alpha)])

@@ -19,12 +19,12 @@ import safetensors.numpy
 from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, writable
 from metasgd_jax.io.files import PathLike, as_json, as_path, atomic, first_line
-from metasgd_jax.learners import maml, meta_sgd
-from metasgd_jax.types import Batch, Episode, Learner, MetaParams, check_choice
+from metasgd_jax.learners import maml, meta_sgd, prototypical
+from metasgd_jax.types import Batch, Episode, Learner, PyTree, check_choice
 
 FORMAT_VERSION = 1
 
-LearnerName = Literal['meta_sgd', 'maml']
+LearnerName = Literal['meta_sgd', 'maml', 'prototypical']
 Background = Literal['dark', 'any']
 """Background of the training images. `dark` means light ink on black, like Omniglot in this package."""
 
@@ -39,13 +39,15 @@ class ModelConfig:
   """The configuration of a trained model: its learner, its Conv4 network and its images.
 
   Attributes:
-    learner: Name of the learner, 'meta_sgd' or 'maml'.
+    learner: Name of the learner: 'meta_sgd', 'maml' or 'prototypical'.
     way: Number of classes N that the model was trained with. The model serves any number of classes from 2 to N.
     image_shape: Shape (H, W, D) of the images, whose pixels are from 0 to 1.
     filters: Number of filters in each block of Conv4.
-    hidden: Number of units in the fully connected layer of Conv4. With 0 there is no such layer.
-    inner_steps: Number of inner steps k.
-    alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is a tensor among the parameters.
+    hidden: Number of units in the fully connected layer of Conv4. With 0 there is no such layer, as in the embedding of
+      Prototypical Networks.
+    inner_steps: Number of inner steps k. It is 0 for Prototypical Networks, which take no inner steps.
+    alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is among the parameters, and for Prototypical
+      Networks.
     background: Background of the training images: 'dark', which means light ink on black, or 'any'.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
@@ -83,6 +85,11 @@ class ModelConfig:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves both sizes four times, got {shape!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
+    if self.learner == 'prototypical' and (self.hidden, self.inner_steps, self.alpha) != (0, 0, None):
+      raise ValueError(
+        'a model of prototypical has hidden=0, inner_steps=0 and alpha=None, because it takes no inner steps, got '
+        f'hidden={self.hidden}, inner_steps={self.inner_steps} and alpha={self.alpha!r}; set these three so'
+      )
     if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= _MOST_ALPHA):
       raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
@@ -105,7 +112,8 @@ class FewShotModel(NamedTuple):
 
   Attributes:
     config: Configuration that the parameters belong to.
-    meta: Meta-parameters θ and α, float32. α is None for MAML.
+    meta: Meta-parameters, float32: θ and α, where α is None for MAML. For Prototypical Networks they are the parameters
+      of the embedding.
 
   Example:
     >>> model = ms.load_model('omniglot')
@@ -117,7 +125,7 @@ class FewShotModel(NamedTuple):
   """
 
   config: ModelConfig
-  meta: MetaParams
+  meta: PyTree
 
 
 def build_learner(config: ModelConfig, way: int | None = None, inductive: bool = False) -> Learner:
@@ -137,10 +145,13 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
   n = config.way if way is None else way
   if not is_int(n) or not 2 <= n <= config.way:
     raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; give a number in this range')
+  metrics = {'accuracy': losses.accuracy}
+  if config.learner == 'prototypical':
+    embedding = nn.from_linen(nn.Conv4(None, filters=config.filters, hidden=0))
+    return prototypical(embedding, way=n, inductive=inductive, metrics=metrics)
   network = nn.from_linen(nn.Conv4(config.way, filters=config.filters, hidden=config.hidden))
   model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
   learner = functools.partial(maml, alpha=config.alpha) if config.learner == 'maml' else meta_sgd
-  metrics = {'accuracy': losses.accuracy}
   return learner(model, losses.cross_entropy, steps=config.inner_steps, inductive=inductive, metrics=metrics)
 
 
@@ -257,19 +268,19 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     raise ValueError(f'{path} does not describe a model ({first_line(e)}); get the file again, or save it again') from e
 
 
-def _structure(config: ModelConfig) -> MetaParams:
+def _structure(config: ModelConfig) -> PyTree:
   """Returns the shapes and dtypes of a model's parameters."""
   x = jax.ShapeDtypeStruct((config.way, *config.image_shape), jnp.float32)
   y = jax.ShapeDtypeStruct((config.way,), jnp.int32)
   return jax.eval_shape(build_learner(config).init, jax.random.key(0), Episode(Batch(x, y), Batch(x, y)))
 
 
-def _by_name(meta: MetaParams) -> dict[str, Any]:
+def _by_name(meta: PyTree) -> dict[str, Any]:
   """Returns the leaves of a pytree by names such as 'theta/Dense_0/bias'."""
   return {jax.tree_util.keystr(p, simple=True, separator='/'): v for p, v in jax.tree_util.tree_leaves_with_path(meta)}
 
 
-def _check_tensors(whose: str, found: Mapping[str, str], structure: MetaParams) -> None:
+def _check_tensors(whose: str, found: Mapping[str, str], structure: PyTree) -> None:
   """Raises ValueError unless the tensors in `found` have the names, dtypes and shapes of the leaves of `structure`.
 
   `found` maps the name of each tensor to its dtype and shape as text, such as 'float32 (5,)'.

@@ -29,14 +29,14 @@ def rewritten(path, model, tensors=None, metadata=None, **changes):
   return path
 
 
-@pytest.mark.parametrize('learner', ['meta_sgd', 'maml'])
+@pytest.mark.parametrize('learner', ['meta_sgd', 'maml', 'prototypical'])
 def test_a_model_comes_back(tmp_path, learner):
   model = small_model(learner, training=FACTS, background='any')
   ms.save_model(tmp_path / 'm.safetensors', model)
   back = ms.load_model(tmp_path / 'm.safetensors')
   assert back.config == model.config
   assert_trees_close(back.meta, model.meta, rtol=0, atol=0)
-  assert (back.meta.alpha is None) == (learner == 'maml')
+  assert (getattr(back.meta, 'alpha', None) is None) == (learner != 'meta_sgd')
   assert [path.name for path in tmp_path.iterdir()] == ['m.safetensors']
 
 
@@ -67,6 +67,7 @@ def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
     (dict(learner='maml'), ('alpha', "MAML's rate", 'finite number', 'got None')),
     (dict(learner='maml', alpha='0.4'), ('alpha', "MAML's rate", "got '0.4'")),
     (dict(alpha=0.4), ('alpha', 'None for meta_sgd', 'got 0.4')),
+    (dict(learner='prototypical'), ('prototypical', 'hidden=0', 'got hidden=8, inner_steps=1')),
     (dict(background='light'), ('background', 'one of', "got 'light'")),
     (dict(training=[1]), ('training', 'a dict', 'got [1]')),
     (dict(filters=8), ('for the tensor', 'but its config asks for')),
