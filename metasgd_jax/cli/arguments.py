@@ -40,9 +40,14 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
     '--out', metavar='DIR', required=True, help='folder to write predictions.csv and predictions.png to'
   )
   parser.add_argument('--overwrite', action='store_true', help='replace the results of an earlier call in --out')
+  sorting = parser.add_mutually_exclusive_group()
+  sorting.add_argument('--copy-to', metavar='DIR', help='copy each picture to the folder of its class in DIR')
+  sorting.add_argument('--move-to', metavar='DIR', help='move each picture to the folder of its class in DIR')
+  unsure = "answer 'unsure' below this probability (default: 0)"
+  parser.add_argument('--min-probability', metavar='P', type=float, default=0.0, help=unsure)
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
-    '--inductive', action='store_true', default=True, help='batch norm uses the statistics of the examples (default)'
+    '--inductive', action='store_true', default=True, help='batch norm by the statistics of the examples (default)'
   )
   transductive = (
     'batch norm uses the statistics of all pictures of --query: better for dozens of pictures of all classes'

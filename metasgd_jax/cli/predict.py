@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from metasgd_jax.cli.arguments import INVERT
+from metasgd_jax.cli.sorting import UNSURE, put
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
 from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
@@ -28,8 +29,17 @@ RESULTS = ('predictions.csv', 'predictions.png')
 def run(args: argparse.Namespace) -> None:
   """Reads and checks all inputs, adapts the model, predicts, and writes and reports the results."""
   model, out, query_dir = load_model(args.model), files.as_path(args.out), files.as_path(args.query)
+  if not 0 <= args.min_probability <= 1:
+    raise ValueError(f'--min-probability must be from 0 to 1, got {args.min_probability:g}')
   support, query = _read(args, model.config)
-  _check_out(out, {'--support': files.as_path(args.support), '--query': query_dir}, args.overwrite)
+  if args.min_probability and UNSURE in support.names:
+    raise ValueError(f'--support={args.support} has a class {UNSURE!r}, which --min-probability uses; rename the class')
+  inputs = {'--support': files.as_path(args.support), '--query': query_dir}
+  _check_out('--out', out, inputs)
+  _check_results(out, args.overwrite)
+  sorted_to = args.copy_to or args.move_to
+  if sorted_to is not None:
+    _check_out('--move-to' if args.move_to else '--copy-to', files.as_path(sorted_to), inputs)
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
@@ -39,12 +49,19 @@ def run(args: argparse.Namespace) -> None:
   folders = _folders(names, support.names)
   truth = _unseen(folders, support, query)
   answers = [support.names[i] for i in probabilities.argmax(1)]
+  sure = probabilities.max(1) >= args.min_probability
+  answers = [answer if s else UNSURE for answer, s in zip(answers, sure, strict=True)]
   table = _table(support.names, names, answers, probabilities)
   picture = _picture(support, query, names, probabilities, truth)
   results = dict(zip(RESULTS, (table, picture), strict=True))
   _write(out, results)
   _report_images(support, query, answers, classifier.inverted_)
   _report_accuracy(answers, truth, left_out=truth.count(None) - folders.count(None))
+  if sorted_to is not None:
+    count = put(query.paths, answers, files.as_path(sorted_to), move=args.move_to is not None)
+    there = len(answers) - count
+    already = f'; {there} were there already' if there else ''
+    say(f'{"moved" if args.move_to else "copied"} to {sorted_to}, by class: {count} pictures{already}')
   say(f'results: {" and ".join(str(out / name) for name, data in results.items() if data)}')
 
 
@@ -60,19 +77,23 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   return support, image_folder.read_images(args.query, **form)
 
 
-def _check_out(out: pathlib.Path, inputs: Mapping[str, pathlib.Path], overwrite: bool) -> None:
+def _check_out(flag: str, out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Raises WriterError if `out` or a folder above it is a file, or if `out` is in one of the input folders.
-
-  It also raises WriterError if there are results already, unless `overwrite` is set.
 
   If the results were in an input folder, the next run would read them as input images.
   """
-  for flag, folder in inputs.items():
+  for name, folder in inputs.items():
     if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
-      raise files.WriterError(f'--out={out} lies in {flag}, so results would mix with images there; give another --out')
+      raise files.WriterError(
+        f'{flag}={out} lies in {name}, so results would mix with images there; give another {flag}'
+      )
   there = next(path for path in (out, *out.absolute().parents) if path.exists())
   if not there.is_dir():
-    raise files.WriterError(f'--out={out} cannot be written, because {there} is a file; give another --out')
+    raise files.WriterError(f'{flag}={out} cannot be written, because {there} is a file; give another {flag}')
+
+
+def _check_results(out: pathlib.Path, overwrite: bool) -> None:
+  """Raises WriterError if there are results already, unless `overwrite` is set."""
   for name in () if overwrite else RESULTS:
     if os.path.lexists(out / name):
       raise files.WriterError(f'{out / name} exists; give another --out, or --overwrite to replace it')
@@ -151,5 +172,7 @@ def _report_accuracy(answers: Sequence[str], truth: Sequence[str | None], left_o
   if left_out:
     are, them = ('picture is', 'it') if left_out == 1 else ('pictures are', 'them')
     say(f'{left_out} {are} among the examples too; the accuracy leaves {them} out')
-  if right := [answer == true for answer, true in zip(answers, truth, strict=True) if true is not None]:
-    say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class')
+  pairs = [(answer, true) for answer, true in zip(answers, truth, strict=True) if true is not None]
+  if right := [answer == true for answer, true in pairs if answer != UNSURE or true == UNSURE]:
+    unsure = f'; {len(pairs) - len(right)} more are unsure' if len(right) < len(pairs) else ''
+    say(f'accuracy: {np.mean(right):.1%} of {len(right)} pictures in folders named like a class{unsure}')

@@ -317,3 +317,32 @@ def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
   with pytest.raises(SystemExit):
     cli.main(['--help'])
   assert out.buffer.getvalue() == b'\\u2212\n'
+
+
+def test_pictures_are_copied_to_the_folders_of_their_classes(folders, model_file, capsys):
+  sorted_to = folders / 'sorted'
+  assert predict(folders, model_file, f'--copy-to={sorted_to}', '--min-probability=0.6') == 0
+  with (folders / 'out' / 'predictions.csv').open(newline='', encoding='utf-8') as file:
+    rows = list(csv.DictReader(file))
+  for row in rows:
+    most = max(float(row[name]) for name in SHOWN)
+    assert (row['prediction'] == 'unsure') == (most < 0.6)
+  there = {path.parent.name for path in sorted_to.rglob('*') if path.is_file()}
+  assert there == {row['prediction'] for row in rows}
+  assert len([path for path in sorted_to.rglob('*') if path.is_file()]) == len(rows) == 7
+  assert f'copied to {sorted_to}, by class: 7 pictures' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--min-probability=1.5'], ('--min-probability must be from 0 to 1', 'got 1.5')),
+    (['--copy-to={query}/sorted'], ('--copy-to=', 'lies in --query')),
+    (['--move-to={support}'], ('--move-to=', 'lies in --support')),
+  ],
+)
+def test_where_pictures_cannot_be_sorted_to(folders, model_file, flags, message, capsys):
+  flags = [flag.format(query=folders / 'query', support=folders / 'support') for flag in flags]
+  assert predict(folders, model_file, *flags) == 1
+  assert re.search(saying(*message), capsys.readouterr().err)
+  assert not (folders / 'out').exists()
