@@ -7,15 +7,17 @@ python -m experiments.classification --table2 --data_dir=~/tensorflow_datasets
 
 import dataclasses
 import functools
+import itertools
 from operator import methodcaller
 from typing import Any, cast, get_args
 
 import metasgd_jax as ms
 from experiments import evaluating, few_shot_table, few_shot_training, options, reporting, resuming, running, trainings
+from experiments.calibration import calibration_error
 from experiments.command import refuse_beside
 from experiments.few_shot_data import AUGMENTATIONS, DATASETS
 from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL, UNTRAINED, maml_rate, meta_batch, query_images
-from experiments.few_shot_training import BATCH_NORM, Setup, build
+from experiments.few_shot_training import BATCH_NORM, Judged, Setup, build
 from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
 from experiments.reporting import Result, percent
@@ -211,15 +213,15 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
       by_instance = few_shot_training.by_instance(name, metas[name], config, setup)
       about_run['accuracy_by_instance'] = by_instance
       pictures[f'instances_{name}'] = methodcaller('instance_curve', {NAMES[name]: by_instance})
-    results: list[Result] = []
-    for shot in config.test_shots:
-      for result in few_shot_training.judge(name, metas[name], shot, config, setup):
-        results.append(result)
-        rows.append(result.row(opened.path, {'inner_steps': result.values.shape[-1] - 1, **about_run}))
-        print(_sentence(rows[-1], result, config))
+    found = (few_shot_training.judge(name, metas[name], shot, config, setup) for shot in config.test_shots)
+    tests = list(itertools.chain(*found))
+    for result, logits, labels in tests:
+      about_test = {'inner_steps': result.values.shape[-1] - 1, 'calibration_error': calibration_error(logits, labels)}
+      rows.append(result.row(opened.path, about_test | about_run))
+      print(_sentence(rows[-1], result, config))
     if name in SAVED and config.ensemble == 1 and not config.alpha_by_step and config.network == 'conv4':
       path = opened.path(f'model_{name}.safetensors')
-      _save_model(path, name, reporting.one_run(metas[name], 0), results, config, setup)
+      _save_model(path, name, reporting.one_run(metas[name], 0), tests, config, setup)
     running.write_results('classification', config, opened, rows)
     if curve:
       curves[NAMES[name]] = curve['accuracy']
@@ -231,16 +233,21 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
   return rows
 
 
-def _save_model(path, name: str, meta: Any, results: list[Result], config: Config, setup: Setup) -> None:
+def _save_model(path, name: str, meta: Any, tests: list[Judged], config: Config, setup: Setup) -> None:
   """Writes the model of the first run to a file, for `metasgd predict` and `FewShotClassifier`."""
   places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
   # A model file may be published, so it has no private paths.
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
   training = running.settings(config, *MODEL_FACTS) | provenance.collect()
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
-  for result in results:
-    first = dataclasses.replace(result, values=result.values[:1])
-    training[f'accuracy_{result.about["test_shot"]}_shot_{result.about["batch_norm"]}'] = percent(first.estimate)
+  temperature = few_shot_training.temperature(name, meta, config, setup)
+  for result, logits, labels in tests:
+    first, mode = dataclasses.replace(result, values=result.values[:1]), result.about['batch_norm']
+    training[f'accuracy_{result.about["test_shot"]}_shot_{mode}'] = percent(first.estimate)
+    if mode == 'inductive':
+      errors = [f'{100 * calibration_error(logits / t, labels):.1f}' for t in (temperature, 1.0)]
+      what = f'{errors[0]} percentage points, {errors[1]} without the temperature'
+      training[f'calibration_error_{result.about["test_shot"]}_shot'] = what
   alpha = maml_rate(name, config) if name == 'maml' else None
   background: Any = 'dark' if config.dataset in CHARACTERS else 'any'
   filters, hidden = config.sizes
@@ -248,7 +255,7 @@ def _save_model(path, name: str, meta: Any, results: list[Result], config: Confi
     sizes = config.way, setup.image_shape, filters, 0, 0
   else:
     sizes = config.way, setup.image_shape, filters, hidden, config.inner_steps
-  about = ms.ModelConfig(cast(Any, name), *sizes, alpha, background, training)
+  about = ms.ModelConfig(cast(Any, name), *sizes, alpha, background, temperature, training)
   ms.save_model(path, ms.FewShotModel(about, meta))
 
 

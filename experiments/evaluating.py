@@ -9,6 +9,7 @@ import numpy as np
 
 import metasgd_jax as ms
 from experiments import few_shot_data, few_shot_training, reporting, resuming, running
+from experiments.calibration import calibration_error
 from experiments.few_shot_learners import NAMES
 from experiments.few_shot_training import BATCH_NORM, Setup
 from experiments.reporting import percent
@@ -89,8 +90,9 @@ def _run(config: Any, model: ms.FewShotModel, setup: Setup, opened: resuming.Run
   about |= {'trained_shot': trained.get('shot'), 'trained_way': model.config.way}
   rows = []
   for shot in config.test_shots:
-    for result in few_shot_training.judge(name, metas, shot, config, setup):
-      rows.append(result.row(opened.path, about))
+    for result, logits, labels in few_shot_training.judge(name, metas, shot, config, setup):
+      error = calibration_error(logits / model.config.temperature, labels)
+      rows.append(result.row(opened.path, {**about, 'calibration_error': error}))
       where = f'{config.dataset}, {config.way}-way {shot}-shot'
       interval = f'95% interval over {config.eval_tasks} unseen tasks'
       mode = BATCH_NORM[result.about['batch_norm']]

@@ -12,7 +12,16 @@ import optax
 from absl import logging
 
 import metasgd_jax as ms
-from experiments import few_shot_data, few_shot_learners, processes, reporting, resuming, running, trainings
+from experiments import (
+  calibration,
+  few_shot_data,
+  few_shot_learners,
+  processes,
+  reporting,
+  resuming,
+  running,
+  trainings,
+)
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from experiments.trainings import Best
 from metasgd_jax.types import Tasks
@@ -185,20 +194,52 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
   return Best(judge, config.validate_every, config.ensemble)
 
 
-def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[reporting.Result]:
-  """Tests on unseen tasks. Returns one result with transductive batch norm and then one with inductive batch norm.
+class Judged(NamedTuple):
+  """The result of a test, and the predictions of the first run.
 
-  Sequential learners have no batch norm, so for them the list has only one result.
+  Attributes:
+    result: Accuracies.
+    logits: Logits of all query images after the last inner step, `[n, N]`.
+    labels: Their labels, `[n]`.
   """
-  results = []
+
+  result: reporting.Result
+  logits: np.ndarray
+  labels: np.ndarray
+
+
+def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[Judged]:
+  """Tests on unseen tasks. Returns the test with transductive batch norm and then the one with inductive batch norm.
+
+  Sequential learners have no batch norm, so for them the list has only one test.
+  """
+  found = []
   modes = {'none': False} if name in SEQUENTIAL else {'transductive': False, 'inductive': True}
   for mode, inductive in modes.items():
     logging.info('%s: %d shot, batch norm %s', NAMES[name], shot, mode)
     tester, tasks, metas = setup.testers[name, inductive], setup.tests[shot], running.each_run(meta)
-    values = running.evaluate(tester, metas, tasks, config, setup.devices, metric_fn=ms.losses.accuracy)
+    values = running.evaluate(tester, metas, tasks, config, setup.devices, metric_fn=calibration.with_labels)
     about = {'dataset': config.dataset, 'learner': name, 'way': config.way, 'shot': config.shot, 'test_shot': shot}
-    results.append(reporting.Result({**about, 'batch_norm': mode}, values))
-  return results
+    result = reporting.Result({**about, 'batch_norm': mode}, calibration.accuracies(values))
+    found.append(Judged(result, *calibration.split(values[0])))
+  return found
+
+
+def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
+  """Returns the temperature that suits one run best on validation classes, with inductive batch norm.
+
+  Without validation classes it is 1.
+  """
+  if setup.validation is None:
+    return 1.0
+  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
+  placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
+  how: Any = dict(metric_fn=calibration.with_labels, num_tasks=count, placement=placement)
+  values = []
+  for shot in config.test_shots:
+    tasks = few_shot_data.tasks(setup.data.validation, config, shot=shot, query=config.eval_query)
+    values.append(ms.evaluate(setup.testers[name, True], meta, tasks, key, **how).mean(1))
+  return calibration.best_temperature(*calibration.split(np.concatenate(values)))
 
 
 def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:

@@ -53,9 +53,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
     'batch norm uses the statistics of all pictures of --query: better for dozens of pictures of all classes'
   )
   mode.add_argument('--transductive', dest='inductive', action='store_false', help=transductive)
-  invert = (
-    'exchange light and dark; auto: only in pictures with a light background, if the model needs a dark background'
-  )
+  invert = 'exchange light and dark (auto: if the model needs it)'
   parser.add_argument('--invert', choices=INVERT, default='auto', help=invert)
   return parser
 

@@ -96,8 +96,8 @@ class FewShotClassifier:
       raise ValueError(f"`invert` must be 'auto', True or False, got {self.invert!r}")
     model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
     steps = model.config.inner_steps if self.steps is None else self.steps
-    # Compiled programs are cached by config. Facts about the training do not change them.
-    config = dataclasses.replace(model.config, training={}, inner_steps=steps)
+    # Compiled programs are cached by config. Facts about the training, and the temperature, do not change them.
+    config = dataclasses.replace(model.config, training={}, temperature=1.0, inner_steps=steps)
     images, light = _prepared(X, self.invert, config)
     classes, labels = _as_classes(y, len(images), config.way)
     images, labels = _balanced(images, labels)
@@ -108,6 +108,7 @@ class FewShotClassifier:
     self.n_features_in_ = int(np.prod(config.image_shape))
     self.inverted_ = bool(light.any())
     self._fitted = config, inductive, jax.device_get(adapted)
+    self._temperature = model.config.temperature
     return self
 
   def decision_function(self, X: Any) -> np.ndarray:
@@ -128,14 +129,16 @@ class FewShotClassifier:
   def predict_proba(self, X: Any) -> np.ndarray:
     """Returns the probability of each class for each image, `[n, N]`. The classes are in the order of `classes_`.
 
-    This method raises the same errors as `decision_function`.
+    The probabilities are the softmax of the logits divided by `ModelConfig.temperature`. This method raises the same
+    errors as `decision_function`.
 
     Args:
       X: Query images, in any of the forms that `FewShotClassifier` accepts.
     """
     from scipy.special import softmax  # Imported here, because only this method needs scipy.
 
-    return softmax(self._logits(X).astype(np.float64), axis=1)
+    logits = self._logits(X).astype(np.float64)
+    return softmax(logits / self._temperature, axis=1)
 
   def predict(self, X: Any) -> np.ndarray:
     """Returns the most probable label of each image, `[n]`.

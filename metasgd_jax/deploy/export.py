@@ -85,6 +85,7 @@ def export_model(
     'inner_steps': config.inner_steps,
     'batch_norm': 'inductive' if inductive else 'transductive',
     'outputs': 'logits',
+    'temperature': config.temperature,
     'training': dict(config.training),
   }
   episode = Episode(Batch(x, y), Batch(x[:3], y[:3]))

@@ -49,6 +49,8 @@ class ModelConfig:
     alpha: Inner learning rate of MAML. It is None for Meta-SGD, whose α is among the parameters, and for Prototypical
       Networks.
     background: Background of the training images: 'dark', which means light ink on black, or 'any'.
+    temperature: Number T by which logits are divided before they become probabilities (Guo et al. 2017, equation 9). It
+      changes how sure the model is, but not its answers.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -67,6 +69,7 @@ class ModelConfig:
   inner_steps: int = 1
   alpha: float | None = None
   background: Background = 'dark'
+  temperature: float = 1.0
   training: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
   def __post_init__(self):
@@ -83,6 +86,8 @@ class ModelConfig:
       )
     if min(shape[:2]) < 16:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves both sizes four times, got {shape!r}')
+    if not (isinstance(self.temperature, int | float) and 1e-6 <= self.temperature <= 1e6):
+      raise ValueError(f'temperature must be a number from 1e-6 to 1e6, got {self.temperature!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
     if self.learner == 'prototypical' and (self.hidden, self.inner_steps, self.alpha) != (0, 0, None):

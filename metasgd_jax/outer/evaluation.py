@@ -48,7 +48,7 @@ def evaluate(
   repeats: int = 1,
   placement: Placement = Placement(),
 ) -> np.ndarray:
-  """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1]`.
+  """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1, …]`.
 
   The tasks depend only on `key`. Two learners that are evaluated with the same key receive the same tasks and episodes,
   so their values can be compared in pairs. The learner may take more inner steps than in training.
@@ -58,7 +58,8 @@ def evaluate(
     meta: Meta-parameters of one run of the learner.
     tasks: Unseen tasks. Q is the number of query items of their episodes.
     key: Random key, consumed. It is split into one key per task.
-    metric_fn: Metric on the query, `(outputs [Q, …], targets [Q, …]) → scalar`.
+    metric_fn: Metric on the query, `(outputs [Q, …], targets [Q, …]) → scalar`. If it returns an array, its axes are
+      the last ones of the result.
     num_tasks: Number of tasks T.
     repeats: Number of episodes drawn from each task.
     placement: How the tasks are placed on devices. A device computes its tasks in groups of equal size, one group after

@@ -453,7 +453,7 @@ def test_training_starts_from_a_model(tmp_path):
     classification.Config(start=path, learner=('lstm',))
 
 
-ALMOST_UNTRAINED = TINY | dict(way=3, filters=4, learning_rate=1e-12)
+ALMOST_UNTRAINED = TINY | dict(way=3, filters=4, learning_rate=1e-12, validate_every=1)
 
 
 @pytest.fixture(scope='module')
@@ -480,6 +480,8 @@ def test_a_trained_model_can_be_used(conv4_run):
   model = ms.load_model(path)
   assert (model.config.way, model.config.image_shape, model.config.filters) == (3, (28, 28, 1), 4)
   assert model.config.training['accuracy_1_shot_inductive'].startswith(f'{100 * rows[1]["mean"]:.2f}% ±')
+  assert model.config.temperature != 1
+  assert 'without the temperature' in model.config.training['calibration_error_1_shot']
   episode = ms.tasks.glyphs(way=3, shot=1, query=2)
   support, query = episode.episode(episode.sample(jax.random.key(0)), jax.random.key(1))
   classifier = ms.FewShotClassifier(path).fit(np.asarray(support.x), np.asarray(support.y))
