@@ -52,7 +52,7 @@ notebooks: $(VENV)/notebooks
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.sinusoids
-	$(BIN)/python -m benchmarks.omniglot
+	$(BIN)/python -m benchmarks.classification
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.navigation

@@ -1,4 +1,4 @@
-"""Conv4-64 on images with Omniglot's shape: the programs of metasgd_jax and of plain JAX, and their number of FLOPs.
+"""Conv4 on images with the shape of a data set: the programs of metasgd_jax and of plain JAX, and their FLOPs.
 
 The roof is the rate at which the machine computes a large matrix product, in FLOP/s.
 """
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import metasgd_jax as ms
-from benchmarks import ALPHA, ours
+from benchmarks import ALPHA, Setting, ours
 
-QUERY, INSTANCES = 15, 20
+QUERY, INSTANCES, CLASSES = 15, 20, 64
 OURS, PLAIN = 'metasgd_jax', 'plain JAX (lax.conv, vmap, one device)'
 ROOF, SIDE = 'matrix product', 2048
 VARIANTS = (
@@ -30,14 +30,16 @@ class PlainConv4(nn.Module):
   """Conv4 written with flax and lax only. Its parameters have the same names as those of `ms.nn.Conv4`."""
 
   way: int
+  filters: int = 64
+  hidden: int = 32
 
   @nn.compact
   def __call__(self, x):
     """Maps `[B, H, W, D]` to `[B, way]`."""
     for i in range(4):
-      x = PlainBlock(64, name=f'ConvBlock_{i}')(x)
-    x = nn.relu(nn.Dense(32)(x.reshape(x.shape[0], -1)))
-    return nn.Dense(self.way)(x)
+      x = PlainBlock(self.filters, name=f'ConvBlock_{i}')(x)
+    x = x.reshape(x.shape[0], -1)
+    return nn.Dense(self.way)(nn.relu(nn.Dense(self.hidden)(x)) if self.hidden else x)
 
 
 class PlainBlock(nn.Module):
@@ -59,33 +61,41 @@ def learner(network, **options) -> ms.Learner:
   return ms.meta_sgd(ms.nn.from_linen(network), ms.losses.cross_entropy, alpha=ms.AlphaConfig(ALPHA, ALPHA), **options)
 
 
-def task_distribution(way: int, shot: int) -> ms.TaskDistribution:
+def task_distribution(setting: Setting) -> ms.TaskDistribution:
   """Returns few-shot tasks whose images are noise."""
-  images = np.random.default_rng(0).integers(0, 256, (200, INSTANCES, 28, 28, 1), np.uint8)
-  return ms.tasks.few_shot(ms.tasks.class_bank(images), way=way, shot=shot, query=QUERY)
+  shape = setting.sizes[0]
+  images = np.random.default_rng(0).integers(0, 256, (CLASSES, INSTANCES, *shape), np.uint8)
+  return ms.tasks.few_shot(ms.tasks.class_bank(images), way=setting.way, shot=setting.shot, query=QUERY)
 
 
-def work(way: int, shot: int, tasks: int, filters: int = 64, side: int = 28) -> float:
+def work(setting: Setting, filters: int | None = None) -> float:
   """Returns the number of FLOPs of the convolutions in a meta-iteration, if they are computed directly.
 
   A direct 3×3 convolution from D to F channels takes 2·9·D·F FLOPs for each pixel of the output. For the query, a layer
   takes 3 operations of this size: the convolution, and the gradients of its kernel and of its input. For the support, a
   layer takes 9: the same 3, and the derivatives of each of them with respect to its two operands. The first layer needs
   no gradient of its input, and takes 2 operations for the query and 4 for the support.
+
+  Args:
+    setting: What is trained.
+    filters: Number of filters, by default that of the setting.
   """
-  total = 0.0
+  (side, _, channels), known, _ = setting.sizes
+  filters, total = filters or known, 0.0
   for i in range(4):
-    one_image = side**2 * 2 * 9 * (filters if i else 1) * filters
-    total += one_image * way * (QUERY * (3 if i else 2) + shot * (9 if i else 4))
+    one_image = side**2 * 2 * 9 * (filters if i else channels) * filters
+    total += one_image * setting.way * (QUERY * (3 if i else 2) + setting.shot * (9 if i else 4))
     side //= 2
-  return total * tasks
+  return total * setting.tasks
 
 
-def our_runs(way: int, shot: int, tasks: int, names) -> dict:
+def our_runs(setting: Setting, names) -> dict:
   """Returns the programs of metasgd_jax and of plain JAX whose names are in `names`, as a dict by name."""
-  build = functools.partial(ours.Run, tasks=task_distribution(way, shot), num_tasks=tasks, chunk=20)
-  net = ms.nn.Conv4(way)
-  half = ms.nn.Conv4(way, dtype=jnp.bfloat16)
+  build = functools.partial(ours.Run, tasks=task_distribution(setting), num_tasks=setting.tasks, chunk=20)
+  _, filters, hidden = setting.sizes
+  net = ms.nn.Conv4(setting.way, filters=filters, hidden=hidden)
+  half = ms.nn.Conv4(setting.way, filters=filters, hidden=hidden, dtype=jnp.bfloat16)
+  plain = PlainConv4(setting.way, filters, hidden)
   makers = (
     lambda: build(learner(net)),
     lambda: build(learner(net), tasks_at_once='all'),
@@ -97,7 +107,7 @@ def our_runs(way: int, shot: int, tasks: int, names) -> dict:
   known = {
     OURS: lambda: build(learner(net), devices=True),
     **dict(zip(VARIANTS, makers, strict=True)),
-    PLAIN: lambda: build(learner(PlainConv4(way)), tasks_at_once='all'),
+    PLAIN: lambda: build(learner(plain), tasks_at_once='all'),
   }
   return {name: make() for name, make in known.items() if name in names}
 

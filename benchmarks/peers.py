@@ -29,17 +29,26 @@ def mlp_apply(p, x):
   return F.linear(x, p[4], p[5])
 
 
-def conv4(way: int, filters: int = 64) -> nn.Module:
+class ChannelsLast(nn.Module):
+  """Flattens images `[B, D, H, W]` to `[B, H·W·D]`, in the order of metasgd_jax."""
+
+  def forward(self, x):
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def conv4(way: int, shape: tuple[int, int, int], filters: int, hidden: int) -> nn.Module:
   """Returns the classifier of the paper, with max-pooling before ReLU as in `ms.nn.Conv4`."""
-  layers: list[nn.Module] = []
+  (height, width, channels), layers = shape, []
   for i in range(4):
     layers += [
-      nn.Conv2d(filters if i else 1, filters, 3, padding=1, bias=False),
+      nn.Conv2d(filters if i else channels, filters, 3, padding=1, bias=False),
       nn.BatchNorm2d(filters, eps=1e-3, track_running_stats=False),
       nn.MaxPool2d(2),
       nn.ReLU(),
     ]
-  return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, 32), nn.ReLU(), nn.Linear(32, way))
+  features = filters * (height // 16) * (width // 16)
+  middle = [nn.Linear(features, hidden), nn.ReLU()] if hidden else []
+  return nn.Sequential(*layers, ChannelsLast(), *middle, nn.Linear(hidden or features, way))
 
 
 def conv4_apply(p, x):
@@ -47,7 +56,10 @@ def conv4_apply(p, x):
   for i in range(0, 12, 3):
     x = F.batch_norm(F.conv2d(x, p[i], padding=1), None, None, p[i + 1], p[i + 2], True, eps=1e-3)
     x = F.relu(F.max_pool2d(x, 2))
-  return F.linear(F.relu(F.linear(x.flatten(1), p[12], p[13])), p[14], p[15])
+  x = x.permute(0, 2, 3, 1).flatten(1)
+  if len(p) > 14:
+    x = F.relu(F.linear(x, p[12], p[13]))
+  return F.linear(x, p[-2], p[-1])
 
 
 def in_torchs_order(theta) -> list[np.ndarray]:
@@ -189,11 +201,12 @@ PEERS: dict[str, Callable[..., Loop]] = {
 }
 
 
-def of_conv4(way: int, theta, alpha: float, episodes, names=None, dtype=torch.float32) -> dict[str, Loop]:
+def of_conv4(way: int, sizes, theta, alpha: float, episodes, names=None, dtype=torch.float32) -> dict[str, Loop]:
   """Returns peers on Conv4, as a dict by name.
 
   Args:
     way: Number of classes, N.
+    sizes: Shape of an image, filters and hidden units, as `Setting.sizes`.
     theta: Arrays of θ from `in_torchs_order`.
     alpha: Initial rate of the inner step.
     episodes: Episodes `[T, …]` of NumPy arrays.
@@ -205,7 +218,7 @@ def of_conv4(way: int, theta, alpha: float, episodes, names=None, dtype=torch.fl
   arrays = [f(a) for part in episodes for f, a in zip((images, labels), part, strict=True)]
   theta = [torch.tensor(np.array(t), dtype=dtype).numpy() for t in theta]
   return {
-    name: build(conv4(way), conv4_apply, F.cross_entropy, theta, alpha, arrays)
+    name: build(conv4(way, *sizes), conv4_apply, F.cross_entropy, theta, alpha, arrays)
     for name, build in PEERS.items()
     if name in (ON_CONV4 if names is None else names)
   }

@@ -1,6 +1,6 @@
 """Runs one program on Conv4 in a separate process, and takes commands from stdin. `Worker` starts such a process.
 
-    python -m benchmarks.worker NAME WAY SHOT TASKS [FILE]
+    python -m benchmarks.worker NAME IMAGES WAY SHOT TASKS [FILE]
 
 Programs in one process would influence each other: a program can reuse memory that another program has freed, without
 new pages from the operating system. PyTorch's loop was a fifth faster in this way than alone. Therefore each program
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from benchmarks import ALPHA, Setting
+
 OF_JAX = ('metasgd_jax', 'plain JAX', 'matrix product')
 """Beginnings of the names of programs that use JAX. All other programs use PyTorch."""
 
@@ -27,7 +29,7 @@ KEEPING = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2
 class Worker:
   """A program in a separate process: `worker(n)` takes n iterations in that process."""
 
-  def __init__(self, name: str, setting: Sequence[int], episodes: str, environment=None) -> None:
+  def __init__(self, name: str, setting: Sequence[str | int], episodes: str, environment=None) -> None:
     """Starts the process, which builds the program. Peers read the file `episodes`, which `save` writes."""
     command = [sys.executable, '-m', 'benchmarks.worker', name, *map(str, setting), episodes]
     environment = {**os.environ, **(environment or {})}
@@ -71,23 +73,23 @@ def save(path: str, theta, episodes) -> None:
   np.savez(path, **arrays)
 
 
-def _peer(name, way, path):
-  from benchmarks import ALPHA, peers  # This process does not import JAX.
+def _peer(name, setting, path):
+  from benchmarks import peers  # This process does not import JAX.
 
   with np.load(path, allow_pickle=False) as file:
     theta = [file[k] for k in sorted(file) if k.startswith('theta')]
     x, y, query_x, query_y = (file[f'episode{i}'] for i in range(4))
-  return peers.of_conv4(way, theta, ALPHA, ((x, y), (query_x, query_y)), [name])[name]
+  return peers.of_conv4(setting.way, setting.sizes, theta, ALPHA, ((x, y), (query_x, query_y)), [name])[name]
 
 
-def _of_jax(name, way, shot, tasks):
+def _of_jax(name, setting):
   from benchmarks import conv4  # This process does not import torch.
   from metasgd_jax.outer import sharding
 
   if name == conv4.ROOF:
     return conv4.matrix_product()
   sharding.cpu_cores_as_devices()
-  return conv4.our_runs(way, shot, tasks, [name])[name]
+  return conv4.our_runs(setting, [name])[name]
 
 
 def resident(*, peak: bool = True, reset: bool = False) -> float:
@@ -107,8 +109,8 @@ def main() -> None:
   The answer to a number of iterations is their duration in seconds. The answer to "peak" is the result of
   `Worker.peak`.
   """
-  name, way, shot, tasks = sys.argv[1], *map(int, sys.argv[2:5])
-  run = _of_jax(name, way, shot, tasks) if name.startswith(OF_JAX) else _peer(name, way, sys.argv[5])
+  name, setting = sys.argv[1], Setting(sys.argv[2], *map(int, sys.argv[3:6]))
+  run = _of_jax(name, setting) if name.startswith(OF_JAX) else _peer(name, setting, sys.argv[6])
   calls, before = 0, 0.0
   for line in sys.stdin:
     request = json.loads(line)

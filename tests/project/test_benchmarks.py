@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import metasgd_jax as ms
-from benchmarks import conv4, navigation
+from benchmarks import Setting, conv4, navigation
 from metasgd_jax import rl
 from metasgd_jax.nn import block
 
@@ -28,11 +28,11 @@ def flop(jaxpr) -> float:
   return total
 
 
-@pytest.mark.parametrize(('way', 'shot'), [(5, 1), (3, 2)])
-def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
+@pytest.mark.parametrize('setting', [Setting('omniglot', 5, 1, 2), Setting('mini_imagenet', 3, 2, 2)])
+def test_work_is_that_of_the_convolutions(setting, monkeypatch):
   monkeypatch.setattr(block, 'default_parts', lambda *shapes: 1)  # Parts take the first layer's output twice.
-  learner = conv4.learner(ms.nn.Conv4(way, filters=8))
-  tasks = conv4.task_distribution(way, shot)
+  learner = conv4.learner(ms.nn.Conv4(setting.way, filters=8))
+  tasks = conv4.task_distribution(setting)
 
   def gradient(meta, keys):
     both = jax.vmap(tasks.episode)(jax.vmap(tasks.sample)(keys), keys)
@@ -41,7 +41,7 @@ def test_work_is_that_of_the_convolutions(way, shot, monkeypatch):
   keys = jax.random.split(jax.random.key(0), 2)
   meta = jax.eval_shape(lambda key: learner.init(key, tasks.episode(tasks.sample(key), key)), keys[0])
   jaxpr = jax.make_jaxpr(gradient)(meta, keys)
-  assert flop(jaxpr.jaxpr) == conv4.work(way, shot, 2, filters=8)
+  assert flop(jaxpr.jaxpr) == conv4.work(setting, filters=8)
 
 
 def test_work_of_a_policy_is_that_of_its_matrix_products():
