@@ -12,7 +12,8 @@ RANGE = (0.01, 100.0)
 
 def with_labels(logits: chex.Array, labels: chex.Array) -> chex.Array:
   """A `metric_fn` of `ms.evaluate`: the logits `[Q, N]` beside the labels, `[Q, N + 1]`; see `split`."""
-  return jnp.concatenate([logits, labels[:, None].astype(logits.dtype)], 1)
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # bfloat16 would round labels above 256.
+  return jnp.concatenate([wide, labels[:, None].astype(wide.dtype)], 1)
 
 
 def accuracies(values: np.ndarray) -> np.ndarray:
@@ -30,14 +31,15 @@ def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the temperature T with the lowest cross-entropy of softmax(logits / T).
+  """Returns the temperature T in `RANGE` with the lowest cross-entropy of softmax(logits / T).
 
-  The cross-entropy is convex in 1 / T, so the golden-section search over log T finds its minimum.
+  The cross-entropy is convex in 1 / T, so a search over log T finds its minimum.
   """
   from scipy.optimize import minimize_scalar
 
-  result = minimize_scalar(lambda t: cross_entropy(logits / np.exp(t), labels), np.log(RANGE), method='golden')
-  return float(np.clip(np.exp(result.x), *RANGE))
+  bounds = np.log(RANGE)
+  found = minimize_scalar(lambda t: cross_entropy(logits / np.exp(t), labels), bounds=bounds, method='bounded')
+  return float(np.exp(found.x))
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:

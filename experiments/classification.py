@@ -274,8 +274,6 @@ def _sentence(row: dict[str, Any], result: Result, config: Config) -> str:
 
 def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
   if config.evaluate is not None:
-    if keeping.plan or keeping.debug_task is not None:
-      raise ValueError('--plan and --debug_task are for trainings, got --evaluate too; leave one of them out')
     model = ms.load_model(config.evaluate)
     tests = evaluating.build(config, model, devices)
     return [], functools.partial(evaluating.run, config, workdir, model, tests, keeping)

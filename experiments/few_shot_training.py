@@ -182,16 +182,21 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
   validator = build_learner(name, config, test=True)  # Equal learners share their programs.
 
   def judge(step: int, meta: Any) -> float:
-    key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
-    how: Any = dict(num_tasks=count, placement=ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices)))
-    values = ms.evaluate(validator, meta, tasks, key, metric_fn=ms.losses.accuracy, **how)
-    accuracy = float(values[:, 0, -1].mean())
+    values = _validate(validator, meta, tasks, ms.losses.accuracy, config, setup)
+    accuracy = float(values[:, -1].mean())
     logging.info('%s: validation accuracy %.2f%% at meta-iteration %d', label, 100 * accuracy, step)
     for writer in run.metrics:
       writer.write(label, step, {'validation_accuracy': accuracy})
     return accuracy
 
   return Best(judge, config.validate_every, config.ensemble)
+
+
+def _validate(learner: ms.Learner, meta: Any, tasks: Tasks, metric_fn: Any, config: Any, setup: Setup) -> np.ndarray:
+  """Returns the metric of one run on the same tasks of validation classes in every call, `[T, k + 1, …]`."""
+  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
+  placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
+  return ms.evaluate(learner, meta, tasks, key, metric_fn=metric_fn, num_tasks=count, placement=placement)[:, 0]
 
 
 class Judged(NamedTuple):
@@ -232,13 +237,10 @@ def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
   """
   if setup.validation is None:
     return 1.0
-  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
-  placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
-  how: Any = dict(metric_fn=calibration.with_labels, num_tasks=count, placement=placement)
   values = []
   for shot in config.test_shots:
     tasks = few_shot_data.tasks(setup.data.validation, config, shot=shot, query=config.eval_query)
-    values.append(ms.evaluate(setup.testers[name, True], meta, tasks, key, **how).mean(1))
+    values.append(_validate(setup.testers[name, True], meta, tasks, calibration.with_labels, config, setup))
   return calibration.best_temperature(*calibration.split(np.concatenate(values)))
 
 
