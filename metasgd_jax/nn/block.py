@@ -2,16 +2,11 @@
 
 import chex
 import flax.linen as nn
-import jax
-import jax.export
 import jax.numpy as jnp
 from jax import lax
 
+from metasgd_jax.nn import few_channels
 from metasgd_jax.nn.conv import conv_general_dilated, max_pool
-
-# Size of a part of a convolution's output on a CPU. Sizes from 1 to 4 MiB were equally fast; 15 MiB was a fifth slower.
-PART_BYTES = 4 * 2**20
-CHEAP = 32  # Number of products per output (h·w·D) up to which a convolution is computed again instead of stored.
 
 
 def conv_block(
@@ -21,7 +16,6 @@ def conv_block(
   bias: chex.Array,
   *,
   epsilon: float = 1e-3,
-  parts: int | None = None,
   statistics: tuple[chex.Array, chex.Array] | None = None,
 ) -> chex.Array:
   """Returns relu(max_pool(batch_norm(conv(x, kernel)))), with stride 1, padding 'SAME' and windows of 2×2.
@@ -36,10 +30,8 @@ def conv_block(
   The choice does not change the output, but it changes the derivative with respect to the scale. This function chooses
   the largest y of the window, and separate layers would choose the first y.
 
-  The array y itself is needed only for its mean and variance. If the convolution is cheap and its output is large, as
-  in a first layer, the images are processed in parts: y is computed again for the derivatives, and is never stored. The
-  means and variances of the parts p give those of all images exactly: mean = mean(mean_p) and
-  var = mean(var_p) + mean((mean_p − mean)²).
+  The array y itself is needed only for its mean and variance. If images have few channels, as in a first layer, y is
+  never stored on a CPU; see `nn.few_channels`.
 
   Args:
     x: Images, `[B, H, W, D]`.
@@ -47,64 +39,35 @@ def conv_block(
     scale: Scale of batch norm, `[F]`.
     bias: Bias of batch norm, `[F]`.
     epsilon: Constant ε that is added to the variance.
-    parts: Number of parts, a divisor of B. By default it is chosen by platform and size, and is 1 except on a CPU.
     statistics: Mean and variance to normalise with, `[F]` and `[F]`. By default they are those of conv(x, kernel).
 
   Returns:
     `[B, H // 2, W // 2, F]`, of x's dtype. Statistics are summed in float32 or a wider type.
 
   Raises:
-    ValueError: if `parts` does not divide B, or if the images are smaller than 2×2.
+    ValueError: if the images are smaller than 2×2.
 
   Example:
     >>> x, kernel = jnp.zeros((2, 28, 28, 1)), jnp.zeros((3, 3, 1, 8))
     >>> jax.jit(ms.nn.conv_block)(x, kernel, jnp.ones(8), jnp.zeros(8)).shape
     (2, 14, 14, 8)
   """
-  return conv_block_and_statistics(x, kernel, scale, bias, epsilon=epsilon, parts=parts, statistics=statistics)[0]
+  return conv_block_and_statistics(x, kernel, scale, bias, epsilon=epsilon, statistics=statistics)[0]
 
 
-def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, parts=None, statistics=None) -> tuple:
+def conv_block_and_statistics(x, kernel, scale, bias, *, epsilon=1e-3, statistics=None) -> tuple:
   """Returns the output of `conv_block`, and the pair (mean, variance) that batch norm used."""
-  parts = default_parts(x.shape, kernel.shape) if parts is None else parts
-  if parts < 1 or x.shape[0] % parts:
-    raise ValueError(f'`parts` must be a divisor of the number of images ({x.shape[0]}), got {parts}')
-  sums = jnp.promote_types(x.dtype, jnp.float32)
   sign = jnp.where(scale >= 0, 1, -1).astype(x.dtype).reshape(1, 1, 1, -1)
-
-  def part(x):
-    y = conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    top = max_pool(y * sign, (2, 2), (2, 2)) * sign
-    return *(moments(y.astype(sums)) if statistics is None else statistics), top
-
-  if parts == 1 or statistics is not None:
-    mean, variance, top = part(x)
+  if few_channels.suits(x.shape, kernel.shape):
+    top, mean, variance = few_channels.winners_and_moments(x, kernel * sign)
+    mean = mean * sign.ravel()
   else:
-    again = jax.checkpoint(part, prevent_cse=False)
-    means, variances, tops = lax.map(again, x.reshape(parts, -1, *x.shape[1:]))
-    mean = jnp.mean(means, 0)
-    variance = jnp.mean(variances, 0) + jnp.mean(jnp.square(means - mean[None]), 0)
-    top = tops.reshape(-1, *tops.shape[2:])
+    y = conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    top = max_pool(y * sign, (2, 2), (2, 2))
+    mean, variance = moments(y.astype(jnp.promote_types(x.dtype, jnp.float32)))
+  mean, variance = (mean, variance) if statistics is None else statistics
+  top = top * sign
   return nn.relu(normalise(top, mean, variance, scale, bias, epsilon)), (mean, variance)
-
-
-def default_parts(images: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-  """Returns the number of parts into which `conv_block` splits the batch by default.
-
-  On a CPU, for a cheap convolution, the number is a divisor of B, chosen such that the outputs of the convolution for
-  one part have about `PART_BYTES` bytes. In all other cases the number is 1. It is also 1 if B has no suitable divisor,
-  if B is 0, or if B is not known because the program is exported.
-
-  Args:
-    images: Shape of the images, `[B, H, W, D]`.
-    kernel: Shape of the kernel, `[h, w, D, F]`.
-  """
-  (batch, height, width, depth), (h, w, _, features) = images, kernel
-  is_open = jax.export.is_symbolic_dim(batch)  # A program may be exported for any number of images.
-  if is_open or batch == 0 or jax.default_backend() != 'cpu' or h * w * depth > CHEAP:
-    return 1
-  least = -(-batch * height * width * features * 4 // PART_BYTES)
-  return next((n for n in range(least, min(2 * least + 2, batch + 1)) if batch % n == 0), 1)
 
 
 def moments(y: chex.Array) -> tuple[chex.Array, chex.Array]:

@@ -12,7 +12,7 @@ from jax import lax
 from problems import assert_trees_close, relative_error, saying
 
 import metasgd_jax as ms
-from metasgd_jax.nn import bilinear, block, winograd
+from metasgd_jax.nn import bilinear, few_channels, winograd
 
 FORMS = [  # kernel size, strides, padding, dilation of the images, of the kernel
   ((3, 3), (1, 1), 'SAME', None, None),
@@ -326,40 +326,59 @@ def plain_block(x, kernel, scale, bias):
   return nn.max_pool(nn.relu(y + bias.reshape(1, 1, 1, -1)), (2, 2), (2, 2))
 
 
-@pytest.mark.parametrize('parts', [1, 3])
-def test_conv_block_equals_the_plain_layers_to_second_order(parts):
+def orders(block):
+  """Returns the block, and its first and second derivatives with respect to all operands, as one function."""
+  scalar = lambda *a: jnp.sum(jnp.sin(block(*a)))
+  first = jax.grad(scalar, argnums=(0, 1, 2, 3))
+  second = jax.grad(lambda *a: sum(jnp.sum(g**2) for g in first(*a)), argnums=(0, 1, 2, 3))
+  return jax.jit(lambda *a: (block(*a), first(*a), second(*a)))
+
+
+@pytest.mark.parametrize('images', [(6, 7, 8, 2), (3, 6, 8, 2)], ids=['odd', 'even'])
+def test_conv_block_equals_the_plain_layers_to_second_order(images):
   """Also in channels whose scale is negative, where batch norm turns the order around."""
+  assert few_channels.suits(images, (3, 3, 2, 4)) == (images[1] == 6)
   with jax.enable_x64(True):
-    x, kernel = normal(6, 7, 8, 2), normal(3, 3, 2, 4, seed=1)
-    norm = np.array([0.5, -1.5, 2.0, -0.1]), np.array([0.1, 0.5, -0.2, 0.3])
-
-    def orders(block):
-      scalar = lambda *a: jnp.sum(jnp.sin(block(*a)))
-      first = jax.grad(scalar, argnums=(0, 1, 2, 3))
-      second = jax.grad(lambda *a: sum(jnp.sum(g**2) for g in first(*a)), argnums=(0, 1, 2, 3))
-      return lambda *a: (block(*a), first(*a), second(*a))
-
-    both = [orders(block) for block in (functools.partial(ms.nn.conv_block, parts=parts), plain_block)]
-    assert_trees_close(*jax.jit(lambda *a: [of(*a) for of in both])(x, kernel, *norm), rtol=1e-9, atol=1e-9)
+    operands = normal(*images), normal(3, 3, 2, 4, seed=1), np.array([0.5, -1.5, 2.0, -0.1]), normal(4, seed=2)
+    both = [orders(block)(*operands) for block in (ms.nn.conv_block, plain_block)]
+    assert_trees_close(*both, rtol=1e-9, atol=1e-9)
 
 
-def test_conv_block_in_parts_keeps_no_convolution():
+def test_few_channels_in_one_program_for_many_tasks():
+  """Kernels differ between the tasks of a vmap."""
+  with jax.enable_x64(True):
+    x, kernels, one = normal(2, 3, 6, 8, 1), normal(2, 3, 3, 1, 4, seed=1), np.ones(4)
+    loss = lambda block: jax.grad(lambda k, x: jnp.sum(jnp.sin(block(x, k, one, one))))
+    both = [jax.jit(jax.vmap(loss(block)))(kernels, x) for block in (ms.nn.conv_block, plain_block)]
+    np.testing.assert_allclose(*both, rtol=1e-9)
+
+
+def test_moments_of_few_channels_are_accurate_where_neighbours_are_alike():
+  """The response of a Laplacian to a smooth image has a thousandth of the image's variance."""
+  smooth = np.cumsum(np.cumsum(normal(4, 32, 32, 3), 1), 2) / 100
+  kernel = np.broadcast_to(np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], float)[..., None, None], (3, 3, 3, 1))
+  y = lax.conv_general_dilated(np.float32(smooth), np.float32(kernel), (1, 1), 'SAME', dimension_numbers=NHWC)
+  found = jax.jit(few_channels.winners_and_moments)(np.float32(smooth), np.float32(kernel))
+  np.testing.assert_allclose(found[2], np.var(np.float64(y), (0, 1, 2)), rtol=1e-4)
+
+
+def test_few_channels_keep_no_convolution(monkeypatch):
   x, kernel, one = (np.ones(shape, np.float32) for shape in ((60, 28, 28, 1), (3, 3, 1, 64), 64))
 
-  def memory(parts):
-    loss = lambda k: jnp.sum(ms.nn.conv_block(x, k, one, one, parts=parts) ** 2)
+  def memory():
+    loss = lambda k: jnp.sum(ms.nn.conv_block(x, k, one, one) ** 2)
     return jax.jit(jax.grad(loss)).lower(kernel).compile().memory_analysis().temp_size_in_bytes
 
-  assert memory(6) < 0.5 * memory(1)
+  few = memory()
+  monkeypatch.setattr(few_channels, 'suits', lambda *shapes: False)
+  assert few < 0.5 * memory()
 
 
-def test_parts_are_for_cheap_first_layers():
-  assert block.default_parts((75, 28, 28, 1), (3, 3, 1, 64)) == 5
-  assert block.default_parts((5, 28, 28, 1), (3, 3, 1, 64)) == 1
-  assert block.default_parts((75, 28, 28, 64), (3, 3, 64, 64)) == 1  # As large, and not cheap.
-  assert block.default_parts((79, 28, 28, 1), (3, 3, 1, 64)) == 1  # No divisor.
-  with pytest.raises(ValueError, match=saying('parts', 'divisor', '5', 'got 2')):
-    ms.nn.conv_block(np.zeros((5, 8, 8, 1)), np.zeros((3, 3, 1, 4)), np.ones(4), np.ones(4), parts=2)
+def test_the_first_of_equal_outputs_wins():
+  x, kernel = np.zeros((1, 4, 4, 1), np.float32), np.zeros((3, 3, 1, 1), np.float32)
+  kernel[1, 1] = 1
+  image = jax.grad(lambda x: jnp.sum(few_channels.winners_and_moments(x, kernel)[0]))(x)
+  np.testing.assert_array_equal(image[0, :, :, 0], [[1, 0, 1, 0], [0] * 4, [1, 0, 1, 0], [0] * 4])
 
 
 def test_shapes_that_do_not_fit():
