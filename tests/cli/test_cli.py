@@ -235,6 +235,13 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
     (['predict', '--invert', 'atuo'], ('--invert', "'atuo'", 'auto', 'yes', 'no')),
     (['export', '--out=a', '--platform=cpu'], ('[--platforms', 'unrecognized arguments: --platform=cpu')),
     (['info', '--modle=a'], ('[--model', 'unrecognized arguments: --modle=a')),
+    (['predict', '--support=a', '--query=b', '--out=c', '--move-to='], ('--move-to is empty; give a folder',)),
+    (['predict', '--support=a', '--query=b', '--out=c', '--copy-to='], ('--copy-to is empty; give a folder',)),
+    (['predict', '--support=a', '--query=b', '--out='], ('--out is empty; give a folder, such as .',)),
+    (['predict', '--support=', '--query=b', '--out=c'], ('--support is empty; give a folder',)),
+    (['predict', '--support=a', '--query=', '--out=c'], ('--query is empty; give a folder',)),
+    (['info', '--model='], ('--model is empty; give the path of a file',)),
+    (['export', '--out='], ('--out is empty; give the path of a file',)),
     ([], ('required', 'command')),
   ],
 )  # fmt: skip
