@@ -314,7 +314,24 @@ def test_the_sheet_shows_every_class_and_judges_what_is_known():
   answers = [t for t in figure.texts if t.get_text() == 'b 75%']
   assert len(answers) == 40
   assert [t.get_color() for t in answers[:3]] == ['#1a7f37', '#c62828', '#2166ac']
-  assert 'its answers: the first 40 of 45' in [t.get_text() for t in figure.texts]
+  texts = [t.get_text() for t in figure.texts]
+  assert 'its answers: 40 of 45 pictures, the least certain of each answer' in texts
+  assert 'green: right, red: wrong, blue: true class not known' in texts
+
+
+def test_the_sheet_shows_what_is_unsure_and_the_least_certain_of_each_answer():
+  support, query = [np.zeros((1, 16, 16, 1))] * 2, np.zeros((100, 16, 16, 1))
+  first = np.concatenate([np.linspace(0.9, 0.6, 60), np.full(10, 0.1), np.full(30, 0.99)])
+  names, classes = [f'{i}.png' for i in range(100)], ['character01', 'b']
+  sure = np.maximum(first, 1 - first) > 0.7
+  probabilities = np.stack([first, 1 - first], 1)
+  figure = plotting.prediction_sheet(classes, support, query, probabilities, names, ['b'] * 100, sure)
+  texts = {t.get_text(): t.get_color() for t in figure.texts}
+  assert [name for name in names if name in texts] == names[25:40] + names[45:70]
+  assert texts['unsure 60%'] == '#777777'
+  assert texts['char…r01 70%'] == '#c62828'
+  assert texts['b 90%'] == '#1a7f37'
+  assert 'green: right, red: wrong, grey: unsure' in texts
 
 
 def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
