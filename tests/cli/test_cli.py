@@ -7,54 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from picture_folders import SHAPES, SHOWN, left, predict, save
 from PIL import Image
 from problems import saying
-from small_models import able_model, pictures, small_model
+from small_models import small_model
 
 import metasgd_jax as ms
 from metasgd_jax import cli, plotting
-
-SHOWN = {'blot': 2, 'columns': 1, 'diagonals': 3, 'frame': 4, 'rows': 2}
-SHAPES = ('rows', 'columns', 'diagonals', 'blot', 'frame')
-
-
-def save(path, name, seed, size=28, mode='L'):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  image = pictures([SHAPES.index(name)], seed=seed)[0]
-  Image.fromarray(image).resize((size, size + 2), Image.Resampling.NEAREST).convert(mode).save(path)
-
-
-@pytest.fixture(scope='module')
-def model_file(tmp_path_factory):
-  path = tmp_path_factory.mktemp('model') / 'able.safetensors'
-  model = able_model()
-  ms.save_model(path, model._replace(config=model.config))
-  return path
-
-
-@pytest.fixture
-def folders(tmp_path, model_file):
-  """A folder that nobody prepared: names, kinds, sizes and counts as they come, and a broken file."""
-  for name, count in SHOWN.items():
-    for i in range(count):
-      ending, mode = (('.png', 'L'), ('.JPG', 'RGB'), ('.png', 'RGBA'))[i % 3]
-      save(tmp_path / 'support' / name / f'{i}{ending}', name, seed=i, size=28 + 9 * i, mode=mode)
-  (tmp_path / 'support' / 'frame' / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\nnot much')
-  (tmp_path / 'support' / 'notes.txt').write_text('of the day')
-  for i, name in enumerate(SHAPES):
-    save(tmp_path / 'query' / name / 'one, two.png', name, seed=10 + i, size=40)
-  save(tmp_path / 'query' / 'unsorted' / 'deep' / 'größe $x$.jpg', 'rows', seed=20)
-  save(tmp_path / 'query' / '0.png', 'blot', seed=21)
-  return tmp_path
-
-
-def predict(folders, model_file, *more, out='out', **changes):
-  flags = {'model': model_file, 'support': folders / 'support', 'query': folders / 'query', 'out': folders / out}
-  return cli.main(['predict', *(f'--{name}={value}' for name, value in (flags | changes).items()), *more])
-
-
-def left(folder):
-  return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
 
 
 @pytest.mark.parametrize('mode', ['--inductive', '--transductive'])
@@ -111,9 +70,12 @@ def test_light_paper_is_turned(folders, model_file, capsys):
       with Image.open(path) as image:
         image.convert('L').point(lambda v: 255 - v).save(path)
   assert predict(folders, model_file) == 0
-  assert 'light and dark were exchanged' in capsys.readouterr().out
+  assert '19 of 19 pictures have light paper and were inverted; see --invert' in capsys.readouterr().out
+  save(folders / 'query' / '0.png', 'blot', seed=21)
+  assert predict(folders, model_file, '--overwrite') == 0
+  assert '18 of 19 pictures have light paper' in capsys.readouterr().out
   assert predict(folders, model_file, '--invert=no', '--overwrite') == 0
-  assert 'exchanged' not in capsys.readouterr().out
+  assert 'inverted' not in capsys.readouterr().out
 
 
 def test_without_matplotlib_there_is_the_table(folders, model_file, capsys, monkeypatch):
@@ -341,32 +303,3 @@ def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
   with pytest.raises(SystemExit):
     cli.main(['--help'])
   assert out.buffer.getvalue() == b'\\u2212\n'
-
-
-def test_pictures_are_copied_to_the_folders_of_their_classes(folders, model_file, capsys):
-  sorted_to = folders / 'sorted'
-  assert predict(folders, model_file, f'--copy-to={sorted_to}', '--min-probability=0.6') == 0
-  with (folders / 'out' / 'predictions.csv').open(newline='', encoding='utf-8') as file:
-    rows = list(csv.DictReader(file))
-  for row in rows:
-    most = max(float(row[name]) for name in SHOWN)
-    assert (row['prediction'] == 'unsure') == (most < 0.6)
-  there = {path.parent.name for path in sorted_to.rglob('*') if path.is_file()}
-  assert there == {row['prediction'] for row in rows}
-  assert len([path for path in sorted_to.rglob('*') if path.is_file()]) == len(rows) == 7
-  assert f'copied to {sorted_to}, by class: 7 pictures' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--min-probability=1.5'], ('--min-probability must be from 0 to 1', 'got 1.5')),
-    (['--copy-to={query}/sorted'], ('--copy-to=', 'lies in --query')),
-    (['--move-to={support}'], ('--move-to=', 'lies in --support')),
-  ],
-)
-def test_where_pictures_cannot_be_sorted_to(folders, model_file, flags, message, capsys):
-  flags = [flag.format(query=folders / 'query', support=folders / 'support') for flag in flags]
-  assert predict(folders, model_file, *flags) == 1
-  assert re.search(saying(*message), capsys.readouterr().err)
-  assert not (folders / 'out').exists()
