@@ -21,6 +21,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   args, unknown = parser.parse_known_args(argv)
   if unknown:  # The error of the command shows its flags.
     added[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
+  for name in ('model', 'support', 'query', 'out', 'copy_to', 'move_to'):
+    if getattr(args, name, None) == '':  # An unset shell variable gives an empty path.
+      is_file = name == 'model' or args.command == 'export'
+      advice = 'give the path of a file' if is_file else 'give a folder, such as .'
+      added[args.command].error(f'--{name.replace("_", "-")} is empty; {advice}')
   return args
 
 

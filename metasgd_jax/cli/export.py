@@ -6,12 +6,14 @@ from typing import Any
 from metasgd_jax.cli.telling import say
 from metasgd_jax.deploy.export import export_model
 from metasgd_jax.deploy.model_file import load_model
-from metasgd_jax.io.files import as_path
+from metasgd_jax.io.files import as_path, told
 
 
 def run(args: argparse.Namespace) -> None:
   """Exports the model to a file, checks the file, and prints a report about it."""
   model, out = load_model(args.model), as_path(args.out)
+  with told(out.parent, 'give another --out'):
+    out.parent.mkdir(parents=True, exist_ok=True)
   options: dict[str, Any] = dict(way=args.way, shot=args.shot, inductive=not args.transductive)
   about = export_model(out, model, **options, platforms=args.platforms.split(','), report=say).about
   checked = about['checked_on']

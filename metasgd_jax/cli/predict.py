@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from metasgd_jax.cli.arguments import INVERT
-from metasgd_jax.cli.sorting import UNSURE, put
+from metasgd_jax.cli.sorting import UNSURE, put, remove
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
 from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
 from metasgd_jax.datasets.messages import printable
-from metasgd_jax.deploy.classifier import FewShotClassifier
+from metasgd_jax.deploy.classifier import FewShotClassifier, to_invert
 from metasgd_jax.deploy.model_file import ModelConfig, load_model
 from metasgd_jax.io import files
 
@@ -37,31 +37,41 @@ def run(args: argparse.Namespace) -> None:
   inputs = {'--support': files.as_path(args.support), '--query': query_dir}
   _check_out('--out', out, inputs)
   _check_results(out, args.overwrite)
-  sorted_to = args.copy_to or args.move_to
+  move = args.move_to is not None
+  sorted_to = args.move_to if move else args.copy_to
   if sorted_to is not None:
-    _check_out('--move-to' if args.move_to else '--copy-to', files.as_path(sorted_to), inputs)
+    classes = [*support.names, *([UNSURE] if args.min_probability else [])]
+    _check_sorting('--move-to' if move else '--copy-to', files.as_path(sorted_to), classes, out, inputs)
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
   say(f'classifying {len(query.paths)} pictures')
   probabilities = classifier.predict_proba(query.images)
   names = [path.relative_to(query_dir) for path in query.paths]
-  folders = _folders(names, support.names)
-  truth = _unseen(folders, support, query)
+  folders, seen = _folders(names, support.names), _seen(support, query)
+  truth = [None if s else folder for s, folder in zip(seen, folders, strict=True)]
   answers = [support.names[i] for i in probabilities.argmax(1)]
   sure = probabilities.max(1) >= args.min_probability
   answers = [answer if s else UNSURE for answer, s in zip(answers, sure, strict=True)]
   table = _table(support.names, names, answers, probabilities)
-  picture = _picture(support, query, names, probabilities, truth)
+  picture = _picture(support, query, names, probabilities, truth, sure)
   results = dict(zip(RESULTS, (table, picture), strict=True))
+  if sorted_to is not None:
+    paths = [path for path, s in zip(query.paths, seen, strict=True) if not s]
+    classes = [answer for answer, s in zip(answers, seen, strict=True) if not s]
+    copies, new = put(paths, classes, files.as_path(sorted_to), move=move)
   _write(out, results)
-  _report_images(support, query, answers, classifier.inverted_)
+  if move:  # The pictures are removed last, because a repeated command finds them all until the results are written.
+    remove(paths, copies)
+  _report_images(support, query, answers)
+  _report_inverted(args.invert, model.config, (support.bank.images, query.images))
   _report_accuracy(answers, truth, left_out=truth.count(None) - folders.count(None))
   if sorted_to is not None:
-    count = put(query.paths, answers, files.as_path(sorted_to), move=args.move_to is not None)
-    there = len(answers) - count
-    already = f'; {there} were there already' if there else ''
-    say(f'{"moved" if args.move_to else "copied"} to {sorted_to}, by class: {count} pictures{already}')
+    done = 'moved' if move else 'copied'
+    already = f'; {len(paths) - new} were there already' if new < len(paths) else ''
+    say(f'{done} to {sorted_to}, by class: {new} pictures{already}')
+    if left := sum(seen):
+      say(f'examples of --support are not {done}: {left} pictures')
   say(f'results: {" and ".join(str(out / name) for name, data in results.items() if data)}')
 
 
@@ -77,19 +87,35 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   return support, image_folder.read_images(args.query, **form)
 
 
-def _check_out(flag: str, out: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
+def _check_out(flag: str, out: pathlib.Path, inputs: Mapping[str, pathlib.Path], folder: str = '') -> None:
   """Raises WriterError if `out` or a folder above it is a file, or if `out` is in one of the input folders.
 
-  If the results were in an input folder, the next run would read them as input images.
+  If the results were in an input folder, the next run would read them as input images. If `folder` is not empty, the
+  folder of this name in `out` is checked in place of `out`.
   """
-  for name, folder in inputs.items():
-    if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):  # Path.resolve fails on loops.
-      raise files.WriterError(
-        f'{flag}={out} lies in {name}, so results would mix with images there; give another {flag}'
-      )
-  there = next(path for path in (out, *out.absolute().parents) if path.exists())
+  what, out = (f'the folder {out / folder} of {flag}' if folder else f'{flag}={out}'), out / folder
+  for name, given in inputs.items():
+    if pathlib.Path(os.path.realpath(out)).is_relative_to(os.path.realpath(given)):  # Path.resolve fails on loops.
+      raise files.WriterError(f'{what} lies in {name}, so results would mix with images there; give another {flag}')
+  there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
   if not there.is_dir():
-    raise files.WriterError(f'{flag}={out} cannot be written, because {there} is a file; give another {flag}')
+    is_what = 'a file' if there.exists() else 'a broken link'
+    raise files.WriterError(f'{what} cannot be written, because {there} is {is_what}; give another {flag}')
+
+
+def _check_sorting(
+  flag: str, into: pathlib.Path, folders: Sequence[str], out: pathlib.Path, inputs: Mapping[str, pathlib.Path]
+) -> None:
+  """Raises WriterError if `into`, or one of the folders that it may get, is not a place for pictures."""
+  for folder in ('', *folders):
+    _check_out(flag, into, inputs, folder)
+  results = [os.path.realpath(out / name) for name in RESULTS]
+  for folder in folders:
+    place = pathlib.Path(os.path.realpath(into / folder))
+    if any(place.is_relative_to(result) or place == pathlib.Path(result).parent for result in results):
+      raise files.WriterError(
+        f'the folder {into / folder} of {flag} collides with the results in --out={out}; give another --out'
+      )
 
 
 def _check_results(out: pathlib.Path, overwrite: bool) -> None:
@@ -105,14 +131,10 @@ def _folders(names: Sequence[pathlib.Path], classes: Sequence[str]) -> list[str 
   return [folder if folder in classes else None for folder in folders]
 
 
-def _unseen(folders: Sequence[str | None], support, query) -> list[str | None]:
-  """Returns `folders`, with None in place of the folder of each query image that is also a support image.
-
-  `folders` has one entry per query image. Images with None do not count for the accuracy.
-  """
+def _seen(support, query) -> list[bool]:
+  """Returns whether each query image is also a support image. Such images are neither judged nor sorted."""
   examples = {path.resolve() for path in support.paths}
-  seen = [path.resolve() in examples for path in query.paths]
-  return [None if s else folder for s, folder in zip(seen, folders, strict=True)]
+  return [path.resolve() in examples for path in query.paths]
 
 
 def _table(classes: Sequence[str], names: Sequence[pathlib.Path], answers, probabilities: np.ndarray) -> bytes:
@@ -124,7 +146,7 @@ def _table(classes: Sequence[str], names: Sequence[pathlib.Path], answers, proba
   return text.getvalue().encode(errors='surrogateescape')
 
 
-def _picture(support, query, names, probabilities, truth) -> bytes | None:
+def _picture(support, query, names, probabilities, truth, sure) -> bytes | None:
   """Returns the sheet of predictions as PNG, or None if matplotlib is not installed."""
   try:
     from metasgd_jax.plotting import prediction_sheet
@@ -135,7 +157,7 @@ def _picture(support, query, names, probabilities, truth) -> bytes | None:
   examples = np.split(support.bank.images / 255, np.cumsum(support.bank.sizes)[:-1])
   names = [printable(str(name)) for name in names]
   truth = [name and printable(name) for name in truth]
-  figure = prediction_sheet(classes, examples, query.images / 255, probabilities, names, truth)
+  figure = prediction_sheet(classes, examples, query.images / 255, probabilities, names, truth, sure)
   file = io.BytesIO()
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing')  # Characters that the font lacks are shown as boxes.
@@ -154,14 +176,19 @@ def _write(out: pathlib.Path, results: Mapping[str, bytes | None]) -> None:
           file.write(data)
 
 
-def _report_images(support, query, answers: Sequence[str], inverted: bool) -> None:
+def _report_images(support, query, answers: Sequence[str]) -> None:
   say('', f'classes: {_counted(dict(zip(support.names, support.bank.sizes, strict=True)))}')
   say(f'answers: {_counted(Counter(answers))}')
-  if inverted:
-    say('light and dark were exchanged; see --invert')
   if skipped := len(support.skipped) + len(query.skipped):
     listed = 'listed above' if skipped <= REPORTED_ONE_BY_ONE else 'the first ones are listed above'
     say(f'skipped unreadable files: {skipped}, {listed}')
+
+
+def _report_inverted(invert: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:
+  count = sum(int(to_invert(images / 255, INVERT[invert], config).sum()) for images in parts)
+  if count:
+    why = 'have light paper and ' if invert == 'auto' else ''
+    say(f'{count} of {sum(map(len, parts))} pictures {why}were inverted; see --invert')
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -10,70 +10,102 @@ import secrets
 import shutil
 from collections.abc import Sequence
 
-from metasgd_jax.io import files
+from metasgd_jax.io.files import WriterError
 
 UNSURE = 'unsure'
 """Name of the folder for pictures whose class is not sure."""
 
 
-def put(paths: Sequence[pathlib.Path], answers: Sequence[str], into: pathlib.Path, *, move: bool) -> int:
-  """Copies or moves each picture to the folder `into/ANSWER`. Returns the number of pictures that were put there.
+def put(
+  paths: Sequence[pathlib.Path], answers: Sequence[str], into: pathlib.Path, *, move: bool
+) -> tuple[list[pathlib.Path], int]:
+  """Puts a copy of each picture into the folder `into/ANSWER`. Returns the copies, and how many of them are new.
 
-  A picture keeps its name. If the name is taken by another file, the picture gets the name `NAME (2)`, `NAME (3)` and
-  so on. If the name is taken by an equal file, the picture is there already: it is not copied again, and not moved.
+  A copy has the name of its picture. If the name is taken by another file, the copy gets the name `NAME (2)`,
+  `NAME (3)` and so on. If the name is taken by an equal file, this file is the copy, and nothing is copied again.
+  A move is finished by `remove`. If a move is interrupted before, all pictures are still in their places.
 
   Args:
     paths: Paths of the pictures.
     answers: Name of the folder of each picture.
     into: Directory of the folders. It is created if it does not exist.
-    move: Whether the pictures are moved.
+    move: Whether the pictures will be removed. A hard link, which needs no space, is then made in place of a copy if
+      the file system supports it.
 
   Raises:
-    WriterError: if a file cannot be read or written. The pictures before it are in their folders then.
+    WriterError: if a file cannot be read or written. The pictures before it have copies in their folders then.
   """
-  count = 0
+  copies: list[pathlib.Path] = []
+  new = 0
   for path, answer in zip(paths, answers, strict=True):
     folder = into / answer
-    with files.told(folder, 'give another folder'):
-      folder.mkdir(parents=True, exist_ok=True)
-      count += _put(path, folder, move)
-  return count
-
-
-def _put(path: pathlib.Path, folder: pathlib.Path, move: bool) -> bool:
-  """Puts one picture into a folder. Returns whether it was not there before."""
-  aside = folder / f'.{path.name}-{secrets.token_hex(4)}'
-  for number in itertools.count(1):
-    target = folder / (path.name if number == 1 else f'{path.stem} ({number}){path.suffix}')
-    if os.path.lexists(target):
-      if target.is_file() and filecmp.cmp(path, target, shallow=False):
-        return False
-      continue
     try:
-      if not aside.exists():
-        shutil.copy2(path, aside)
-      if not _name(aside, target):
-        continue
-    finally:
-      aside.unlink(missing_ok=True)
-    if move:
-      path.unlink()
-    return True
+      folder.mkdir(parents=True, exist_ok=True)
+      copy, is_new = _put(path, folder, move)
+    except OSError as e:
+      raise WriterError(
+        f'{path} cannot be put into {folder} ({e.strerror or e}), and {len(copies)} of {len(paths)} pictures were put '
+        f'there before it; {_advice(e, path)}, and repeat the command'
+      ) from e
+    copies.append(copy)
+    new += is_new
+  return copies, new
+
+
+def remove(paths: Sequence[pathlib.Path], copies: Sequence[pathlib.Path]) -> None:
+  """Removes pictures of which `put` has returned the copies. Raises WriterError if a picture cannot be removed."""
+  for count, (path, copy) in enumerate(zip(paths, copies, strict=True)):
+    try:
+      if copy != path:
+        path.unlink(missing_ok=True)
+    except OSError as e:
+      raise WriterError(
+        f'{path} cannot be removed ({e.strerror or e}) after it was copied to {copy}, and {count} of {len(paths)} '
+        'pictures were moved before it; make its folder writable, and repeat the command with another --out'
+      ) from e
+
+
+def _put(path: pathlib.Path, folder: pathlib.Path, move: bool) -> tuple[pathlib.Path, bool]:
+  """Puts a copy of one picture into a folder. Returns the copy, and whether it is new."""
+  if path.parent.samefile(folder):  # Links can lead from the pictures to the folder.
+    return path, False
+  names = itertools.chain([path.name], (f'{path.stem} ({number}){path.suffix}' for number in itertools.count(2)))
+  for target in (folder / name for name in names):
+    if not os.path.lexists(target):
+      _copy(path, target, move)
+      return target, True
+    # A link is no copy, because it may lead to the picture.
+    if target.is_file() and not target.is_symlink() and filecmp.cmp(path, target, shallow=False):
+      return target, False
   raise AssertionError('the numbers never end')
 
 
-def _name(aside: pathlib.Path, target: pathlib.Path) -> bool:
-  """Gives a file the name `target`. Returns False if another program has taken this name meanwhile."""
+def _copy(path: pathlib.Path, target: pathlib.Path, may_link: bool) -> None:
+  """Copies or links a file to a new name. Raises FileExistsError if another program has taken this name meanwhile."""
+  if may_link and not path.is_symlink():
+    with contextlib.suppress(OSError):  # It is another file system, or one without hard links.
+      os.link(path, target)
+      return
+  aside = target.with_name(f'.{secrets.token_hex(8)}')
   try:
-    os.link(aside, target)  # Unlike a renaming, a link never replaces a file.
-  except FileExistsError:
-    return False
-  except OSError as e:
-    if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-      raise
-    with contextlib.suppress(FileExistsError):  # The file system has no links.
-      os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+    shutil.copyfile(path, aside)
+    with aside.open('rb+') as file:  # The copy must be on the disk before the picture is removed.
+      os.fsync(file.fileno())
+    with contextlib.suppress(OSError):  # Some file systems do not store modes or times.
+      shutil.copystat(path, aside)
+    target.open('xb').close()  # A renaming would replace a file, so the name is reserved first.
+    try:
       aside.replace(target)
-      return True
-    return False
-  return True
+    except BaseException:
+      target.unlink()
+      raise
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def _advice(error: OSError, path: pathlib.Path) -> str:
+  if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return 'free disk space'
+  if not os.access(path, os.R_OK):
+    return 'check that the picture exists and can be read'
+  return 'make the folder writable, or give another folder'

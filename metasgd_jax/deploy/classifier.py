@@ -328,12 +328,12 @@ def _prepared(images, invert: bool | Literal['auto'], config: ModelConfig) -> tu
   Integer images arrive in float64, so that an inverted k becomes exactly the float32 number of 255 − k.
   """
   x = _as_images(images, config.image_shape)
-  light = _light(x, invert, config)
+  light = to_invert(x, invert, config)
   return np.where(light, 1 - x, x).astype(np.float32), light
 
 
-def _light(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
-  """Returns whether each image is to be inverted, `[n, 1, 1, 1]`.
+def to_invert(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
+  """Returns whether each image is to be inverted, `[n, 1, 1, 1]`. The images are floats `[n, H, W, D]` from 0 to 1.
 
   If `invert` is 'auto' and the model was trained on dark backgrounds, the images with a light border are inverted.
   """

@@ -1,5 +1,6 @@
 """Figures that show many images: a few-shot task, or the answers of a classifier."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,10 +58,12 @@ def prediction_sheet(
   probabilities: np.ndarray,
   names: Sequence[str],
   truth: Sequence[str | None] | None = None,
+  sure: Sequence[bool] | None = None,
 ) -> Figure:
   """Draws the support of a classifier, one row per class, and below it the query with the classifier's answers.
 
-  Each answer is shown with its probability. At most 10 images of a class and 40 images of the query are drawn. The
+  Each answer is shown with its probability. At most 10 images of a class and 40 images of the query are drawn. If
+  the query has more images, those drawn are the least certain ones of each answer, in the order of the query. The
   headings give the total numbers of images.
 
   Args:
@@ -71,6 +74,8 @@ def prediction_sheet(
     names: Names of the Q query images.
     truth: Names of the true classes of the Q query images, each `None` if the class is unknown. If the class is known,
       a right answer is green and a wrong answer is red. By default all true classes are unknown.
+    sure: Whether each of the Q answers is sure. The others are shown in grey as 'unsure', with the probability of the
+      best class. By default all answers are sure.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -81,10 +86,13 @@ def prediction_sheet(
     5
   """
   columns, most = 10, 40
-  shown = min(len(query), most)
+  best = probabilities.argmax(1)
+  answers = best if sure is None else np.where(sure, best, len(classes))
+  answer_names, certainty = [*classes, 'unsure'], probabilities.max(1)
+  shown = _least_certain(certainty, answers, most)
   row, head, left, top, foot = 0.95, 0.5, 1.5, 0.15, 0.1  # Inches.
   answer_row = row + 0.36
-  height = top + head + row * len(classes) + head + answer_row * -(-shown // columns) + foot
+  height = top + head + row * len(classes) + head + 0.1 + answer_row * -(-len(shown) // columns) + foot
   figure = Figure(figsize=(left + row * columns + 0.15, height))
   width = figure.get_figwidth()
 
@@ -110,21 +118,27 @@ def prediction_sheet(
       picture(left + row * i, y, image, GREY, 0.8)
     y += row
   y += 0.1
-  more = f'the first {shown} of {len(query)}' if shown < len(query) else f'{shown} pictures'
+  more = f'{len(query)} pictures'
+  if len(shown) < len(query):
+    more = f'{len(shown)} of {len(query)} pictures, the least certain of each answer'
   text(0.15, y + 0.15, f'its answers: {more}', fontsize=11, va='center')
-  if truth is not None and any(truth):
-    legend = 'green: right, red: wrong, blue: not known which'
-    text(left + row * columns, y + 0.15, legend, fontsize=8, ha='right', va='center', color=GREY)
-  y += head + 0.1
-  for i in range(shown):
-    best = int(np.argmax(probabilities[i]))
+  colour_of = {}
+  for i in shown:
     known = truth[i] if truth is not None else None
-    colour = BLUE if known is None else GREEN if known == classes[best] else RED
-    x, line = left + row * (i % columns), y + answer_row * (i // columns)
-    words = f'{_shortened(classes[best], 8)} {probabilities[i, best]:.0%}'
+    right = GREEN if known == answer_names[answers[i]] else RED
+    colour_of[i] = GREY if answers[i] == len(classes) else BLUE if known is None else right
+  meanings = {GREEN: 'green: right', RED: 'red: wrong', GREY: 'grey: unsure', BLUE: 'blue: true class not known'}
+  if (colours := set(colour_of.values())) != {BLUE}:
+    legend = ', '.join(meaning for colour, meaning in meanings.items() if colour in colours)
+    text(0.15, y + 0.36, legend, fontsize=9, va='center')
+  y += head + 0.2
+  for place, (i, colour) in enumerate(colour_of.items()):
+    x, line = left + row * (place % columns), y + answer_row * (place // columns)
+    words = f'{_shortened(answer_names[answers[i]], 8)} {certainty[i]:.0%}'
     text(x + 0.425, line - 0.08, words, fontsize=7.5, ha='center', va='center', color=colour)
     picture(x, line, query[i], colour, 1.6)
-    text(x + 0.425, line + 0.95, _shortened(names[i], 17, end=True), fontsize=5.5, ha='center', va='center', color=GREY)
+    name = names[i] if len(names[i]) <= 17 else '…' + names[i][-16:]
+    text(x + 0.425, line + 0.95, name, fontsize=5.5, ha='center', va='center', color=GREY)
   return figure
 
 
@@ -133,8 +147,13 @@ def _displayed(image: np.ndarray) -> np.ndarray:
   return image if image.shape[-1] in (3, 4) else image.mean(-1)
 
 
-def _shortened(name: str, most: int, end: bool = False) -> str:
-  """Returns a name of at most `most` characters. A longer name keeps its beginning, or its end if `end` is true."""
-  if len(name) <= most:
-    return name
-  return '…' + name[1 - most :] if end else name[: most - 1] + '…'
+def _least_certain(certainty: np.ndarray, answers: np.ndarray, most: int) -> list[int]:
+  """Returns the indices of at most `most` images in order: the least certain images of each answer, in turns."""
+  order = np.argsort(certainty, kind='stable')
+  turns = itertools.zip_longest(*(order[answers[order] == answer] for answer in np.unique(answers)))
+  return sorted([int(i) for turn in turns for i in turn if i is not None][:most])
+
+
+def _shortened(name: str, most: int) -> str:
+  """Returns a name of at most `most` characters. A longer name loses its middle."""
+  return name if len(name) <= most else f'{name[: most // 2]}…{name[most // 2 + 1 - most :]}'

@@ -7,54 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from picture_folders import SHAPES, SHOWN, left, predict, save
 from PIL import Image
 from problems import saying
-from small_models import able_model, pictures, small_model
+from small_models import small_model
 
 import metasgd_jax as ms
 from metasgd_jax import cli, plotting
-
-SHOWN = {'blot': 2, 'columns': 1, 'diagonals': 3, 'frame': 4, 'rows': 2}
-SHAPES = ('rows', 'columns', 'diagonals', 'blot', 'frame')
-
-
-def save(path, name, seed, size=28, mode='L'):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  image = pictures([SHAPES.index(name)], seed=seed)[0]
-  Image.fromarray(image).resize((size, size + 2), Image.Resampling.NEAREST).convert(mode).save(path)
-
-
-@pytest.fixture(scope='module')
-def model_file(tmp_path_factory):
-  path = tmp_path_factory.mktemp('model') / 'able.safetensors'
-  model = able_model()
-  ms.save_model(path, model._replace(config=model.config))
-  return path
-
-
-@pytest.fixture
-def folders(tmp_path, model_file):
-  """A folder that nobody prepared: names, kinds, sizes and counts as they come, and a broken file."""
-  for name, count in SHOWN.items():
-    for i in range(count):
-      ending, mode = (('.png', 'L'), ('.JPG', 'RGB'), ('.png', 'RGBA'))[i % 3]
-      save(tmp_path / 'support' / name / f'{i}{ending}', name, seed=i, size=28 + 9 * i, mode=mode)
-  (tmp_path / 'support' / 'frame' / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\nnot much')
-  (tmp_path / 'support' / 'notes.txt').write_text('of the day')
-  for i, name in enumerate(SHAPES):
-    save(tmp_path / 'query' / name / 'one, two.png', name, seed=10 + i, size=40)
-  save(tmp_path / 'query' / 'unsorted' / 'deep' / 'größe $x$.jpg', 'rows', seed=20)
-  save(tmp_path / 'query' / '0.png', 'blot', seed=21)
-  return tmp_path
-
-
-def predict(folders, model_file, *more, out='out', **changes):
-  flags = {'model': model_file, 'support': folders / 'support', 'query': folders / 'query', 'out': folders / out}
-  return cli.main(['predict', *(f'--{name}={value}' for name, value in (flags | changes).items()), *more])
-
-
-def left(folder):
-  return sorted(str(path.relative_to(folder)) for path in folder.rglob('*'))
 
 
 @pytest.mark.parametrize('mode', ['--inductive', '--transductive'])
@@ -111,9 +70,12 @@ def test_light_paper_is_turned(folders, model_file, capsys):
       with Image.open(path) as image:
         image.convert('L').point(lambda v: 255 - v).save(path)
   assert predict(folders, model_file) == 0
-  assert 'light and dark were exchanged' in capsys.readouterr().out
+  assert '19 of 19 pictures have light paper and were inverted; see --invert' in capsys.readouterr().out
+  save(folders / 'query' / '0.png', 'blot', seed=21)
+  assert predict(folders, model_file, '--overwrite') == 0
+  assert '18 of 19 pictures have light paper' in capsys.readouterr().out
   assert predict(folders, model_file, '--invert=no', '--overwrite') == 0
-  assert 'exchanged' not in capsys.readouterr().out
+  assert 'inverted' not in capsys.readouterr().out
 
 
 def test_without_matplotlib_there_is_the_table(folders, model_file, capsys, monkeypatch):
@@ -235,6 +197,13 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
     (['predict', '--invert', 'atuo'], ('--invert', "'atuo'", 'auto', 'yes', 'no')),
     (['export', '--out=a', '--platform=cpu'], ('[--platforms', 'unrecognized arguments: --platform=cpu')),
     (['info', '--modle=a'], ('[--model', 'unrecognized arguments: --modle=a')),
+    (['predict', '--support=a', '--query=b', '--out=c', '--move-to='], ('--move-to is empty; give a folder',)),
+    (['predict', '--support=a', '--query=b', '--out=c', '--copy-to='], ('--copy-to is empty; give a folder',)),
+    (['predict', '--support=a', '--query=b', '--out='], ('--out is empty; give a folder, such as .',)),
+    (['predict', '--support=', '--query=b', '--out=c'], ('--support is empty; give a folder',)),
+    (['predict', '--support=a', '--query=', '--out=c'], ('--query is empty; give a folder',)),
+    (['info', '--model='], ('--model is empty; give the path of a file',)),
+    (['export', '--out='], ('--out is empty; give the path of a file',)),
     ([], ('required', 'command')),
   ],
 )  # fmt: skip
@@ -307,7 +276,24 @@ def test_the_sheet_shows_every_class_and_judges_what_is_known():
   answers = [t for t in figure.texts if t.get_text() == 'b 75%']
   assert len(answers) == 40
   assert [t.get_color() for t in answers[:3]] == ['#1a7f37', '#c62828', '#2166ac']
-  assert 'its answers: the first 40 of 45' in [t.get_text() for t in figure.texts]
+  texts = [t.get_text() for t in figure.texts]
+  assert 'its answers: 40 of 45 pictures, the least certain of each answer' in texts
+  assert 'green: right, red: wrong, blue: true class not known' in texts
+
+
+def test_the_sheet_shows_what_is_unsure_and_the_least_certain_of_each_answer():
+  support, query = [np.zeros((1, 16, 16, 1))] * 2, np.zeros((100, 16, 16, 1))
+  first = np.concatenate([np.linspace(0.9, 0.6, 60), np.full(10, 0.1), np.full(30, 0.99)])
+  names, classes = [f'{i}.png' for i in range(100)], ['character01', 'b']
+  sure = np.maximum(first, 1 - first) > 0.7
+  probabilities = np.stack([first, 1 - first], 1)
+  figure = plotting.prediction_sheet(classes, support, query, probabilities, names, ['b'] * 100, sure)
+  texts = {t.get_text(): t.get_color() for t in figure.texts}
+  assert [name for name in names if name in texts] == names[25:40] + names[45:70]
+  assert texts['unsure 60%'] == '#777777'
+  assert texts['char…r01 70%'] == '#c62828'
+  assert texts['b 90%'] == '#1a7f37'
+  assert 'green: right, red: wrong, grey: unsure' in texts
 
 
 def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
@@ -317,32 +303,3 @@ def test_help_that_the_terminal_cannot_encode_is_escaped(monkeypatch):
   with pytest.raises(SystemExit):
     cli.main(['--help'])
   assert out.buffer.getvalue() == b'\\u2212\n'
-
-
-def test_pictures_are_copied_to_the_folders_of_their_classes(folders, model_file, capsys):
-  sorted_to = folders / 'sorted'
-  assert predict(folders, model_file, f'--copy-to={sorted_to}', '--min-probability=0.6') == 0
-  with (folders / 'out' / 'predictions.csv').open(newline='', encoding='utf-8') as file:
-    rows = list(csv.DictReader(file))
-  for row in rows:
-    most = max(float(row[name]) for name in SHOWN)
-    assert (row['prediction'] == 'unsure') == (most < 0.6)
-  there = {path.parent.name for path in sorted_to.rglob('*') if path.is_file()}
-  assert there == {row['prediction'] for row in rows}
-  assert len([path for path in sorted_to.rglob('*') if path.is_file()]) == len(rows) == 7
-  assert f'copied to {sorted_to}, by class: 7 pictures' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--min-probability=1.5'], ('--min-probability must be from 0 to 1', 'got 1.5')),
-    (['--copy-to={query}/sorted'], ('--copy-to=', 'lies in --query')),
-    (['--move-to={support}'], ('--move-to=', 'lies in --support')),
-  ],
-)
-def test_where_pictures_cannot_be_sorted_to(folders, model_file, flags, message, capsys):
-  flags = [flag.format(query=folders / 'query', support=folders / 'support') for flag in flags]
-  assert predict(folders, model_file, *flags) == 1
-  assert re.search(saying(*message), capsys.readouterr().err)
-  assert not (folders / 'out').exists()
