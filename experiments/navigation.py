@@ -42,7 +42,7 @@ QUICK = {
   'meta_sgd': dict(meta_iterations=300, meta_batch=40),
   'maml': dict(meta_iterations=100, meta_batch=40),
 }
-"""Settings of Adam with `--budget=quick`, by learner. MAML hardly improves after 100 meta-iterations."""
+"""Settings of Adam with `--budget=quick`, by learner. After 100 meta-iterations MAML improves only slowly."""
 RATES = {
   ('adam', 'meta_sgd'): (0.02, 5e-4),
   ('adam', 'maml'): (0.005, 5e-4),
