@@ -99,7 +99,9 @@ class Recorder:
     means = {name: mean(values, axis=0) for name, values in progress.info.items()}
     self._keep(progress.step, means)
     self._write(progress, means if skips is None else means | {'skipped': skips})
-    self._show(progress, {name: means[name] for name in sorted(means) if not name.startswith('instance_')})
+    # The loss of a policy gradient is near zero however good the policy is.
+    hidden = ('instance_', 'loss') if 'return_after' in means else 'instance_'
+    self._show(progress, {name: means[name] for name in sorted(means) if not name.startswith(hidden)})
 
   def close(self) -> None:
     """Closes the progress bar."""
