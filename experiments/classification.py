@@ -112,7 +112,7 @@ class Config:
   learning_rate: float = option(1e-3, 'Initial learning rate of Adam, the outer optimiser.', low=1e-12, high=1e3)
   clip: float = option(0.0, 'Clip entries of the outer gradient to this size; 0 does not clip.', low=0.0)
   schedule: str = option('constant', 'Learning rate: constant, or a cosine to 0.', choices=('constant', 'cosine'))
-  seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
+  seeds: int = option(1, 'Number of training runs.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
   eval_tasks: int = option(600, 'Unseen tasks in the test.', low=2, high=100_000)

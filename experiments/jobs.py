@@ -6,7 +6,6 @@ ten times. Here each process is bound to a core of its own before JAX starts in 
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -14,12 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
 import tqdm
-from absl import logging
 
 from experiments import replacing, reporting, resuming
 from experiments.reporting import TrainingError
@@ -78,11 +76,14 @@ class Jobs:
     Raises:
       TrainingError: as `run_all`.
       StoppedError: if a signal stops the program. The processes have then saved their states.
+      WriterError: if there is a folder `JOBS`, or a log in it, that the run has not written.
     """
-    todo = [training for training in plan if not (run.begun and _is_elsewhere(training, run.workdir))]
-    if self.are_useful(len(todo)):
+    left = [training for training in plan if not (run.begun and _is_elsewhere(training, run.workdir))]
+    if self.are_useful(len(left)):
       run.begin()
-      if number := run_all([self._of(training, run.workdir) for training in todo], self.cores):
+      todo = [self._of(training, run.workdir) for training in left]
+      _claim(todo, run)
+      if number := run_all(todo, self.cores):
         run.asked = number
         run.leave('all that was trained is saved')
       run.keep()
@@ -142,8 +143,7 @@ def adopt(name: str, label: str, run: Run) -> None:
   for events in source.glob('events.out.tfevents.*'):
     events.rename(run.path(f'{events.name}.{name}'))  # Processes that start in the same second give equal names.
   replacing.remove_run(source)
-  _log_of(source).unlink(missing_ok=True)
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError):  # It holds the logs, which `Run.finish` removes.
     source.parent.rmdir()
 
 
@@ -155,30 +155,33 @@ def run_all(jobs: Sequence[Job], on: Sequence[int]) -> int:
 
   Raises:
     TrainingError: if a job fails. The other jobs are finished first.
+    KeyboardInterrupt: if a second signal comes. The jobs are killed, and keep what they have saved.
   """
   waiting, failed, told = list(jobs), [], False
   running: dict[int, _Running] = {}
-  with _signals() as asked, _progress(jobs) as show, _ended(running):
+  progress = reporting.progress([job.directory for job in jobs], sum(job.total for job in jobs))
+  with _signals() as asked, progress as show, _ended(running):
     while running or (waiting and not asked):
       for place in set(range(len(on))) - set(running):
         if waiting and not asked:
           running[place] = _start(waiting.pop(0), on[place])
       time.sleep(SECONDS)
       show()
-      for place, one in list(running.items()):
-        if asked and not told:
+      if asked and not told:
+        told = True
+        for one in running.values():
           one.process.send_signal(signal.SIGTERM)
+        print(f'{signal.Signals(asked[0]).name}: stops when the trainings have saved their states', flush=True)
+      if len(asked) > 1:
+        raise KeyboardInterrupt
+      for place, one in list(running.items()):
         code = one.process.poll()
         _relay(one.output)
         if code is not None:
           running.pop(place).close()
-          failed += [one.job] if code else []
-      if asked and not told:
-        print(f'{signal.Signals(asked[0]).name}: stops when the trainings have saved their states', flush=True)
-      told = bool(asked)
+          failed += [_failure(one.job, code)] if code else []
   if failed and not asked:
-    why = '; '.join(f'{job.label}: {_last_line(job.log)} (its output is in {job.log})' for job in failed)
-    raise TrainingError(f'{len(failed)} of {len(jobs)} trainings failed: {why}')
+    raise TrainingError(f'{len(failed)} of {len(jobs)} trainings failed: {"; ".join(failed)}')
   return asked[0] if asked else 0
 
 
@@ -207,12 +210,17 @@ class _Running(NamedTuple):
 
 @contextlib.contextmanager
 def _ended(running: dict[int, _Running]) -> Iterator[None]:
-  """Ends the processes that are left if the block raises an error."""
+  """Ends the processes that are left if the block raises an error, and kills them if it is KeyboardInterrupt."""
+  end = subprocess.Popen.terminate
   try:
     yield
+  except KeyboardInterrupt:
+    end = subprocess.Popen.kill
+    raise
   finally:
     for one in running.values():
-      one.process.terminate()
+      end(one.process)
+    for one in running.values():
       one.process.wait()
       one.close()
 
@@ -225,6 +233,17 @@ def _relay(output: TextIO) -> None:
 
 def _log_of(directory: pathlib.Path) -> pathlib.Path:
   return directory.with_name(f'{directory.name}.log')  # It is beside the directory, in which only the run writes.
+
+
+def _claim(jobs: Sequence[Job], run: Run) -> None:
+  """Records that the folder of the jobs and their logs are the run's. `Run.path` refuses those of the user.
+
+  A job that has a record was begun by an earlier program, whose version may not have listed these files.
+  """
+  begun = {resuming.log_file(job.directory.name) for job in jobs if replacing.read_record(job.directory)}
+  run.written |= begun | ({replacing.JOBS} if replacing.runs_in(run.workdir) else set())
+  for name in (replacing.JOBS, *(resuming.log_file(job.directory.name) for job in jobs)):
+    run.path(name)
 
 
 def _is_elsewhere(training: Any, workdir: pathlib.Path) -> bool:
@@ -265,31 +284,12 @@ def _signals() -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
-  """Gives a function that shows the meta-iterations of all jobs together: as a bar, or in the log by tenths."""
-  total, shown = sum(job.total for job in jobs), 0
-  with tqdm.tqdm(desc=f'{len(jobs)} trainings', total=total, disable=None) as bar:
-
-    def show():
-      nonlocal shown
-      bar.n = done = min(total, sum(map(_done, jobs)))
-      bar.refresh()
-      if bar.disable and 10 * done // total > shown:
-        shown = 10 * done // total
-        logging.info('%d trainings: %d of %d meta-iterations', len(jobs), done, total)
-
-    yield show
-
-
-def _done(job: Job) -> int:
-  """Returns the number of meta-iterations that a job has written metrics of."""
-  steps: dict[str, int] = {}
-  with contextlib.suppress(OSError, ValueError), (job.directory / 'metrics.jsonl').open() as file:
-    for line in file:
-      found = json.loads(line)
-      steps[found['label']] = found['step']
-  return sum(steps.values())
+def _failure(job: Job, code: int) -> str:
+  """Returns which job failed and why, given its exit code, which is negative if a signal ended it."""
+  if code > 0:
+    return f'{job.label}: {_last_line(job.log)} (its output is in {job.log})'
+  advice = ' (often too little memory); lower --jobs, and' if code == -signal.SIGKILL else ';'
+  return f'{job.label} was ended by {signal.Signals(-code).name}{advice} give the same command to go on'
 
 
 def _last_line(path: pathlib.Path) -> str:

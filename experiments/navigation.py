@@ -18,8 +18,17 @@ import numpy as np
 from experiments import navigation_table, options, reporting, resuming, running, trainings
 from experiments.command import flag_texts, refuse_beside
 from experiments.jobs import SINGLE, Jobs
-from experiments.navigation_table import label
-from experiments.navigation_training import STARTS, CellKey, build_environments, build_inner, file_name, key, plan
+from experiments.navigation_table import label, updates
+from experiments.navigation_training import (
+  STARTS,
+  CellKey,
+  build_environments,
+  build_inner,
+  file_name,
+  is_not_finite,
+  key,
+  plan,
+)
 from experiments.options import option
 from experiments.reporting import NAMES, Result, test_keys
 from experiments.resuming import Keeping
@@ -115,9 +124,11 @@ class Config:
       refuse_beside('table4 trains all cells of the table', self, ('start', 'learner', 'optimizer'))
     for optimizer in set(OPTIMIZERS) - set(self.optimizers):
       if given := flag_texts(self, OF_ONE[optimizer]):
+        got, advice = f'optimizer={",".join(self.optimizers)}', f'add {optimizer} to optimizer'
+        if self.table4:
+          got, advice = '--table4 with --budget=quick, which leaves TRPO out', 'leave --budget=quick out'
         raise ValueError(
-          f'{given[0]} works only with optimizer={optimizer}, got optimizer={",".join(self.optimizers)}; '
-          f'add {optimizer} to optimizer, or leave {given[0]} out'
+          f'{given[0]} works only with optimizer={optimizer}, got {got}; {advice}, or leave {given[0]} out'
         )
     batch = self.meta_batch or SETTINGS['trpo']['meta_batch']
     if self.curvature_tasks is not None and self.curvature_tasks > batch:
@@ -165,6 +176,7 @@ def run(
     return opened.rows or _run(config, opened, devices, jobs)
 
 
+@np.errstate(invalid='ignore')  # Returns that are not finite give a warning of their own.
 def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) -> list[dict]:
   environments, trained, results, rows = build_environments(), {}, [], []
   planned = plan(config, environments, devices)
@@ -176,11 +188,14 @@ def _run(config: Config, opened: resuming.Run, devices: int | None, jobs: Jobs) 
     results.append(Result(about, np.asarray(trained[key(cell)].values)))
     settings = running.settings(cell, 'inner_steps', 'meta_iterations', 'meta_batch', 'trajectories', 'alpha')
     settings |= trained[key(cell)].skipped
-    settings['metric'] = f'mean undiscounted return after {config.eval_updates} updates'
+    settings['metric'] = f'mean undiscounted return after {updates(config.eval_updates)}'
     rows.append(results[-1].row(opened.path, settings))
     running.write_results('navigation', config, opened, rows)
   budgets = [f'{cell.meta_iterations:,} × {cell.meta_batch}' for cell in config.cells]
   print(navigation_table.text(results, budgets, config.seeds, config.trajectories))
+  for cell, result in zip(config.cells, results, strict=True):
+    if said := is_not_finite(result.values, cell):
+      print(f'{reporting.WARNING}{label(*key(cell))}: {said}')
   walks = functools.cache(functools.partial(_walks, trained, environments, config))
   reporting.save_pictures(opened.path, _pictures(trained, walks), opened.metrics)
   _save_films(opened, trained, walks)

@@ -40,8 +40,7 @@ def text(results: Sequence[Result], budgets: Sequence[str], seeds: int, trajecto
   lines = [
     f'mean undiscounted return ± 95% interval over {tasks} unseen tasks; {seeds} training run(s); {trajectories} '
     'trajectories before and after each update',
-    _line('start', 'learner', [f'{n} updates' for n in range(counts)])
-    + f'{"paper, 1 update":<18}meta-iterations × tasks',
+    _line('start', 'learner', [updates(n) for n in range(counts)]) + f'{"paper, 1 update":<18}meta-iterations × tasks',
   ]
   for (start, learner, optimizer), found, budget in zip(cells, after, budgets, strict=True):
     estimates = [result.estimate for result in found]
@@ -57,9 +56,14 @@ def text(results: Sequence[Result], budgets: Sequence[str], seeds: int, trajecto
     if first and second:
       lines.append(f'{name("meta_sgd", optimizer)} − {name("maml", optimizer)}, {start} start, on the same tasks:')
       for n, (ours, theirs) in enumerate(zip(first, second, strict=True)):
-        lines.append(f'         {n} updates {running.difference(ours, theirs, "tasks")}')
+        lines.append(f'         {updates(n)} {running.difference(ours, theirs, "tasks")}')
   return '\n'.join(lines)
 
 
+def updates(count: int) -> str:
+  """Returns a number of updates as text."""
+  return f'{count} update' if count == 1 else f'{count} updates'
+
+
 def _line(start: str, learner: str, cells: Sequence[Any]) -> str:
-  return f'{start:<9}{learner:<18}' + ''.join(f'{cell!s:<15}' for cell in cells)
+  return f'{start:<9}{learner:<18}' + ''.join(f'{cell!s:<14} ' for cell in cells)

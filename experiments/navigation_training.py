@@ -12,9 +12,10 @@ import optax
 
 import metasgd_jax as ms
 from experiments import reporting, running, trainings
-from experiments.navigation_table import label
+from experiments.navigation_table import label, updates
 from experiments.trainings import Curves, Training
 from metasgd_jax import rl
+from metasgd_jax.outer import evaluation
 from metasgd_jax.rl.learner import explorer
 from metasgd_jax.rl.meta_step import check_curvature
 
@@ -25,6 +26,10 @@ ADAM_B2 = 0.99
 """Decay of Adam's mean of squared gradients. With optax's 0.999, the mean hardly forgets within a training."""
 RUNAWAY = 50.0
 """A run has run away if its mean return is lower than its best one by this number: policies leave the square."""
+WATCHED = 50
+"""Smallest number of tasks whose mean return shows whether a run has run away."""
+TESTED_AT_ONCE = 640
+"""Number of trajectories that a test samples at the same time, unless those of a single task are more."""
 
 CellKey = tuple[str, str, str]
 """The start, the learner and the outer optimiser of a cell."""
@@ -92,12 +97,14 @@ def _runs(cell: Any, environment: rl.Environment, devices: int | None) -> list[T
   runs = [build(f'{file_name(*key(cell))}_run{r}', labels[r], keys[r]) for r in range(cell.seeds)]
   learner = rl.policy_learner(build_inner(environment, cell, steps=cell.eval_updates))
   test = functools.partial(_test, learner, rl.task_distribution(environment), cell, devices)
-  return [dataclasses.replace(run, watch=runs_away, test=test) for run in runs]
+  watch = functools.partial(runs_away, cell.meta_iterations, runs[0].chunk * cell.meta_batch)
+  return [dataclasses.replace(run, watch=watch, test=test) for run in runs]
 
 
 def _test(learner: ms.Learner, tasks: Any, cell: Any, devices: int | None, state: ms.TrainState) -> np.ndarray:
   """Returns the mean returns on each unseen task after 0, 1, …, k updates, `[T, k + 1]`."""
-  return running.evaluate(learner, [state.meta], tasks, cell, devices, 'all', metric_fn=rl.mean_return)[0]
+  at_once = max(1, min(evaluation.AT_ONCE, TESTED_AT_ONCE // cell.trajectories))
+  return running.evaluate(learner, [state.meta], tasks, cell, devices, at_once, metric_fn=rl.mean_return)[0]
 
 
 def _by_adam(cell: Any, environment: rl.Environment, devices: int | None) -> Callable[..., Training]:
@@ -132,16 +139,46 @@ def _by_trpo(cell: Any, environment: rl.Environment, devices: int | None) -> Cal
   return build
 
 
-def runs_away(curves: Curves) -> str | None:
-  """Returns a warning if the mean return of the last chunk is much lower than the best one, which no loss shows."""
+def runs_away(total: int, tasks: int, curves: Curves) -> str | None:
+  """Returns a warning if the mean return is much lower than the best one so far, which no loss shows.
+
+  The means are over chunks in succession that have at least `WATCHED` tasks, because fewer tasks have such returns by
+  chance.
+
+  Args:
+    total: Number of meta-iterations of the training.
+    tasks: Number of tasks in a chunk.
+    curves: Metrics of the chunks so far.
+  """
   steps, returns = curves['return_after']
-  now, best = float(np.mean(returns[-1])), float(np.max(np.mean(returns, 1)))
+  chunks = -(-WATCHED // tasks)
+  if len(steps) < chunks:
+    return None
+  means = np.convolve(np.mean(returns, 1), np.full(chunks, 1 / chunks), 'valid')
+  now, best = means[-1], np.max(means)
   if now > best - RUNAWAY:
     return None
+  stop = 'stop the program, and ' if steps[-1] < total else ''
   return (
     f'the run runs away: the mean return after the update is {now:.0f} at meta-iteration {steps[-1]:,}, and was '
-    f'{best:.0f}; stop the program, and train with --restart and lower rates, or with a higher --decay'
+    f'{best:.0f}; {stop}train with --restart and lower rates, or with a higher --decay'
   )
+
+
+def is_not_finite(values: np.ndarray, cell: Any) -> str | None:
+  """Returns a warning if there are returns of the test that are not finite.
+
+  Args:
+    values: Mean returns of R runs on T tasks after 0, 1, …, k updates, `[R, T, k + 1]`.
+    cell: Configuration of the runs.
+  """
+  bad = ~np.isfinite(values).all(0)
+  if not bad.any():
+    return None
+  count = int(np.argmax(bad.any(0)))
+  rates = '--later_rate or --eval_updates' if count > cell.inner_steps else '--alpha or --learning_rate'
+  said = f'after {updates(count)} the return is not finite on {bad[:, count].sum()} of {len(bad)} tasks of the test'
+  return f'{said}; lower {rates} with --restart'
 
 
 def _adam(cell: Any) -> optax.GradientTransformation:

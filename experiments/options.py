@@ -47,7 +47,7 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
     """
     parts = [part.strip() for part in argument.split(',') if part] if self.kind is tuple else [argument]
     hint = ''.join(near(part, self.choices) for part in parts)
-    mistake = ValueError(f'it must be {self.syntactic_help}{hint}')
+    mistake = ValueError(f'{"give" if self.kind is tuple else "it must be"} {self.syntactic_help}{hint}')
     try:
       items = tuple(self.item.parse(part) for part in parts)
     except ValueError as e:
@@ -72,10 +72,12 @@ class Parser(flags.ArgumentParser, flags.ArgumentSerializer):
 
 
 def _description(kind: type, low: Bound, high: Bound, choices: Names) -> str:
-  """Returns the words that follow "must be" in a message."""
+  """Returns the words that follow "must be" in a message, or "give" if the values are items of a tuple."""
+  if kind is tuple and len(choices) == 2:
+    return f'{", ".join(choices)}, or both separated by a comma'
   if kind is tuple:
     items = f'some of {", ".join(choices)}' if choices else f'whole numbers of at least {low}'
-    return f'of type tuple, {items}, each once, separated by commas'
+    return f'{items}, each once, separated by commas'
   if choices:
     return f'one of {", ".join(choices)}'
   bounds = '' if low is None else f', at least {low}' if high is None else f', from {low} to {high}'
@@ -105,7 +107,8 @@ def check(config: Any) -> None:
   for field in dataclasses.fields(config):
     value, parser = getattr(config, field.name), field.metadata['parser']
     if value is not field.default and not parser.allows(value):
-      raise ValueError(f'`{field.name}` must be {parser.syntactic_help}, got {cut(repr(value))}')
+      kind = 'a tuple: ' if parser.kind is tuple else ''
+      raise ValueError(f'`{field.name}` must be {kind}{parser.syntactic_help}, got {cut(repr(value))}')
 
 
 def define_flags(config_class: type) -> None:

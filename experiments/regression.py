@@ -175,7 +175,7 @@ def _table(results: list[Result], config: Config) -> str:
     for test_shot, paper in zip(TEST_SHOTS, papers.get((name, shot), (None,) * 3), strict=True):
       star = '*' if (shot, test_shot) in SECOND_HAND else ''
       published = f'{ms.Interval(*paper)}{star}' if paper else '-'
-      line += f'{cells[name, shot, test_shot].estimate!s:<14}{published:<14}'
+      line += f'{cells[name, shot, test_shot].estimate!s:<13} {published:<13} '
     lines.append(line)
   if papers and any(shot in (10, 20) for _, shot in config.runs):
     lines.append('* second-hand: we found no quotation of this number that names the paper as its source')

@@ -23,8 +23,8 @@ JOBS = 'jobs'
 """Name of the folder with a directory and a log for each training that has a process of its own; see `jobs`."""
 ASIDE = '.replaced_run'
 """Name of the folder in which an earlier run waits."""
-_SHARED = ('profile', 'checkpoints')
-"""Folders in which users may keep files too. Traces are never removed, and of checkpoints only the run's own are."""
+_SHARED = ('profile', 'checkpoints', JOBS)
+"""Folders in which users may keep files too. Traces are never removed, and otherwise only the run's own files are."""
 _ADVICE = 'make sure that files can be moved within the work directory, or give another --workdir'
 
 
@@ -75,8 +75,9 @@ def settle(workdir: pathlib.Path) -> None:
           )
         _move(aside / name, workdir / name)
     remove_checkpoints(aside, record['trainings'])
-    with contextlib.suppress(OSError):  # It holds files of the user.
-      aside.rmdir()
+    for folder, *_ in os.walk(aside, topdown=False):
+      with contextlib.suppress(OSError):  # It holds files of the user.
+        pathlib.Path(folder).rmdir()
 
 
 def is_pending(workdir: pathlib.Path) -> bool:
@@ -129,7 +130,9 @@ def runs_in(workdir: files.PathLike) -> list[pathlib.Path]:
 
 
 def remove_run(workdir: pathlib.Path) -> None:
-  """Removes the files of a run, its record, and the directory if nothing else is in it."""
+  """Removes the files of a run, its record, and the directory if nothing else is in it. No program may write there."""
+  for half in files.half_written(workdir):
+    half.unlink()
   _remove_files(workdir)
   (workdir / RECORD).unlink()
   with contextlib.suppress(OSError):  # It holds files of the user.

@@ -1,8 +1,10 @@
 """Functions for the numbers of all experiments: they record metrics, make rows of results, and save pictures."""
 
+import contextlib
 import dataclasses
+import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +99,9 @@ class Recorder:
     means = {name: mean(values, axis=0) for name, values in progress.info.items()}
     self._keep(progress.step, means)
     self._write(progress, means if skips is None else means | {'skipped': skips})
-    self._show(progress, {name: means[name] for name in sorted(means) if not name.startswith('instance_')})
+    # The loss of a policy gradient is near zero however good the policy is.
+    hidden = ('instance_', 'loss') if 'return_after' in means else 'instance_'
+    self._show(progress, {name: means[name] for name in sorted(means) if not name.startswith(hidden)})
 
   def close(self) -> None:
     """Closes the progress bar."""
@@ -129,6 +133,38 @@ class Recorder:
       time = left if progress.step < progress.total else f'took {tqdm.tqdm.format_interval(progress.seconds)}'
       done = f'{self._label}  {progress.step:,}/{progress.total:,}'
       logging.info('%s  %s  %.2f it/s  %s', done, values, progress.rate, time)
+
+
+@contextlib.contextmanager
+def progress(workdirs: Sequence[pathlib.Path], total: int) -> Iterator[Callable[[], None]]:
+  """Gives a function that shows the progress of trainings in other processes: as a bar, or in the log by tenths.
+
+  Args:
+    workdirs: Work directory of each training.
+    total: Number of meta-iterations of all trainings together.
+  """
+  tenth = 0
+  with tqdm.tqdm(desc=f'{len(workdirs)} trainings', total=total, disable=None) as bar:
+
+    def show():
+      nonlocal tenth
+      bar.n = done = min(total, sum(map(_done, workdirs)))
+      bar.refresh()
+      if bar.disable and 10 * done // total > tenth:
+        tenth = 10 * done // total
+        logging.info('%d trainings: %d of %d meta-iterations', len(workdirs), done, total)
+
+    yield show
+
+
+def _done(workdir: pathlib.Path) -> int:
+  """Returns the number of meta-iterations that the metrics of a run report."""
+  steps: dict[str, int] = {}
+  with contextlib.suppress(OSError, ValueError), (workdir / 'metrics.jsonl').open() as file:
+    for line in file:
+      found = json.loads(line)
+      steps[found['label']] = found['step']
+  return sum(steps.values())
 
 
 def _finite_mean(values: np.ndarray, axis: int) -> np.ndarray:

@@ -84,6 +84,7 @@ class Run:
     asked: Number of the signal that was received, SIGTERM or SIGINT, or 0 if there was none.
     idle: Whether the program may end at once, because there is no training whose state must be saved first.
     finished: Whether all is done, so that signals are ignored.
+    halves: Half-written files that were there when the directory was opened: an earlier program was killed.
   """
 
   workdir: pathlib.Path
@@ -98,6 +99,7 @@ class Run:
   asked: int = 0
   idle: bool = True
   finished: bool = False
+  halves: Sequence[pathlib.Path] = ()
 
   def path(self, name: str) -> pathlib.Path:
     """Returns the path of a file that the run is about to write, and records that the file is the run's.
@@ -136,7 +138,7 @@ class Run:
     names, old = {'config.json', 'metrics.jsonl', 'timings.jsonl', 'checkpoints'}, set(self.written)
     refuse([self.workdir / name for name in sorted(names - old)])
     replacing.set_aside(self.workdir)
-    self.begun, self.written, self.trained = True, names | ({'profile'} & old), set()
+    self.begun, self.written, self.trained = True, names | ({'profile', replacing.JOBS} & old), set()
     self.note()
     self.open_events()
     files.write_json(self.workdir / 'config.json', self.config)
@@ -158,17 +160,25 @@ class Run:
       writer.close()
 
   def finish(self) -> None:
-    """Marks the run as finished, and then removes its checkpoints.
+    """Marks the run as finished, and then removes its checkpoints and its other files that only resuming needs.
 
     In this order, nothing is lost if the program is killed at any moment.
     """
-    for name in {RECORD, *self.written}:
-      for half in self.workdir.glob(f'.{name}-????????'):  # Left by a program that was killed while it wrote.
-        half.unlink()
+    for half in self.halves:
+      half.unlink(missing_ok=True)
     self.note(finished=True)
     self.keep()
     if not self.keeping.keep_checkpoints:
       replacing.remove_checkpoints(self.workdir, self.trained)
+    names = [name for training in self.trained for name in (tested_file(training), log_file(training))]
+    for name in self.written.intersection(names):
+      (self.workdir / name).unlink(missing_ok=True)
+    if replacing.JOBS in self.written:
+      with contextlib.suppress(OSError):  # It holds files of the user, or does not exist.
+        (self.workdir / replacing.JOBS).rmdir()
+      names += [] if (self.workdir / replacing.JOBS).exists() else [replacing.JOBS]
+    self.written.difference_update(names)  # Later files of these names would be the user's.
+    self.note(finished=True)
 
   def come(self, number: int = signal.SIGTERM, _: Any = None) -> None:
     """Handles a signal: records its `number`, and ends the program if it is idle and has a single process."""
@@ -229,7 +239,7 @@ def open_run(workdir: files.PathLike, config: Any, keeping: Keeping | None = Non
     with processes.together():
       workdir = files.open_workdir(workdir)
       _lock(workdir, held)
-      run = Run(workdir, _plain(config), keeping or Keeping(), cell)
+      run = Run(workdir, _plain(config), keeping or Keeping(), cell, halves=files.half_written(workdir))
       run.metrics.append(writers.MetricsWriter(workdir / 'metrics.jsonl', go_on=True))
       if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -329,6 +339,11 @@ def checkpoints_of(workdir: files.PathLike, training: str) -> pathlib.Path:
 def tested_file(training: str) -> str:
   """Returns the name of the file with the values of one run on unseen tasks; see `Training.test`."""
   return f'per_task_{training}.npy'
+
+
+def log_file(training: str) -> str:
+  """Returns the name of the file with what the process of a training prints; see `jobs`."""
+  return f'{replacing.JOBS}/{training}.log'
 
 
 def changed_versions(before: dict[str, str]) -> str:

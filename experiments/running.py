@@ -1,8 +1,10 @@
 """The common parts of the experiments: they read the command line, train, test on unseen tasks, and write results."""
 
+import contextlib
 import functools
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,22 +54,40 @@ def main(experiment: str, config_class: type, prepare: Callable[..., Prepared]) 
     stop_with_parent()
     machines = options.from_flags(Machines)
     processes.start(machines)
-    with processes.together():
+    with processes.together(), contextlib.ExitStack() as opened:
       if 'rbg' in (impl := str(jax.random.key_impl(jax.random.key(0)))):
         raise ValueError(f'JAX_DEFAULT_PRNG_IMPL={impl} selects keys that draw other numbers under jax.vmap; unset it')
       config: Any = options.from_flags(config_class)
       keeping, given = options.from_flags(Keeping), flags.FLAGS.workdir
-      workdir = processes.open_workdir(default_workdir(experiment, config) if given is None else given)
+      path = default_workdir(experiment, config) if given is None else given
+      opened.enter_context(_leaving_no_new_directory(path))
+      workdir = processes.open_workdir(path)
       cache = f'--compilation_cache={flags.FLAGS["compilation_cache"].value}'
       jobs = Jobs([*job_command(experiment, config, keeping), cache], cores(keeping, machines.devices))
       plan, run = prepare(config, workdir, keeping, machines.devices, jobs)
       if keeping.only is not None:
         plan = [trainings.named(keeping.only, plan)]
         run = functools.partial(trainings.train_only, plan[0], config, workdir, keeping)
-      return inspecting.look(plan, config, workdir, keeping) or run
+      if looked := inspecting.look(plan, config, workdir, keeping):
+        return looked
+      opened.pop_all()
+      return run
 
   resuming.define_flags(config_class, Keeping, Machines)
   options.main(prepare_from_flags, config_class)
+
+
+@contextlib.contextmanager
+def _leaving_no_new_directory(path: str) -> Iterator[None]:
+  """Removes the directories that the `with` block creates for `path`, if they are empty."""
+  whole = files.as_path(path)
+  missing = [one for one in (whole, *whole.parents) if not os.path.lexists(one)]
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):  # It is not empty, or does not exist.
+      for one in missing:
+        one.rmdir()
 
 
 def job_command(experiment: str, config: Any, keeping: Keeping) -> list[str]:

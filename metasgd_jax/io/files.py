@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,10 @@ _STORED = {'bool', 'bfloat16', 'float16', 'float32', 'float64', 'complex64'} | {
   f'{kind}{bits}' for kind in ('int', 'uint') for bits in (8, 16, 32, 64)
 }
 """Names of the dtypes that safetensors writes and reads with NumPy."""
+
+
+_HALF = re.compile(r'\.metasgd_jax-[0-9a-f]{16}')
+"""Name of a file that `atomic` has begun to write."""
 
 
 class WriterError(Exception):
@@ -147,7 +152,7 @@ def atomic(path: PathLike, advice: str | None = None) -> Iterator[IO[bytes]]:
     ['a.txt']
   """
   path = as_path(path)
-  aside = path.with_name(f'.{path.name}-{secrets.token_hex(4)}')
+  aside = path.with_name(f'.metasgd_jax-{secrets.token_hex(8)}')  # The name of the file may be as long as names can be.
   with told(path, advice):
     try:
       with aside.open('xb') as file:  # tempfile makes files that only their owner can read.
@@ -157,6 +162,19 @@ def atomic(path: PathLike, advice: str | None = None) -> Iterator[IO[bytes]]:
       aside.replace(path)  # The file is closed by now, because Windows cannot rename an open file.
     finally:
       aside.unlink(missing_ok=True)
+
+
+def half_written(directory: PathLike) -> list[pathlib.Path]:
+  """Returns the files in a directory that `atomic` has begun to write. They stay if a program is killed meanwhile.
+
+  Example:
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...   with ms.files.atomic(f'{directory}/a.txt'):
+    ...     len(ms.files.half_written(directory))
+    1
+  """
+  return [path for path in as_path(directory).glob('.metasgd_jax-*') if _HALF.fullmatch(path.name)]
 
 
 @contextlib.contextmanager

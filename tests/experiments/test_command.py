@@ -164,7 +164,7 @@ def test_settings_become_flags_that_give_them(tmp_path, name):
     ({'meta_iterations': '5'}, ('meta_iterations', 'type int', "got '5'")),
     ({'meta_iterations': 0}, ('meta_iterations', 'from 1 to', 'got 0')),
     ({'dataset': 'sinusoid'}, ('dataset', 'sinusoids, sinusoids_maml', "got 'sinusoid'")),
-    ({'learner': 'maml'}, ('learner', 'type tuple', "got 'maml'")),
+    ({'learner': 'maml'}, ('learner', 'a tuple', "got 'maml'")),
     ({'learner': [['maml']]}, ('x.json is no', 'learner')),
     ({'command': 'python -m experiments.regression', 'config': {}}, ('holds no settings', 'results.json')),
     ([], ('holds no settings', 'results.json')),
@@ -255,3 +255,11 @@ def test_a_profiler_that_writes_nothing_is_told_by_the_first_process(first, said
   assert trainings.profile(training, state, tmp_path) == tmp_path / 'maml'
   assert ''.join(heard).startswith(said)
   assert len(heard) == first
+
+
+@pytest.mark.parametrize('flags_given', [['--plan'], ['--only=other'], ['--debug_task=99'], ['--devices=3']])
+def test_a_command_that_trains_nothing_leaves_no_new_folder(tmp_path, flags_given):
+  (tmp_path / 'mine').mkdir()
+  for folder in ('mine', 'new/run'):
+    commands.run('regression', *TINY, f'--workdir={tmp_path / folder}', *flags_given)
+  assert [path.name for path in tmp_path.iterdir()] == ['mine']

@@ -206,10 +206,10 @@ def test_batch_norm_is_reported_in_both_ways(classification_run):
   ('config', 'values', 'said'),
   [
     (regression.Config, dict(meta_iterations=0), ('meta_iterations', 'from 1 to', 'got 0')),
-    (regression.Config, dict(learner=('sgd',)), ('learner', 'some of meta_sgd, maml', "'sgd'")),
-    (regression.Config, dict(learner=()), ('learner', 'some of meta_sgd, maml', 'each once', 'got ()')),
-    (regression.Config, dict(learner=('maml', 'maml')), ('learner', 'each once', "('maml', 'maml')")),
-    (regression.Config, dict(learner='maml'), ('learner', 'type tuple', "'maml'")),
+    (regression.Config, dict(learner=('sgd',)), ('learner', 'meta_sgd, maml, or both', "'sgd'")),
+    (regression.Config, dict(learner=()), ('learner', 'a tuple: meta_sgd, maml, or both', 'got ()')),
+    (regression.Config, dict(learner=('maml', 'maml')), ('learner', 'or both', "('maml', 'maml')")),
+    (regression.Config, dict(learner='maml'), ('learner', 'a tuple', "'maml'")),
     (regression.Config, dict(shot=5.5), ('shot', 'type int', 'got 5.5')),
     (regression.Config, dict(shot=True), ('shot', 'type int', 'got True')),
     (regression.Config, dict(alpha=float('nan')), ('alpha', 'from -100.0 to 100.0', 'got nan')),
@@ -228,7 +228,7 @@ def test_bounds_hold_in_colab_too(config, values, said):
 @pytest.mark.parametrize(
   ('module', 'flags', 'said'),
   [
-    ('regression', ['--learner=sgd'], ('--learner=sgd', 'meta_sgd, maml')),
+    ('regression', ['--learner=sgd'], ('--learner=sgd: give meta_sgd, maml, or both separated by a comma',)),
     ('regression', ['--meta_iterations=0'], ('--meta_iterations=0', 'from 1 to ')),
     ('regression', ['--workdir={file}/x'], ('workdir {file}/x', 'cannot be written', 'Not a directory')),
     ('regression', ['--alpha=nan'], ('alpha', 'from -100.0 to 100.0', 'got nan')),

@@ -33,7 +33,7 @@ from experiments import (
 from experiments.jobs import Job, Jobs
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping
-from metasgd_jax.io import checkpoint
+from metasgd_jax.io import checkpoint, files
 from metasgd_jax.io.checkpoint import CheckpointError
 
 PROGRAM = """
@@ -41,13 +41,19 @@ import json, os, pathlib, signal, sys, time
 flags = dict(word.removeprefix('--').split('=') for word in sys.argv[1:])
 directory = pathlib.Path(flags['workdir'])
 directory.mkdir()
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+stop, seen = [], directory.parent / 'seen'
+def come(*_):
+  stop.append(1)
+  with seen.open('a') as file:
+    file.write(directory.name + '\\n')
+signal.signal(signal.SIGTERM, come)
 begin = time.time()
 with (directory / 'metrics.jsonl').open('w') as file:
   file.write(json.dumps({'label': 'a', 'step': int(flags['steps'])}) + '\\n')
-while not stop and time.time() < begin + float(flags['seconds']):
+while (not stop or flags['steps'] == '4') and time.time() < begin + float(flags['seconds']):
   time.sleep(0.01)
+if flags['steps'] == '2':
+  os.kill(os.getpid(), signal.SIGKILL)
 (directory / 'facts').write_text(json.dumps([sorted(os.sched_getaffinity(0)), begin, time.time(), bool(stop)]))
 print('warning: it is slow', flush=True)
 if flags['steps'] == '3':
@@ -57,7 +63,10 @@ if flags['steps'] == '3':
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-  """`job(name, steps, seconds)`: a command that waits, and fails if it has three steps."""
+  """`job(name, steps, seconds)`: a command that waits.
+
+  With two steps it is killed, with three it fails, and with four it does not stop at SIGTERM.
+  """
   (tmp_path / 'a_program.py').write_text(PROGRAM)
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
   monkeypatch.setattr(jobs, 'SECONDS', 0.02)
@@ -90,6 +99,12 @@ def test_a_job_that_fails_is_named_and_the_others_are_finished(job):
   assert facts(todo[2])
 
 
+def test_of_a_job_that_was_killed_the_signal_is_named(job):
+  message = saying('one was ended by SIGKILL (often too little memory); lower --jobs, and give the same command')
+  with pytest.raises(TrainingError, match=message):
+    jobs.run_all([job('one', steps=2)], [0])
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_and_begins_no_other(job, number, capsys):
   todo = [job('one', seconds=30), job('two', seconds=30), job('three')]
@@ -100,6 +115,45 @@ def test_a_signal_stops_all_and_begins_no_other(job, number, capsys):
   assert not todo[2].directory.exists()
   assert re.search(saying(number.name, 'stops when', 'saved'), capsys.readouterr().out)
   assert signal.getsignal(number) == before
+
+
+def begun(todo):
+  while not all((one.directory / 'metrics.jsonl').exists() for one in todo):
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize('visited', [0, 1])
+def test_a_signal_at_any_moment_reaches_each_job_once(job, monkeypatch, visited):
+  """Here the signal comes while the jobs are visited."""
+  todo, visits, relay = [job('one', seconds=30), job('two', seconds=30)], [], jobs._relay
+
+  def signal_comes(output):
+    relay(output)
+    if len(visits) == 2 + visited:
+      begun(todo)
+      os.kill(os.getpid(), signal.SIGTERM)
+    visits.append(output)
+
+  monkeypatch.setattr(jobs, '_relay', signal_comes)
+  assert jobs.run_all(todo, [0, 0]) == signal.SIGTERM
+  assert sorted((todo[0].directory.parent / 'seen').read_text().split()) == ['one', 'two']
+
+
+def test_a_second_signal_ends_the_jobs(job):
+  todo = [job('one', steps=4, seconds=60), job('two', steps=4, seconds=60)]
+
+  def two_signals():
+    begun(todo)
+    os.kill(os.getpid(), signal.SIGINT)
+    while not (seen := todo[0].directory.parent / 'seen').exists() or len(seen.read_text().split()) < 2:
+      time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=two_signals).start()
+  with pytest.raises(KeyboardInterrupt):
+    jobs.run_all(todo, [0, 0])
+  assert not any((one.directory / 'facts').exists() for one in todo)
+  assert len((todo[0].directory.parent / 'seen').read_text().split()) == 2
 
 
 def test_warnings_of_a_job_are_shown(job, capsys):
@@ -260,6 +314,75 @@ def test_a_training_that_one_process_began_is_not_begun_anew(tmp_path, monkeypat
     assert seen == [training.name for training in others]
     monkeypatch.undo()
     opened.begun = False
+
+
+def test_a_finished_run_leaves_hidden_files_of_the_user(tmp_path, monkeypatch):
+  """Half-written files are removed: those of an earlier program, and those of processes that were killed."""
+  (mine := tmp_path / '.results.json-20261127').write_text('mine')
+  (tmp_path / '.metasgd_jax-0123456789abcdef').write_text('{')
+
+  def with_halves(todo, on):
+    in_this_process(todo, on)
+    (todo[0].directory / '.metasgd_jax-0123456789abcdef').write_text('{')
+
+  monkeypatch.setattr(jobs, 'run_all', with_halves)
+  regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  assert [path.name for path in tmp_path.glob('.*')] == [mine.name]
+  assert not (tmp_path / 'jobs').exists()
+
+
+@pytest.mark.parametrize('name', ['jobs/notes', 'jobs/maml_5shot.log'])
+def test_files_of_the_user_where_jobs_write_are_refused(tmp_path, monkeypatch, name):
+  monkeypatch.setattr(jobs, 'run_all', lambda *_: pytest.fail('a process began'))
+  (tmp_path / 'jobs').mkdir()
+  (tmp_path / name).write_text('mine')
+  with pytest.raises(files.WriterError, match=saying(tmp_path / 'jobs', 'no run has written it')):
+    regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  assert (tmp_path / name).read_text() == 'mine'
+
+
+def test_logs_are_the_runs_own_until_they_are_removed(tmp_path, monkeypatch):
+  """A log that comes into the folder later is the user's."""
+
+  def with_logs(todo, on):
+    for one in todo:
+      one.log.parent.mkdir(exist_ok=True)
+      one.log.write_text('lines')
+      assert f'jobs/{one.log.name}' in replacing.read_record(tmp_path)['files']
+    in_this_process(todo, on)
+
+  monkeypatch.setattr(jobs, 'run_all', with_logs)
+  regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
+  assert not (tmp_path / 'jobs').exists()
+  assert not [name for name in replacing.read_record(tmp_path)['files'] if name.startswith('jobs')]
+  (tmp_path / 'jobs').mkdir()
+  (log := tmp_path / 'jobs' / 'maml_5shot.log').write_text('mine')
+  with pytest.raises(files.WriterError, match=saying(tmp_path / 'jobs', 'no run has written it')):
+    regression.run(CONFIG, tmp_path, dataclasses.replace(KEEPING, restart=True), jobs=Jobs([], [0, 1]))
+  assert log.read_text() == 'mine'
+  assert replacing.read_record(tmp_path)['finished']
+
+
+def test_logs_of_a_run_that_is_to_be_replaced_come_back(tmp_path, monkeypatch):
+  def begins(todo, on):
+    in_this_process(todo[:1], on)
+    todo[0].log.write_text('lines')
+    raise CrashError
+
+  def crash(todo, on):
+    assert not todo[0].log.exists()
+    raise CrashError
+
+  apart = Jobs([], [0, 1])
+  monkeypatch.setattr(jobs, 'run_all', begins)
+  with pytest.raises(CrashError):
+    regression.run(CONFIG, tmp_path, KEEPING, jobs=apart)
+  before = torture.contents(tmp_path)
+  monkeypatch.setattr(jobs, 'run_all', crash)
+  for _ in range(2):
+    with pytest.raises(CrashError):
+      regression.run(CONFIG, tmp_path, dataclasses.replace(KEEPING, restart=True), jobs=apart)
+    assert torture.contents(tmp_path) == before
 
 
 def test_a_training_is_tested_once_where_it_is_trained(tmp_path):

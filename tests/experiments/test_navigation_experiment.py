@@ -1,6 +1,7 @@
 """The experiment on 2D navigation, at a small size."""
 
 import errno
+import functools
 import json
 import re
 from unittest import mock
@@ -32,7 +33,9 @@ def test_a_thin_run(tmp_path, monkeypatch, capsys):
   values = np.load(tmp_path / row['per_task_file'], allow_pickle=False)
   assert values.shape == (1, 2, 2)
   assert np.all(values < 0)
-  assert np.array_equal(np.load(tmp_path / 'per_task_meta_sgd_fixed_run0.npy'), values[0])
+  assert [path.name for path in tmp_path.glob('per_task_*')] == [row['per_task_file']]
+  assert not [name for name in resuming.read_record(tmp_path)['files'] if 'run0' in name]
+  assert row['metric'].endswith('after 1 update')
   np.testing.assert_allclose(row['mean'], values[..., -1].mean(), rtol=1e-6)
   (line,) = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
   assert line['step'] == 1
@@ -65,8 +68,60 @@ def test_the_table_has_the_papers_figures_and_the_pairs():
   pairs = table[table.index('Meta-SGD by TRPO − MAML by TRPO, fixed start, on the same tasks:') :]
   assert '2 updates 3.00±0.00 over tasks' in pairs
   assert 'over training runs' not in table
-  several = [r.__class__(r.about, np.concatenate([r.values, r.values])) for r in results]
-  assert 'over training runs' in navigation_table.text(several, ['', ''], 2, 20)
+  assert '1 update 3.00±0.00' in pairs
+  assert '0 updates 1 update 2 updates paper' in ' '.join(table.splitlines()[1].split())
+
+
+def test_the_table_of_several_runs_has_an_interval_for_each_number_of_updates():
+  values = np.stack([np.tile([-9.0, -5.0, -2.0, -1.0], (4, 1)) + r * np.array([4.0, 3, 2, 1]) for r in range(3)])
+  result = reporting.Result({'start': 'fixed', 'learner': 'maml', 'optimizer': 'adam'}, values)
+  *_, before, line = navigation_table.text([result], [''], 3, 20).splitlines()
+  assert before == '95% interval of the mean over training runs:'
+  spans = [ms.confidence_interval(np.arange(3.0) * size).ci95 for size in (4, 3, 2, 1)]
+  assert line.split()[2:] == [f'±{span:.2f}' for span in spans]
+
+
+def test_columns_of_long_numbers_are_apart():
+  values = np.array([[[-1.0, -1e9, np.nan], [-1.0, -2e12, -np.inf]]])
+  result = reporting.Result({'start': 'fixed', 'learner': 'maml', 'optimizer': 'adam'}, values)
+  with np.errstate(invalid='ignore'):
+    row = navigation_table.text([result], ['7 × 2'], 1, 20).splitlines()[2]
+  assert len(row.split()) == 9
+  assert row.split()[5] == '-9.12±0.66'
+
+
+def test_returns_that_are_not_finite_give_a_warning():
+  (cell,), values = navigation.Config(learner=('maml',)).cells, np.full((2, 4, 4), -5.0)
+  assert navigation_training.is_not_finite(values, cell) is None
+  values[0, 1, 2:], values[1, 2, 2], values[1, 0, 3] = np.nan, np.inf, np.nan
+  expected = (
+    'after 2 updates the return is not finite on 2 of 4 tasks of the test; lower --later_rate or --eval_updates'
+  )
+  assert navigation_training.is_not_finite(values, cell).startswith(expected)
+  values[0, 0, 1] = np.nan
+  expected = 'after 1 update the return is not finite on 1 of 4 tasks of the test; lower --alpha or --learning_rate'
+  assert navigation_training.is_not_finite(values, cell).startswith(expected)
+
+
+@pytest.mark.slow
+def test_a_test_that_diverges_is_told_of(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(navigation, '_save_films', lambda *_: None)
+  monkeypatch.setattr(reporting, 'save_pictures', lambda *_: None)
+  options = dict(later_rate=100.0, learner=('maml',), meta_iterations=3, meta_batch=2, trajectories=2, eval_tasks=2)
+  navigation.run(navigation.Config(**options), tmp_path)
+  (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(reporting.WARNING)]
+  assert re.match(saying('MAML, fixed start: after', 'not finite', 'of 2 tasks', 'lower --later_rate'), line)
+
+
+def test_a_test_samples_a_limited_number_of_trajectories_at_once(monkeypatch):
+  seen, environments = [], navigation.build_environments()
+  evaluate = lambda learner, metas, tasks, cell, devices, at_once, **_: seen.append(at_once) or [None]
+  monkeypatch.setattr(navigation_training.running, 'evaluate', evaluate)
+  for trajectories in (2, 20, 100, 1000):
+    config = navigation.Config(**TINY | dict(trajectories=trajectories), learner=('maml',))
+    ((training,),) = navigation.plan(config, environments, devices=1)
+    training.test(mock.Mock())
+  assert seen == [32, 32, 6, 1]
 
 
 def test_settings_of_each_training():
@@ -103,13 +158,21 @@ def test_each_seed_is_a_training_of_its_own():
 
 
 def test_a_run_runs_away_if_its_return_falls_far_below_the_best(tmp_path, capsys):
-  steps = np.arange(1, 5)
-  found = [
-    navigation_training.runs_away({'return_after': (steps[:n], np.array([[-40.0], [-12], [-30], [-500]])[:n])})
-    for n in steps
-  ]
+  def warnings(*returns, tasks=50):
+    steps, values = np.arange(1, len(returns) + 1), np.array(returns, float)[:, None]
+    watch = functools.partial(navigation_training.runs_away, len(returns), tasks)
+    return [watch({'return_after': (steps[:n], values[:n])}) for n in steps]
+
+  found = warnings(-40, -12, -30, -500, -700)
   assert found[:3] == [None] * 3
-  assert re.match(saying('runs away', '-500', 'meta-iteration 4', '-12', 'rates'), found[3])
+  assert re.match(saying('runs away', '-500', 'meta-iteration 4', '-12', 'stop the program', 'rates'), found[3])
+  assert re.match(saying('runs away', '-700', 'meta-iteration 5', '-12', 'rates'), found[4])
+  assert 'stop the program' not in found[4]
+
+  assert warnings(-90, -12, -90, -12, -100, -100, tasks=2) == [None] * 6  # Returns of few tasks differ by chance.
+  *before, last = warnings(-40, -20, -20, -40, -90, -510, tasks=25)
+  assert before == [None, None, None, None, None]
+  assert re.match(saying('-300', 'meta-iteration 6', '-20'), last)
 
 
 def test_adam_has_a_rate_for_theta_and_one_for_alpha():
@@ -219,13 +282,16 @@ def test_pictures(table4):
   [
     (dict(estimator='reinforce'), ['estimator', 'dice, lvc, score', "'reinforce'"]),
     (dict(trajectories=1), ['trajectories', '2 to 1000', '1']),
-    (dict(start=('fixed', 'fixed')), ['start', 'fixed, varying', 'once']),
+    (dict(start=('fixed', 'fixed')), ['start', 'fixed, varying, or both']),
     (dict(optimizer=('trpo',), curvature_tasks=3, meta_batch=2), ['curvature_tasks=3', 'meta_batch=2']),
     (dict(table4=True, learner=('maml',)), ['table4', '--learner=maml']),
     (dict(table4=True, curvature_tasks=30), ['curvature_tasks=30', 'meta_batch=20']),
     (dict(curvature_tasks=3), ['curvature_tasks=3', 'optimizer=trpo', 'optimizer=adam']),
     (dict(optimizer=('trpo',), budget='quick'), ['budget=quick', 'optimizer=adam', 'optimizer=trpo']),
-    (dict(table4=True, budget='quick', damping=0.1), ['damping=0.1', 'optimizer=trpo', 'optimizer=adam']),
+    (
+      dict(table4=True, budget='quick', damping=0.1),
+      ['damping=0.1', '--table4 with --budget=quick', 'leave --budget=quick out'],
+    ),
   ],
 )
 def test_settings_that_cannot_be(changes, message):

@@ -42,6 +42,17 @@ def test_the_log_has_a_line_after_each_tenth(caplog, capsys):
   assert capsys.readouterr() == ('', '')
 
 
+def test_the_loss_of_a_policy_gradient_is_not_shown(caplog):
+  with caplog.at_level('INFO', 'absl'):
+    recorder = Recorder('MAML', [])
+    info = {'loss': np.array([1e-5]), 'return_after': np.array([-12.0])}
+    state = types.SimpleNamespace(meta=None, opt_state=(), step=np.int32(0))
+    recorder(types.SimpleNamespace(state=state, step=5, total=5, info=info, seconds=2.0, rate=2.0))
+    recorder.close()
+  assert caplog.records[-1].getMessage().startswith('MAML  5/5  return_after -12  2.00 it/s')
+  assert recorder.curves['loss'][1] == 1e-5
+
+
 def test_the_last_line_comes_even_if_the_run_is_one_chunk(caplog):
   (line,) = logged(caplog, [3], total=3)
   assert line.startswith('MAML  3/3  loss ')

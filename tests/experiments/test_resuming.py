@@ -148,7 +148,7 @@ def test_a_line_of_metrics_that_was_half_written(tmp_path, at, whole_maml):
   crashed(at, tmp_path)
   with (tmp_path / 'metrics.jsonl').open('a') as file:
     file.write('{"label": "MAML 5-shot", "step": 1')
-  (tmp_path / '.results.json-abcdefgh').write_text('{')
+  (tmp_path / '.metasgd_jax-0123456789abcdef').write_text('{')
   regression.run(MAML, tmp_path, KEEPING)
   assert_same(tmp_path, whole_maml)
 

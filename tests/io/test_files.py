@@ -23,6 +23,22 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['results.json']
 
 
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+  path = tmp_path / ('n' * 255)
+  files.write_json(path, 1)
+  assert path.read_text() == '1\n'
+
+
+def test_half_written_files_are_those_of_atomic_alone(tmp_path):
+  names = ('.a-01234567', '.metasgd_jax-notes', '.metasgd_jax-0123456789abcdef.json', 'metasgd_jax-0123456789abcdef')
+  for name in names:
+    (tmp_path / name).write_text('mine')
+  with files.atomic(tmp_path / 'a'):
+    (half,) = files.half_written(tmp_path)
+    assert half.name not in ('a', '.a-01234567')
+  assert files.half_written(tmp_path) == []
+
+
 def test_a_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
   """Windows renames no open file."""
   replace, closed = pathlib.Path.replace, []
