@@ -84,8 +84,10 @@ def default_workdir(experiment: str, config: Any) -> str:
   """
   table = any(getattr(config, name, False) for name in TABLES)
   texts = options.flag_texts(config, WHAT_IS_TRAINED if table else ('learner', *WHAT_IS_TRAINED))
-  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # --start may be a path.
-  return '_'.join([f'runs/{experiment}', *values])
+  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]) for text in texts]
+  # The file names of models are often the same, so the name of their directory is included.
+  names = [name for value in values for name in (value.parent.name, value.stem) if name.strip('.')]
+  return '_'.join([f'runs/{experiment}', *names])
 
 
 def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ class ModelConfig:
     return 'pad' if self.background == 'dark' else 'crop'
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
