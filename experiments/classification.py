@@ -54,7 +54,8 @@ class Config:
   60,000 meta-iterations, batches of 32 tasks for 5-way Omniglot (`meta_batch`), and on mini-ImageNet an outer gradient
   clipped at 10 (`clip`). `stream=auto` keeps images in host memory if they would fill more than half of the device's
   memory. Glyphs are not stored, because the device generates them when it needs them. If a folder has no class lists,
-  its classes are split at random, with the seed `split_seed`.
+  its classes are split at random, with the seed `split_seed`. If the data set has validation classes, the temperature
+  of the saved model is fitted on them (`ModelConfig.temperature`).
   """
 
   learner: tuple[str, ...] = option((), 'Learners to train; Meta-SGD by default, or all for a table.', choices=LEARNERS)
@@ -73,7 +74,9 @@ class Config:
   split_seed: int = option(0, 'Seed of a random split.', low=0, high=2**31 - 1)
   validation_classes: int = option(0, "Characters for validation, out of Omniglot's 1200.", low=0, high=1000)
   class_lists: str | None = option(
-    None, 'Directory of lists of classes: train.txt, validation.txt and test.txt.', kind=str
+    None,
+    'Directory of train.txt, validation.txt and test.txt, which list classes; --evaluate reads test.txt.',
+    kind=str,
   )
   image_size: int | None = option(
     None, 'Height and width of images; by default 28, or 84 for photos.', low=16, high=1024, kind=int
@@ -114,7 +117,7 @@ class Config:
   seeds: int = option(1, 'Training runs, one after the other.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
-  eval_tasks: int = option(600, 'Unseen tasks in the test.', low=2, high=100_000)
+  eval_tasks: int = option(600, 'Tasks in the test.', low=2, high=100_000)
   eval_query: int = option(15, 'Query images per class in testing.', low=1, high=1000)
   bad_steps: str = trainings.bad_steps_option()
   tensorboard: bool = option(False, 'Also write event files for TensorBoard.')
@@ -131,7 +134,7 @@ class Config:
       dataset = 'omniglot' if self.table2 else 'mini_imagenet' if self.table3 else 'glyphs'
       object.__setattr__(self, 'dataset', dataset)
     if self.evaluate is not None and self.dataset == 'folder':
-      refuse_beside('evaluate reads a folder in the size and channels of the model, unsplit', self, OF_MODEL)
+      refuse_beside('evaluate reads all classes of a folder, in the size and channels of the model', self, OF_MODEL)
     for name, datasets in WORKS_WITH.items():
       if self.dataset not in datasets and (given := flag_texts(self, (name,))):
         raise ValueError(

@@ -109,14 +109,13 @@ def load_test_folder(config: Any, form: dict[str, Any]) -> ms.tasks.ClassBank:
   what = f'--data_dir={config.data_dir}' if listed is None else f'{config.class_lists}/test.txt'
   folders = [path for path in image_files.list_directory(as_path(config.data_dir)) if image_files.is_folder(path)]
   counts = {path.name: len(image_files.list_images(path)) for path in folders}
-  if counts:
-    names = splits.split_by_lists(tuple(counts), splits.ClassNames((), (), listed or tuple(counts))).test
-    check_test(what, names, [counts[name] for name in names], config)
+  parts = splits.ClassNames((), (), tuple(counts) if listed is None else listed)
+  if counts:  # Otherwise `image_folder.load` raises a better error.
+    splits.split_by_lists(tuple(counts), parts)  # Raises ValueError for a class that is not in the folder.
+    check_test(what, parts.test, [counts[name] for name in parts.test], config)
   images = image_folder.load(config.data_dir, report=print, **form)
-  bank, names = images.bank, images.names
-  if listed is not None:
-    bank, names = splits.split_bank(bank, names, splits.ClassNames((), (), listed)).test, listed
-  check_test(what, names, bank.sizes, config)
+  bank = images.bank if listed is None else splits.split_bank(images.bank, images.names, parts).test
+  check_test(what, parts.test, bank.sizes, config)
   return bank
 
 

@@ -264,7 +264,7 @@ def test_the_picture_shows_what_the_model_saw(background, tmp_path, monkeypatch)
     (dict(table2=True, dataset='omniglot', data_dir='x'), ('--table2', 'leave one')),
     (dict(dataset='folder', data_dir='x', image_size=28), ('size and channels of the model', '--image_size=28')),
     (dict(dataset='folder', data_dir='x', channels=1), ('size and channels of the model', '--channels=1')),
-    (dict(dataset='folder', data_dir='x', split_seed=1), ('unsplit', '--split_seed=1')),
+    (dict(dataset='folder', data_dir='x', split_seed=1), ('all classes of a folder', '--split_seed=1')),
     (dict(data_dir='x'), ('data_dir works only with', 'dataset=glyphs', 'leave data_dir out')),
   ],
 )
@@ -285,6 +285,7 @@ def test_more_classes_than_the_model_serves_are_refused(model):
     (dict(way=5), None, ('data_dir=', 'has only 3 classes, but --way=5')),
     (dict(eval_query=9), None, ("class 'blot'", 'only 5 images', '--eval_shots + --eval_query = 1 + 9')),
     (dict(way=3), 'rows\nblot\n', ('test.txt has only 2 classes, but --way=3',)),
+    (dict(way=2), '# none yet\n', ('test.txt has only 0 classes, but --way=2',)),
     (dict(way=2), 'rows\nsquares\n', ('1 class (squares)', 'not in the data')),
   ],
 )
