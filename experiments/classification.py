@@ -9,42 +9,41 @@ import dataclasses
 import functools
 import itertools
 from operator import methodcaller
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-import metasgd_jax as ms
-from experiments import evaluating, few_shot_table, few_shot_training, options, reporting, resuming, running, trainings
-from experiments.calibration import calibration_error
-from experiments.command import refuse_beside
-from experiments.few_shot_data import AUGMENTATIONS, DATASETS
-from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL, UNTRAINED, maml_rate, meta_batch, query_images
-from experiments.few_shot_training import BATCH_NORM, Judged, Setup, build
+from experiments import (
+  evaluating,
+  few_shot_table,
+  few_shot_testing,
+  few_shot_training,
+  options,
+  reporting,
+  resuming,
+  running,
+  saving,
+  trainings,
+)
+from experiments.command import flag_texts, refuse_beside
+from experiments.few_shot_data import AUGMENTATIONS, CHARACTERS, DATASETS, WORKS_WITH
+from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL, UNTRAINED, meta_batch, query_images
+from experiments.few_shot_training import Setup, build
 from experiments.jobs import SINGLE, Jobs
 from experiments.options import option
-from experiments.reporting import Result, percent
+from experiments.reporting import Result
 from experiments.resuming import Keeping
 from metasgd_jax.inner.adaptation import Adjoint
-from metasgd_jax.io import provenance
 from metasgd_jax.io.files import PathLike, write_params
-
-CHARACTERS = ('glyphs', 'omniglot')
-"""Data sets of drawings, which are light on dark."""
-
-MODEL_FACTS = (
-  *('dataset', 'split', 'split_seed', 'way', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate'),
-  *('schedule', 'alpha', 'seed', 'eval_seed', 'eval_tasks', 'eval_query', 'inductive', 'augmentation', 'precision'),
-  *('multi_step_loss', 'clip', 'validate_every'),
-)
-"""Settings that a model file contains, in addition to the accuracies."""
-
-SAVED = ('meta_sgd', 'maml', 'prototypical')
-"""Learners whose models are written to files for `metasgd predict`, `FewShotClassifier` and `--evaluate`."""
 
 OF_TRAINING = (
   *('learner', 'table2', 'table3', 'start', 'shot', 'query', 'meta_batch', 'meta_iterations', 'learning_rate', 'clip'),
   *('schedule', 'alpha', 'inner_steps', 'adjoint', 'multi_step_loss', 'alpha_by_step', 'ensemble', 'validate_every'),
   *('network', 'floor_rate', 'filters', 'precision', 'inductive', 'augmentation', 'seeds', 'seed', 'bad_steps'),
+  *('validation_classes', 'tasks_at_once'),
 )
 """Settings that have no effect on the test of a trained model."""
+
+OF_MODEL = ('image_size', 'channels', 'split_seed')
+"""Settings that have no effect if a trained model is tested on a folder of images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Config:
   60,000 meta-iterations, batches of 32 tasks for 5-way Omniglot (`meta_batch`), and on mini-ImageNet an outer gradient
   clipped at 10 (`clip`). `stream=auto` keeps images in host memory if they would fill more than half of the device's
   memory. Glyphs are not stored, because the device generates them when it needs them. If a folder has no class lists,
-  its classes are split at random, with the seed `split_seed`.
+  its classes are split at random, with the seed `split_seed`. If the data set has validation classes, the temperature
+  of the saved model is fitted on them (`ModelConfig.temperature`).
   """
 
   learner: tuple[str, ...] = option((), 'Learners to train; Meta-SGD by default, or all for a table.', choices=LEARNERS)
@@ -74,7 +74,9 @@ class Config:
   split_seed: int = option(0, 'Seed of a random split.', low=0, high=2**31 - 1)
   validation_classes: int = option(0, "Characters for validation, out of Omniglot's 1200.", low=0, high=1000)
   class_lists: str | None = option(
-    None, 'Directory of lists of classes: train.txt, validation.txt and test.txt.', kind=str
+    None,
+    'Directory of train.txt, validation.txt and test.txt, which list classes; --evaluate reads test.txt.',
+    kind=str,
   )
   image_size: int | None = option(
     None, 'Height and width of images; by default 28, or 84 for photos.', low=16, high=1024, kind=int
@@ -115,13 +117,15 @@ class Config:
   seeds: int = option(1, 'Number of training runs.', low=1, high=1000)
   seed: int = option(0, 'Seed of the first training run; run i uses seed + i.', low=0, high=2**31 - 1001)
   eval_seed: int = option(0, 'Seed of the tasks of the test.', low=0, high=2**31 - 1)
-  eval_tasks: int = option(600, 'Unseen tasks in the test.', low=2, high=100_000)
+  eval_tasks: int = option(600, 'Tasks in the test.', low=2, high=100_000)
   eval_query: int = option(15, 'Query images per class in testing.', low=1, high=1000)
   bad_steps: str = trainings.bad_steps_option()
   tensorboard: bool = option(False, 'Also write event files for TensorBoard.')
 
   def __post_init__(self):
     options.check(self)
+    if self.channels == 2:
+      raise ValueError('channels must be 1 or 3, got 2')
     if self.evaluate is not None:
       refuse_beside('evaluate tests a model without training', self, OF_TRAINING)
     if self.table2 and self.table3:
@@ -129,6 +133,14 @@ class Config:
     if self.dataset is None:
       dataset = 'omniglot' if self.table2 else 'mini_imagenet' if self.table3 else 'glyphs'
       object.__setattr__(self, 'dataset', dataset)
+    if self.evaluate is not None and self.dataset == 'folder':
+      refuse_beside('evaluate reads all classes of a folder, in the size and channels of the model', self, OF_MODEL)
+    for name, datasets in WORKS_WITH.items():
+      if self.dataset not in datasets and (given := flag_texts(self, (name,))):
+        raise ValueError(
+          f'{name} works only with dataset={" or ".join(datasets)}, got dataset={self.dataset} and {given[0]}; leave '
+          f'{name} out'
+        )
     if self.dataset != 'glyphs' and self.data_dir is None:
       where = 'for omniglot and cifar_fs the data directory of tfds, such as ~/tensorflow_datasets'
       raise ValueError(f'dataset={self.dataset} needs data_dir; give the directory of the images, or {where}')
@@ -136,8 +148,6 @@ class Config:
       raise ValueError(
         f'ensemble={self.ensemble} needs validated checkpoints, got validate_every=0; give --validate_every=N'
       )
-    if self.channels == 2:
-      raise ValueError('channels must be 1 or 3, got 2')
     for name in ('multi_step_loss', 'alpha_by_step'):
       if getattr(self, name) and self.inner_steps < 2:
         raise ValueError(f'{name} needs several inner steps, got inner_steps={self.inner_steps}; give at least 2')
@@ -156,8 +166,6 @@ class Config:
       raise ValueError(
         'table2 and table3 need real images, got dataset=glyphs; leave --dataset out, as a table has its own data set'
       )
-    if self.class_lists and self.dataset != 'folder':
-      raise ValueError(f'class_lists works only with dataset=folder, got dataset={self.dataset}; leave class_lists out')
 
   @property
   def learners(self) -> tuple[str, ...]:
@@ -210,22 +218,24 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
     if name in UNTRAINED:
       about_run['meta_iterations'] = 0
     if name in SEQUENTIAL:
-      by_instance = few_shot_training.by_instance(name, metas[name], config, setup)
+      by_instance = few_shot_testing.by_instance(name, metas[name], config, setup)
       about_run['accuracy_by_instance'] = by_instance
       pictures[f'instances_{name}'] = methodcaller('instance_curve', {NAMES[name]: by_instance})
-    found = (few_shot_training.judge(name, metas[name], shot, config, setup) for shot in config.test_shots)
-    tests = list(itertools.chain(*found))
-    for result, logits, labels in tests:
-      about_test = {'inner_steps': result.values.shape[-1] - 1, 'calibration_error': calibration_error(logits, labels)}
+    first = reporting.one_run(metas[name], 0)
+    about_run['temperature'] = temperature = few_shot_testing.temperature(name, first, config, setup)
+    judge = functools.partial(few_shot_testing.judge, name, metas[name])
+    tests = list(itertools.chain(*(judge(shot, config, setup, temperature) for shot in config.test_shots)))
+    for result, errors in tests:
+      about_test = {'inner_steps': result.values.shape[-1] - 1} | errors
       rows.append(result.row(opened.path, about_test | about_run))
       print(_sentence(rows[-1], result, config))
-    if name in SAVED and config.ensemble == 1 and not config.alpha_by_step and config.network == 'conv4':
-      path = opened.path(f'model_{name}.safetensors')
-      _save_model(path, name, reporting.one_run(metas[name], 0), tests, config, setup)
+    if saving.is_saved(name, config):
+      saving.save_model(opened.path(f'model_{name}.safetensors'), name, first, temperature, tests, config, setup)
     running.write_results('classification', config, opened, rows)
     if curve:
       curves[NAMES[name]] = curve['accuracy']
-    pictures[f'task_{name}'] = functools.partial(few_shot_training.draw_task, name, metas[name], config, setup)
+    draw, negative = few_shot_testing.draw_task, config.dataset in CHARACTERS
+    pictures[f'task_{name}'] = functools.partial(draw, name, metas[name], config, setup, negative)
   pictures |= running.alpha_pictures(metas)
   if curves:
     pictures['learning_curves'] = methodcaller('learning_curves', curves, ylabel='query accuracy on training tasks')
@@ -233,50 +243,19 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
   return rows
 
 
-def _save_model(path, name: str, meta: Any, tests: list[Judged], config: Config, setup: Setup) -> None:
-  """Writes the model of the first run to a file, for `metasgd predict` and `FewShotClassifier`."""
-  places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
-  # A model file may be published, so it has no private paths.
-  public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
-  training = running.settings(config, *MODEL_FACTS) | provenance.collect()
-  training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
-  temperature = few_shot_training.temperature(name, meta, config, setup)
-  for result, logits, labels in tests:
-    first, mode = dataclasses.replace(result, values=result.values[:1]), result.about['batch_norm']
-    training[f'accuracy_{result.about["test_shot"]}_shot_{mode}'] = percent(first.estimate)
-    if mode == 'inductive':
-      errors = [f'{100 * calibration_error(logits / t, labels):.1f}' for t in (temperature, 1.0)]
-      what = f'{errors[0]} percentage points, {errors[1]} without the temperature'
-      training[f'calibration_error_{result.about["test_shot"]}_shot'] = what
-  alpha = maml_rate(name, config) if name == 'maml' else None
-  background: Any = 'dark' if config.dataset in CHARACTERS else 'any'
-  filters, hidden = config.sizes
-  if name == 'prototypical':
-    sizes = config.way, setup.image_shape, filters, 0, 0
-  else:
-    sizes = config.way, setup.image_shape, filters, hidden, config.inner_steps
-  about = ms.ModelConfig(cast(Any, name), *sizes, alpha, background, temperature, training)
-  ms.save_model(path, ms.FewShotModel(about, meta))
-
-
 def _sentence(row: dict[str, Any], result: Result, config: Config) -> str:
-  name, shot, mode, steps = row['learner'], row['test_shot'], row['batch_norm'], row['inner_steps']
-  before = f' after {steps} inner step(s), {100 * result.values[..., 0].mean():.2f}% before' if steps else ''
-  over_runs = f', ±{100 * result.over_runs.ci95:.2f} over training runs' if config.seeds > 1 else ''
-  paper = few_shot_table.paper_figure(name, str(config.dataset), config.way, shot)
-  return (
-    f'{NAMES[name]}, {config.dataset}, {config.way}-way {shot}-shot: {percent(result.estimate)}'
-    f'{before}; 95% interval over {config.eval_tasks} unseen tasks{over_runs}; {config.seeds} training run(s) of '
-    f'{row["meta_iterations"]:,} meta-iterations of {row["meta_batch"]} tasks, {config.shot}-shot; {BATCH_NORM[mode]}'
-    + (f'; the paper has {paper}' if paper and mode == 'transductive' else '')
+  training = (
+    f'; {config.seeds} training run(s) of {row["meta_iterations"]:,} meta-iterations of {row["meta_batch"]} tasks, '
+    f'{config.shot}-shot'
   )
+  paper = few_shot_table.paper_figure(row['learner'], str(config.dataset), config.way, row['test_shot'])
+  said = few_shot_testing.sentence(result, config, training=training)
+  return f'{said}; the paper has {paper}' if paper and row['batch_norm'] == 'transductive' else said
 
 
 def _prepare(config: Config, workdir, keeping: Keeping, devices: int | None, jobs: Jobs) -> running.Prepared:
   if config.evaluate is not None:
-    model = ms.load_model(config.evaluate)
-    tests = evaluating.build(config, model, devices)
-    return [], functools.partial(evaluating.run, config, workdir, model, tests, keeping)
+    return [], evaluating.prepare(config, workdir, keeping, devices)
   if config.table2 or config.table3:
     if keeping.plan or keeping.debug_task is not None:
       raise ValueError(

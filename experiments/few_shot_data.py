@@ -6,13 +6,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 import metasgd_jax as ms
-from metasgd_jax.datasets import cifar_fs, image_folder, mini_imagenet, omniglot, splits
+from metasgd_jax.datasets import cifar_fs, image_files, image_folder, mini_imagenet, omniglot, splits
+from metasgd_jax.deploy.classifier import has_light_border
+from metasgd_jax.io.files import as_path
 from metasgd_jax.tasks.augmentation import Augment, chain, flip, light, shift
 from metasgd_jax.types import Tasks
 
 DATASETS = ('glyphs', 'omniglot', 'mini_imagenet', 'cifar_fs', 'folder')
+CHARACTERS = ('glyphs', 'omniglot')
+"""Data sets of drawings, which are light on dark."""
+
+WORKS_WITH = {
+  'data_dir': DATASETS[1:],
+  'archives': ('omniglot', 'cifar_fs'),
+  'verify_archives': ('omniglot', 'cifar_fs'),
+  'cache': ('mini_imagenet',),
+  'split': ('omniglot',),
+  'split_seed': ('omniglot', 'folder'),
+  'validation_classes': ('omniglot',),
+  'class_lists': ('folder',),
+  'image_size': ('omniglot', 'mini_imagenet', 'folder'),
+  'channels': ('folder',),
+  'stream': DATASETS[1:],
+}
+"""The data sets with which an option has an effect. An option that is not listed here has an effect with all."""
+
 AUGMENTATIONS: dict[str, Augment | None] = {
   'none': None,
   'shift': shift(2),
@@ -50,20 +71,63 @@ def load(config: Any) -> Data:
   return Data(found.train, found.validation if len(found.validation.sizes) else None, found.test)
 
 
-def load_unseen(config: Any) -> ms.tasks.ClassBank | None:
-  """Returns the classes on which a model is tested that this run does not train, or `None` for glyphs.
+def load_for_model(config: Any, model: ms.ModelConfig) -> ms.tasks.ClassBank | None:
+  """Returns the classes to test a trained model on, or `None` for glyphs, which are generated.
 
-  They are the test classes of `config.dataset`. A folder without class lists is tested on all of its classes.
+  The classes are the test classes of the data set. For a folder they are the classes that the file test.txt in
+  `config.class_lists` lists, or all classes if there are no lists.
+
+  The images are prepared as `metasgd predict` prepares them: they get the size and the channels of the model, and if
+  the model was trained on dark backgrounds, images with a light border are inverted.
 
   Raises:
     ValueError: if settings do not fit the data.
     DatasetError: if the data set cannot be loaded.
   """
-  if config.dataset != 'folder' or config.class_lists:
-    return load(config).test
-  images = load_images(config)
-  check_part('whole', images.names, images.bank, config.way, max(config.test_shots), config.eval_query)
-  return images.bank
+  if config.dataset == 'glyphs':
+    return None
+  form: Any = dict(size=model.image_shape[:2], channels=model.image_shape[2], fit=model.fit)
+  image_files.check_form(**form)
+  if config.dataset == 'folder':
+    bank = load_test_folder(config, form)
+  else:
+    test: Any = load(config).test
+    bank = reshaped(test, **form)
+    check_test(f'the test part of {config.dataset}', range(len(bank.sizes)), bank.sizes, config)
+  light = has_light_border(bank.images, white=255) & (model.background == 'dark')
+  if not light.any():
+    return bank
+  return bank._replace(images=np.where(light[:, None, None, None], 255 - bank.images, bank.images))
+
+
+def load_test_folder(config: Any, form: dict[str, Any]) -> ms.tasks.ClassBank:
+  """Returns the classes of a folder to test a model on. `form` has arguments of `image_folder.load`.
+
+  The numbers of classes and images are checked before the images are read, and again without unreadable images.
+  """
+  listed = splits.read_list(f'{config.class_lists}/test.txt') if config.class_lists else None
+  what = f'--data_dir={config.data_dir}' if listed is None else f'{config.class_lists}/test.txt'
+  folders = [path for path in image_files.list_directory(as_path(config.data_dir)) if image_files.is_folder(path)]
+  counts = {path.name: len(image_files.list_images(path)) for path in folders}
+  parts = splits.ClassNames((), (), tuple(counts) if listed is None else listed)
+  if counts:  # Otherwise `image_folder.load` raises a better error.
+    splits.split_by_lists(tuple(counts), parts)  # Raises ValueError for a class that is not in the folder.
+    check_test(what, parts.test, [counts[name] for name in parts.test], config)
+  images = image_folder.load(config.data_dir, report=print, **form)
+  bank = images.bank if listed is None else splits.split_bank(images.bank, images.names, parts).test
+  check_test(what, parts.test, bank.sizes, config)
+  return bank
+
+
+def reshaped(
+  bank: ms.tasks.ClassBank, size: tuple[int, int], channels: int, fit: image_files.Fit
+) -> ms.tasks.ClassBank:
+  """Returns a bank whose images have another size and number of channels, as if they were read from files."""
+  if bank.images.shape[1:] == (*size, channels):
+    return bank
+  mode = 'L' if channels == 1 else 'RGB'
+  opened = (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in bank.images)
+  return bank._replace(images=np.stack([image_files.resized(image.convert(mode), size, fit) for image in opened]))
 
 
 def load_archived(config: Any) -> splits.Splits:
@@ -94,10 +158,11 @@ def load_folder(config: Any) -> splits.Splits:
   else:
     names = splits.split_by_seed(images.names, seed=config.split_seed)
   found = splits.split_bank(images.bank, images.names, names)
-  check_part('train', names.train, found.train, config.way, config.shot, config.query)
-  check_part('test', names.test, found.test, config.way, max(config.test_shots), config.eval_query)
+  sizes = {'--shot': config.shot, '--query': config.query}
+  check_part('the train part', names.train, found.train.sizes, config.way, sizes)
+  check_test('the test part', names.test, found.test.sizes, config)
   if config.validate_every:
-    check_part('validation', names.validation, found.validation, config.way, max(config.test_shots), config.eval_query)
+    check_test('the validation part', names.validation, found.validation.sizes, config)
   return found
 
 
@@ -106,16 +171,36 @@ def load_images(config: Any) -> image_folder.ImageFolder:
   return image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
 
 
-def check_part(part: str, names: Sequence[str], bank: ms.tasks.ClassBank, way: int, shot: int, query: int) -> None:
-  """Raises ValueError if a part of a folder has too few classes, or if a class of the part has too few images."""
+def check_test(what: str, names: Sequence[Any], sizes: Any, config: Any) -> None:
+  """Raises the errors of `check_part` for the tasks of a test."""
+  needed = {'--eval_shots': max(config.test_shots), '--eval_query': config.eval_query}
+  check_part(what, names, sizes, config.way, needed)
+
+
+def check_part(what: str, names: Sequence[Any], sizes: Any, way: int, needed: dict[str, int]) -> None:
+  """Raises ValueError if a part of a data set has too few classes, or if a class of the part has too few images.
+
+  Args:
+    what: Words for the part.
+    names: Names of its classes.
+    sizes: Number of images of each class.
+    way: Number of classes of a task.
+    needed: Number of images of each class that a task needs, by the names of the flags that ask for them.
+  """
   if way > len(names):
-    raise ValueError(f'way={way} is more than the {len(names)} classes of the {part} part; add classes, or lower way')
-  least = int(np.argmin(bank.sizes))
-  if shot + query > bank.sizes[least]:
+    raise ValueError(f'{what} has only {len(names)} classes, but --way={way}; add classes, or lower --way')
+  least = int(np.argmin(sizes))
+  if sum(needed.values()) > sizes[least]:
+    flags, counts = ' + '.join(needed), ' + '.join(map(str, needed.values()))
     raise ValueError(
-      f'class {names[least]!r} of the {part} part has {bank.sizes[least]} images, but a task needs '
-      f'shot + query = {shot} + {query}; add images, lower query (in testing, eval_query), or remove the class'
+      f'class {names[least]!r} of {what} has only {sizes[least]} images, but a task needs {flags} = {counts}; '
+      f'lower {" or ".join(needed)}, add images, or remove the class'
     )
+
+
+def serves(bank: ms.tasks.ClassBank | None, *, way: int, shot: int, query: int) -> bool:
+  """Returns whether a bank has enough classes, and enough images of each class, for tasks of these sizes."""
+  return bank is not None and way <= len(bank.sizes) and shot + query <= np.min(bank.sizes)
 
 
 def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:

@@ -1,4 +1,4 @@
-"""Builds, trains, validates and tests the learners of a configuration for few-shot classification."""
+"""Builds, trains and validates the learners of a configuration for few-shot classification."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from absl import logging
 
 import metasgd_jax as ms
 from experiments import (
-  calibration,
   few_shot_data,
   few_shot_learners,
   processes,
@@ -22,15 +21,9 @@ from experiments import (
   running,
   trainings,
 )
-from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
+from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from experiments.trainings import Best
 from metasgd_jax.types import Tasks
-
-BATCH_NORM = {
-  'none': 'no batch norm',
-  'transductive': 'batch norm by the statistics of the batch',
-  'inductive': 'batch norm by the statistics of the support',
-}
 
 
 class Setup(NamedTuple):
@@ -182,7 +175,7 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
   validator = build_learner(name, config, test=True)  # Equal learners share their programs.
 
   def judge(step: int, meta: Any) -> float:
-    values = _validate(validator, meta, tasks, ms.losses.accuracy, config, setup)
+    values = validate(validator, meta, tasks, ms.losses.accuracy, config, setup)
     accuracy = float(values[:, -1].mean())
     logging.info('%s: validation accuracy %.2f%% at meta-iteration %d', label, 100 * accuracy, step)
     for writer in run.metrics:
@@ -192,98 +185,8 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
   return Best(judge, config.validate_every, config.ensemble)
 
 
-def _validate(learner: ms.Learner, meta: Any, tasks: Tasks, metric_fn: Any, config: Any, setup: Setup) -> np.ndarray:
+def validate(learner: ms.Learner, meta: Any, tasks: Tasks, metric_fn: Any, config: Any, setup: Setup) -> np.ndarray:
   """Returns the metric of one run on the same tasks of validation classes in every call, `[T, k + 1, …]`."""
   key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
   placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
   return ms.evaluate(learner, meta, tasks, key, metric_fn=metric_fn, num_tasks=count, placement=placement)[:, 0]
-
-
-class Judged(NamedTuple):
-  """The result of a test, and the predictions of the first run.
-
-  Attributes:
-    result: Accuracies.
-    logits: Logits of all query images after the last inner step, `[n, N]`.
-    labels: Their labels, `[n]`.
-  """
-
-  result: reporting.Result
-  logits: np.ndarray
-  labels: np.ndarray
-
-
-def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup) -> list[Judged]:
-  """Tests on unseen tasks. Returns the test with transductive batch norm and then the one with inductive batch norm.
-
-  Sequential learners have no batch norm, so for them the list has only one test.
-  """
-  found = []
-  modes = {'none': False} if name in SEQUENTIAL else {'transductive': False, 'inductive': True}
-  for mode, inductive in modes.items():
-    logging.info('%s: %d shot, batch norm %s', NAMES[name], shot, mode)
-    tester, tasks, metas = setup.testers[name, inductive], setup.tests[shot], running.each_run(meta)
-    values = running.evaluate(tester, metas, tasks, config, setup.devices, metric_fn=calibration.with_labels)
-    about = {'dataset': config.dataset, 'learner': name, 'way': config.way, 'shot': config.shot, 'test_shot': shot}
-    result = reporting.Result({**about, 'batch_norm': mode}, calibration.accuracies(values))
-    found.append(Judged(result, *calibration.split(values[0])))
-  return found
-
-
-def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
-  """Returns the temperature that suits one run best on validation classes, with inductive batch norm.
-
-  Without validation classes it is 1.
-  """
-  if setup.validation is None:
-    return 1.0
-  values = []
-  for shot in config.test_shots:
-    tasks = few_shot_data.tasks(setup.data.validation, config, shot=shot, query=config.eval_query)
-    values.append(_validate(setup.testers[name, True], meta, tasks, calibration.with_labels, config, setup))
-  return calibration.best_temperature(*calibration.split(np.concatenate(values)))
-
-
-def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:
-  """Returns the accuracies on the 1st, 2nd, …, n-th item of a class in a sequence, as means over sequences: `[n]`.
-
-  The classes are unseen. Only the first training run is tested. If it trained an ensemble, only the best member is
-  tested.
-  """
-  sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=DRAWINGS - 1)
-  best = reporting.one_run(meta, 0)
-  if config.ensemble > 1:
-    best = reporting.one_run(best, 0)
-  keys = jax.random.split(reporting.test_keys(config.eval_seed)[0], (config.eval_tasks, 3))
-  ready = sequences.prepare(lambda: (keys[:, 0], keys[:, 1]))
-  values = np.asarray(_by_instance(best, ready, tuple(keys.T), learner=setup.learners[name])).mean(0)
-  shown = ', '.join(f'{100 * v:.1f}' for v in values)
-  print(f'{NAMES[name]}: accuracy at the 1st, 2nd, … item of a class, in percent: {shown}')
-  return values
-
-
-@functools.partial(jax.jit, static_argnames='learner')
-def _by_instance(meta, sequences, keys, *, learner):
-  """Returns the accuracy at the 1st, 2nd, …, n-th item of a class in each of T sequences: `[T, n]`."""
-
-  def of_sequence(keys):
-    sample_key, episode_key, order_key = keys
-    episode = sequences.episode(sequences.sample(sample_key), episode_key)
-    info = learner.loss(meta, episode, order_key)[1]
-    return jnp.stack([info[f'instance_{n}'] for n in range(1, DRAWINGS + 1)])
-
-  return jax.lax.map(of_sequence, keys)
-
-
-def draw_task(name: str, meta: Any, config: Any, setup: Setup, plotting):
-  """Returns a figure of one unseen task, with the predictions of the model from the first run."""
-  keys = jax.random.split(reporting.test_keys(config.eval_seed)[1], 3)
-  tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
-  found = _answered(setup.testers[name, False], reporting.one_run(meta, 0), tasks, *keys)
-  return plotting.episode_sheet(*jax.device_get(found))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answered(learner, meta, tasks, task_key, episode_key, adapt_key):
-  support, query = tasks.episode(tasks.sample(task_key), episode_key)
-  return support, query, learner.predict(learner.adapt(meta, support, adapt_key), query.x)

@@ -283,7 +283,7 @@ def _enter(run: Run, config: Any) -> None:
     run.rows, run.finished = _read_rows(workdir), True
     changed = changed_versions(record['versions'])
     versions = f', with other versions ({changed})' if changed else ''
-    print(f'{workdir} holds a finished run of this configuration{versions}; --restart trains it again')
+    print(f'{workdir} holds a finished run of this configuration{versions}; --restart runs it again')
   elif trainings(workdir):
     run.begun = True
     run.open_events()
@@ -361,7 +361,7 @@ def _read_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return list(json.loads((workdir / 'results.json').read_bytes())['rows'])
   except (OSError, KeyError, RecursionError, TypeError, ValueError) as e:
     reason = f'its results.json cannot be read ({e!r:.200})'
-    raise CheckpointError(f'{workdir} holds a finished run, but {reason}; --restart trains it again') from e
+    raise CheckpointError(f'{workdir} holds a finished run, but {reason}; --restart runs it again') from e
 
 
 def _has_results(workdir: files.PathLike, names: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ Prepared = tuple[Sequence[Training], Callable[[], object]]
 TABLES = ('table1', 'table2', 'table3', 'table4')
 WHAT_IS_TRAINED = (*TABLES, 'dataset', 'network', 'adapts', 'start', 'evaluate', 'optimizer', 'budget')
 """Options whose values are in the name of the default work directory. The learners are too, unless a table is made."""
+
+SECONDS = 10.0
+"""Least number of seconds between two lines about the progress of a test."""
 
 RATE: dict[str, Any] = dict(low=-100.0, high=100.0, kind=float)
 """Bounds and type of an option that is an inner rate."""
@@ -104,8 +108,10 @@ def default_workdir(experiment: str, config: Any) -> str:
   """
   table = any(getattr(config, name, False) for name in TABLES)
   texts = options.flag_texts(config, WHAT_IS_TRAINED if table else ('learner', *WHAT_IS_TRAINED))
-  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]).stem for text in texts]  # --start may be a path.
-  return '_'.join([f'runs/{experiment}', *values])
+  values = [pathlib.Path(text.removeprefix('--').rpartition('=')[2]) for text in texts]
+  # The file names of models are often the same, so the name of their directory is included.
+  names = [name for value in values for name in (value.parent.name, value.stem) if name.strip('.')]
+  return '_'.join([f'runs/{experiment}', *names])
 
 
 def by_gradient(config: Any, name: str, label: str, keys, tasks, *, learner, optimizer, **more: Any) -> Training:
@@ -186,11 +192,23 @@ def evaluate(
     **more: Further arguments of `ms.evaluate`, such as `metric_fn`. With `repeats`, the result for a task is the mean
       over its repeats.
   """
-  logging.info('testing on %d unseen tasks', config.eval_tasks)
+  logging.info('testing on %d tasks', config.eval_tasks)
   key, _ = reporting.test_keys(config.eval_seed)
   placement = ms.Placement(tasks_at_once, processes.mesh_to_judge(config.eval_tasks, devices))
-  how = dict(num_tasks=config.eval_tasks, placement=placement, **more)
+  how = dict(num_tasks=config.eval_tasks, placement=placement, report=_Progress(config.eval_tasks), **more)
   return np.stack([ms.evaluate(learner, meta, tasks, key, **how).mean(1) for meta in metas])
+
+
+class _Progress:
+  """Logs how many tasks of a test are done, at most once in `SECONDS` seconds."""
+
+  def __init__(self, total: int):
+    self.total, self.last = total, time.monotonic()
+
+  def __call__(self, done: int) -> None:
+    if done < self.total and time.monotonic() - self.last >= SECONDS:
+      logging.info('tested on %d of %d tasks', done, self.total)
+      self.last = time.monotonic()
 
 
 def each_run(meta: Any) -> list[Any]:

@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
 def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   """Returns the support and the query. Raises ValueError if the model does not support the number of classes."""
   height, width, channels = config.image_shape
-  fit = 'pad' if config.background == 'dark' else 'crop'  # Cropping could cut off strokes.
-  form: dict[str, Any] = dict(size=(height, width), channels=channels, fit=fit, report=say)
+  form: dict[str, Any] = dict(size=(height, width), channels=channels, fit=config.fit, report=say)
   support = image_folder.load(args.support, **form)
   if not 2 <= len(support.names) <= config.way:
     supports = f'the model supports 2 to {config.way} classes; make a sub-folder for each class'

@@ -235,7 +235,7 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
       return 'the file is empty'
     with _Timed(path) as file, Image.open(file, formats=_formats(path)) as opened, _turn(opened):
       file.restart()  # The time limit does not include the time that this file waited in `_turn`.
-      return _resized(in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
+      return resized(in_mode(opened, 'L' if channels == 1 else 'RGB'), form, fit)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     return f'it has more pixels than Pillow considers safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
@@ -308,7 +308,7 @@ def _are_too_many(pixels: int) -> bool:
   return Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS
 
 
-def _resized(image: Image.Image, form: tuple[int, int], fit: Fit) -> np.ndarray:
+def resized(image: Image.Image, form: tuple[int, int], fit: Fit) -> np.ndarray:
   """Returns an image in the size (H, W) as an array, `[H, W, D]` uint8."""
   height, width = form
   shaped = _crop(image, height, width) if fit == 'crop' else _pad(image, height, width)

@@ -339,6 +339,15 @@ def to_invert(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig
   """
   if invert != 'auto':
     return np.full((len(x), 1, 1, 1), invert)
-  borders = [part.reshape(len(x), -1) for part in (x[:, 0], x[:, -1], x[:, 1:-1, 0], x[:, 1:-1, -1])]
-  light = np.median(np.concatenate(borders, 1), 1) > 0.5
-  return (light & (config.background == 'dark'))[:, None, None, None]
+  return (has_light_border(x, white=1) & (config.background == 'dark'))[:, None, None, None]
+
+
+def has_light_border(images: np.ndarray, white: int) -> np.ndarray:
+  """Returns whether each image has a light border, `[n]`: the median of its outermost pixels is above `white` / 2.
+
+  Args:
+    images: Images `[n, H, W, D]`.
+    white: Value of a white pixel, 1 for floats and 255 for uint8.
+  """
+  borders = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
+  return np.median(np.concatenate([part.reshape(len(images), -1) for part in borders], 1), 1) > white / 2

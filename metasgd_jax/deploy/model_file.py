@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,9 @@ class ModelConfig:
       Networks.
     background: Background of the training images: 'dark', which means light ink on black, or 'any'.
     temperature: Number T by which logits are divided before they become probabilities (Guo et al. 2017, equation 9). It
-      changes how sure the model is, but not its answers.
+      changes how sure the model is, but not its answers. The classification experiment fits T on tasks of validation
+      classes, if there are any, with inductive batch norm and the number of ways that the model was trained with. In
+      transductive use, or with fewer classes, another T may suit the model better.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -86,7 +89,7 @@ class ModelConfig:
       )
     if min(shape[:2]) < 16:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves both sizes four times, got {shape!r}')
-    if not (isinstance(self.temperature, int | float) and 1e-6 <= self.temperature <= 1e6):
+    if not (_is_number(self.temperature) and 1e-6 <= self.temperature <= 1e6):
       raise ValueError(f'temperature must be a number from 1e-6 to 1e6, got {self.temperature!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
@@ -95,7 +98,7 @@ class ModelConfig:
         'a model of prototypical has hidden=0, inner_steps=0 and alpha=None, because it takes no inner steps, got '
         f'hidden={self.hidden}, inner_steps={self.inner_steps} and alpha={self.alpha!r}; set these three so'
       )
-    if self.learner == 'maml' and not (isinstance(self.alpha, int | float) and abs(self.alpha) <= _MOST_ALPHA):
+    if self.learner == 'maml' and not (_is_number(self.alpha) and abs(self.alpha) <= _MOST_ALPHA):
       raise ValueError(f"alpha must be MAML's rate, a finite number up to {_MOST_ALPHA:,}, got {self.alpha!r}")
     if not isinstance(self.training, dict):
       raise ValueError(f'`training` must be a dict, such as {{"seed": 0}}, got {self.training!r}')
@@ -103,6 +106,18 @@ class ModelConfig:
     if _levels(self.training) > _MOST_LEVELS:
       levels = _levels(self.training)
       raise ValueError(f'`training` must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
+
+  @property
+  def fit(self) -> Literal['crop', 'pad']:
+    """Returns how image files are brought to the aspect ratio of the model: see `datasets.image_files.Fit`.
+
+    Drawings on dark backgrounds are padded, because cropping could cut off strokes.
+    """
+    return 'pad' if self.background == 'dark' else 'crop'
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _levels(facts: Any) -> int:
@@ -218,6 +233,15 @@ def model_size(path_or_name: PathLike) -> int:
     ValueError: if there is no file with this path, and no shipped model with this name.
   """
   return _find(path_or_name).stat().st_size
+
+
+def model_sha256(path_or_name: PathLike) -> str:
+  """Returns the SHA-256 checksum of a model's file, as hexadecimal text.
+
+  Raises:
+    ValueError: if there is no file with this path, and no shipped model with this name.
+  """
+  return hashlib.sha256(_find(path_or_name).read_bytes()).hexdigest()
 
 
 def _find(path_or_name: PathLike) -> pathlib.Path:

@@ -16,6 +16,8 @@ from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
 AT_ONCE = 32
 """Largest number of tasks computed at the same time if the placement gives no number. The limit bounds the memory."""
+PARTS = 20
+"""Number of parts in which tasks are computed if their progress is reported."""
 
 
 class Interval(NamedTuple):
@@ -47,6 +49,7 @@ def evaluate(
   num_tasks: int = 600,
   repeats: int = 1,
   placement: Placement = Placement(),
+  report: Callable[[int], None] | None = None,
 ) -> np.ndarray:
   """Returns the metric of each task after 0, 1, …, k inner steps: `[num_tasks, repeats, k + 1, …]`.
 
@@ -66,6 +69,8 @@ def evaluate(
       another. With `tasks_at_once=n` the groups have the largest size up to n that divides the number of the device's
       tasks, and with 'all' the largest such size up to 32. 'auto' means 1 or 'all', as `Placement` says. If the devices
       belong to several processes, every process must call this function, and every process receives all values.
+    report: Function that is called with the number of tasks that are done so far. If it is given, the tasks are
+      computed in about twenty parts, and it is called after each of them.
 
   Raises:
     ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `key` is not a random key of the impl
@@ -90,12 +95,15 @@ def evaluate(
   group = _group(placement, meta, num_tasks // placement.devices)
   meta, tasks = sharding.on_all(mesh, (meta, tasks))
   judge = functools.partial(_evaluate, learner=learner, metric_fn=metric_fn, repeats=repeats, group=group, mesh=mesh)
-  step = num_tasks if tasks.sent_at_once is None else _part(num_tasks, group * placement.devices, tasks.sent_at_once)
+  most = min(tasks.sent_at_once or num_tasks, num_tasks if report is None else -(-num_tasks // PARTS))
+  step = num_tasks if most == num_tasks else _part(num_tasks, group * placement.devices, most)
   values = []
   for start in range(0, num_tasks, step):
     part = keys[start : start + step]
     ready = tasks.prepare(functools.partial(_episode_keys, part, repeats=repeats))
     values.append(sharding.gathered(judge(meta, *sharding.on_all(mesh, (ready, part)))))
+    if report is not None:
+      report(start + step)
   return np.concatenate(values)
 
 
@@ -107,12 +115,12 @@ def _group(placement: Placement, meta: PyTree, num_tasks: int) -> int:
   return max(n for n in range(1, min(most, num_tasks) + 1) if num_tasks % n == 0)
 
 
-def _part(num_tasks: int, group: int, sent_at_once: int) -> int:
-  """Returns the number of tasks whose data are sent together: a multiple of `group` that divides `num_tasks`.
+def _part(num_tasks: int, group: int, most: int) -> int:
+  """Returns the number of tasks that are computed by one call: a multiple of `group` that divides `num_tasks`.
 
-  It is the largest such number that is at most `sent_at_once`, or `group` if `group` is larger than `sent_at_once`.
+  It is the largest such number that is at most `most`, or `group` if `group` is larger than `most`.
   """
-  groups = max(n for n in range(1, max(1, sent_at_once // group) + 1) if num_tasks // group % n == 0)
+  groups = max(n for n in range(1, max(1, most // group) + 1) if num_tasks // group % n == 0)
   return group * groups
 
 

@@ -11,22 +11,24 @@ from metasgd_jax.plotting.colours import BLUE, GREEN, GREY, RED
 from metasgd_jax.types import Batch
 
 
-def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
+def episode_sheet(support: Batch, query: Batch, logits: np.ndarray, *, negative: bool = False) -> Figure:
   """Draws one few-shot task, with one row per class, and the answers of a learner to the query.
 
-  The support is on the left and the query is on the right. At most 10 query images of a class are drawn. Wrong answers
-  are red.
+  The support is on the left and the query is on the right. At most 10 query images of a class are drawn. Right answers
+  are blue, and wrong answers are red.
 
   Args:
     support: Support, with images x `[N·K, H, W, D]` from 0 to 1 and labels y `[N·K]`.
     query: Query, with images x `[N·Q, H, W, D]` from 0 to 1 and labels y `[N·Q]`.
     logits: Logits of the query after adaptation, `[N·Q, N]`.
+    negative: Whether light and dark are exchanged in grey images, so that light strokes on black are drawn as ink on
+      paper. For photographs it must be False.
 
   Example:
     >>> from metasgd_jax import plotting
     >>> support = query = ms.Batch(np.zeros((2, 28, 28, 1)), np.array([0, 1]))
-    >>> plotting.episode_sheet(support, query, np.eye(2)).get_suptitle()
-    '100% of 2 query drawings right; each shows the answer given'
+    >>> plotting.episode_sheet(support, query, np.eye(2)).get_suptitle().splitlines()
+    ['100% of 2 query images right', 'answers: blue if right, red if wrong']
   """
   way = logits.shape[-1]
   shot, queries = len(support.y) // way, min(len(query.y) // way, 10)
@@ -39,7 +41,7 @@ def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
     pictures += [(query.x[i], f'{answers[i]}', BLUE if answers[i] == label else 'red') for i in chosen]
     for ax, (image, text, colour) in zip(axes[label], pictures, strict=True):
       image = np.asarray(image)
-      ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray_r', vmin=0, vmax=1)
+      ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray_r' if negative else 'gray', vmin=0, vmax=1)
       ax.set_title(text, fontsize=7, color=colour, pad=2)
       ax.set_xticks([])
       ax.set_yticks([])
@@ -47,7 +49,8 @@ def episode_sheet(support: Batch, query: Batch, logits: np.ndarray) -> Figure:
         spine.set_color(colour)
     axes[label, 0].set_ylabel(f'class {label}', fontsize=8)
   share = float(np.mean(answers == np.asarray(query.y)))
-  figure.suptitle(f'{share:.0%} of {len(query.y)} query drawings right; each shows the answer given', fontsize=9)
+  title = f'{share:.0%} of {len(query.y)} query images right\nanswers: blue if right, red if wrong'
+  figure.suptitle(title, fontsize=9)
   return figure
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import warnings
 
@@ -8,6 +9,7 @@ import sklearn.base
 import sklearn.exceptions
 import sklearn.model_selection
 from problems import saying
+from scipy.special import softmax
 from sklearn.utils import estimator_checks
 from small_models import able_model, pictures, small_model
 
@@ -57,6 +59,16 @@ def test_probabilities_logits_and_answers_agree(fitted):
   np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-12)
   assert np.array_equal(fitted.classes_[probabilities.argmax(1)], fitted.predict(x))
   assert np.array_equal(probabilities.argmax(1), logits.argmax(1))
+
+
+def test_probabilities_are_of_the_logits_divided_by_the_temperature(able):
+  warm = able._replace(config=dataclasses.replace(able.config, temperature=4.0))
+  x = pictures(LABELS, seed=2)
+  probabilities, logits = (
+    getattr(FewShotClassifier(model).fit(pictures([0, 3, 4]), [0, 3, 4]), ask)(x)
+    for model, ask in ((warm, 'predict_proba'), (able, 'decision_function'))
+  )
+  np.testing.assert_allclose(probabilities, softmax(logits.astype(float) / 4, 1), rtol=1e-6)
 
 
 def test_two_classes_have_one_decision(able):

@@ -50,7 +50,7 @@ def one_block(monkeypatch):
 def model():
   with pytest.MonkeyPatch.context() as patch:
     shrink(patch)
-    return small_model(seed=3, training={'dataset': 'none'}, **SMALL)
+    return small_model(seed=3, training={'dataset': 'none'}, temperature=0.25, **SMALL)
 
 
 @pytest.fixture(scope='module')
@@ -124,6 +124,7 @@ def test_about_says_what_goes_in_and_what_comes_out(file):
   assert found.about['predict']['gives'] == 'float32[Q,5]'
   assert found.about['platforms'] == ['cpu', 'cuda', 'tpu']
   assert found.about['says']['training'] == {'dataset': 'none'}
+  assert found.about['says']['temperature'] == 0.25
   assert found.about['checked_on'] in ('cpu', 'cuda', 'tpu')
   assert str(pathlib.Path(ms.__file__).parent).encode() not in file.read_bytes(), 'places in the source went along'
 

@@ -31,10 +31,11 @@ def rewritten(path, model, tensors=None, metadata=None, **changes):
 
 @pytest.mark.parametrize('learner', ['meta_sgd', 'maml', 'prototypical'])
 def test_a_model_comes_back(tmp_path, learner):
-  model = small_model(learner, training=FACTS, background='any')
+  model = small_model(learner, training=FACTS, background='any', temperature=0.625)
   ms.save_model(tmp_path / 'm.safetensors', model)
   back = ms.load_model(tmp_path / 'm.safetensors')
   assert back.config == model.config
+  assert back.config.temperature == 0.625
   assert_trees_close(back.meta, model.meta, rtol=0, atol=0)
   assert (getattr(back.meta, 'alpha', None) is None) == (learner != 'meta_sgd')
   assert [path.name for path in tmp_path.iterdir()] == ['m.safetensors']
@@ -66,7 +67,12 @@ def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
     (dict(learner=['maml']), ('learner', 'one of')),
     (dict(learner='maml'), ('alpha', "MAML's rate", 'finite number', 'got None')),
     (dict(learner='maml', alpha='0.4'), ('alpha', "MAML's rate", "got '0.4'")),
+    (dict(learner='maml', alpha=True), ('alpha', "MAML's rate", 'got True')),
     (dict(alpha=0.4), ('alpha', 'None for meta_sgd', 'got 0.4')),
+    (dict(temperature=True), ('temperature', 'from 1e-6 to 1e6', 'got True')),
+    (dict(temperature=0), ('temperature', 'from 1e-6 to 1e6', 'got 0')),
+    (dict(temperature='1'), ('temperature', 'from 1e-6 to 1e6', "got '1'")),
+    (dict(temperature=None), ('temperature', 'from 1e-6 to 1e6', 'got None')),
     (dict(learner='prototypical'), ('prototypical', 'hidden=0', 'got hidden=8, inner_steps=1')),
     (dict(background='light'), ('background', 'one of', "got 'light'")),
     (dict(training=[1]), ('training', 'a dict', 'got [1]')),

@@ -14,10 +14,12 @@ from small_models import small_model
 
 import metasgd_jax as ms
 from experiments import (
+  calibration,
   classification,
   few_shot_data,
   few_shot_learners,
   few_shot_table,
+  few_shot_testing,
   few_shot_training,
   jobs,
   reporting,
@@ -27,6 +29,7 @@ from experiments.few_shot_learners import LEARNERS, NAMES, SEQUENTIAL
 from experiments.reporting import TrainingError
 from experiments.resuming import Keeping
 from metasgd_jax.datasets import DatasetError, published_split
+from metasgd_jax.deploy.model_file import build_learner as build_model_learner
 
 TINY = dict(filters=2, meta_iterations=1, meta_batch=1, query=1, eval_tasks=2, eval_query=1)
 
@@ -342,6 +345,14 @@ def test_images_stay_on_the_host_where_asked():
     (dict(ensemble=3, validate_every=200), ('ensemble=3', '2 validations', '500 meta-iterations', 'lower')),
     (dict(table2=True, dataset='glyphs'), ('table', 'dataset=glyphs', 'leave --dataset out')),
     (dict(class_lists='lists'), ('class_lists', 'folder', 'dataset=glyphs', 'leave class_lists out')),
+    (dict(data_dir='x'), ('data_dir', 'omniglot or', 'dataset=glyphs', '--data_dir=x', 'leave data_dir out')),
+    (dict(cache='x', dataset='folder', data_dir='x'), ('cache', 'mini_imagenet', 'dataset=folder', 'leave cache out')),
+    (dict(split='vinyals', dataset='cifar_fs', data_dir='x'), ('split works', 'omniglot', '--split=vinyals')),
+    (dict(split_seed=1), ('split_seed works', 'omniglot or folder', '--split_seed=1')),
+    (dict(validation_classes=9, dataset='folder', data_dir='x'), ('omniglot', '--validation_classes=9')),
+    (dict(image_size=32, dataset='cifar_fs', data_dir='x'), ('image_size', '--image_size=32', 'dataset=cifar_fs')),
+    (dict(channels=1, dataset='omniglot', data_dir='x'), ('channels', 'dataset=folder', '--channels=1')),
+    (dict(verify_archives=False, dataset='folder', data_dir='x'), ('verify_archives', '--noverify_archives')),
   ],
 )
 def test_settings_that_do_not_go_together(values, message):
@@ -480,12 +491,59 @@ def test_a_trained_model_can_be_used(conv4_run):
   model = ms.load_model(path)
   assert (model.config.way, model.config.image_shape, model.config.filters) == (3, (28, 28, 1), 4)
   assert model.config.training['accuracy_1_shot_inductive'].startswith(f'{100 * rows[1]["mean"]:.2f}% ±')
-  assert model.config.temperature != 1
   assert 'without the temperature' in model.config.training['calibration_error_1_shot']
+  assert rows[1]['temperature'] == model.config.temperature
   episode = ms.tasks.glyphs(way=3, shot=1, query=2)
   support, query = episode.episode(episode.sample(jax.random.key(0)), jax.random.key(1))
   classifier = ms.FewShotClassifier(path).fit(np.asarray(support.x), np.asarray(support.y))
   assert classifier.predict(np.asarray(query.x)).shape == (6,)
+
+
+@pytest.mark.slow
+def test_the_temperature_is_fitted_on_other_tasks_with_inductive_batch_norm(conv4_run):
+  model = ms.load_model(conv4_run[0] / 'model_meta_sgd.safetensors')
+  learner, tasks = build_model_learner(model.config, inductive=True), ms.tasks.glyphs(way=3, shot=1, query=1)
+  key = reporting.test_keys(1)[0]
+  logits = ms.evaluate(learner, model.meta, tasks, key, metric_fn=lambda logits, _: logits, num_tasks=2)[:, 0, -1]
+  labels = ms.evaluate(learner, model.meta, tasks, key, metric_fn=lambda _, labels: labels, num_tasks=2)[:, 0, -1]
+  expected = calibration.best_temperature(logits.reshape(-1, 3), labels.reshape(-1))
+  assert model.config.temperature == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(('classes', 'fitted'), [(0, False), (2, False), (3, True)])
+def test_a_temperature_needs_validation_classes_but_no_validation(classes, fitted, tmp_path, monkeypatch):
+  found = []
+
+  def fit(logits, labels):
+    found.append((logits.shape, labels.shape))
+    return 2.5
+
+  monkeypatch.setattr(calibration, 'best_temperature', fit)
+  bank = lambda count, seed: ms.tasks.class_bank(
+    np.random.default_rng(seed).integers(0, 256, (count, 20, 28, 28, 1), np.uint8)
+  )
+  config = classification.Config(learner=('prototypical',), **TINY | dict(way=3, eval_shots=(1, 2)))
+  data = few_shot_data.Data(bank(4, 0), bank(classes, 1) if classes else None, bank(4, 2))
+  with in_place_of_conv4(OneLayer):
+    setup = few_shot_training.build(config, data)
+    rows = classification.run(config, tmp_path, setup)
+  assert {row['temperature'] for row in rows} == {2.5 if fitted else 1.0}
+  assert found == ([((12, 3), (12,))] if fitted else [])  # 2 shots, 2 tasks, 3 query images.
+  for row in rows:
+    assert (row['calibration_error'] == row['calibration_error_uncalibrated']) == (not fitted)
+
+
+def test_predictions_that_are_not_finite_leave_the_temperature_at_1(monkeypatch, capsys):
+  config = classification.Config(**TINY)
+  setup = few_shot_training.build(config)
+  broken = np.zeros((2, 1, 5, 6))
+  broken[..., :5] = np.nan  # The last column has the labels.
+  monkeypatch.setattr(few_shot_testing, 'validate', lambda *_: broken)
+  assert few_shot_testing.temperature('meta_sgd', None, config, setup) == 1
+  out = capsys.readouterr().out
+  assert 'Meta-SGD' in out
+  assert '10 of 10 predictions' in out
+  assert 'temperature stays 1' in out
 
 
 def test_joint_training_needs_classes():
@@ -504,14 +562,14 @@ def test_validation_needs_classes():
 def test_a_folder_with_too_few_images_of_a_class(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(30)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=5)
-  with pytest.raises(ValueError, match=saying("'class_", 'train part', '3 images', 'shot + query = 1 + 5')):
+  with pytest.raises(ValueError, match=saying("'class_", 'train part', '3 images', '--shot + --query = 1 + 5')):
     few_shot_training.build(config)
 
 
 def test_a_folder_with_too_few_classes(tmp_path):
   draw_folder(tmp_path, [f'class_{i}' for i in range(10)], images=3)
   config = classification.Config(dataset='folder', data_dir=str(tmp_path), image_size=16, way=3, query=1, eval_query=1)
-  with pytest.raises(ValueError, match=saying('way=3', '2 classes of the test part', 'add classes')):
+  with pytest.raises(ValueError, match=saying('the test part has only 2 classes', '--way=3', 'add classes')):
     few_shot_training.build(config)
 
 

@@ -530,7 +530,8 @@ def test_a_cell_that_is_older_than_an_option_stays(tmp_path):
     (regression, dict(table1=True), 'runs/regression_table1'),
     (regression, dict(learner=('maml',), dataset='sinusoids_maml'), 'runs/regression_maml_sinusoids_maml'),
     (classification, dict(table2=True, data_dir='a', learner=('maml',)), 'runs/classification_table2_omniglot'),
-    (classification, dict(dataset='folder', data_dir='a', start='a/b.safetensors'), 'runs/classification_folder_b'),
+    (classification, dict(dataset='folder', data_dir='a', start='c/a/b.safetensors'), 'runs/classification_folder_a_b'),
+    (classification, dict(evaluate='../b.safetensors'), 'runs/classification_glyphs_b'),
   ],
 )
 def test_the_default_directory_is_named_after_what_is_trained(experiment, options, workdir):

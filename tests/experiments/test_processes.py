@@ -154,7 +154,7 @@ def test_a_finished_run_stays_in_all(whole):
   with two('regression', workdir, *FLAGS) as running:
     (out, _), (_, other_error) = printed = ended(running)
     assert [process.returncode for process in running] == [0, 0], printed
-  assert f'{workdir} holds a finished run of this configuration; --restart trains it again' in out
+  assert f'{workdir} holds a finished run of this configuration; --restart runs it again' in out
   assert 'Meta-SGD' not in other_error
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 

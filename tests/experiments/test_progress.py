@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import running
 from experiments.reporting import Recorder
 
 
@@ -79,3 +80,13 @@ def test_a_resumed_training_shows_the_steps_that_were_done(monkeypatch):
   assert recorder.curves['loss'][0].tolist() == [40, 60, 80]
   assert recorder._bar.n == 80
   assert recorder._bar.initial == 40
+
+
+def test_the_log_says_every_some_seconds_how_many_tasks_are_tested(caplog, monkeypatch):
+  now = iter([0.0, 5.0, 12.0, 12.0, 13.0, 25.0, 25.0])
+  monkeypatch.setattr(running, 'time', types.SimpleNamespace(monotonic=lambda: next(now)))
+  progress = running._Progress(600)
+  with caplog.at_level('INFO', 'absl'):
+    for done in (100, 200, 300, 500, 600):  # 500 is logged 13 s after 200, and the end is not logged.
+      progress(done)
+  assert [line.getMessage() for line in caplog.records] == ['tested on 200 of 600 tasks', 'tested on 500 of 600 tasks']

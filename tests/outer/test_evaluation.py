@@ -61,6 +61,15 @@ def test_mappings_and_groups_change_nothing(both_compilers):
     np.testing.assert_allclose(evaluate(LEARNER, meta, num_tasks=6, placement=ms.Placement(mapping)), whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize(('count', 'at_once', 'parts'), [(60, 1, range(3, 61, 3)), (6, 2, (2, 4, 6)), (6, 6, (6,))])
+def test_progress_is_reported_and_changes_nothing(count, at_once, parts):
+  meta, found = meta_of(), []
+  options = dict(num_tasks=count, placement=ms.Placement(at_once))
+  values = evaluate(LEARNER, meta, report=found.append, **options)
+  assert found == list(parts)
+  np.testing.assert_allclose(values, evaluate(LEARNER, meta, **options), rtol=1e-5)
+
+
 @pytest.mark.parametrize('group', [1, 2, 6])
 def test_tasks_are_computed_in_groups(group):
   meta, keys = meta_of(), jax.random.split(jax.random.key(0), 6)

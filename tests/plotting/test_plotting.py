@@ -51,6 +51,9 @@ def test_episode_sheet_marks_what_is_wrong():
   logits = np.eye(2)[[0, 0, 0, 1]]
   figure = plotting.episode_sheet(support, query, logits)
   texts = drawn(figure)
+  assert {ax.images[0].get_cmap().name for ax in figure.axes} == {'gray'}
+  ink = plotting.episode_sheet(support, query, logits, negative=True)
+  assert {ax.images[0].get_cmap().name for ax in ink.axes} == {'gray_r'}
   assert texts == [
     'support',
     '0',
@@ -58,7 +61,7 @@ def test_episode_sheet_marks_what_is_wrong():
     'support',
     '0',
     '1',
-    '75% of 4 query drawings right; each shows the answer given',
+    '75% of 4 query images right\nanswers: blue if right, red if wrong',
   ]
   assert [ax.title.get_color() for ax in figure.axes] == ['black', '#2166ac', '#2166ac', 'black', 'red', '#2166ac']
 
