@@ -323,7 +323,9 @@ def test_images_stay_on_the_host_where_asked():
   bank = ms.tasks.class_bank(np.zeros((6, 20, 28, 28, 1), np.uint8))
   data = few_shot_data.Data(bank, None, bank)
   for stream, kind in (('yes', ms.TaskStream), ('no', ms.TaskDistribution), ('auto', ms.TaskDistribution)):
-    config = classification.Config(learner=('meta_sgd', 'joint', 'mann'), stream=stream, way=3)
+    config = classification.Config(
+      learner=('meta_sgd', 'joint', 'mann'), dataset='omniglot', data_dir='DIR', stream=stream, way=3
+    )
     setup = few_shot_training.build(config, data)
     for tasks in (*setup.train.values(), *setup.tests.values()):
       assert isinstance(tasks, kind)
