@@ -197,9 +197,18 @@ def _pool_jvp(primals, tangents):
 
 def _winner(x):
   h, w = x.shape[2], x.shape[4]
-  value, index = x[:, :, 0, :, 0], jnp.zeros((), jnp.int32)
-  for place in range(1, h * w):
-    other = x[:, :, place // w, :, place % w]
+  return largest([x[:, :, place // w, :, place % w] for place in range(h * w)])
+
+
+def largest(
+  candidates: Sequence[chex.Array], index_dtype: chex.ArrayDType = jnp.int32
+) -> tuple[chex.Array, chex.Array]:
+  """Returns the largest value among arrays of one shape at each place, and the index of its array.
+
+  If values are equal, the first one wins. A NaN always wins.
+  """
+  value, index = candidates[0], jnp.zeros((), index_dtype)
+  for place, other in enumerate(candidates[1:], 1):
     stays = (value >= other) | jnp.isnan(value)
-    value, index = jnp.where(stays, value, other), jnp.where(stays, index, place)
+    value, index = jnp.where(stays, value, other), jnp.where(stays, index, jnp.asarray(place, index_dtype))
   return value, jnp.broadcast_to(index, value.shape)

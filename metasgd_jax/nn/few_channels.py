@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from metasgd_jax.nn.conv import largest
+
 PRODUCTS = 32
 """Largest number of products for each output, 9·D, for which this form is used."""
 
@@ -104,11 +106,7 @@ def _moments_of_tiles(image):
 def _winners(image, wide):
   """Returns the largest output of each window of an image, `[P, F]`, and its index among the four."""
   y = _outputs(image, wide)
-  value, index = y[:, 0], jnp.zeros((), jnp.int8)
-  for place in range(1, 4):
-    stays = (value >= y[:, place]) | jnp.isnan(value)
-    value, index = jnp.where(stays, value, y[:, place]), jnp.where(stays, index, jnp.int8(place))
-  return value, index
+  return largest([y[:, place] for place in range(4)], jnp.int8)
 
 
 @functools.partial(_winners.defjvp, symbolic_zeros=True)
