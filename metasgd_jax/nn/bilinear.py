@@ -37,9 +37,10 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 # Number of images that a kernel gradient on a CPU contracts at a time; 16 float32 fill a vector register of 512 bits.
 IMAGES_AT_ONCE = 16
 
-# Winograd's algorithm is used for more than this number of images. With few images, as in a small support, it would not
-# be faster, and the program would take longer to compile.
+# Winograd's algorithm is used for more than this number of images, or of tiles of 2×2 outputs. With few of both, as in a
+# small support of small images, it would not be faster, and the program would take longer to compile.
 MANY_IMAGES = 16
+MANY_TILES = 2000
 
 # Largest h·w·D for which a kernel gradient is computed as one matrix product with patches. The limit is that of a 3×3
 # kernel on grey images, as in a first layer.
@@ -221,8 +222,10 @@ def _suits_winograd(x, kernel, window):
   The algorithm needs enough images, tiles and channels to make up for the cost of its transforms.
   """
   plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
-  many = _more_than(x.shape[0], MANY_IMAGES) and min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
-  return plain and many and x.dtype in (jnp.float32, jnp.float64)
+  tiles = -(-x.shape[1] // 2) * -(-x.shape[2] // 2)
+  many = _more_than(x.shape[0], min(MANY_IMAGES, MANY_TILES // tiles))
+  wide = min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
+  return plain and many and wide and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _more_than(images, few: int) -> bool:
