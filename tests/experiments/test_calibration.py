@@ -80,6 +80,7 @@ def test_logits_that_are_not_finite_are_refused():
     calibration.best_temperature(logits, np.zeros(3, int))
 
 
+@pytest.mark.slow
 def test_the_last_step_alone_is_that_of_all_steps():
   learner = conv_learner(steps=2)
   tasks = ms.tasks.few_shot(random_bank(size=16), way=5, shot=1, query=1)

@@ -282,6 +282,7 @@ def test_the_best_checkpoints_answer_together(folder_run):
   assert list(found) == list(range(2, 23, 2))
 
 
+@pytest.mark.slow
 def test_what_is_validated_in_a_process_of_its_own(folder_run, tmp_path, monkeypatch):
   """Each run validates its states, and the results are those of one process."""
   config = dataclasses.replace(folder_run[0], meta_iterations=4, ensemble=2, seeds=2)
@@ -512,7 +513,7 @@ def test_the_temperature_is_fitted_on_other_tasks_with_inductive_batch_norm(conv
   assert model.config.temperature == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(('classes', 'fitted'), [(0, False), (2, False), (3, True)])
+@pytest.mark.parametrize(('classes', 'fitted'), [pytest.param(0, False, marks=pytest.mark.slow), (2, False), (3, True)])
 def test_a_temperature_needs_validation_classes_but_no_validation(classes, fitted, tmp_path, monkeypatch):
   found = []
 

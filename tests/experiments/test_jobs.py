@@ -252,6 +252,7 @@ class CrashError(Exception):
   """As if the program had been killed here."""
 
 
+@pytest.mark.slow
 def test_what_is_trained_apart_is_what_one_process_trains(tmp_path, monkeypatch, whole):
   monkeypatch.setattr(jobs, 'run_all', in_this_process)
   regression.run(CONFIG, tmp_path, KEEPING, jobs=Jobs([], [0, 1]))
@@ -259,6 +260,7 @@ def test_what_is_trained_apart_is_what_one_process_trains(tmp_path, monkeypatch,
   assert not (tmp_path / 'jobs').exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_others_train_goes_on(tmp_path, monkeypatch, whole):
   """Stopped after one of two trainings; what it replaces is kept as long as nothing is saved."""
 

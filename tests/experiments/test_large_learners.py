@@ -34,6 +34,7 @@ def check_run(config, folder, capsys):
   return losses[0]
 
 
+@pytest.mark.slow
 def test_the_least_run(tmp_path, capsys, monkeypatch):
   """The plan is a program of its own, which the runs of full length compile."""
   monkeypatch.setattr(large_learners, 'FLOOR_TASKS', 2)

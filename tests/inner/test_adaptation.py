@@ -65,6 +65,7 @@ def test_outside_of_jit_nothing_is_compiled_twice(problem):
     assert not again
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path('/proc/self/status').exists(), reason='resident memory is read as Linux tells it')
 def test_two_hundred_calls_outside_of_jit_keep_no_memory(problem):
   resident = lambda: int(re.search(r'VmRSS:\s+(\d+) kB', pathlib.Path('/proc/self/status').read_text())[1]) / 1024
