@@ -95,7 +95,11 @@ class Config:
     "MAML's inner rate, by default that of its paper; initial α of Meta-SGD, by default from U[0.005, 0.1].",
     **running.RATE,
   )
-  start: str | None = option(None, 'Model to start from: name of a shipped model, or a model file.', kind=str)
+  start: str | None = option(
+    None,
+    'Model to start from: name of a shipped model, or a model file. A prototypical model gives its embedding.',
+    kind=str,
+  )
   evaluate: str | None = option(
     None, 'Model to test on --dataset without training: name of a shipped model, or a model file.', kind=str
   )

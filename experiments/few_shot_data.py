@@ -53,6 +53,11 @@ class Data(NamedTuple):
   test: ms.tasks.ClassBank | None
 
 
+def image_shape(data: Data) -> tuple[int, int, int]:
+  """Returns the shape `(H, W, D)` of the images, which for glyphs is `(28, 28, 1)`."""
+  return (28, 28, 1) if data.test is None else data.test.images.shape[1:]
+
+
 def load(config: Any) -> Data:
   """Returns the class banks of `config.dataset`.
 

@@ -23,6 +23,7 @@ from experiments import (
 )
 from experiments.few_shot_learners import NAMES, SEQUENTIAL, UNTRAINED, build_learner, build_optimizer
 from experiments.trainings import Best
+from metasgd_jax import tree
 from metasgd_jax.types import Tasks
 
 
@@ -38,7 +39,7 @@ class Setup(NamedTuple):
     optimizers: Outer optimisers, by name of the learner.
     tests: Unseen tasks, by number of shots.
     validation: Tasks of the validation classes, or `None` if there is no validation.
-    start: Meta-parameters that training starts from, or `None` if the learner initialises them.
+    start: Model that training starts from, or `None` if the learner initialises its meta-parameters.
     devices: Number of devices of each process that share the tasks, or `None` for as many as possible.
   """
 
@@ -49,13 +50,13 @@ class Setup(NamedTuple):
   optimizers: dict[str, optax.GradientTransformation]
   tests: dict[int, Tasks]
   validation: Tasks | None
-  start: ms.MetaParams | None
+  start: ms.FewShotModel | None
   devices: int | None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """Returns `(H, W, D)`, which for glyphs is `(28, 28, 1)`."""
-    return (28, 28, 1) if self.data.test is None else self.data.test.images.shape[1:]
+    """Returns `(H, W, D)`."""
+    return few_shot_data.image_shape(self.data)
 
 
 def build(config: Any, data: few_shot_data.Data | None = None, devices: int | None = None) -> Setup:
@@ -80,7 +81,7 @@ def build(config: Any, data: few_shot_data.Data | None = None, devices: int | No
     optimizers={name: trainings.optimizer_of(config, build_optimizer(name, config)) for name in names},
     tests={shot: unseen(data.test, shot=shot) for shot in config.test_shots},
     validation=unseen(data.validation, shot=config.shot) if config.validate_every else None,
-    start=None if config.start is None else _load_start(config),
+    start=None if config.start is None else _load_start(config, data),
     devices=devices,
   )
   plan(config, setup)  # Raises ValueError if the devices cannot share the tasks.
@@ -92,17 +93,24 @@ def _tester(name: str, inductive: bool, config: Any) -> ms.Learner:
   return ms.learners.ensemble(learner) if config.ensemble > 1 else learner
 
 
-def _load_start(config: Any) -> ms.MetaParams:
-  model = ms.load_model(config.start)
-  theirs = (model.config.learner, model.config.way, model.config.filters, model.config.hidden)
-  ours = (config.learners[0], config.way, *config.sizes)
-  if len(config.learners) > 1 or theirs != ours or config.alpha_by_step:
+def _load_start(config: Any, data: few_shot_data.Data) -> ms.FewShotModel:
+  """Returns the model `config.start`. Raises ValueError if a learner of the configuration cannot start from it."""
+  model, shape = ms.load_model(config.start), few_shot_data.image_shape(data)
+  about = model.config
+  if about.learner == 'prototypical':  # An embedding serves any number of ways, and images of any size.
+    names, theirs, ours = '(filters, channels)', (about.filters, about.image_shape[2]), (config.sizes[0], shape[2])
+    fits, advice = theirs == ours, 'set these to the values of the model'
+  else:
+    names = '(learner, way, filters, hidden, image_shape)'
+    theirs = about.learner, about.way, about.filters, about.hidden, about.image_shape
+    ours = ','.join(config.learners), config.way, *config.sizes, shape
+    fits = theirs == ours and not config.alpha_by_step
+    advice = 'set these to the values of the model, and leave out alpha_by_step'
+  if not fits:
     raise ValueError(
-      f'start={config.start} does not fit this run: the model has (learner, way, filters, hidden) = {theirs}, '
-      f'and this run has {ours}, learner={",".join(config.learners)} and alpha_by_step={config.alpha_by_step}; set the '
-      'four values to those of the model, give a single learner, and leave out alpha_by_step'
+      f'start={config.start} does not fit this run: the model has {names} = {theirs}, and this run has {ours}; {advice}'
     )
-  return model.meta
+  return model
 
 
 def plan(config: Any, setup: Setup) -> list[trainings.Training]:
@@ -140,7 +148,19 @@ def _training(name: str, r: int, config: Any, setup: Setup) -> trainings.Trainin
 def _first_state(name: str, r: int, config: Any, setup: Setup) -> ms.TrainState:
   key = reporting.seed_keys(config.seed, config.seeds)[r]
   state = ms.init(key, setup.train[name], learner=setup.learners[name], optimizer=setup.optimizers[name])
-  return state if setup.start is None else state._replace(meta=jax.tree.map(jnp.asarray, setup.start))
+  return state if setup.start is None else state._replace(meta=started(state.meta, setup.start))
+
+
+def started(meta: ms.MetaParams, model: ms.FewShotModel) -> ms.MetaParams:
+  """Returns the meta-parameters of a model.
+
+  If the model is a prototypical one, it returns `meta` with the model's embedding in θ. The layers after the embedding
+  and α stay as they are.
+  """
+  if model.config.learner != 'prototypical':
+    return jax.tree.map(jnp.asarray, model.meta)
+  theta = tree.named_arrays(meta.theta) | tree.named_arrays(model.meta)
+  return meta._replace(theta=tree.from_named_arrays(theta, meta.theta))
 
 
 def train(name: str, config: Any, setup: Setup, run: resuming.Run) -> tuple[Any, Any, dict[str, Any]]:

@@ -37,8 +37,8 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 # Number of images that a kernel gradient on a CPU contracts at a time; 16 float32 fill a vector register of 512 bits.
 IMAGES_AT_ONCE = 16
 
-# Winograd's algorithm is used for more than this number of images, or of tiles of 2×2 outputs. With few of both, as in a
-# small support of small images, it would not be faster, and the program would take longer to compile.
+# Winograd's algorithm is used for more than this number of images, or of tiles of 2×2 outputs. With few of both, as in
+# a small support of small images, it would not be faster, and the program would take longer to compile.
 MANY_IMAGES = 16
 MANY_TILES = 2000
 

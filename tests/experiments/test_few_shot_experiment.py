@@ -461,10 +461,30 @@ def test_training_starts_from_a_model(tmp_path):
   state = few_shot_training._first_state('meta_sgd', 0, config, few_shot_training.build(config))
   assert_trees_close(state.meta, model.meta, rtol=0, atol=0)
   for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
-    with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden)', 'the four values')):
+    with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden, image_shape)', 'the values')):
       few_shot_training.build(classification.Config(start=path, **options | other))
   with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave start out')):
     classification.Config(start=path, learner=('lstm',))
+
+
+@pytest.mark.parametrize('learner', ['meta_sgd', 'maml'])
+def test_training_starts_from_an_embedding(learner, tmp_path):
+  """A prototypical model of any number of ways gives the layers of the embedding; all else is as without it."""
+  path = str(tmp_path / 'm.safetensors')
+  model = small_model('prototypical', way=4, filters=2, seed=1)
+  ms.save_model(path, model)
+  options = TINY | dict(learner=(learner,), way=3)
+  config = classification.Config(start=path, **options)
+  begin = lambda config: few_shot_training._first_state(learner, 0, config, few_shot_training.build(config)).meta
+  found, fresh = begin(config), begin(classification.Config(**options))
+  blocks = {f'ConvBlock_{i}' for i in range(4)}
+  assert model.meta.keys() == blocks < found.theta.keys()
+  assert_trees_close({name: found.theta[name] for name in blocks}, model.meta, rtol=0, atol=0)
+  rest = lambda meta: {name: layer for name, layer in meta.theta.items() if name not in blocks}
+  assert_trees_close(rest(found), rest(fresh), rtol=0, atol=0)
+  assert_trees_close(found.alpha, fresh.alpha, rtol=0, atol=0)
+  with pytest.raises(ValueError, match=saying(path, '(filters, channels) = (2, 1)', 'this run has (4, 1)')):
+    few_shot_training.build(classification.Config(start=path, **options | dict(filters=4)))
 
 
 ALMOST_UNTRAINED = TINY | dict(way=3, filters=4, learning_rate=1e-12, validate_every=1)
