@@ -10,7 +10,7 @@ from PIL import Image
 
 import metasgd_jax as ms
 from metasgd_jax.datasets import cifar_fs, image_files, image_folder, mini_imagenet, omniglot, splits
-from metasgd_jax.deploy.classifier import has_light_border
+from metasgd_jax.deploy.inputs import has_light_border
 from metasgd_jax.io.files import as_path
 from metasgd_jax.tasks.augmentation import Augment, chain, flip, light, shift
 from metasgd_jax.types import Tasks

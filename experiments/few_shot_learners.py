@@ -97,6 +97,11 @@ def _embedding_learner(name: str, config: Any, classes: int, shared: dict[str, A
   return ms.learners.fine_tuning(embedding, classes=classes, way=config.way, **sgd, **shared)
 
 
+def classifier_or_embedding(name: str, config: Any) -> ms.Model:
+  """Returns the network of a learner whose model is saved: a classifier, or the embedding of a prototypical model."""
+  return _conv4(None if name == 'prototypical' else config.way, config)
+
+
 def _conv4(way: int | None, config: Any) -> ms.Model:
   """Returns Conv4 as a classifier, or as an embedding if `way` is `None`."""
   filters, hidden = config.sizes

@@ -9,9 +9,10 @@ import numpy as np
 from absl import logging
 
 from experiments import calibration, few_shot_data, reporting, running
-from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL
-from experiments.few_shot_training import Setup, validate
+from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, classifier_or_embedding
+from experiments.few_shot_training import VALIDATION_TASKS, Setup, validate
 from experiments.reporting import WARNING, Result, percent
+from metasgd_jax.deploy import likeness
 from metasgd_jax.types import equal_partial
 
 BATCH_NORM = {
@@ -72,6 +73,43 @@ def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
   except ValueError as e:
     print(f'{WARNING}{NAMES[name]}: {e}; its temperature stays 1')
     return 1.0
+
+
+def least_likeness(name: str, meta: Any, config: Any, setup: Setup) -> tuple[float, float] | None:
+  """Returns `ModelConfig.least_likeness` of one run, measured on the tasks of `validate` with one and five shots.
+
+  It is `None` if there is no validation, if the validation classes have too few images, or if a likeness is not finite.
+  """
+  bank, count = setup.data.validation, min(config.eval_tasks, VALIDATION_TASKS)
+  sizes = dict(way=config.way, query=config.eval_query)
+  if setup.validation is None or not (bank is None or few_shot_data.serves(bank, shot=5, **sizes)):
+    return None
+  keys = jax.random.split(reporting.test_keys(config.eval_seed + 1)[1], (count, 3))
+  options: Any = dict(learner=setup.testers[name, True], model=classifier_or_embedding(name, config), way=config.way)
+  least = []
+  for shot in (1, 5):
+    tasks = few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
+    ready = tasks.prepare(lambda: (keys[:, 0], keys[:, 1]))
+    found = _likeness(meta, ready, tuple(keys.T), **options)
+    least.append(float(np.quantile(found, 0.01)))
+  one, five = least
+  if not np.isfinite(one + five):
+    return None
+  return one, float(np.clip((5 * five - one) / 4, 0, 1))
+
+
+@functools.partial(jax.jit, static_argnames=('learner', 'model', 'way'))
+def _likeness(meta, tasks, keys, *, learner, model, way):
+  """Returns the likeness of each query image to the classes of its task, `[T, Q]`."""
+
+  def of_task(keys):
+    sample_key, episode_key, adapt_key = keys
+    support, query = tasks.episode(tasks.sample(sample_key), episode_key)
+    adapted = learner.adapt(meta, support, adapt_key)
+    means = likeness.class_means(model, adapted, support, way)
+    return likeness.likeness(model, adapted, means, query.x)
+
+  return jax.lax.map(of_task, keys)
 
 
 def sentence(result: Result, config: Any, *, of: str = '', tasks: str = 'unseen tasks', training: str = '') -> str:

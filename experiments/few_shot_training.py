@@ -26,6 +26,9 @@ from experiments.trainings import Best
 from metasgd_jax import tree
 from metasgd_jax.types import Tasks
 
+VALIDATION_TASKS = 200
+"""Largest number of tasks in a validation."""
+
 
 class Setup(NamedTuple):
   """The objects that a configuration describes.
@@ -97,6 +100,8 @@ def _load_start(config: Any, data: few_shot_data.Data) -> ms.FewShotModel:
   """Returns the model `config.start`. Raises ValueError if a learner of the configuration cannot start from it."""
   model, shape = ms.load_model(config.start), few_shot_data.image_shape(data)
   about = model.config
+  theirs: tuple[Any, ...]
+  ours: tuple[Any, ...]
   if about.learner == 'prototypical':  # An embedding serves any number of ways, and images of any size.
     names, theirs, ours = '(filters, channels)', (about.filters, about.image_shape[2]), (config.sizes[0], shape[2])
     fits, advice = theirs == ours, 'set these to the values of the model'
@@ -207,6 +212,6 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
 
 def validate(learner: ms.Learner, meta: Any, tasks: Tasks, metric_fn: Any, config: Any, setup: Setup) -> np.ndarray:
   """Returns the metric of one run on the same tasks of validation classes in every call, `[T, k + 1, …]`."""
-  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
+  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, VALIDATION_TASKS)
   placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
   return ms.evaluate(learner, meta, tasks, key, metric_fn=metric_fn, num_tasks=count, placement=placement)[:, 0]

@@ -50,6 +50,11 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   sorting.add_argument('--move-to', metavar='DIR', help='move each picture to the folder of its class in DIR')
   unsure = "answer 'unsure' below this probability (default: 0)"
   parser.add_argument('--min-probability', metavar='P', type=float, default=0.0, help=unsure)
+  unlike = (
+    "answer 'unsure' for pictures that are less like every class than this number from 0 to 1 (default: 0); auto: less "
+    'than 99 of 100 pictures of the classes that the model was validated on'
+  )
+  parser.add_argument('--min-likeness', metavar='L', type=_likeness, default=0.0, help=unlike)
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
     '--inductive', action='store_true', default=True, help='batch norm by the statistics of the examples (default)'
@@ -61,6 +66,14 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   invert = 'exchange light and dark (auto: if the model needs it)'
   parser.add_argument('--invert', choices=INVERT, default='auto', help=invert)
   return parser
+
+
+def _likeness(text: str) -> float | None:
+  """Returns the value of --min-likeness, which is None for auto."""
+  try:
+    return None if text == 'auto' else float(text)
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(f'must be auto or a number from 0 to 1, got {text!r}') from e
 
 
 def _info(commands: Any) -> argparse.ArgumentParser:

@@ -36,6 +36,7 @@ def about(model: Any, size: int) -> list[str]:
     f'images       {_images(config)}',
     f'parameters   {sum(leaf.size for leaf in jax.tree.leaves(getattr(meta, "theta", meta))):,}',
     f'alpha        {_rates(config, getattr(meta, "alpha", None))}',
+    f'likeness     {_least_likeness(config)}',
     f'size         {size / 1e6:.2f} MB',
     'training' if facts else 'training     the file has no facts about it',
     *(f'  {name:{width}}  {_fact(value)}' for name, value in facts.items()),
@@ -55,6 +56,13 @@ def _rates(config, alpha) -> str:
     return f'{config.alpha:g}, one rate for all, not learned'
   rates = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(alpha)])
   return f'{rates.size:,} learned rates, mean {rates.mean():.4g}, {np.mean(rates < 0):.1%} negative'
+
+
+def _least_likeness(config) -> str:
+  if config.least_likeness is None:
+    return 'not measured'
+  one, five = (config.least_likeness_of(shot) for shot in (1, 5))
+  return f'1% of pictures are below {one:.3f} with one example of each class, {five:.3f} with five'
 
 
 def _fact(value: Any) -> str:

@@ -18,7 +18,8 @@ from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
 from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
 from metasgd_jax.datasets.messages import printable
-from metasgd_jax.deploy.classifier import FewShotClassifier, to_invert
+from metasgd_jax.deploy.classifier import FewShotClassifier
+from metasgd_jax.deploy.inputs import to_invert
 from metasgd_jax.deploy.model_file import ModelConfig, load_model
 from metasgd_jax.io import files
 
@@ -32,15 +33,18 @@ def run(args: argparse.Namespace) -> None:
   if not 0 <= args.min_probability <= 1:
     raise ValueError(f'--min-probability must be from 0 to 1, got {args.min_probability:g}')
   support, query = _read(args, model.config)
-  if args.min_probability and UNSURE in support.names:
-    raise ValueError(f'--support={args.support} has a class {UNSURE!r}, which --min-probability uses; rename the class')
+  least = _least_likeness(args, model.config, support.bank.sizes)
+  may_be_unsure = bool(args.min_probability or least)
+  if may_be_unsure and UNSURE in support.names:
+    flag = '--min-probability' if args.min_probability else '--min-likeness'
+    raise ValueError(f'--support={args.support} has a class {UNSURE!r}, which {flag} uses; rename the class')
   inputs = {'--support': files.as_path(args.support), '--query': query_dir}
   _check_out('--out', out, inputs)
   _check_results(out, args.overwrite)
   move = args.move_to is not None
   sorted_to = args.move_to if move else args.copy_to
   if sorted_to is not None:
-    classes = [*support.names, *([UNSURE] if args.min_probability else [])]
+    classes = [*support.names, *([UNSURE] if may_be_unsure else [])]
     _check_sorting('--move-to' if move else '--copy-to', files.as_path(sorted_to), classes, out, inputs)
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
@@ -51,9 +55,12 @@ def run(args: argparse.Namespace) -> None:
   folders, seen = _folders(names, support.names), _seen(support, query)
   truth = [None if s else folder for s, folder in zip(seen, folders, strict=True)]
   answers = [support.names[i] for i in probabilities.argmax(1)]
+  likeness = classifier.likeness(query.images) if least else None
   sure = probabilities.max(1) >= args.min_probability
+  if likeness is not None:
+    sure &= likeness >= least
   answers = [answer if s else UNSURE for answer, s in zip(answers, sure, strict=True)]
-  table = _table(support.names, names, answers, probabilities)
+  table = _table(support.names, names, answers, probabilities, likeness)
   picture = _picture(support, query, names, probabilities, truth, sure)
   results = dict(zip(RESULTS, (table, picture), strict=True))
   if sorted_to is not None:
@@ -84,6 +91,22 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
     supports = f'the model supports 2 to {config.way} classes; make a sub-folder for each class'
     raise ValueError(f'--support={args.support} has {len(support.names)} class(es), but {supports}')
   return support, image_folder.read_images(args.query, **form)
+
+
+def _least_likeness(args: argparse.Namespace, config: ModelConfig, sizes: Sequence[int]) -> float:
+  """Returns the likeness below which a picture is unsure. Raises ValueError if it is not valid or not known."""
+  if args.min_likeness is not None:
+    if not 0 <= args.min_likeness <= 1:
+      raise ValueError(f'--min-likeness must be auto or from 0 to 1, got {args.min_likeness:g}')
+    return args.min_likeness
+  least = config.least_likeness_of(int(np.min(sizes)))
+  if least is None:
+    raise ValueError(
+      f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={args.model} was not; give a '
+      'number, such as 0.9'
+    )
+  say(f'pictures with a likeness below {least:.3f} are {UNSURE}')
+  return least
 
 
 def _check_out(flag: str, out: pathlib.Path, inputs: Mapping[str, pathlib.Path], folder: str = '') -> None:
@@ -136,11 +159,14 @@ def _seen(support, query) -> list[bool]:
   return [path.resolve() in examples for path in query.paths]
 
 
-def _table(classes: Sequence[str], names: Sequence[pathlib.Path], answers, probabilities: np.ndarray) -> bytes:
+def _table(
+  classes: Sequence[str], names: Sequence[pathlib.Path], answers, probabilities: np.ndarray, likeness: np.ndarray | None
+) -> bytes:
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['file', 'prediction', *classes])
-  for name, answer, row in zip(names, answers, probabilities, strict=True):
+  writer.writerow(['file', 'prediction', *classes, *([] if likeness is None else ['likeness'])])
+  numbers = probabilities if likeness is None else np.column_stack([probabilities, likeness])
+  for name, answer, row in zip(names, answers, numbers, strict=True):
     writer.writerow([name, answer, *(f'{p:.6f}' for p in row)])
   return text.getvalue().encode(errors='surrogateescape')
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, build_learner, load_model
+from metasgd_jax.deploy import likeness
+from metasgd_jax.deploy.inputs import as_classes, as_labels, balanced, kind_of, prepared
+from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, build_learner, build_network, load_model
 from metasgd_jax.io.files import PathLike
 from metasgd_jax.types import Batch
 
@@ -96,11 +98,12 @@ class FewShotClassifier:
       raise ValueError(f"`invert` must be 'auto', True or False, got {self.invert!r}")
     model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
     steps = model.config.inner_steps if self.steps is None else self.steps
-    # Compiled programs are cached by config. Facts about the training, and the temperature, do not change them.
-    config = dataclasses.replace(model.config, training={}, temperature=1.0, inner_steps=steps)
-    images, light = _prepared(X, self.invert, config)
-    classes, labels = _as_classes(y, len(images), config.way)
-    images, labels = _balanced(images, labels)
+    # Compiled programs are cached by config. These three fields do not change them.
+    unused: Any = dict(training={}, temperature=1.0, least_likeness=None)
+    config = dataclasses.replace(model.config, inner_steps=steps, **unused)
+    images, light = prepared(X, self.invert, config)
+    classes, labels = as_classes(y, len(images), config.way)
+    images, labels = balanced(images, labels)
     inductive = bool(self.inductive)
     adapted = _adapt((config, len(classes), inductive), model.meta, images, labels)
     self.classes_ = classes
@@ -108,6 +111,7 @@ class FewShotClassifier:
     self.n_features_in_ = int(np.prod(config.image_shape))
     self.inverted_ = bool(light.any())
     self._fitted = config, inductive, jax.device_get(adapted)
+    self._support = images, labels
     self._temperature = model.config.temperature
     return self
 
@@ -140,6 +144,22 @@ class FewShotClassifier:
     logits = self._logits(X).astype(np.float64)
     return softmax(logits / self._temperature, axis=1)
 
+  def likeness(self, X: Any) -> np.ndarray:
+    """Returns how similar each image is to the most similar class, from 0 to 1: `[n]`.
+
+    An image that belongs to none of the classes has a low likeness, whereas its probabilities may be high. The likeness
+    is the cosine of two vectors of features: those of the image, and their mean over the examples of the class. The
+    features are the inputs of the first dense layer of the adapted network. `ModelConfig.least_likeness_of` says which
+    values are usual.
+
+    This method raises the same errors as `decision_function`.
+
+    Args:
+      X: Query images, in any of the forms that `FewShotClassifier` accepts.
+    """
+    options, adapted = self._options()
+    return self._in_batches(_likeness, X, _class_means(options, adapted, *self._support))
+
   def predict(self, X: Any) -> np.ndarray:
     """Returns the most probable label of each image, `[n]`.
 
@@ -165,8 +185,8 @@ class FewShotClassifier:
       TypeError: if `sample_weight` does not have one weight for each image.
     """
     answers = self.predict(X)
-    labels = _as_labels(y, len(answers))
-    if _kind(labels) != _kind(self.classes_):
+    labels = as_labels(y, len(answers))
+    if kind_of(labels) != kind_of(self.classes_):
       ours, theirs = self.classes_.tolist()[0], labels.tolist()[0]
       wanted = f'of type {type(ours).__name__}, such as {ours!r}'
       raise ValueError(
@@ -200,16 +220,25 @@ class FewShotClassifier:
     return Tags('classifier', TargetTags(required=True), classifier_tags=ClassifierTags(), input_tags=inputs)
 
   def _logits(self, images) -> np.ndarray:
+    return self._in_batches(_predict, images)
+
+  def _in_batches(self, function, images, *operands) -> np.ndarray:
+    """Returns `function(options, adapted, *operands, x)` for the images, in batches if the classifier is inductive."""
+    options, adapted = self._options()
+    config, _, inductive = options
+    x, _ = prepared(images, self.invert, config)
+    if not inductive:
+      return np.asarray(function(options, adapted, *operands, x))
+    padded = np.concatenate([x, np.zeros((-len(x) % AT_ONCE, *x.shape[1:]), x.dtype)])
+    parts = [function(options, adapted, *operands, padded[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
+    return np.concatenate(parts)[: len(x)]
+
+  def _options(self) -> tuple[tuple[ModelConfig, int, bool], Any]:
+    """Returns the arguments of `build_learner`, and the adapted state. Raises NotFittedError before `fit`."""
     if not hasattr(self, '_fitted'):
       raise NotFittedError(f'this {type(self).__name__} is not fitted yet; call fit with a few images of each class')
     config, inductive, adapted = self._fitted
-    x, _ = _prepared(images, self.invert, config)
-    options = config, len(self.classes_), inductive
-    if not inductive:
-      return np.asarray(_predict(options, adapted, x))
-    padded = np.concatenate([x, np.zeros((-len(x) % AT_ONCE, *x.shape[1:]), x.dtype)])
-    parts = [_predict(options, adapted, padded[i : i + AT_ONCE]) for i in range(0, len(x), AT_ONCE)]
-    return np.concatenate(parts)[: len(x)]
+    return (config, len(self.classes_), inductive), adapted
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -223,131 +252,12 @@ def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
   return build_learner(*options).predict(adapted, x)
 
 
-def _as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
-  """Returns the images as floats `[n, H, W, D]`, with `shape` (H, W, D).
-
-  Raises ValueError unless the images have one of the forms that `FewShotClassifier` documents.
-  """
-  try:
-    x = np.asarray(images)
-  except ValueError as e:
-    raise ValueError(
-      'images must all have the same shape, got a list of images of different shapes; resize them'
-    ) from e
-  height, width, channels = shape
-  flat = height * width * channels
-  if x.ndim and not len(x):
-    raise ValueError(f'there must be at least one image, got an array of shape {x.shape}')
-  if x.ndim < 2 or x.shape[1:] not in {shape, (flat,), (height, width) if channels == 1 else shape}:
-    takes = f'[n, {height}, {width}, {channels}], or flat [n, {flat}]'
-    raise ValueError(f'images must be {takes}, got shape {x.shape}; resize them, and pass one image as images[None]')
-  x = x.reshape(-1, *shape)
-  if x.dtype == np.bool_:
-    return x.astype(np.float32)
-  if np.issubdtype(x.dtype, np.integer):
-    if x.min() < 0 or x.max() > 255:
-      raise ValueError(f'integer images must have values from 0 to 255, got {x.min()} to {x.max()}; scale them')
-    if x.max() == 1:
-      raise ValueError(
-        'integer images must have values from 0 to 255, where 255 is white, but these images have only 0 and 1; '
-        'pass booleans or floats'
-      )
-    return x / 255.0
-  if not np.issubdtype(x.dtype, np.floating):
-    raise ValueError(f'images must be integers (0 to 255), floats (0 to 1) or booleans, got {x.dtype}; convert them')
-  if not np.all(np.isfinite(x)):
-    raise ValueError('images must be finite numbers, but some have NaN or infinity; leave those pictures out')
-  if x.min() < 0 or x.max() > 1:
-    raise ValueError(
-      f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
-    )
-  return x.astype(np.promote_types(x.dtype, np.float32))
+@functools.partial(jax.jit, static_argnums=0)
+def _class_means(options: tuple[ModelConfig, int, bool], adapted, images, labels):
+  config, way, _ = options
+  return likeness.class_means(build_network(config), adapted, Batch(images, labels), way)
 
 
-def _as_labels(labels, count: int) -> np.ndarray:
-  """Returns the labels as an array `[count]`.
-
-  Raises:
-    ValueError: if the number of labels is not `count`, if a label is None or NaN, or if only some labels are text.
-  """
-  if isinstance(labels, np.ma.MaskedArray):
-    hidden, labels = np.ma.getmaskarray(labels), np.ma.getdata(labels).astype(object)
-    labels[hidden] = None
-  if isinstance(labels, list | tuple):  # NumPy would make None and numbers text, if there is text beside them.
-    if len({isinstance(label, str) for label in labels if not _is_missing(label)}) > 1:
-      raise ValueError('labels must all be of one kind, such as strings, but only some of them are text; convert them')
-    has_missing = any(map(_is_missing, labels))
-    labels = np.asarray(labels, object if has_missing else None)
-  labels = np.asarray(labels)
-  if labels.shape != (count,):
-    raise ValueError(f'there must be a label for each of the {count} images, got labels of shape {labels.shape}')
-  if any(map(_is_missing, labels)):
-    raise ValueError('some pictures have missing labels (NaN or None); leave those pictures out, or give them labels')
-  return labels
-
-
-def _is_missing(label: Any) -> bool:
-  try:
-    return label is None or bool(label != label)
-  except (TypeError, ValueError):  # pandas.NA has no truth value when compared; an array is no label.
-    return np.ndim(label) == 0
-
-
-def _kind(labels: np.ndarray) -> type:
-  """Returns str or bytes for labels of these types, and object for others. Text and bytes are never equal."""
-  return next((kind for kind in (str, bytes) if isinstance(labels[0], kind)), object)
-
-
-def _as_classes(labels, count: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the sorted classes, and the index of each label among them. Raises ValueError if labels are not valid."""
-  labels = _as_labels(labels, count)
-  try:
-    classes, y = np.unique(labels, return_inverse=True)
-  except TypeError as e:
-    raise ValueError(f'labels must be of one kind, such as strings, but cannot be sorted ({e}); convert them') from e
-  if len(classes) < 2:
-    raise ValueError(f'there must be at least two classes, got {classes.tolist()[0]!r} alone; add another class')
-  if len(classes) > most:
-    raise ValueError(f'the model supports at most {most} classes, got {len(classes)}; give fewer classes')
-  return classes, y.astype(np.int32)
-
-
-def _balanced(x, y) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the support with images of smaller classes repeated, so that each class has the same number of images.
-
-  This is done because the model was trained with the same number of support images in each class.
-  """
-  members = [np.flatnonzero(y == c) for c in range(y.max() + 1)]
-  rows = np.concatenate([np.resize(m, max(map(len, members))) for m in members])
-  return x[rows], y[rows]
-
-
-def _prepared(images, invert: bool | Literal['auto'], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the images as float32, with light ones inverted, and whether each image was inverted, `[n, 1, 1, 1]`.
-
-  Integer images arrive in float64, so that an inverted k becomes exactly the float32 number of 255 − k.
-  """
-  x = _as_images(images, config.image_shape)
-  light = to_invert(x, invert, config)
-  return np.where(light, 1 - x, x).astype(np.float32), light
-
-
-def to_invert(x: np.ndarray, invert: bool | Literal['auto'], config: ModelConfig) -> np.ndarray:
-  """Returns whether each image is to be inverted, `[n, 1, 1, 1]`. The images are floats `[n, H, W, D]` from 0 to 1.
-
-  If `invert` is 'auto' and the model was trained on dark backgrounds, the images with a light border are inverted.
-  """
-  if invert != 'auto':
-    return np.full((len(x), 1, 1, 1), invert)
-  return (has_light_border(x, white=1) & (config.background == 'dark'))[:, None, None, None]
-
-
-def has_light_border(images: np.ndarray, white: int) -> np.ndarray:
-  """Returns whether each image has a light border, `[n]`: the median of its outermost pixels is above `white` / 2.
-
-  Args:
-    images: Images `[n, H, W, D]`.
-    white: Value of a white pixel, 1 for floats and 255 for uint8.
-  """
-  borders = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
-  return np.median(np.concatenate([part.reshape(len(images), -1) for part in borders], 1), 1) > white / 2
+@functools.partial(jax.jit, static_argnums=0)
+def _likeness(options: tuple[ModelConfig, int, bool], adapted, means, x):
+  return likeness.likeness(build_network(options[0]), adapted, means, x)

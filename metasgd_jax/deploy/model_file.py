@@ -21,7 +21,7 @@ from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, writable
 from metasgd_jax.io.files import PathLike, as_json, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd, prototypical
-from metasgd_jax.types import Batch, Episode, Learner, PyTree, check_choice
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice
 
 FORMAT_VERSION = 1
 
@@ -54,6 +54,9 @@ class ModelConfig:
       changes how sure the model is, but not its answers. The classification experiment fits T on tasks of validation
       classes, if there are any, with inductive batch norm and the number of ways that the model was trained with. In
       transductive use, or with fewer classes, another T may suit the model better.
+    least_likeness: The likeness that 99% of the images of validation classes exceed; see `FewShotClassifier.likeness`.
+      It is a pair (one, many), for one example of each class, and in the limit of many examples. With k examples it is
+      about many + (one − many) / k. The pair is None if it was not measured.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -73,6 +76,7 @@ class ModelConfig:
   alpha: float | None = None
   background: Background = 'dark'
   temperature: float = 1.0
+  least_likeness: tuple[float, float] | None = None
   training: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
   def __post_init__(self):
@@ -91,6 +95,9 @@ class ModelConfig:
       raise ValueError(f'image_shape must be at least 16x16, because Conv4 halves both sizes four times, got {shape!r}')
     if not (_is_number(self.temperature) and 1e-6 <= self.temperature <= 1e6):
       raise ValueError(f'temperature must be a number from 1e-6 to 1e6, got {self.temperature!r}')
+    likeness = self.least_likeness
+    if not (likeness is None or (isinstance(likeness, tuple) and len(likeness) == 2 and all(map(_is_share, likeness)))):
+      raise ValueError(f'least_likeness must be None, or a tuple of two numbers from 0 to 1, got {likeness!r}')
     if self.learner == 'meta_sgd' and self.alpha is not None:
       raise ValueError(f'alpha must be None for meta_sgd, whose rates are among its parameters, got {self.alpha!r}')
     if self.learner == 'prototypical' and (self.hidden, self.inner_steps, self.alpha) != (0, 0, None):
@@ -107,6 +114,13 @@ class ModelConfig:
       levels = _levels(self.training)
       raise ValueError(f'`training` must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
 
+  def least_likeness_of(self, shot: int) -> float | None:
+    """Returns `least_likeness` for a number of examples of each class, or None if it was not measured."""
+    if self.least_likeness is None:
+      return None
+    one, many = self.least_likeness
+    return many + (one - many) / shot
+
   @property
   def fit(self) -> Literal['crop', 'pad']:
     """Returns how image files are brought to the aspect ratio of the model: see `datasets.image_files.Fit`.
@@ -118,6 +132,10 @@ class ModelConfig:
 
 def _is_number(value: Any) -> TypeGuard[float]:
   return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+  return _is_number(value) and 0 <= value <= 1
 
 
 def _levels(facts: Any) -> int:
@@ -148,6 +166,12 @@ class FewShotModel(NamedTuple):
   meta: PyTree
 
 
+def build_network(config: ModelConfig) -> Model:
+  """Returns the network of a model: a classifier, or for Prototypical Networks an embedding."""
+  way = None if config.learner == 'prototypical' else config.way
+  return nn.from_linen(nn.Conv4(way, filters=config.filters, hidden=config.hidden))
+
+
 def build_learner(config: ModelConfig, way: int | None = None, inductive: bool = False) -> Learner:
   """Returns the learner that a model's parameters belong to.
 
@@ -166,10 +190,9 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
   if not is_int(n) or not 2 <= n <= config.way:
     raise ValueError(f'the model supports 2 to {config.way} classes, got {n!r}; give a number in this range')
   metrics = {'accuracy': losses.accuracy}
+  network = build_network(config)
   if config.learner == 'prototypical':
-    embedding = nn.from_linen(nn.Conv4(None, filters=config.filters, hidden=0))
-    return prototypical(embedding, way=n, inductive=inductive, metrics=metrics)
-  network = nn.from_linen(nn.Conv4(config.way, filters=config.filters, hidden=config.hidden))
+    return prototypical(network, way=n, inductive=inductive, metrics=metrics)
   model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
   learner = functools.partial(maml, alpha=config.alpha) if config.learner == 'maml' else meta_sgd
   return learner(model, losses.cross_entropy, steps=config.inner_steps, inductive=inductive, metrics=metrics)
@@ -290,8 +313,9 @@ def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig
     fields = json.loads(metadata['config'])
     if not isinstance(fields, dict):
       raise ValueError(f'the config must be a JSON object, got {type(fields).__name__}')
-    if isinstance(fields.get('image_shape'), list):
-      fields['image_shape'] = tuple(fields['image_shape'])
+    for name in ('image_shape', 'least_likeness'):
+      if isinstance(fields.get(name), list):
+        fields[name] = tuple(fields[name])
     return ModelConfig(**fields)
   except (ValueError, TypeError, RecursionError) as e:
     raise ValueError(f'{path} does not describe a model ({first_line(e)}); get the file again, or save it again') from e

@@ -1,6 +1,7 @@
 """`metasgd predict --copy-to` and `--move-to`: which pictures are put where, and what is refused beforehand."""
 
 import csv
+import dataclasses
 import pathlib
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from picture_folders import SHOWN, left, predict, save
 from problems import saying
 
+import metasgd_jax as ms
 from metasgd_jax.io import files
 
 
@@ -39,6 +41,22 @@ def test_pictures_are_copied_to_the_folders_of_their_classes(folders, model_file
   assert put_at(sorted_to) == of_table(folders / 'query', rows)
   assert f'copied to {sorted_to}, by class: 7 pictures' in capsys.readouterr().out
   assert left(folders / 'query') == before
+
+
+def test_pictures_unlike_all_classes_are_unsure(folders, model_file, tmp_path, capsys):
+  """With auto the least likeness is the model's, for the least number of examples of a class."""
+  assert predict(folders, model_file, '--min-likeness=0.001', out='all') == 0
+  values = sorted(float(row['likeness']) for row in rows_of(folders / 'all'))
+  least = (values[2] + values[3]) / 2
+  model = ms.load_model(model_file)
+  told = tmp_path / 'told.safetensors'
+  ms.save_model(told, model._replace(config=dataclasses.replace(model.config, least_likeness=(least, least))))
+  sorted_to = folders / 'sorted'
+  assert predict(folders, told, '--min-likeness=auto', f'--copy-to={sorted_to}') == 0
+  rows = rows_of(folders / 'out')
+  assert [row['prediction'] == 'unsure' for row in rows] == [float(row['likeness']) < least for row in rows]
+  assert len(pictures_in(sorted_to / 'unsure')) == 3
+  assert f'a likeness below {least:.3f} are unsure' in capsys.readouterr().out
 
 
 def test_pictures_are_moved_to_the_folders_of_their_classes(folders, model_file, capsys):
@@ -144,6 +162,8 @@ def nothing(folders):
 @pytest.mark.parametrize(
   ('spoil', 'flags', 'message'),
   [
+    (nothing, ['--min-likeness=1.5'], ('--min-likeness must be auto or from 0 to 1', 'got 1.5')),
+    (nothing, ['--min-likeness=auto'], ('--min-likeness=auto', 'a model whose likeness was measured', 'give a number')),
     (nothing, ['--min-probability=1.5'], ('--min-probability must be from 0 to 1', 'got 1.5')),
     (nothing, ['--copy-to={0}/query/sorted'], ('--copy-to=', 'lies in --query')),
     (nothing, ['--move-to={0}/support'], ('--move-to=', 'lies in --support')),

@@ -15,7 +15,7 @@ from experiments import classification, evaluating, few_shot_data, reporting
 from experiments.resuming import Keeping
 from metasgd_jax import plotting
 from metasgd_jax.datasets import DatasetError, image_folder, splits
-from metasgd_jax.deploy import classifier
+from metasgd_jax.deploy import inputs
 from metasgd_jax.deploy.model_file import build_learner
 from metasgd_jax.io import files
 from metasgd_jax.io.checkpoint import CheckpointError
@@ -191,7 +191,7 @@ def test_pictures_of_a_folder_are_prepared_as_predict_prepares_them(background, 
   bank = few_shot_data.load_for_model(settings('m', folder, eval_query=1), model)
   fit = 'pad' if background == 'dark' else 'crop'
   read = image_folder.load(folder, size=28, channels=1, fit=fit).bank.images
-  prepared, turned = classifier._prepared(read, 'auto', model)
+  prepared, turned = inputs.prepared(read, 'auto', model)
   assert turned.all() == (light and background == 'dark')
   np.testing.assert_allclose(bank.images / 255, prepared, atol=1e-6)
 

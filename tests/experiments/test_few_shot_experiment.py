@@ -569,6 +569,37 @@ def test_predictions_that_are_not_finite_leave_the_temperature_at_1(monkeypatch,
   assert 'temperature stays 1' in out
 
 
+def test_the_least_likeness_is_a_quantile_on_the_validation_tasks():
+  config = classification.Config(**TINY | dict(way=3, eval_tasks=3, validate_every=1))
+  with in_place_of_conv4(OneLayer):
+    setup = few_shot_training.build(config)
+    meta = few_shot_training._first_state('meta_sgd', 0, config, setup).meta
+    one, many = few_shot_testing.least_likeness('meta_sgd', meta, config, setup)
+    assert few_shot_testing.least_likeness('meta_sgd', meta, config, setup._replace(validation=None)) is None
+  keys = jax.random.split(reporting.test_keys(config.eval_seed + 1)[1], (3, 3))
+  for shot, expected in ((1, one), (5, many + (one - many) / 5)):
+    tasks, found = ms.tasks.glyphs(way=3, shot=shot, query=1), []
+    for sample_key, episode_key, _ in keys:
+      support, query = jax.jit(lambda s, e, tasks=tasks: tasks.episode(tasks.sample(s), e))(sample_key, episode_key)
+      flat = lambda batch: np.asarray(batch.x, np.float64).reshape(len(batch.x), -1)  # What the one layer is given.
+      means = np.stack([flat(support)[np.asarray(support.y) == label].mean(0) for label in range(3)])
+      units = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (flat(query), means)]
+      found += (units[0] @ units[1].T).max(1).tolist()
+    assert expected == pytest.approx(np.quantile(found, 0.01), rel=1e-5)
+
+
+def test_the_model_of_joint_training_is_its_embedding(tmp_path):
+  bank = lambda seed: ms.tasks.class_bank(np.random.default_rng(seed).integers(0, 256, (4, 20, 28, 28, 1), np.uint8))
+  config = classification.Config(learner=('joint',), **TINY | dict(way=3))
+  with in_place_of_conv4(OneLayer):
+    classification.run(config, tmp_path, few_shot_training.build(config, few_shot_data.Data(bank(0), None, bank(1))))
+    model = ms.load_model(tmp_path / 'model_joint.safetensors')
+    assert model.config.learner == 'prototypical'
+    assert model.config.training['learner'] == 'joint'
+    assert not [name for name in model.config.training if 'accuracy' in name]
+    assert [leaf.shape for leaf in jax.tree.leaves(model.meta)] == [(4,), (784, 4)]
+
+
 def test_joint_training_needs_classes():
   config = classification.Config(learner=('joint',))
   with pytest.raises(ValueError, match=saying('joint', 'glyphs', '--dataset=omniglot')):

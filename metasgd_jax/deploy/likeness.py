@@ -1,0 +1,60 @@
+"""How similar images are to the classes of the support, to find images that belong to none of these classes.
+
+The softmax cannot find them: its probabilities compare the classes with each other, so that an image of none of them
+often has a high probability too. The likeness compares the features of the adapted network, which are the inputs of its
+first dense layer. It hardly depends on the number of classes.
+"""
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+
+from metasgd_jax.losses import one_hot
+from metasgd_jax.types import Batch, Model
+
+
+def class_means(model: Model, adapted: Any, support: Batch, way: int) -> chex.Array:
+  """Returns the mean features of each class of the support, `[N, D]`.
+
+  Args:
+    model: Network from `nn.from_linen`.
+    adapted: Adapted state of a learner that was built of the network: θ′, or a tuple with `theta` and `statistics`.
+    support: Images `[S, H, W, C]` and their labels `[S]` from 0 to N − 1, with at least one image of each class.
+    way: Number of classes N.
+  """
+  members = one_hot(support.y, way).T  # [N, S]
+  return members @ features(model, adapted, support.x) / jnp.sum(members, 1)[:, None]
+
+
+def likeness(model: Model, adapted: Any, means: chex.Array, images: chex.Array) -> chex.Array:
+  """Returns the likeness of each image, `[Q]`: the cosine of its features and of the most similar mean in `means`.
+
+  It is from 0 to 1 if no feature is negative, as after a ReLU. If all features of an image are 0, it is 0.
+  """
+  return jnp.max(_units(features(model, adapted, images)) @ _units(means).T, 1)
+
+
+def _units(vectors):
+  """Returns vectors `[n, D]` of length 1, in the directions of those given."""
+  return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def features(model: Model, adapted: Any, images: chex.Array) -> chex.Array:
+  """Returns the features of images `[Q, H, W, C]`, `[Q, D]`: the inputs of the network's first dense layer.
+
+  If the network has no dense layer, as an embedding, its outputs are returned. If the learner is inductive, batch norm
+  uses the statistics of the support. Otherwise, it uses those of `images`.
+  """
+  inputs = []
+
+  def record(call, args, kwargs, context):
+    if isinstance(context.module, nn.Dense):
+      inputs.append(args[0])
+    return call(*args, **kwargs)
+
+  theta, statistics = getattr(adapted, 'theta', adapted), getattr(adapted, 'statistics', None)
+  with nn.intercept_methods(record):
+    outputs = model.apply(theta, images, statistics)
+  return inputs[0] if inputs else outputs
