@@ -36,9 +36,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   parser = commands.add_parser(
     'predict', help='classify pictures, given a few examples of each class', description=description
   )
-  parser.add_argument(
-    '--model', default='omniglot', help='path of a model file, or name of a shipped model (default: omniglot)'
-  )
+  parser.add_argument('--model', default='omniglot', help='file or name of a model (default: omniglot)')
   parser.add_argument('--support', metavar='DIR', required=True, help='examples: a sub-folder for each class')
   parser.add_argument('--query', metavar='DIR', required=True, help='folder of the pictures to classify')
   parser.add_argument(
@@ -50,10 +48,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   sorting.add_argument('--move-to', metavar='DIR', help='move each picture to the folder of its class in DIR')
   unsure = "answer 'unsure' below this probability (default: 0)"
   parser.add_argument('--min-probability', metavar='P', type=float, default=0.0, help=unsure)
-  unlike = (
-    "answer 'unsure' for pictures that are less like every class than this number from 0 to 1 (default: 0); auto: less "
-    'than 99 of 100 pictures of the classes that the model was validated on'
-  )
+  unlike = "answer 'unsure' below this likeness, or auto (default: 0)"
   parser.add_argument('--min-likeness', metavar='L', type=_likeness, default=0.0, help=unlike)
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
@@ -89,9 +84,7 @@ def _export(commands: Any) -> argparse.ArgumentParser:
     'Writes adapt and predict as programs of jax.export, with the parameters; docs/export.md shows how to run them.'
   )
   parser = commands.add_parser('export', help='write a model as one file that needs only JAX', description=description)
-  parser.add_argument(
-    '--model', default='omniglot', help='path of a model file, or name of a shipped model (default: omniglot)'
-  )
+  parser.add_argument('--model', default='omniglot', help='file or name of a model (default: omniglot)')
   parser.add_argument('--out', metavar='FILE', required=True, help='zip file to write')
   parser.add_argument('--way', metavar='N', type=int, help="number of classes (default: the model's)")
   parser.add_argument('--shot', metavar='K', type=int, help='examples of each class (default: any number)')

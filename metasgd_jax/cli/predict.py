@@ -102,8 +102,8 @@ def _least_likeness(args: argparse.Namespace, config: ModelConfig, sizes: Sequen
   least = config.least_likeness_of(int(np.min(sizes)))
   if least is None:
     raise ValueError(
-      f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={args.model} was not; give a '
-      'number, such as 0.9'
+      f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={args.model} was not; '
+      'give a number, such as 0.9'
     )
   say(f'pictures with a likeness below {least:.3f} are {UNSURE}')
   return least
