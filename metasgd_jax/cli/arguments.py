@@ -48,7 +48,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   sorting.add_argument('--move-to', metavar='DIR', help='move each picture to the folder of its class in DIR')
   unsure = "answer 'unsure' below this probability (default: 0)"
   parser.add_argument('--min-probability', metavar='P', type=float, default=0.0, help=unsure)
-  unlike = "answer 'unsure' below this likeness, or auto (default: 0)"
+  unlike = "answer 'unsure' below this likeness (0 to 1, or auto)"
   parser.add_argument('--min-likeness', metavar='L', type=_likeness, default=0.0, help=unlike)
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
