@@ -20,6 +20,7 @@ from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
 from metasgd_jax.datasets.messages import printable
 from metasgd_jax.deploy.classifier import FewShotClassifier
 from metasgd_jax.deploy.inputs import to_invert
+from metasgd_jax.deploy.kinds import kind_of, kind_of_model
 from metasgd_jax.deploy.model_file import ModelConfig, load_model
 from metasgd_jax.io import files
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
   if sorted_to is not None:
     classes = [*support.names, *([UNSURE] if may_be_unsure else [])]
     _check_sorting('--move-to' if move else '--copy-to', files.as_path(sorted_to), classes, out, inputs)
+  _warn_of_other_kind(args.model, model.config, np.concatenate([support.bank.images, query.images]))
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
@@ -207,6 +209,13 @@ def _report_images(support, query, answers: Sequence[str]) -> None:
   if skipped := len(support.skipped) + len(query.skipped):
     listed = 'listed above' if skipped <= REPORTED_ONE_BY_ONE else 'the first ones are listed above'
     say(f'skipped unreadable files: {skipped}, {listed}')
+
+
+def _warn_of_other_kind(name: str, config: ModelConfig, images: np.ndarray) -> None:
+  """Says so if the pictures are of another kind than those that the model was trained on."""
+  found, trained = kind_of(images), kind_of_model(config)
+  if trained not in (None, found):
+    say(f'warning: these pictures look like {found}, but the model {name} was trained on {trained}; expect many errors')
 
 
 def _report_inverted(invert: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:

@@ -59,6 +59,16 @@ def test_pictures_unlike_all_classes_are_unsure(folders, model_file, tmp_path, c
   assert f'a likeness below {least:.3f} are unsure' in capsys.readouterr().out
 
 
+def test_pictures_of_another_kind_are_told(folders, model_file, tmp_path, capsys):
+  model = ms.load_model(model_file)
+  for dataset, warned in (('omniglot', False), ('mini_imagenet', True), ('folder', False)):
+    path = tmp_path / f'{dataset}.safetensors'
+    ms.save_model(path, model._replace(config=dataclasses.replace(model.config, training={'dataset': dataset})))
+    assert predict(folders, path, out=dataset) == 0
+    said = f'look like drawings, but the model {path} was trained on photographs'
+    assert (said in capsys.readouterr().out) == warned
+
+
 def test_pictures_are_moved_to_the_folders_of_their_classes(folders, model_file, capsys):
   assert predict(folders, model_file, out='other') == 0
   expected = of_table(folders / 'query', rows_of(folders / 'other'))
