@@ -14,9 +14,9 @@ SHARE_OF_PAPER = 0.7
 """Mean share of paper from which pictures are called drawings.
 
 It was chosen on pictures of all classes of Omniglot and mini-ImageNet, on glyphs, and on drawings with the simulated
-light and noise of a phone's camera. The share is 0.85 on average for drawings, and 0.48 for photographs. Of sets of 2, 4 and 10
-photographs, 5%, 1.3% and 0.03% are taken for drawings. Of sets of 2 and 4 drawings, at most 1.4% and 0.1% are taken for
-photographs.
+light and noise of a phone's camera. The share is 0.85 on average for drawings, and 0.48 for photographs. Of sets of 2,
+4 and 10 photographs, 5%, 1.3% and 0.03% are taken for drawings. Of sets of 2 and 4 drawings, at most 1.4% and 0.1% are
+taken for photographs.
 """
 _DATASETS: dict[str, Kind] = {
   'omniglot': 'drawings',
