@@ -234,7 +234,9 @@ def _run(config: Config, setup: Setup, opened: resuming.Run, jobs: Jobs) -> list
       rows.append(result.row(opened.path, about_test | about_run))
       print(_sentence(rows[-1], result, config))
     if saving.is_saved(name, config):
-      saving.save_model(opened.path(f'model_{name}.safetensors'), name, first, temperature, tests, config, setup)
+      likeness = None if name == 'joint' else few_shot_testing.least_likeness(name, first, config, setup)
+      path = opened.path(f'model_{name}.safetensors')
+      saving.save_model(path, name, first, temperature, likeness, tests, config, setup)
     running.write_results('classification', config, opened, rows)
     if curve:
       curves[NAMES[name]] = curve['accuracy']

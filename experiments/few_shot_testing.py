@@ -21,6 +21,9 @@ BATCH_NORM = {
   'inductive': 'batch norm by the statistics of the support',
 }
 
+AT_ONCE = 20
+"""Number of tasks whose images are on the device at once when the likeness is measured."""
+
 
 class Judged(NamedTuple):
   """The result of a test.
@@ -76,9 +79,10 @@ def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
 
 
 def least_likeness(name: str, meta: Any, config: Any, setup: Setup) -> tuple[float, float] | None:
-  """Returns `ModelConfig.least_likeness` of one run, measured on the tasks of `validate` with one and five shots.
+  """Returns `ModelConfig.least_likeness` of one run, measured on tasks of validation classes with one and five shots.
 
-  It is `None` if there is no validation, if the validation classes have too few images, or if a likeness is not finite.
+  It is `None` if states are not validated, if the validation classes have too few images, or if a likeness is not
+  finite.
   """
   bank, count = setup.data.validation, min(config.eval_tasks, VALIDATION_TASKS)
   sizes = dict(way=config.way, query=config.eval_query)
@@ -89,13 +93,18 @@ def least_likeness(name: str, meta: Any, config: Any, setup: Setup) -> tuple[flo
   least = []
   for shot in (1, 5):
     tasks = few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
-    ready = tasks.prepare(lambda: (keys[:, 0], keys[:, 1]))
-    found = _likeness(meta, ready, tuple(keys.T), **options)
-    least.append(float(np.quantile(found, 0.01)))
+    found = []
+    for first in range(0, count, AT_ONCE):
+      part = keys[first : first + AT_ONCE]
+      ready = tasks.prepare(functools.partial(_task_and_episode_keys, part))
+      found.append(np.asarray(_likeness(meta, ready, tuple(part.T), **options)).ravel())
+    least.append(float(np.quantile(np.concatenate(found), 0.01)))
   one, five = least
-  if not np.isfinite(one + five):
-    return None
-  return one, float(np.clip((5 * five - one) / 4, 0, 1))
+  return (one, five) if np.isfinite(one + five) else None
+
+
+def _task_and_episode_keys(keys):
+  return keys[:, 0], keys[:, 1]
 
 
 @functools.partial(jax.jit, static_argnames=('learner', 'model', 'way'))

@@ -104,16 +104,16 @@ def _load_start(config: Any, data: few_shot_data.Data) -> ms.FewShotModel:
   ours: tuple[Any, ...]
   if about.learner == 'prototypical':  # An embedding serves any number of ways, and images of any size.
     names, theirs, ours = '(filters, channels)', (about.filters, about.image_shape[2]), (config.sizes[0], shape[2])
-    fits, advice = theirs == ours, 'set these to the values of the model'
   else:
     names = '(learner, way, filters, hidden, image_shape)'
     theirs = about.learner, about.way, about.filters, about.hidden, about.image_shape
     ours = ','.join(config.learners), config.way, *config.sizes, shape
-    fits = theirs == ours and not config.alpha_by_step
-    advice = 'set these to the values of the model, and leave out alpha_by_step'
-  if not fits:
+    if config.alpha_by_step:
+      raise ValueError(f'start={config.start} has no rates by step, got alpha_by_step=True; leave out alpha_by_step')
+  if theirs != ours:
     raise ValueError(
-      f'start={config.start} does not fit this run: the model has {names} = {theirs}, and this run has {ours}; {advice}'
+      f'start={config.start} does not fit this run: the model has {names} = {theirs}, and this run has {ours}; set '
+      'these to the values of the model'
     )
   return model
 
@@ -153,10 +153,10 @@ def _training(name: str, r: int, config: Any, setup: Setup) -> trainings.Trainin
 def _first_state(name: str, r: int, config: Any, setup: Setup) -> ms.TrainState:
   key = reporting.seed_keys(config.seed, config.seeds)[r]
   state = ms.init(key, setup.train[name], learner=setup.learners[name], optimizer=setup.optimizers[name])
-  return state if setup.start is None else state._replace(meta=started(state.meta, setup.start))
+  return state if setup.start is None else state._replace(meta=_started(state.meta, setup.start))
 
 
-def started(meta: ms.MetaParams, model: ms.FewShotModel) -> ms.MetaParams:
+def _started(meta: ms.MetaParams, model: ms.FewShotModel) -> ms.MetaParams:
   """Returns the meta-parameters of a model.
 
   If the model is a prototypical one, it returns `meta` with the model's embedding in θ. The layers after the embedding

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import metasgd_jax as ms
-from experiments import few_shot_testing, options, running
+from experiments import options, running
 from experiments.few_shot_data import CHARACTERS
 from experiments.few_shot_learners import maml_rate
 from experiments.few_shot_testing import Judged
@@ -21,10 +21,13 @@ MODEL_FACTS = (
 )
 """Settings that a model file contains, in addition to the accuracies."""
 
+OF_EPISODES = ('shot', 'query', 'meta_batch', 'inductive')
+"""Settings that joint training, which has no episodes, does not use."""
+
 SAVED = ('meta_sgd', 'maml', 'prototypical', 'joint')
 """Learners whose models are written to files for `metasgd predict`, `FewShotClassifier`, `--evaluate` and `--start`.
 
-Of the learner 'joint' the embedding is written, as a prototypical model.
+For the learner 'joint', the file contains the embedding, as a prototypical model.
 """
 
 
@@ -34,18 +37,24 @@ def is_saved(name: str, config: Any) -> bool:
 
 
 def save_model(
-  path: PathLike, name: str, meta: Any, temperature: float, tests: Sequence[Judged], config: Any, setup: Setup
+  path: PathLike,
+  name: str,
+  meta: Any,
+  temperature: float,
+  likeness: tuple[float, float] | None,
+  tests: Sequence[Judged],
+  config: Any,
+  setup: Setup,
 ) -> None:
-  """Writes the model of the first run to a file. Its least likeness is measured for it."""
+  """Writes the model of the first run to a file. `likeness` is its `ModelConfig.least_likeness`."""
   places: dict[str, Any] = {'data_dir': 'DIR', 'class_lists': 'DIR', 'archives': None, 'cache': None, 'start': 'FILE'}
   # A model file may be published, so it has no private paths.
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
   training = running.settings(config, *MODEL_FACTS) | provenance.collect()
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
-  likeness = None if name == 'joint' else few_shot_testing.least_likeness(name, meta, config, setup)
   if name == 'joint':  # The tests are those of gradient descent on the support, which the file cannot do.
     name, meta, temperature, tests = 'prototypical', meta.theta, 1.0, []
-    training['learner'] = 'joint'
+    training = {name: fact for name, fact in training.items() if name not in OF_EPISODES} | {'learner': 'joint'}
   for result, errors in tests:
     first, mode = dataclasses.replace(result, values=result.values[:1]), result.about['batch_norm']
     training[f'accuracy_{result.about["test_shot"]}_shot_{mode}'] = percent(first.estimate)

@@ -49,7 +49,7 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   unsure = "answer 'unsure' below this probability (default: 0)"
   parser.add_argument('--min-probability', metavar='P', type=float, default=0.0, help=unsure)
   unlike = "answer 'unsure' below this likeness (0 to 1, or auto)"
-  parser.add_argument('--min-likeness', metavar='L', type=_likeness, default=0.0, help=unlike)
+  parser.add_argument('--min-likeness', metavar='L', type=_likeness, help=unlike)
   mode = parser.add_mutually_exclusive_group()
   mode.add_argument(
     '--inductive', action='store_true', default=True, help='batch norm by the statistics of the examples (default)'
@@ -63,12 +63,17 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   return parser
 
 
-def _likeness(text: str) -> float | None:
-  """Returns the value of --min-likeness, which is None for auto."""
+def _likeness(text: str) -> float | Literal['auto']:
+  """Returns the value of --min-likeness."""
+  if text == 'auto':
+    return 'auto'
   try:
-    return None if text == 'auto' else float(text)
-  except ValueError as e:
-    raise argparse.ArgumentTypeError(f'must be auto or a number from 0 to 1, got {text!r}') from e
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f'must be auto or a number from 0 to 1, got {text!r}')
+  return value
 
 
 def _info(commands: Any) -> argparse.ArgumentParser:

@@ -61,7 +61,7 @@ def _rates(config, alpha) -> str:
 def _least_likeness(config) -> str:
   if config.least_likeness is None:
     return 'not measured'
-  one, five = (config.least_likeness_of(shot) for shot in (1, 5))
+  one, five = config.least_likeness
   return f'1% of pictures are below {one:.3f} with one example of each class, {five:.3f} with five'
 
 

@@ -26,6 +26,8 @@ from metasgd_jax.io import files
 
 RESULTS = ('predictions.csv', 'predictions.png')
 """Names of the files that are written to --out."""
+LOOKED_AT = 200
+"""Largest number of examples, and of pictures, by which their kind is recognised."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
   model, out, query_dir = load_model(args.model), files.as_path(args.out), files.as_path(args.query)
   if not 0 <= args.min_probability <= 1:
     raise ValueError(f'--min-probability must be from 0 to 1, got {args.min_probability:g}')
+  _check_likeness(args, model.config)
   support, query = _read(args, model.config)
-  least = _least_likeness(args, model.config, support.bank.sizes)
-  may_be_unsure = bool(args.min_probability or least)
+  may_be_unsure = bool(args.min_probability or args.min_likeness)
   if may_be_unsure and UNSURE in support.names:
     flag = '--min-probability' if args.min_probability else '--min-likeness'
     raise ValueError(f'--support={args.support} has a class {UNSURE!r}, which {flag} uses; rename the class')
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
   if sorted_to is not None:
     classes = [*support.names, *([UNSURE] if may_be_unsure else [])]
     _check_sorting('--move-to' if move else '--copy-to', files.as_path(sorted_to), classes, out, inputs)
-  _warn_of_other_kind(args.model, model.config, np.concatenate([support.bank.images, query.images]))
+  _warn_of_other_kind(args.model, model.config, (support.bank.images, query.images))
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
@@ -57,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
   folders, seen = _folders(names, support.names), _seen(support, query)
   truth = [None if s else folder for s, folder in zip(seen, folders, strict=True)]
   answers = [support.names[i] for i in probabilities.argmax(1)]
-  likeness = classifier.likeness(query.images) if least else None
-  sure = probabilities.max(1) >= args.min_probability
-  if likeness is not None:
-    sure &= likeness >= least
+  sure, likeness = probabilities.max(1) >= args.min_probability, None
+  if args.min_likeness is not None:
+    likeness = classifier.likeness(query.images)
+    sure &= likeness >= _least_likeness(args.min_likeness, model.config, support.bank.sizes)
   answers = [answer if s else UNSURE for answer, s in zip(answers, sure, strict=True)]
   table = _table(support.names, names, answers, probabilities, likeness)
   picture = _picture(support, query, names, probabilities, truth, sure)
@@ -95,18 +97,25 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   return support, image_folder.read_images(args.query, **form)
 
 
-def _least_likeness(args: argparse.Namespace, config: ModelConfig, sizes: Sequence[int]) -> float:
-  """Returns the likeness below which a picture is unsure. Raises ValueError if it is not valid or not known."""
-  if args.min_likeness is not None:
-    if not 0 <= args.min_likeness <= 1:
-      raise ValueError(f'--min-likeness must be auto or from 0 to 1, got {args.min_likeness:g}')
-    return args.min_likeness
-  least = config.least_likeness_of(int(np.min(sizes)))
-  if least is None:
+def _check_likeness(args: argparse.Namespace, config: ModelConfig) -> None:
+  """Raises ValueError if --min-likeness=auto is given, but the model has no least likeness for this use."""
+  if args.min_likeness != 'auto':
+    return
+  if config.least_likeness is None:
     raise ValueError(
       f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={args.model} was not; '
-      'give a number, such as 0.9'
+      'give a number, such as 0.9, or a model that was trained with --validate_every'
     )
+  if not args.inductive:
+    raise ValueError('--min-likeness=auto was measured for --inductive, got --transductive; give a number, such as 0.9')
+
+
+def _least_likeness(given: float | str, config: ModelConfig, sizes: Sequence[int]) -> float:
+  """Returns the likeness below which a picture is unsure, and prints it if it is the model's."""
+  if given != 'auto':
+    return float(given)
+  least = config.least_likeness_of(int(np.min(sizes)))
+  assert least is not None  # `_check_likeness` has checked it.
   say(f'pictures with a likeness below {least:.3f} are {UNSURE}')
   return least
 
@@ -211,11 +220,17 @@ def _report_images(support, query, answers: Sequence[str]) -> None:
     say(f'skipped unreadable files: {skipped}, {listed}')
 
 
-def _warn_of_other_kind(name: str, config: ModelConfig, images: np.ndarray) -> None:
-  """Says so if the pictures are of another kind than those that the model was trained on."""
-  found, trained = kind_of(images), kind_of_model(config)
-  if trained not in (None, found):
-    say(f'warning: these pictures look like {found}, but the model {name} was trained on {trained}; expect many errors')
+def _warn_of_other_kind(name: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:
+  """Says so if the pictures are of another kind than those that the model was trained on. Looks at some of them."""
+  trained = kind_of_model(config)
+  if trained is None:
+    return
+  found = kind_of(np.concatenate([images[:: -(-len(images) // LOOKED_AT)] for images in parts]))
+  if found != trained:
+    say(
+      f'warning: these pictures look like {found}, but the model {name} was trained on {trained}; it may make more '
+      'errors than usual'
+    )
 
 
 def _report_inverted(invert: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from metasgd_jax.deploy import likeness
-from metasgd_jax.deploy.inputs import as_classes, as_labels, balanced, kind_of, prepared
+from metasgd_jax.deploy.inputs import as_classes, as_labels, balanced, prepared, text_kind
 from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, build_learner, build_network, load_model
 from metasgd_jax.io.files import PathLike
 from metasgd_jax.types import Batch
@@ -105,13 +105,13 @@ class FewShotClassifier:
     classes, labels = as_classes(y, len(images), config.way)
     images, labels = balanced(images, labels)
     inductive = bool(self.inductive)
-    adapted = _adapt((config, len(classes), inductive), model.meta, images, labels)
+    adapted, means = _adapt((config, len(classes), inductive), model.meta, images, labels)
     self.classes_ = classes
     self.image_shape_ = config.image_shape
     self.n_features_in_ = int(np.prod(config.image_shape))
     self.inverted_ = bool(light.any())
     self._fitted = config, inductive, jax.device_get(adapted)
-    self._support = images, labels
+    self._means = np.asarray(means)
     self._temperature = model.config.temperature
     return self
 
@@ -147,18 +147,18 @@ class FewShotClassifier:
   def likeness(self, X: Any) -> np.ndarray:
     """Returns how similar each image is to the most similar class, from 0 to 1: `[n]`.
 
-    An image that belongs to none of the classes has a low likeness, whereas its probabilities may be high. The likeness
-    is the cosine of two vectors of features: those of the image, and their mean over the examples of the class. The
-    features are the inputs of the first dense layer of the adapted network. `ModelConfig.least_likeness_of` says which
-    values are usual.
+    An image that belongs to none of the classes mostly has a lower likeness than the other images, whereas one of its
+    probabilities may be high. The likeness is the cosine of two vectors of features: those of the image, and their mean
+    over the examples of the class, which are repeated as in `fit`. The features are the inputs of the first dense layer
+    of the adapted network. Usual values are lower with fewer examples; see `ModelConfig.least_likeness_of`.
 
     This method raises the same errors as `decision_function`.
 
     Args:
       X: Query images, in any of the forms that `FewShotClassifier` accepts.
     """
-    options, adapted = self._options()
-    return self._in_batches(_likeness, X, _class_means(options, adapted, *self._support))
+    self._options()  # Raises NotFittedError before `fit`.
+    return self._in_batches(_likeness, X, self._means)
 
   def predict(self, X: Any) -> np.ndarray:
     """Returns the most probable label of each image, `[n]`.
@@ -186,7 +186,7 @@ class FewShotClassifier:
     """
     answers = self.predict(X)
     labels = as_labels(y, len(answers))
-    if kind_of(labels) != kind_of(self.classes_):
+    if text_kind(labels) != text_kind(self.classes_):
       ours, theirs = self.classes_.tolist()[0], labels.tolist()[0]
       wanted = f'of type {type(ours).__name__}, such as {ours!r}'
       raise ValueError(
@@ -243,19 +243,16 @@ class FewShotClassifier:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _adapt(options: tuple[ModelConfig, int, bool], meta, x, y):
-  """Returns the adapted parameters. The options are the arguments of `build_learner`."""
-  return build_learner(*options).adapt(meta, Batch(x, y), jax.random.key(0))
+  """Returns the adapted state, and the mean features of each class. The options are arguments of `build_learner`."""
+  support = Batch(x, y)
+  adapted = build_learner(*options).adapt(meta, support, jax.random.key(0))
+  config, way, _ = options
+  return adapted, likeness.class_means(build_network(config), adapted, support, way)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
   return build_learner(*options).predict(adapted, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _class_means(options: tuple[ModelConfig, int, bool], adapted, images, labels):
-  config, way, _ = options
-  return likeness.class_means(build_network(config), adapted, Batch(images, labels), way)
 
 
 @functools.partial(jax.jit, static_argnums=0)

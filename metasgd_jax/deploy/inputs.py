@@ -77,7 +77,7 @@ def _is_missing(label: Any) -> bool:
     return np.ndim(label) == 0
 
 
-def kind_of(labels: np.ndarray) -> type:
+def text_kind(labels: np.ndarray) -> type:
   """Returns str or bytes for labels of these types, and object for others. Text and bytes are never equal."""
   return next((kind for kind in (str, bytes) if isinstance(labels[0], kind)), object)
 

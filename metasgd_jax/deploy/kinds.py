@@ -29,7 +29,8 @@ _DATASETS: dict[str, Kind] = {
 def kind_of(images: np.ndarray) -> Kind:
   """Returns whether most of the images are drawings or photographs.
 
-  A drawing is strokes on paper, so that most of its pixels have the shade of its border.
+  A drawing is strokes on paper, so that most of its pixels have the shade of its border. Photographs of objects on an
+  even background have this property too, and are called drawings.
 
   Args:
     images: Images `[n, H, W, D]`, of integers from 0 to 255 or floats from 0 to 1, with D = 1 or 3.

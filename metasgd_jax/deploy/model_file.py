@@ -55,8 +55,8 @@ class ModelConfig:
       classes, if there are any, with inductive batch norm and the number of ways that the model was trained with. In
       transductive use, or with fewer classes, another T may suit the model better.
     least_likeness: The likeness that 99% of the images of validation classes exceed; see `FewShotClassifier.likeness`.
-      It is a pair (one, many), for one example of each class, and in the limit of many examples. With k examples it is
-      about many + (one − many) / k. The pair is None if it was not measured.
+      It is a pair of numbers, for one and for five examples of each class, and None if it was not measured. It is
+      measured like the temperature: with inductive batch norm and the model's own ways and inner steps.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -115,11 +115,15 @@ class ModelConfig:
       raise ValueError(f'`training` must be nested at most {_MOST_LEVELS} levels deep, got {levels}; make it flatter')
 
   def least_likeness_of(self, shot: int) -> float | None:
-    """Returns `least_likeness` for a number of examples of each class, or None if it was not measured."""
+    """Returns `least_likeness` for `shot` examples of each class, or None if it was not measured.
+
+    It is interpolated linearly in 1 / shot.
+    """
     if self.least_likeness is None:
       return None
-    one, many = self.least_likeness
-    return many + (one - many) / shot
+    one, five = self.least_likeness
+    many = (5 * five - one) / 4
+    return min(max(many + (one - many) / max(shot, 1), 0.0), 1.0)
 
   @property
   def fit(self) -> Literal['crop', 'pad']:

@@ -222,10 +222,10 @@ def _suits_winograd(x, kernel, window):
   The algorithm needs enough images, tiles and channels to make up for the cost of its transforms.
   """
   plain = window == Window(padding=window.padding) and kernel[:2] == (3, 3)
+  if not plain or min(x.shape[1:3]) < 7 or min(kernel[2:]) < 32 or x.dtype not in (jnp.float32, jnp.float64):
+    return False
   tiles = -(-x.shape[1] // 2) * -(-x.shape[2] // 2)
-  many = _more_than(x.shape[0], min(MANY_IMAGES, MANY_TILES // tiles))
-  wide = min(x.shape[1:3]) >= 7 and min(kernel[2:]) >= 32
-  return plain and many and wide and x.dtype in (jnp.float32, jnp.float64)
+  return _more_than(x.shape[0], MANY_IMAGES) or _more_than(x.shape[0], MANY_TILES // tiles)
 
 
 def _more_than(images, few: int) -> bool:

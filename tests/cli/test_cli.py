@@ -194,6 +194,8 @@ def test_a_disk_that_fails_in_the_end_is_told_too(folders, model_file, capsys, m
     (['predict', '--support=a', '--query=b', '--out=c', '--inductve'], ('--inductive', 'unrecognized', '--inductve')),
     (['predict', '--support=a', '--query=b', '--out=c', '--invert=maybe'], ('invalid choice', "'maybe'")),
     (['predict', '--support=a', '--query=b', '--out=c', '--inductive', '--transductive'], ('not allowed with',)),
+    (['predict', '--min-likeness=1.5'], ('--min-likeness', 'auto or a number from 0 to 1', "got '1.5'")),
+    (['predict', '--min-likeness=x'], ('--min-likeness', 'auto or a number from 0 to 1', "got 'x'")),
     (['predict', '--invert', 'atuo'], ('--invert', "'atuo'", 'auto', 'yes', 'no')),
     (['export', '--out=a', '--platform=cpu'], ('[--platforms', 'unrecognized arguments: --platform=cpu')),
     (['info', '--modle=a'], ('[--model', 'unrecognized arguments: --modle=a')),

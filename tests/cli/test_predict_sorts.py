@@ -45,7 +45,7 @@ def test_pictures_are_copied_to_the_folders_of_their_classes(folders, model_file
 
 def test_pictures_unlike_all_classes_are_unsure(folders, model_file, tmp_path, capsys):
   """With auto the least likeness is the model's, for the least number of examples of a class."""
-  assert predict(folders, model_file, '--min-likeness=0.001', out='all') == 0
+  assert predict(folders, model_file, '--min-likeness=0', out='all') == 0
   values = sorted(float(row['likeness']) for row in rows_of(folders / 'all'))
   least = (values[2] + values[3]) / 2
   model = ms.load_model(model_file)
@@ -57,6 +57,8 @@ def test_pictures_unlike_all_classes_are_unsure(folders, model_file, tmp_path, c
   assert [row['prediction'] == 'unsure' for row in rows] == [float(row['likeness']) < least for row in rows]
   assert len(pictures_in(sorted_to / 'unsure')) == 3
   assert f'a likeness below {least:.3f} are unsure' in capsys.readouterr().out
+  assert predict(folders, told, '--min-likeness=auto', '--transductive', out='other') == 1
+  assert re.search(saying('measured for --inductive', 'got --transductive'), capsys.readouterr().err)
 
 
 def test_pictures_of_another_kind_are_told(folders, model_file, tmp_path, capsys):
@@ -172,7 +174,6 @@ def nothing(folders):
 @pytest.mark.parametrize(
   ('spoil', 'flags', 'message'),
   [
-    (nothing, ['--min-likeness=1.5'], ('--min-likeness must be auto or from 0 to 1', 'got 1.5')),
     (nothing, ['--min-likeness=auto'], ('--min-likeness=auto', 'a model whose likeness was measured', 'give a number')),
     (nothing, ['--min-probability=1.5'], ('--min-probability must be from 0 to 1', 'got 1.5')),
     (nothing, ['--copy-to={0}/query/sorted'], ('--copy-to=', 'lies in --query')),

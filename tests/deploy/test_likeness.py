@@ -1,6 +1,7 @@
 """The likeness of images to the classes of the support."""
 
 import dataclasses
+import pickle
 
 import jax
 import numpy as np
@@ -58,10 +59,41 @@ def test_a_picture_of_no_class_has_the_least(inductive, support, query):
   classifier = ms.FewShotClassifier(able_model(), inductive=inductive).fit(support.x, support.y)
   found = classifier.likeness(query)
   assert found.shape == (20,)
-  assert np.all((found >= 0) & (found <= 1 + 1e-6))
+  assert np.all((found >= 0) & (found <= 1))
   unknown = np.arange(20) % 5 == 4
   assert found[unknown].max() < found[~unknown].min()
-  assert classifier.predict_proba(query)[unknown].max() > 0.5  # The probabilities do not tell.
+
+
+def test_classes_may_have_unequal_numbers_of_examples(support, query):
+  """Examples are repeated as in `fit`, so that repeating them by hand changes nothing."""
+  few = ms.FewShotClassifier(small_model()).fit(support.x[:-1], support.y[:-1])
+  again = np.concatenate([support.x[:-1], support.x[-3:-2]])
+  repeated = ms.FewShotClassifier(small_model()).fit(again, support.y)
+  np.testing.assert_allclose(few.likeness(query), repeated.likeness(query), rtol=1e-6)
+
+
+def test_a_pickled_classifier_has_the_means_and_no_pictures(support, query):
+  classifier = ms.FewShotClassifier(small_model()).fit(support.x, support.y)
+  stored = pickle.dumps(classifier)
+  assert support.x[0].tobytes() not in stored
+  np.testing.assert_array_equal(pickle.loads(stored).likeness(query), classifier.likeness(query))
+
+
+def test_equal_features_are_alike_by_at_most_one(support):
+  """The length of a unit vector may be rounded up."""
+  network = build_network(small_model().config)
+  same = jax.tree.map(np.zeros_like, small_model().meta.theta)
+  same = jax.tree_util.tree_map_with_path(lambda path, a: a + np.float32(0.3) if 'bias' in str(path) else a, same)
+  means = likeness.class_means(network, same, support, 4)
+  found = np.asarray(likeness.likeness(network, same, means, support.x))
+  assert np.all((found > 0.9999) & (found <= 1))
+
+
+def test_features_that_are_not_numbers_have_no_likeness(support):
+  network = build_network(small_model().config)
+  broken = jax.tree.map(lambda a: a * np.float32(np.nan), small_model().meta.theta)
+  means = likeness.class_means(network, broken, support, 4)
+  assert np.all(np.isnan(likeness.likeness(network, broken, means, support.x)))
 
 
 def test_before_fit_there_is_none():
@@ -72,11 +104,12 @@ def test_before_fit_there_is_none():
 def test_a_model_file_says_the_usual_likeness(tmp_path):
   config, meta = small_model()
   assert config.least_likeness_of(1) is None
-  config = dataclasses.replace(config, least_likeness=(0.8, 0.95))
+  config = dataclasses.replace(config, least_likeness=(0.8, 0.92))
   ms.save_model(tmp_path / 'm', ms.FewShotModel(config, meta))
   loaded = ms.load_model(tmp_path / 'm').config
   assert loaded == config
-  np.testing.assert_allclose([loaded.least_likeness_of(k) for k in (1, 3, 1000)], [0.8, 0.9, 0.95], atol=2e-4)
+  np.testing.assert_allclose([loaded.least_likeness_of(k) for k in (1, 3, 5, 1000)], [0.8, 0.9, 0.92, 0.95], atol=2e-4)
+  assert dataclasses.replace(config, least_likeness=(0.5, 0.99)).least_likeness_of(1000) == 1
 
 
 @pytest.mark.parametrize('bad', [(0.5,), (0.5, 1.5), (0.5, None), [0.5, 0.6], 0.5, (True, 0.5), (0.5, float('nan'))])

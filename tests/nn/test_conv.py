@@ -161,6 +161,18 @@ def test_large_convolutions_are_winograds_to_second_order():
       assert ('stablehlo.convolution' in text) == (jax.default_backend() != 'cpu')
 
 
+@pytest.mark.skipif(jax.default_backend() != 'cpu', reason="Winograd's algorithm is for CPUs")
+@pytest.mark.parametrize(
+  ('images', 'size', 'many'),
+  [(1, 84, False), (2, 84, True), (4, 42, False), (5, 42, True), (16, 28, True), (16, 8, False)],
+)
+def test_many_tiles_are_winograds_however_few_the_images(images, size, many):
+  x = jax.ShapeDtypeStruct((images, size, size, 32), jnp.float32)
+  kernel = jax.ShapeDtypeStruct((3, 3, 32, 32), jnp.float32)
+  conv = functools.partial(ms.nn.conv_general_dilated, **options((1, 1), 'SAME', None, None))
+  assert ('stablehlo.convolution' in jax.jit(conv).lower(x, kernel).as_text()) == (not many)
+
+
 def convolutions(text):
   """The layouts of the convolutions in a program's text, and how many have groups."""
   layouts = set(re.findall(r'dim_numbers = (.*?), window', text))
