@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = ROOT / 'docs'
 PACKAGE = pathlib.Path(metasgd_jax.__file__).parent
 PAGES = sorted(DOCS.glob('*.md'))
-DEAR = re.compile(r'ms\.(train|plan_memory|tasks\.augmented)\(|rl\.trpo_update\(')
+DEAR = re.compile(r'rl\.train\(|ms\.(train|plan_memory|tasks\.augmented)\(|rl\.trpo_update\(')
 
 
 def blocks(path):

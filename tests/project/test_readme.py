@@ -9,24 +9,21 @@ from source import absent
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text()
-COMMANDS = README + (ROOT / 'docs' / 'results.md').read_text()
+EXPERIMENTS = (ROOT / 'docs' / 'experiments.md').read_text()
+COMMANDS = (
+  README + EXPERIMENTS + ''.join((ROOT / 'docs' / f'{page}.md').read_text() for page in ('results', 'pictures'))
+)
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
-def runs(block):
-  """A block as a case; reinforcement learning's compiles for seconds."""
-  marks = [pytest.mark.slow] if 'import rl' in block else []
-  return pytest.param(block, id=block.splitlines()[-1][:40], marks=marks)
-
-
-@pytest.mark.parametrize('block', [runs(block) for block in BLOCKS])
+@pytest.mark.parametrize('block', [pytest.param(block, id=block.splitlines()[-1][:40]) for block in BLOCKS])
 def test_python_runs(block):
   with jax.numpy_rank_promotion('allow'):  # As it is outside of this suite.
     exec(compile(block.replace('60_000', '20'), 'README.md', 'exec'), {})
 
 
 def test_there_are_blocks_and_they_name_what_the_package_has():
-  assert len(BLOCKS) == README.count('```python') >= 4
+  assert len(BLOCKS) == README.count('```python') >= 3
   assert [name for block in BLOCKS for name in absent(block)] == []
 
 
@@ -46,19 +43,21 @@ def test_flags_exist():
   assert sorted(name for name in named if name not in known and name.removeprefix('no') not in known) == []
 
 
-def test_the_flags_that_all_take_are_those_of_all():
+def test_the_table_of_flags_is_right():
   from experiments import classification, large_learners, navigation, regression
 
-  three = [classification.Config, navigation.Config, regression.Config]
-  for words, configs in {
-    r'All take `(.*?)`': [*three, large_learners.Config],
-    r"the paper's three `(.*?)`": three,
-    r'those with shots `(.*?)`': [classification.Config, regression.Config],
-  }.items():
-    flags = re.findall(r'--(\w+)', re.search(words, README, re.DOTALL)[1])
-    assert flags
-    for config in configs:
-      assert {*flags} <= {*config.__dataclass_fields__, 'workdir'}
+  modules = dict(
+    classification=classification, navigation=navigation, regression=regression, large_learners=large_learners
+  )
+  rows = re.findall(r'^\| `(--.*?)` \| ([a-z_, ]+) \|$', EXPERIMENTS, re.MULTILINE)
+  assert len(rows) == 4
+  for flags, names in rows:
+    taken = {
+      name
+      for name, module in modules.items()
+      if set(flags.replace('--', '').split()) <= {*module.Config.__dataclass_fields__, 'workdir'}
+    }
+    assert taken == (set(modules) if names == 'all' else set(names.split(', ')))
 
 
 def test_links_lead_somewhere():
