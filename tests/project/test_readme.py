@@ -37,7 +37,15 @@ def test_flags_exist():
   from experiments import classification, navigation, processes, regression, resuming
 
   configs = classification.Config, regression.Config, navigation.Config, resuming.Keeping, processes.Machines
-  known = {name for config in configs for name in config.__dataclass_fields__} | {'workdir', 'config', 'help', 'helpfull', 'overwrite', 'network', 'adjoint'}
+  known = {name for config in configs for name in config.__dataclass_fields__} | {
+    'workdir',
+    'config',
+    'help',
+    'helpfull',
+    'overwrite',
+    'network',
+    'adjoint',
+  }
   known |= {'support', 'query', 'out', 'model', 'transductive', 'copy-to', 'move-to', 'min-probability', 'min-likeness'}
   named = set(re.findall(r'--([a-z][a-z_0-9-]*)', COMMANDS))
   assert sorted(name for name in named if name not in known and name.removeprefix('no') not in known) == []
