@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     raise ValueError(f'--min-probability must be from 0 to 1, got {args.min_probability:g}')
   _check_likeness(args, model.config)
   support, query = _read(args, model.config)
-  may_be_unsure = bool(args.min_probability or args.min_likeness)
+  may_be_unsure = args.min_probability > 0 or args.min_likeness is not None
   if may_be_unsure and UNSURE in support.names:
     flag = '--min-probability' if args.min_probability else '--min-likeness'
     raise ValueError(f'--support={args.support} has a class {UNSURE!r}, which {flag} uses; rename the class')
@@ -225,7 +225,7 @@ def _warn_of_other_kind(name: str, config: ModelConfig, parts: Sequence[np.ndarr
   trained = kind_of_model(config)
   if trained is None:
     return
-  found = kind_of(np.concatenate([images[:: -(-len(images) // LOOKED_AT)] for images in parts]))
+  found = kind_of(np.concatenate([images[:: 1 + len(images) // LOOKED_AT] for images in parts]))
   if found != trained:
     say(
       f'warning: these pictures look like {found}, but the model {name} was trained on {trained}; it may make more '
