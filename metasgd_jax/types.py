@@ -260,6 +260,25 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     raise ValueError(f'{name} must be one of {get_args(choices)}, got {value!r}')
 
 
+_ADAPTERS = {
+  'flax.linen': 'give `nn.from_linen(module)`',
+  'flax.nnx': 'give `nn.from_nnx` a function that builds the module, such as `lambda rngs: …`',
+  'equinox': 'give `nn.from_equinox` a function that builds the module, such as `lambda key: …`',
+}
+"""What to do with a module of another library, by the first part of the name of the Python module of its classes."""
+
+
+def check_model(model: Any) -> None:
+  """Raises ValueError unless `model` is a `Model`. For modules of other libraries, the message names the adapter."""
+  if isinstance(model, Model):
+    return
+  kind = model if isinstance(model, type) else type(model)
+  origins = [origin.__module__ for origin in kind.__mro__]
+  advice = [text for name, text in _ADAPTERS.items() if any(origin.startswith(name) for origin in origins)]
+  what = f'the class {kind.__name__}' if isinstance(model, type) else f'an object of type {kind.__name__}'
+  raise ValueError(f'the network must be a Model, got {what}; {(*advice, "give `Model(init, apply)`")[0]}')
+
+
 _Arguments = ParamSpec('_Arguments')
 _Result = TypeVar('_Result')
 

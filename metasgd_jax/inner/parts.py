@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.tree import named
-from metasgd_jax.types import Adapts, Model, check_count, equal_by_arguments
+from metasgd_jax.types import Adapts, Model, check_count, check_model, equal_by_arguments
 
 
 @equal_by_arguments
@@ -32,6 +32,7 @@ def adapt_only(model: Model, adapts: Adapts) -> Model:
     >>> alpha['Dense_0'], alpha['Dense_2']['kernel'].shape
     ({'bias': None, 'kernel': None}, (40, 1))
   """
+  check_model(model)
 
   def both(name: str) -> bool:
     return bool(adapts(name)) and (model.adapts is None or model.adapts(name))
@@ -78,6 +79,7 @@ def low_rank(model: Model, rank: int, where: Adapts) -> Model:
     >>> {name: leaf.shape for name, leaf in theta['factors']['Dense_1.kernel'].items()}  # The matrix is 40×40.
     {'a': (40, 4), 'b': (4, 40)}
   """
+  check_model(model)
   check_count('rank', rank)
 
   def init(key, x):

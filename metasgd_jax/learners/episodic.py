@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path
 from metasgd_jax.losses import are_classes
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice, check_count
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice, check_count, check_model
 
 Metric = Callable[[Any, Any], chex.Array]
 """A loss or a metric, `(outputs, targets) → scalar`."""
@@ -112,8 +112,9 @@ def inner_loop(model: Model, steps: int, adjoint: Adjoint = 'reverse', **options
   Their arguments `steps`, `adapts` (from the model) and `options` are already set. `adjoint` is set in `adapt` only.
 
   Raises:
-    ValueError: if `steps` is not an integer of at least 0, or if `adjoint` is unknown.
+    ValueError: if `model` is no Model, if `steps` is not an integer of at least 0, or if `adjoint` is unknown.
   """
+  check_model(model)
   check_count('steps', steps, 0)
   check_choice('adjoint', adjoint, Adjoint)
   options |= dict(steps=steps, adapts=model.adapts)
@@ -188,7 +189,8 @@ def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:
 
 
 def check_all_adapt(model: Model) -> None:
-  """Raises ValueError if the model has `adapts`, because the learner cannot adapt only a part of θ."""
+  """Raises ValueError if `model` is no Model, or if it has `adapts`: the learner cannot adapt only a part of θ."""
+  check_model(model)
   if model.adapts is not None:
     raise ValueError(
       'this learner adapts all of theta, got a model whose `adapts` selects only some leaves; use meta_sgd or maml'
@@ -196,7 +198,8 @@ def check_all_adapt(model: Model) -> None:
 
 
 def check_inductive(model: Model, inductive: bool) -> None:
-  """Raises ValueError if `inductive` is set and the model has no statistics."""
+  """Raises ValueError if `model` is no Model, or if `inductive` is set and the model has no statistics."""
+  check_model(model)
   if inductive and model.statistics is None:
     raise ValueError(
       'inductive=True needs a Model with the function `statistics`, got statistics=None; build the model with '

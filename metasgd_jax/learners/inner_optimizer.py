@@ -13,7 +13,7 @@ from metasgd_jax.inner.loop import adapting_part
 from metasgd_jax.inner.optimizer import OptimizerFn, adapt_path_with_optimizer, adapt_with_optimizer
 from metasgd_jax.learners.episodic import Metric, Metrics, of_parameters
 from metasgd_jax.tree import named, strong
-from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, equal_by_arguments
+from metasgd_jax.types import Episode, Learner, Model, PyTree, check_count, check_model, equal_by_arguments
 
 
 class WithHyper(NamedTuple):
@@ -83,6 +83,7 @@ def inner_optimizer(
     >>> print(learner.init(jax.random.key(2), episode).hyper['momentum'])
     0.9
   """
+  check_model(model)
   check_count('steps', steps, 0)
   # A module of parameters is callable too, but it has numbers or arrays as leaves.
   is_function = callable(hyper) and all(dtype_of(leaf) is None for leaf in jax.tree.leaves(hyper))

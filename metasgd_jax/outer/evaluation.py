@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metasgd_jax.outer import sharding
-from metasgd_jax.outer.loop import check_key
+from metasgd_jax.outer.loop import TrainState, check_key
 from metasgd_jax.outer.placement import Placement, is_large
 from metasgd_jax.types import Learner, PyTree, Tasks, check_count
 
@@ -73,8 +73,8 @@ def evaluate(
       computed in about twenty parts, and it is called after each of them.
 
   Raises:
-    ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `key` is not a random key of the impl
-      threefry2x32, or if the devices cannot share the tasks evenly.
+    ValueError: if `num_tasks` or `repeats` is not an integer of at least 1, if `meta` is a `TrainState`, if `key` is
+      not a random key of the impl threefry2x32, or if the devices cannot share the tasks evenly.
 
   Example:
     >>> tasks = ms.tasks.sinusoid(shot=5)
@@ -88,6 +88,8 @@ def evaluate(
   """
   for name, value in (('num_tasks', num_tasks), ('repeats', repeats)):
     check_count(name, value)
+  if isinstance(meta, TrainState):
+    raise ValueError('`meta` must be the meta-parameters, got a TrainState; give state.meta')
   placement.check(num_tasks)
   check_key(key)
   mesh = placement.mesh

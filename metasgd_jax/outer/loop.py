@@ -127,12 +127,14 @@ def run_loop(
     callbacks: Functions that are called in order after each chunk.
 
   Raises:
-    ValueError: if `meta_iterations` or `chunk` is not an integer of at least 1, if the runs are at different steps, if
-      the state is already past `meta_iterations`, if the devices cannot share the tasks evenly, or if `shard_meta` is
-      used with R runs.
+    ValueError: if `meta_iterations` or `chunk` is not an integer of at least 1, if `callbacks` is a function, if the
+      runs are at different steps, if the state is already past `meta_iterations`, if the devices cannot share the tasks
+      evenly, or if `shard_meta` is used with R runs.
   """
   for name, value in (('meta_iterations', meta_iterations), ('chunk', chunk)):
     check_count(name, value)
+  if callable(callbacks):
+    raise ValueError(f'`callbacks` must be a sequence of functions, got {callbacks!r:.80}; give [function]')
   check_key(state.key)
   placement, chunk, meta_iterations = iteration.placement, int(chunk), int(meta_iterations)
   placement.check(iteration.meta_batch)

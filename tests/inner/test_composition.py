@@ -427,3 +427,32 @@ class TestMistakes:
     huge = 10**6
     ms.nn.from_nnx(lambda rngs: nnx.Linear(huge, huge, rngs=rngs))
     ms.nn.from_equinox(lambda key: eqx.nn.Linear(huge, huge, key=key))
+
+
+@pytest.mark.parametrize(
+  ('network', 'advice'),
+  [
+    (Linen(), 'an object of type Linen; give `nn.from_linen(module)`'),
+    (Linen, 'the class Linen; give `nn.from_linen(module)`'),
+    (ms.nn.MLP(), 'an object of type MLP; give `nn.from_linen(module)`'),
+    (Nnx, 'the class Nnx; give `nn.from_nnx` a function'),
+    (Equinox, 'the class Equinox; give `nn.from_equinox` a function'),
+    (lambda theta, x: x, 'an object of type function; give `Model(init, apply)`'),
+    (None, 'an object of type NoneType; give `Model(init, apply)`'),
+  ],
+)
+def test_what_is_no_model_is_told_which_adapter_it_needs(network, advice):
+  build = ms.learners
+  takers = [
+    lambda network: ms.meta_sgd(network, CROSS_ENTROPY),
+    lambda network: ms.maml(network, CROSS_ENTROPY),
+    lambda network: build.meta_lstm(network, CROSS_ENTROPY),
+    lambda network: build.inner_optimizer(network, CROSS_ENTROPY, optimizer_fn=optax.sgd, hyper=0.1),
+    lambda network: build.fine_tuning(network, classes=4, way=3),
+    *(lambda network, one=one: one(network, way=3) for one in (build.matching, build.siamese, build.prototypical)),
+    lambda network: ms.adapt_only(network, lambda name: True),
+    lambda network: ms.low_rank(network, 1, lambda name: True),
+  ]
+  for taker in takers:
+    with pytest.raises(ValueError, match=saying('the network must be a Model', advice)):
+      taker(network)

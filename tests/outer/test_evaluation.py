@@ -147,3 +147,9 @@ class TestEstimate:
   def test_wrong_ranks(self, shape):
     with pytest.raises(ValueError, match=saying('one value per task', '[n]', f'got shape {shape}')):
       ms.confidence_interval(np.zeros(shape))
+
+
+def test_a_train_state_is_no_meta():
+  state = ms.init(jax.random.key(0), TASKS, learner=LEARNER, optimizer=optax.identity())
+  with pytest.raises(ValueError, match=saying('got a TrainState', 'give state.meta')):
+    evaluate(LEARNER, state)

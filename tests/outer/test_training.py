@@ -244,6 +244,11 @@ def test_counts_below_one(name):
     ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, **options)
 
 
+def test_a_callback_that_is_in_no_list():
+  with pytest.raises(ValueError, match=saying('`callbacks` must be a sequence of functions', 'give [function]')):
+    ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, meta_iterations=5, meta_batch=4, callbacks=print)
+
+
 def test_a_state_that_is_past_the_end():
   with pytest.raises(ValueError, match=saying('has done 10', 'meta_iterations=5')):
     train(train(start(), 10), 5)
