@@ -15,6 +15,7 @@ from metasgd_jax.outer import fully_sharded, sharding
 from metasgd_jax.outer.loop import Info, Progress, TrainState, check_key, run_loop, step_keys
 from metasgd_jax.outer.objective import mean_loss_and_grad
 from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.unused_keys import warn_of_one_task
 from metasgd_jax.tree import strong
 from metasgd_jax.types import Episode, Learner, TaskDistribution, Tasks, TaskStream, check_count
 
@@ -25,7 +26,8 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
   Args:
     key: Random key `[]`, or R keys `[R]`. It becomes the key of the run, and the initial meta-parameters are drawn with
       a key that is derived from it.
-    tasks: Tasks to train on. One episode is drawn, because its shapes are needed.
+    tasks: Tasks to train on. One episode is drawn, because its shapes are needed. A warning is given if `sample` does
+      not use its key, so that all tasks are the same.
     learner: Learner whose meta-parameters are drawn.
     optimizer: Outer optimiser of the whole pytree of meta-parameters. Build it once: JAX treats an optimiser that is
       built anew as another one, and compiles the programs again. Learners and tasks that are built anew from equal
@@ -45,6 +47,8 @@ def init(key: chex.PRNGKey, tasks: Tasks, *, learner: Learner, optimizer: optax.
   """
   check_key(key)
   _check_parts(tasks, optimizer)
+  if isinstance(tasks, TaskDistribution):
+    warn_of_one_task(tasks, jnp.atleast_1d(key)[0])
   start = functools.partial(_init, learner=learner, optimizer=optimizer)
   if key.ndim:
     start = jax.vmap(start, (0, None))

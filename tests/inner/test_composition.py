@@ -231,7 +231,7 @@ class TestFiveLibraries:
   def test_a_train_state_is_saved_and_read(self, library, tmp_path):
     """By `checkpoint`, whatever the library's own containers are."""
     one = single()
-    tasks = ms.TaskDistribution(lambda key: one, lambda task, key: task)
+    tasks = ms.TaskDistribution(lambda key: (), lambda task, key: one)
     learner = ms.meta_sgd(WAYS[library]().model, CROSS_ENTROPY)
     start = lambda seed: ms.init(jax.random.key(seed), tasks, learner=learner, optimizer=optax.adam(1e-3))
     state, other = start(0), start(1)

@@ -405,7 +405,7 @@ def test_bad_options_of_learners_with_an_embedding(build, options, parts):
 
 def test_mann_scales_images_alone():
   vectors = ms.Batch(jnp.ones((6, 4)), jnp.array([0, 0, 1, 1, 2, 2]))
-  tasks = ms.TaskDistribution(lambda key: 0, lambda task, key: ms.Episode(vectors, vectors))
+  tasks = ms.TaskDistribution(lambda key: (), lambda task, key: ms.Episode(vectors, vectors))
   with pytest.raises(ValueError, match=saying('size=20', 'images [B, H, W, D]', '(6, 4)', 'size=None')):
     ms.init(jax.random.key(0), tasks, learner=ms.learners.mann(way=3), optimizer=optax.identity())
   with pytest.raises(ValueError, match=saying('size', 'at least 1', 'got 0')):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 
@@ -242,6 +243,33 @@ def test_counts_below_one(name):
   options = dict(meta_iterations=5, meta_batch=4, chunk=10) | {name: 0}
   with pytest.raises(ValueError, match=saying(name, 'an integer of at least 1', 'got 0')):
     ms.train(start(), TASKS, learner=LEARNER, optimizer=ADAM, **options)
+
+
+def constant(key):
+  return jnp.full((), np.random.default_rng().normal(), jnp.float32)
+
+
+def through_jit(key):
+  return jax.jit(lambda key: jax.random.normal(key))(key)
+
+
+@pytest.mark.parametrize(
+  ('sample', 'warned'),
+  [
+    (constant, True),
+    (lambda key: {'a': constant(key), 'b': jnp.zeros(3) + jax.random.normal(key).astype(jnp.int32) * 0 + 1}, False),
+    (lambda key: (constant(key), 2), True),
+    (lambda key: None, False),
+    (through_jit, False),
+    (lambda key: jax.random.normal(key), False),
+  ],
+)
+def test_a_sample_that_does_not_use_its_key_is_reported(sample, warned):
+  """That of NumPy is drawn once, when it is traced; two tasks that happen to be equal are no reason."""
+  tasks = ms.TaskDistribution(sample, lambda task, key: LINES.episode(jnp.zeros((1, 1)), key))
+  expected = pytest.warns(UserWarning, match='does not use its key') if warned else contextlib.nullcontext()
+  with expected:
+    ms.init(jax.random.key(0), tasks, learner=OF_LINES, optimizer=ADAM)
 
 
 def test_a_callback_that_is_in_no_list():
