@@ -10,6 +10,7 @@ from metasgd_jax.rl.advantages import (
   linear_features as linear_features,
   normalize as normalize,
 )
+from metasgd_jax.rl.categorical import Categorical as Categorical, categorical as categorical
 from metasgd_jax.rl.gymnasium_host import (
   collect_on_host as collect_on_host,
   policy_gradient_on_host as policy_gradient_on_host,

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from metasgd_jax.rl.mlp import mlp
 from metasgd_jax.rl.types import Policy
 from metasgd_jax.types import PyTree, check_count, equal_by_arguments
 
@@ -40,10 +41,7 @@ def gaussian(
   """Builds the policy a ~ N(μ(o), diag σ²). μ is an MLP with ReLU, and log σ is a parameter that does not depend on o.
 
   The paper's policy for 2D navigation is a 2-100-100-2 network with 2 parameters for log σ (Li et al. 2017, section
-  4.3). θ is a dict with a `kernel [in, out]` and a `bias [out]` for each layer `Dense_0`, `Dense_1`, …, and with
-  `log_std [A]`. Weights start from U[−l, l] with l = √(6 / (in + out)) (Glorot & Bengio 2010, equation 16), and biases
-  start from zero. This is the initialisation of rllab's Gaussian MLP (Duan et al. 2016). MAML's released code is a fork
-  of rllab.
+  4.3). θ is a dict with the parameters of the MLP, see `rl.mlp`, and with `log_std [A]`.
 
   Args:
     observation_size: Number of entries O of an observation.
@@ -61,35 +59,20 @@ def gaussian(
     >>> policy.sample(policy.apply(theta, jnp.zeros(2)), jax.random.key(1)).shape
     (2,)
   """
-  sizes = [observation_size, *hidden, action_size]
   check_count('observation_size', observation_size)
   check_count('action_size', action_size)
-  for units in hidden:
-    check_count('hidden', units)
   if not 0 < min_std <= std < math.inf:
     raise ValueError(
       f'std must be finite and at least min_std, and min_std must be above 0, got std={std} and min_std={min_std}'
     )
-  layers = [f'Dense_{i}' for i in range(len(sizes) - 1)]
+  init_mean, mean_of = mlp(observation_size, hidden, action_size)
 
   def init(key) -> PyTree:
-    theta = {}
-    for name, layer_key, inputs, outputs in zip(
-      layers, jax.random.split(key, len(layers)), sizes[:-1], sizes[1:], strict=True
-    ):
-      limit = math.sqrt(6 / (inputs + outputs))
-      kernel = jax.random.uniform(layer_key, (inputs, outputs), minval=-limit, maxval=limit)
-      theta[name] = {'kernel': kernel, 'bias': jnp.zeros(outputs, kernel.dtype)}
+    theta = init_mean(key)
     return {**theta, 'log_std': jnp.full(action_size, math.log(std), theta['Dense_0']['bias'].dtype)}
 
   def apply(theta, observations) -> Gaussian:
-    # The matrix x has one row per step. With more axes, XLA would transpose the operands before each product.
-    x = observations.reshape(-1, observation_size)
-    for i, name in enumerate(layers):
-      x = x @ theta[name]['kernel']
-      x = x + jnp.broadcast_to(theta[name]['bias'], x.shape)
-      x = jax.nn.relu(x) if i < len(layers) - 1 else x
-    mean = x.reshape(*observations.shape[:-1], action_size)
+    mean = mean_of(theta, observations)
     log_std = jnp.maximum(theta['log_std'], math.log(min_std))
     return Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
