@@ -302,7 +302,10 @@ def _read(path: pathlib.Path) -> FewShotModel:
 
 def _read_config(path: pathlib.Path, metadata: Mapping[str, str]) -> ModelConfig:
   if not {'format_version', 'config'} <= set(metadata):
-    raise ValueError(f'{path} has no metadata of a metasgd_jax model; write the file with metasgd_jax.save_model')
+    advice = 'write the file with metasgd_jax.save_model'
+    if path.name.startswith('params_'):  # An experiment writes both files to its work directory.
+      advice = f'give {path.name.replace("params_", "model_", 1)} of the same directory'
+    raise ValueError(f'{path} has no metadata of a metasgd_jax model; {advice}')
   version = metadata['format_version']
   if not re.fullmatch('[1-9][0-9]{0,8}', version):
     raise ValueError(

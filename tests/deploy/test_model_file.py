@@ -41,6 +41,12 @@ def test_a_model_comes_back(tmp_path, learner):
   assert [path.name for path in tmp_path.iterdir()] == ['m.safetensors']
 
 
+def test_parameters_of_a_run_are_no_model(tmp_path, model):
+  path = rewritten(tmp_path / 'params_maml.safetensors', model, metadata={})
+  with pytest.raises(ValueError, match=saying('no metadata', 'give model_maml.safetensors of the same directory')):
+    ms.load_model(path)
+
+
 def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
   assert ms.load_model(rewritten(tmp_path / 'm', model)).config == model.config
 
@@ -69,6 +75,9 @@ def test_rewriting_it_by_hand_gives_a_model_that_loads(tmp_path, model):
     (dict(learner='maml', alpha='0.4'), ('alpha', "MAML's rate", "got '0.4'")),
     (dict(learner='maml', alpha=True), ('alpha', "MAML's rate", 'got True')),
     (dict(alpha=0.4), ('alpha', 'None for meta_sgd', 'got 0.4')),
+    (dict(least_likeness=[0.5]), ('least_likeness', 'two numbers from 0 to 1', 'got (0.5,)')),
+    (dict(least_likeness=['a', 0.5]), ('least_likeness', 'two numbers from 0 to 1', "got ('a', 0.5)")),
+    (dict(least_likeness=0.5), ('least_likeness', 'two numbers from 0 to 1', 'got 0.5')),
     (dict(temperature=True), ('temperature', 'from 1e-6 to 1e6', 'got True')),
     (dict(temperature=0), ('temperature', 'from 1e-6 to 1e6', 'got 0')),
     (dict(temperature='1'), ('temperature', 'from 1e-6 to 1e6', "got '1'")),
