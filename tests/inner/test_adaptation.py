@@ -360,7 +360,7 @@ class TestAdjoint:
     with pytest.raises(ValueError, match=message):
       ms.adapt(theta, alpha, batch, loss_fn=loss_fn, adjoint='implicit')
     with pytest.raises(ValueError, match=message):
-      ms.maml(None, loss_fn, adjoint='implicit')
+      ms.maml(ms.nn.from_linen(ms.nn.MLP()), loss_fn, adjoint='implicit')
 
 
 RATES_THETA = {'a': np.float32([1.0, -2.0]), 'b': np.float32(0.5)}

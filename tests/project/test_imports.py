@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob('*.py'))
 ONLY_HERE = {  # library → where alone it may be imported
   'tensorflow_datasets': ('datasets/',),
   'matplotlib': ('plotting/',),
-  'flax': ('nn/', 'learners/'),
+  'flax': ('nn/', 'learners/', 'deploy/likeness.py'),
   'tensorboardX': ('io/writers.py',),
   'safetensors': ('deploy/model_file.py', 'io/files.py'),
   'orbax': ('io/checkpoint.py',),
