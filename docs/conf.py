@@ -15,7 +15,7 @@ copyright = author  # noqa: A001
 release = __version__
 
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode', 'myst_nb']
-exclude_patterns = ['_build']
+exclude_patterns = ['_build', 'data']
 html_theme = 'alabaster'
 html_theme_options = {'description': 'Meta-SGD as pure functions in JAX', 'page_width': '1100px'}
 html_sidebars = {'**': ['about.html', 'searchfield.html', 'navigation.html']}
