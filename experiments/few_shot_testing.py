@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+import metasgd_jax as ms
 from experiments import calibration, few_shot_data, reporting, running
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, classifier_or_embedding
-from experiments.few_shot_training import VALIDATION_TASKS, Setup, validate
+from experiments.few_shot_training import Setup, validate
 from experiments.reporting import WARNING, Result, percent
 from metasgd_jax.deploy import likeness
 from metasgd_jax.types import equal_partial
@@ -20,9 +21,6 @@ BATCH_NORM = {
   'transductive': 'batch norm by the statistics of the batch',
   'inductive': 'batch norm by the statistics of the support',
 }
-
-AT_ONCE = 20
-"""Number of tasks whose images are on the device at once when the likeness is measured."""
 
 
 class Judged(NamedTuple):
@@ -79,46 +77,43 @@ def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
 
 
 def least_likeness(name: str, meta: Any, config: Any, setup: Setup) -> tuple[float, float] | None:
-  """Returns `ModelConfig.least_likeness` of one run, measured on tasks of validation classes with one and five shots.
+  """Returns `ModelConfig.least_likeness` of one run, measured on validation classes with one and five shots.
 
   It is `None` if states are not validated, if the validation classes have too few images, or if a likeness is not
   finite.
   """
-  bank, count = setup.data.validation, min(config.eval_tasks, VALIDATION_TASKS)
-  sizes = dict(way=config.way, query=config.eval_query)
+  bank, sizes = setup.data.validation, dict(way=config.way, query=config.eval_query)
   if setup.validation is None or not (bank is None or few_shot_data.serves(bank, shot=5, **sizes)):
     return None
-  keys = jax.random.split(reporting.test_keys(config.eval_seed + 1)[1], (count, 3))
-  options: Any = dict(learner=setup.testers[name, True], model=classifier_or_embedding(name, config), way=config.way)
+  tester = _with_likeness(setup.testers[name, True], classifier_or_embedding(name, config), config.way)
   least = []
   for shot in (1, 5):
     tasks = few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
-    found = []
-    for first in range(0, count, AT_ONCE):
-      part = keys[first : first + AT_ONCE]
-      ready = tasks.prepare(functools.partial(_task_and_episode_keys, part))
-      found.append(np.asarray(_likeness(meta, ready, tuple(part.T), **options)).ravel())
-    least.append(float(np.quantile(np.concatenate(found), 0.01)))
+    found = validate(tester, meta, tasks, _outputs, config, setup)
+    least.append(float(np.quantile(found, 0.01)))
   one, five = least
   return (one, five) if np.isfinite(one + five) else None
 
 
-def _task_and_episode_keys(keys):
-  return keys[:, 0], keys[:, 1]
+def _with_likeness(learner: ms.Learner, model: ms.Model, way: int) -> ms.Learner:
+  """Returns a learner whose outputs are the likeness of each query image to the classes of the support, `[Q]`."""
+  adapt = equal_partial(_adapt, adapt=learner.adapt, model=model, way=way)
+  return calibration.last_step(learner._replace(adapt=adapt, predict=equal_partial(_likeness, model=model)))
 
 
-@functools.partial(jax.jit, static_argnames=('learner', 'model', 'way'))
-def _likeness(meta, tasks, keys, *, learner, model, way):
-  """Returns the likeness of each query image to the classes of its task, `[T, Q]`."""
+def _adapt(meta, support, key, *, adapt, model, way):
+  adapted = adapt(meta, support, key)
+  return adapted, likeness.class_means(model, adapted, support, way)
 
-  def of_task(keys):
-    sample_key, episode_key, adapt_key = keys
-    support, query = tasks.episode(tasks.sample(sample_key), episode_key)
-    adapted = learner.adapt(meta, support, adapt_key)
-    means = likeness.class_means(model, adapted, support, way)
-    return likeness.likeness(model, adapted, means, query.x)
 
-  return jax.lax.map(of_task, keys)
+def _likeness(adapted_and_means, x, *, model):
+  adapted, means = adapted_and_means
+  return likeness.likeness(model, adapted, means, x)
+
+
+def _outputs(outputs, targets):
+  del targets
+  return outputs
 
 
 def sentence(result: Result, config: Any, *, of: str = '', tasks: str = 'unseen tasks', training: str = '') -> str:

@@ -26,9 +26,6 @@ from experiments.trainings import Best
 from metasgd_jax import tree
 from metasgd_jax.types import Tasks
 
-VALIDATION_TASKS = 200
-"""Largest number of tasks in a validation."""
-
 
 class Setup(NamedTuple):
   """The objects that a configuration describes.
@@ -212,6 +209,6 @@ def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -
 
 def validate(learner: ms.Learner, meta: Any, tasks: Tasks, metric_fn: Any, config: Any, setup: Setup) -> np.ndarray:
   """Returns the metric of one run on the same tasks of validation classes in every call, `[T, k + 1, …]`."""
-  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, VALIDATION_TASKS)
+  key, count = reporting.test_keys(config.eval_seed + 1)[0], min(config.eval_tasks, 200)
   placement = ms.Placement(mesh=processes.mesh_to_judge(count, setup.devices))
   return ms.evaluate(learner, meta, tasks, key, metric_fn=metric_fn, num_tasks=count, placement=placement)[:, 0]

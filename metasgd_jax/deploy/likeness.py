@@ -13,7 +13,8 @@ import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
-from metasgd_jax.losses import one_hot
+from metasgd_jax.learners import episodic
+from metasgd_jax.learners.matching import cosine
 from metasgd_jax.types import Batch, Model
 
 
@@ -26,8 +27,7 @@ def class_means(model: Model, adapted: Any, support: Batch, way: int) -> chex.Ar
     support: Images `[S, H, W, C]` and their labels `[S]` from 0 to N − 1, with at least one image of each class.
     way: Number of classes N.
   """
-  members = one_hot(support.y, way).T  # [N, S]
-  return members @ features(model, adapted, support.x) / jnp.sum(members, 1)[:, None]
+  return episodic.class_means(features(model, adapted, support.x), support.y, way)
 
 
 def likeness(model: Model, adapted: Any, means: chex.Array, images: chex.Array) -> chex.Array:
@@ -36,13 +36,8 @@ def likeness(model: Model, adapted: Any, means: chex.Array, images: chex.Array) 
   It is from 0 to 1: a negative cosine becomes 0. If all features of an image are 0, the likeness is 0. If a feature is
   NaN, the likeness is NaN.
   """
-  cosines = _units(features(model, adapted, images)) @ _units(means).T
+  cosines = cosine(features(model, adapted, images), means)
   return jnp.clip(jnp.max(cosines, 1), 0, 1)  # Rounding can make a cosine larger than 1.
-
-
-def _units(vectors):
-  """Returns vectors `[n, D]` of length 1, in the directions of those given."""
-  return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def features(model: Model, adapted: Any, images: chex.Array) -> chex.Array:

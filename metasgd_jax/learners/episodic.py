@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metasgd_jax.inner.adaptation import Adjoint, adapt, adapt_path
-from metasgd_jax.losses import are_classes
+from metasgd_jax.losses import are_classes, one_hot
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice, check_count, check_model
 
 Metric = Callable[[Any, Any], chex.Array]
@@ -181,6 +181,12 @@ def embed_support(embedding: Model, meta: Any, support: Batch, way: int, inducti
   are_classes(support.y, way)
   statistics = support_statistics(embedding, meta.theta, support.x, inductive)
   return EmbeddedSupport(meta, statistics, embedding.apply(meta.theta, support.x), support.y)
+
+
+def class_means(features: chex.Array, labels: chex.Array, way: int) -> chex.Array:
+  """Returns the mean of the features `[S, D]` of each class, `[N, D]`, for labels `[S]` from 0 to N − 1."""
+  members = one_hot(labels, way).T  # [N, S]
+  return members @ features / jnp.sum(members, 1, keepdims=True)
 
 
 def apply(model: Model, theta: PyTree, x: Any, statistics: PyTree) -> Any:

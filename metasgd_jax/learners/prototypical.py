@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metasgd_jax.learners.episodic import Metrics, apply, check_inductive, episodic, support_statistics
-from metasgd_jax.losses import cross_entropy, one_hot
+from metasgd_jax.learners.episodic import Metrics, apply, check_inductive, class_means, episodic, support_statistics
+from metasgd_jax.losses import cross_entropy
 from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_count, equal_by_arguments
 
 
@@ -57,8 +57,7 @@ def prototypical(embedding: Model, *, way: int, inductive: bool = False, metrics
 
   def adapt(theta, support: Batch) -> Prototypes:
     statistics = support_statistics(embedding, theta, support.x, inductive)
-    members = one_hot(support.y, way).T  # [N, S]
-    means = members @ embedding.apply(theta, support.x) / jnp.sum(members, 1, keepdims=True)
+    means = class_means(embedding.apply(theta, support.x), support.y, way)
     return Prototypes(theta, statistics, means)
 
   def predict(adapted: Prototypes, x: Any):

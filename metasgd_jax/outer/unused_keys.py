@@ -1,7 +1,6 @@
 """Finds task distributions that do not use their random key, so that all their tasks are the same."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -16,7 +15,8 @@ def warn_of_one_task(tasks: TaskDistribution, key: chex.PRNGKey) -> None:
   The usual cause is a `sample` that draws with NumPy: JAX traces the function once, and its numbers become constants. A
   `sample` that returns no arrays is meant to have a single task, and is not reported.
   """
-  if jax.tree.leaves(jax.eval_shape(tasks.sample, key)) and not uses_last_argument(tasks.sample, key):
+  jaxpr = jax.make_jaxpr(tasks.sample)(key).jaxpr
+  if jaxpr.outvars and not uses_input(jaxpr):
     warnings.warn(
       '`sample` of the tasks does not use its key, so all tasks are the same; draw the task with jax.random and the '
       'key, because random numbers of NumPy become constants',
@@ -24,14 +24,13 @@ def warn_of_one_task(tasks: TaskDistribution, key: chex.PRNGKey) -> None:
     )
 
 
-def uses_last_argument(function: Callable[..., Any], *args: Any) -> bool:
-  """Returns whether a result of `function(*args)` may depend on its last argument, an array.
+def uses_input(jaxpr: Any) -> bool:
+  """Returns whether a result of a jaxpr may depend on its inputs.
 
-  The answer is found in the jaxpr of the function, without running it. It can be wrong in one direction only: an
-  argument that is passed to an inner function, such as a jitted one, counts as used by all results of that function.
+  The answer can be wrong in one direction only: an input that is passed to an inner function, such as a jitted one,
+  counts as used by all results of that function.
   """
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  depending = {id(jaxpr.invars[-1])}
+  depending = set(map(id, jaxpr.invars))
   for equation in jaxpr.eqns:
     if any(id(variable) in depending for variable in equation.invars):
       depending |= set(map(id, equation.outvars))

@@ -142,10 +142,11 @@ def test_the_least_likeness_is_a_quantile_on_the_validation_tasks():
     meta = few_shot_training._first_state('meta_sgd', 0, config, setup).meta
     one, five = few_shot_testing.least_likeness('meta_sgd', meta, config, setup)
     assert few_shot_testing.least_likeness('meta_sgd', meta, config, setup._replace(validation=None)) is None
-  keys = jax.random.split(reporting.test_keys(config.eval_seed + 1)[1], (3, 3))
+  keys = jax.random.split(reporting.test_keys(config.eval_seed + 1)[0], 3)
   for shot, expected in ((1, one), (5, five)):
     tasks, found = ms.tasks.glyphs(way=3, shot=shot, query=1), []
-    for sample_key, episode_key, _ in keys:
+    for sample_key, repeat_key in map(jax.random.split, keys):
+      episode_key = jax.random.split(jax.random.split(repeat_key, 1)[0])[0]
       support, query = jax.jit(lambda s, e, tasks=tasks: tasks.episode(tasks.sample(s), e))(sample_key, episode_key)
       flat = lambda batch: np.asarray(batch.x, np.float64).reshape(len(batch.x), -1)  # What the one layer is given.
       means = np.stack([flat(support)[np.asarray(support.y) == label].mean(0) for label in range(3)])
