@@ -161,10 +161,10 @@ class Config:
         f'only {self.meta_iterations // self.validate_every} validations in {self.meta_iterations} meta-iterations '
         f'with validate_every={self.validate_every}; lower ensemble or validate_every'
       )
-    if self.start and set(self.learners) - {'meta_sgd', 'maml'}:
+    if self.start and set(self.learners) - {'meta_sgd', 'maml', 'prototypical'}:
       raise ValueError(
-        f'--start works only with the learner meta_sgd or maml, got learner={",".join(self.learners)}; give one of '
-        'these learners, or leave start out'
+        f'--start works only with the learner meta_sgd, maml or prototypical, got learner={",".join(self.learners)}; '
+        'give one of these learners, or leave start out'
       )
     if (self.table2 or self.table3) and self.dataset == 'glyphs':
       raise ValueError(

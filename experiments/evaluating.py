@@ -90,7 +90,7 @@ def build(config: Any, model: ms.FewShotModel, devices: int | None = None) -> Se
     devices=devices,
   )
   for shot in config.test_shots:
-    tasks = few_shot_data.tasks(data.test, config, shot=shot, query=config.eval_query)
+    tasks = few_shot_data.tasks(data.test, config.way, shot=shot, query=config.eval_query)
     setup.tests[shot] = resized(tasks, setup.image_shape, model.config.image_shape)
   return setup
 

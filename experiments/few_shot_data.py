@@ -208,11 +208,11 @@ def serves(bank: ms.tasks.ClassBank | None, *, way: int, shot: int, query: int) 
   return bank is not None and way <= len(bank.sizes) and shot + query <= np.min(bank.sizes)
 
 
-def tasks(bank: ms.tasks.ClassBank | None, config: Any, *, shot: int, query: int) -> Tasks:
+def tasks(bank: ms.tasks.ClassBank | None, way: int, *, shot: int, query: int) -> Tasks:
   """Returns few-shot tasks from the classes of a bank, or tasks of generated glyphs if `bank` is `None`."""
   if bank is None:
-    return ms.tasks.glyphs(way=config.way, shot=shot, query=query)
-  return from_indices(bank, ms.tasks.image_indices(bank, way=config.way, shot=shot, query=query))
+    return ms.tasks.glyphs(way=way, shot=shot, query=query)
+  return from_indices(bank, ms.tasks.image_indices(bank, way=way, shot=shot, query=query))
 
 
 def from_indices(bank: ms.tasks.ClassBank, indices: ms.TaskDistribution) -> Tasks:

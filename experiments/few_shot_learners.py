@@ -9,6 +9,7 @@ import optax
 
 import metasgd_jax as ms
 from experiments import few_shot_data
+from metasgd_jax.deploy.model_file import first_logits
 from metasgd_jax.losses import accuracy, cross_entropy
 
 NAMES = {
@@ -43,7 +44,15 @@ FLOOR_STEPS = 20
 """Number of SGD steps on the support for the learners 'joint' and 'random', the baselines of the comparison."""
 
 
-def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = False, inductive: bool | None = None):
+def build_learner(
+  name: str,
+  config: Any,
+  *,
+  classes: int = 2,
+  test: bool = False,
+  inductive: bool | None = None,
+  way: int | None = None,
+) -> ms.Learner:
   """Returns the learner with the given name, for training or for testing.
 
   Args:
@@ -52,20 +61,24 @@ def build_learner(name: str, config: Any, *, classes: int = 2, test: bool = Fals
     classes: Number of training classes, which the learner 'joint' distinguishes.
     test: Whether the learner is for testing. The learner 'maml_5' then takes 10 inner steps (Finn et al. 2017).
     inductive: Whether batch norm is inductive. The default is `config.inductive`.
+    way: Number of classes of a task, at most `config.way`, which is the default. A classifier then uses its first `way`
+      logits.
   """
-  metrics = {'accuracy': accuracy}
+  metrics, way = {'accuracy': accuracy}, way or config.way
   if name in SEQUENTIAL:
     cell = ms.learners.MemoryCell if name == 'mann' else ms.learners.PlainCell
-    return ms.learners.mann(way=config.way, cell=cell(config.way), metrics=metrics)
+    return ms.learners.mann(way=way, cell=cell(way), metrics=metrics)
   shared = {'inductive': config.inductive if inductive is None else inductive, 'metrics': metrics}
   if name in ('meta_sgd', 'layer_rates', 'maml', 'maml_5', 'fomaml', 'anil', 'meta_lstm'):
-    return _adapting_learner(name, config, test, shared)
-  return _embedding_learner(name, config, classes, shared)
+    return _adapting_learner(name, config, way, test, shared)
+  return _embedding_learner(name, config, way, classes, shared)
 
 
-def _adapting_learner(name: str, config: Any, test: bool, shared: dict[str, Any]) -> ms.Learner:
+def _adapting_learner(name: str, config: Any, way: int, test: bool, shared: dict[str, Any]) -> ms.Learner:
   """Returns a learner that adapts a classifier by inner steps."""
   network = _conv4(config.way, config)
+  if way < config.way:
+    network = first_logits(network, way)
   if name == 'meta_lstm':
     return ms.learners.meta_lstm(network, cross_entropy, steps=12 if config.shot == 1 else 5, **shared)
   steps = config.inner_steps
@@ -84,17 +97,17 @@ def _adapting_learner(name: str, config: Any, test: bool, shared: dict[str, Any]
   return ms.maml(network, cross_entropy, alpha=maml_rate(name, config), first_order=name == 'fomaml', **inner)
 
 
-def _embedding_learner(name: str, config: Any, classes: int, shared: dict[str, Any]) -> ms.Learner:
+def _embedding_learner(name: str, config: Any, way: int, classes: int, shared: dict[str, Any]) -> ms.Learner:
   """Returns a learner that compares embeddings, or that trains a classifier on top of an embedding."""
   embedding = _conv4(None, config) if config.network == 'conv4' else ms.nn.from_linen(ms.nn.KochNet())
   if name == 'siamese':
-    return ms.learners.siamese(embedding, way=config.way, **shared)
+    return ms.learners.siamese(embedding, way=way, **shared)
   if name == 'prototypical':
-    return ms.learners.prototypical(embedding, way=config.way, **shared)
+    return ms.learners.prototypical(embedding, way=way, **shared)
   if name in ('matching', 'matching_fce'):
-    return ms.learners.matching(embedding, way=config.way, full_context=name == 'matching_fce', **shared)
+    return ms.learners.matching(embedding, way=way, full_context=name == 'matching_fce', **shared)
   sgd = {'alpha': config.floor_rate, 'steps': FLOOR_STEPS}
-  return ms.learners.fine_tuning(embedding, classes=classes, way=config.way, **sgd, **shared)
+  return ms.learners.fine_tuning(embedding, classes=classes, way=way, **sgd, **shared)
 
 
 def classifier_or_embedding(name: str, config: Any) -> ms.Model:
@@ -150,7 +163,7 @@ def build_training_tasks(name: str, config: Any, data: few_shot_data.Data) -> An
       and the shots leave no image for the query.
   """
   if name != 'joint':
-    found = few_shot_data.tasks(data.train, config, shot=config.shot, query=query_images(name, config))
+    found = few_shot_data.tasks(data.train, config.way, shot=config.shot, query=query_images(name, config))
   elif data.train is None:
     raise ValueError("the learner 'joint' needs training classes, but 'glyphs' has none; give --dataset=omniglot")
   else:

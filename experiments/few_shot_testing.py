@@ -11,7 +11,7 @@ from absl import logging
 import metasgd_jax as ms
 from experiments import calibration, few_shot_data, reporting, running
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, classifier_or_embedding
-from experiments.few_shot_training import Setup, validate
+from experiments.few_shot_training import Setup, build_tester, validate, validation_way
 from experiments.reporting import WARNING, Result, percent
 from metasgd_jax.deploy import likeness
 from metasgd_jax.types import equal_partial
@@ -57,17 +57,18 @@ def judge(name: str, meta: Any, shot: int, config: Any, setup: Setup, temperatur
 def temperature(name: str, meta: Any, config: Any, setup: Setup) -> float:
   """Returns the temperature that suits one run best on validation classes, with inductive batch norm.
 
-  The tasks have the ways and shots of the test. For glyphs they are generated, as for `--validate_every`. The
-  temperature is 1 if the data set has no validation classes or too few of them, if a validation class has too few
+  The tasks have the ways of the validation and the shots of the test. For glyphs they are generated, as for
+  `--validate_every`. The temperature is 1 if the data set has no validation classes, if a validation class has too few
   images for these tasks, or if the predictions are not finite, of which a warning is printed.
   """
-  bank, sizes = setup.data.validation, dict(way=config.way, query=config.eval_query)
+  bank, way = setup.data.validation, validation_way(config, setup.data)
+  sizes = dict(way=way, query=config.eval_query)
   if setup.data.train is not None and not few_shot_data.serves(bank, shot=max(config.test_shots), **sizes):
     return 1.0
-  tester = calibration.last_step(setup.testers[name, name not in SEQUENTIAL])
+  tester = calibration.last_step(build_tester(name, config, inductive=name not in SEQUENTIAL, way=way))
   values = []
   for shot in config.test_shots:
-    tasks = few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
+    tasks = few_shot_data.tasks(bank, way, shot=shot, query=config.eval_query)
     values.append(validate(tester, meta, tasks, calibration.with_labels, config, setup))
   try:
     return calibration.best_temperature(*calibration.split(np.concatenate(values)))
@@ -82,13 +83,15 @@ def least_likeness(name: str, meta: Any, config: Any, setup: Setup) -> tuple[flo
   It is `None` if states are not validated, if the validation classes have too few images, or if a likeness is not
   finite.
   """
-  bank, sizes = setup.data.validation, dict(way=config.way, query=config.eval_query)
+  bank, way = setup.data.validation, validation_way(config, setup.data)
+  sizes = dict(way=way, query=config.eval_query)
   if setup.validation is None or not (bank is None or few_shot_data.serves(bank, shot=5, **sizes)):
     return None
-  tester = _with_likeness(setup.testers[name, True], classifier_or_embedding(name, config), config.way)
+  tester = build_tester(name, config, inductive=True, way=way)
+  tester = _with_likeness(tester, classifier_or_embedding(name, config), way)
   least = []
   for shot in (1, 5):
-    tasks = few_shot_data.tasks(bank, config, shot=shot, query=config.eval_query)
+    tasks = few_shot_data.tasks(bank, way, shot=shot, query=config.eval_query)
     found = validate(tester, meta, tasks, _outputs, config, setup)
     least.append(float(np.quantile(found, 0.01)))
   one, five = least
@@ -142,7 +145,7 @@ def by_instance(name: str, meta: Any, config: Any, setup: Setup) -> np.ndarray:
   The classes are unseen. Only the first training run is tested. If it trained an ensemble, only the best member is
   tested.
   """
-  sequences = few_shot_data.tasks(setup.data.test, config, shot=1, query=DRAWINGS - 1)
+  sequences = few_shot_data.tasks(setup.data.test, config.way, shot=1, query=DRAWINGS - 1)
   best = reporting.one_run(meta, 0)
   if config.ensemble > 1:
     best = reporting.one_run(best, 0)

@@ -72,15 +72,19 @@ def build(config: Any, data: few_shot_data.Data | None = None, devices: int | No
     advice = 'give --validation_classes=100 or --split=vinyals'
     raise ValueError(f'validate_every={config.validate_every} needs validation classes, got none; {advice}')
   names, classes = config.learners, 2 if data.train is None else len(data.train.sizes)
-  unseen = functools.partial(few_shot_data.tasks, config=config, query=config.eval_query)
+  unseen, way = functools.partial(few_shot_data.tasks, query=config.eval_query), validation_way(config, data)
   setup = Setup(
     data=data,
     train={name: few_shot_learners.build_training_tasks(name, config, data) for name in names},
     learners={name: build_learner(name, config, classes=classes) for name in names},
-    testers={(name, inductive): _tester(name, inductive, config) for name in names for inductive in (False, True)},
+    testers={
+      (name, inductive): build_tester(name, config, inductive=inductive)
+      for name in names
+      for inductive in (False, True)
+    },
     optimizers={name: trainings.optimizer_of(config, build_optimizer(name, config)) for name in names},
-    tests={shot: unseen(data.test, shot=shot) for shot in config.test_shots},
-    validation=unseen(data.validation, shot=config.shot) if config.validate_every else None,
+    tests={shot: unseen(data.test, config.way, shot=shot) for shot in config.test_shots},
+    validation=unseen(data.validation, way, shot=config.shot) if config.validate_every else None,
     start=None if config.start is None else _load_start(config, data),
     devices=devices,
   )
@@ -88,9 +92,20 @@ def build(config: Any, data: few_shot_data.Data | None = None, devices: int | No
   return setup
 
 
-def _tester(name: str, inductive: bool, config: Any) -> ms.Learner:
-  learner = build_learner(name, config, test=True, inductive=inductive)
+def build_tester(name: str, config: Any, *, inductive: bool, way: int | None = None) -> ms.Learner:
+  """Returns the learner for testing, which is an ensemble if `config.ensemble` is more than 1."""
+  learner = build_learner(name, config, test=True, inductive=inductive, way=way)
   return ms.learners.ensemble(learner) if config.ensemble > 1 else learner
+
+
+def validation_way(config: Any, data: few_shot_data.Data) -> int:
+  """Returns the number of ways in validation, which is lower than in training if there are fewer validation classes.
+
+  Learners that read sequences have a fixed number of ways.
+  """
+  if data.validation is None or set(config.learners) & set(SEQUENTIAL):
+    return config.way
+  return min(config.way, max(2, len(data.validation.sizes)))
 
 
 def _load_start(config: Any, data: few_shot_data.Data) -> ms.FewShotModel:
@@ -153,13 +168,13 @@ def _first_state(name: str, r: int, config: Any, setup: Setup) -> ms.TrainState:
   return state if setup.start is None else state._replace(meta=_started(state.meta, setup.start))
 
 
-def _started(meta: ms.MetaParams, model: ms.FewShotModel) -> ms.MetaParams:
+def _started(meta: Any, model: ms.FewShotModel) -> Any:
   """Returns the meta-parameters of a model.
 
-  If the model is a prototypical one, it returns `meta` with the model's embedding in θ. The layers after the embedding
-  and α stay as they are.
+  If the model is a prototypical one and `meta` is not, it returns `meta` with the model's embedding in θ. The layers
+  after the embedding and α stay as they are.
   """
-  if model.config.learner != 'prototypical':
+  if jax.tree.structure(meta) == jax.tree.structure(model.meta):
     return jax.tree.map(jnp.asarray, model.meta)
   theta = tree.named_arrays(meta.theta) | tree.named_arrays(model.meta)
   return meta._replace(theta=tree.from_named_arrays(theta, meta.theta))
@@ -194,12 +209,14 @@ def _stacked(trees: Sequence[Any]) -> Any:
 def _best(name: str, label: str, config: Any, setup: Setup, run: resuming.Run) -> Best:
   """Returns the callback that validates a training and reports the accuracy."""
   tasks: Any = setup.validation
-  validator = build_learner(name, config, test=True)  # Equal learners share their programs.
+  way = validation_way(config, setup.data)
+  validator = build_learner(name, config, test=True, way=way)  # Equal learners share their programs.
+  of_ways = '' if way == config.way else f' in {way} ways'
 
   def judge(step: int, meta: Any) -> float:
     values = validate(validator, meta, tasks, ms.losses.accuracy, config, setup)
     accuracy = float(values[:, -1].mean())
-    logging.info('%s: validation accuracy %.2f%% at meta-iteration %d', label, 100 * accuracy, step)
+    logging.info('%s: validation accuracy%s %.2f%% at meta-iteration %d', label, of_ways, 100 * accuracy, step)
     for writer in run.metrics:
       writer.write(label, step, {'validation_accuracy': accuracy})
     return accuracy

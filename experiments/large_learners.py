@@ -136,7 +136,7 @@ def build_tasks(config: Config) -> tuple[Tasks, Tasks]:
   shared = running.settings(config, 'dataset', 'data_dir', 'way', 'shot', 'query')
   images = classification.Config(**shared, eval_query=config.query)
   data = few_shot_data.placed(few_shot_data.load(images), 'auto')
-  return few_shot_data.tasks(data.train, images, **counts), few_shot_data.tasks(data.test, images, **counts)
+  return few_shot_data.tasks(data.train, images.way, **counts), few_shot_data.tasks(data.test, images.way, **counts)
 
 
 def build(config: Config, devices: int | None = None) -> Setup:

@@ -21,7 +21,7 @@ from metasgd_jax import losses, nn
 from metasgd_jax.deploy.checks import is_int, writable
 from metasgd_jax.io.files import PathLike, as_json, as_path, atomic, first_line
 from metasgd_jax.learners import maml, meta_sgd, prototypical
-from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice
+from metasgd_jax.types import Batch, Episode, Learner, Model, PyTree, check_choice, equal_partial
 
 FORMAT_VERSION = 1
 
@@ -52,11 +52,11 @@ class ModelConfig:
     background: Background of the training images: 'dark', which means light ink on black, or 'any'.
     temperature: Number T by which logits are divided before they become probabilities (Guo et al. 2017, equation 9). It
       changes how sure the model is, but not its answers. The classification experiment fits T on tasks of validation
-      classes, if there are any, with inductive batch norm and the number of ways that the model was trained with. In
-      transductive use, or with fewer classes, another T may suit the model better.
+      classes, if there are any, with inductive batch norm and the model's number of ways, or fewer ways if there are
+      fewer validation classes. In transductive use, or with fewer classes, another T may suit the model better.
     least_likeness: The likeness that 99% of the images of validation classes exceed; see `FewShotClassifier.likeness`.
       It is a pair of numbers, for one and for five examples of each class, and None if it was not measured. It is
-      measured like the temperature: with inductive batch norm and the model's own ways and inner steps.
+      measured like the temperature, with the model's own inner steps.
     training: Facts about the training, for people who read the file: a dict from names to values that JSON can store.
 
   Raises:
@@ -176,6 +176,15 @@ def build_network(config: ModelConfig) -> Model:
   return nn.from_linen(nn.Conv4(way, filters=config.filters, hidden=config.hidden))
 
 
+def first_logits(model: Model, n: int) -> Model:
+  """Returns a classifier with the first n outputs of a model, for tasks of n classes."""
+  return model._replace(apply=equal_partial(_first, apply=model.apply, n=n))
+
+
+def _first(theta, x, *statistics, apply, n):
+  return apply(theta, x, *statistics)[:, :n]
+
+
 def build_learner(config: ModelConfig, way: int | None = None, inductive: bool = False) -> Learner:
   """Returns the learner that a model's parameters belong to.
 
@@ -197,7 +206,7 @@ def build_learner(config: ModelConfig, way: int | None = None, inductive: bool =
   network = build_network(config)
   if config.learner == 'prototypical':
     return prototypical(network, way=n, inductive=inductive, metrics=metrics)
-  model = network._replace(apply=lambda theta, x, *statistics: network.apply(theta, x, *statistics)[:, :n])
+  model = first_logits(network, n)
   learner = functools.partial(maml, alpha=config.alpha) if config.learner == 'maml' else meta_sgd
   return learner(model, losses.cross_entropy, steps=config.inner_steps, inductive=inductive, metrics=metrics)
 

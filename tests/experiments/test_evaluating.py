@@ -66,7 +66,7 @@ def test_a_model_is_tested_on_all_classes_of_a_folder_as_by_evaluate(tmp_path, m
   ]
   assert json.loads((tmp_path / 'run' / 'results.json').read_text())['rows'][0]['mean'] == rows[0]['mean']
   loaded = ms.load_model(model)
-  tasks = few_shot_data.tasks(image_folder.load(config.data_dir, size=28, channels=1).bank, config, shot=2, query=2)
+  tasks = few_shot_data.tasks(image_folder.load(config.data_dir, size=28, channels=1).bank, config.way, shot=2, query=2)
   learner, key = build_learner(loaded.config, 3, inductive=True), reporting.test_keys(0)[0]
   values = ms.evaluate(learner, loaded.meta, tasks, key, metric_fn=ms.losses.accuracy, num_tasks=4)
   np.testing.assert_allclose(np.load(tmp_path / 'run' / rows[3]['per_task_file'])[0], values.mean(1), rtol=1e-6)

@@ -1,10 +1,13 @@
 """Models that few-shot trainings start from and leave: temperature, likeness, embedding."""
 
+import dataclasses
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
 from few_shot_settings import TINY
-from problems import OneLayer, assert_trees_close, in_place_of_conv4, saying
+from problems import OneLayer, assert_trees_close, in_place_of_conv4, random_bank, saying
 from small_models import small_model
 
 import metasgd_jax as ms
@@ -29,8 +32,20 @@ def test_training_starts_from_a_model(tmp_path):
   for other in (dict(filters=4), dict(way=4), dict(learner=('maml',))):
     with pytest.raises(ValueError, match=saying(path, '(learner, way, filters, hidden, image_shape)', 'the values')):
       few_shot_training.build(classification.Config(start=path, **options | other))
-  with pytest.raises(ValueError, match=saying('start', 'meta_sgd or maml', 'learner=lstm', 'leave start out')):
+  with pytest.raises(
+    ValueError, match=saying('start', 'meta_sgd, maml or prototypical', 'learner=lstm', 'leave start out')
+  ):
     classification.Config(start=path, learner=('lstm',))
+
+
+def test_an_embedding_is_trained_further(tmp_path):
+  """The number of ways may differ, as it does not change an embedding."""
+  path = str(tmp_path / 'm.safetensors')
+  model = small_model('prototypical', way=4, filters=2, seed=1)
+  ms.save_model(path, model)
+  config = classification.Config(start=path, **TINY | dict(learner=('prototypical',), way=3))
+  state = few_shot_training._first_state('prototypical', 0, config, few_shot_training.build(config))
+  assert_trees_close(state.meta, model.meta, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('learner', ['meta_sgd', 'maml'])
@@ -99,7 +114,7 @@ def test_the_temperature_is_fitted_on_other_tasks_with_inductive_batch_norm(conv
   assert model.config.temperature == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(('classes', 'fitted'), [pytest.param(0, False, marks=pytest.mark.slow), (2, False), (3, True)])
+@pytest.mark.parametrize(('classes', 'fitted'), [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (2, True)])
 def test_a_temperature_needs_validation_classes_but_no_validation(classes, fitted, tmp_path, monkeypatch):
   found = []
 
@@ -117,9 +132,33 @@ def test_a_temperature_needs_validation_classes_but_no_validation(classes, fitte
     setup = few_shot_training.build(config, data)
     rows = classification.run(config, tmp_path, setup)
   assert {row['temperature'] for row in rows} == {2.5 if fitted else 1.0}
-  assert found == ([((12, 3), (12,))] if fitted else [])  # 2 shots, 2 tasks, 3 query images.
+  assert found == ([((8, 2), (8,))] if fitted else [])  # 2 shots, 2 tasks of 2 ways, 2 query images.
   for row in rows:
     assert (row['calibration_error'] == row['calibration_error_uncalibrated']) == (not fitted)
+
+
+@pytest.mark.parametrize('learner', ['meta_sgd', 'prototypical'])
+def test_with_few_validation_classes_the_first_logits_are_validated(learner):
+  """There are three validation classes for a model of five ways."""
+  bank = lambda count, seed: random_bank(count, 20, 28, seed)
+  config = classification.Config(learner=(learner,), **TINY | dict(way=5, validate_every=1, eval_tasks=5))
+  with in_place_of_conv4(OneLayer):
+    setup = few_shot_training.build(config, few_shot_data.Data(bank(6, 0), bank(3, 1), bank(6, 2)))
+    meta = few_shot_training._first_state(learner, 0, config, setup).meta
+    judge = few_shot_training._best(learner, '', config, setup, mock.Mock(metrics=[])).judge
+    three = dataclasses.replace(config, way=3)
+    if learner == 'meta_sgd':
+      layer = {name: leaf[..., :3] for name, leaf in meta.theta['Dense_0'].items()}
+      rates = {name: leaf[..., :3] for name, leaf in meta.alpha['Dense_0'].items()}
+      expected = ms.MetaParams({'Dense_0': layer}, {'Dense_0': rates})
+    else:
+      expected = meta
+    setup_of_three = few_shot_training.build(three, setup.data)
+    judge_of_three = few_shot_training._best(learner, '', three, setup_of_three, mock.Mock(metrics=[])).judge
+    assert judge(0, meta) == pytest.approx(judge_of_three(0, expected), abs=1e-6)
+    assert 0.1 < judge(0, meta) < 1
+  with pytest.raises(ValueError, match='way'):  # A learner that reads sequences has a fixed number of ways.
+    few_shot_training.build(dataclasses.replace(config, learner=('mann',)), setup.data)
 
 
 def test_predictions_that_are_not_finite_leave_the_temperature_at_1(monkeypatch, capsys):
