@@ -36,7 +36,8 @@ def _predict(commands: Any) -> argparse.ArgumentParser:
   parser = commands.add_parser(
     'predict', help='classify pictures, given a few examples of each class', description=description
   )
-  parser.add_argument('--model', default='omniglot', help='file or name of a model (default: omniglot)')
+  model = 'file or name of a model (default: by the pictures)'
+  parser.add_argument('--model', default='auto', help=model)
   parser.add_argument('--support', metavar='DIR', required=True, help='examples: a sub-folder for each class')
   parser.add_argument('--query', metavar='DIR', required=True, help='folder of the pictures to classify')
   parser.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from metasgd_jax.cli.arguments import INVERT
+from metasgd_jax.cli.choosing import choose, warn_of_other_kind
 from metasgd_jax.cli.sorting import UNSURE, put, remove
 from metasgd_jax.cli.telling import say
 from metasgd_jax.datasets import image_folder
@@ -20,22 +21,20 @@ from metasgd_jax.datasets.image_files import REPORTED_ONE_BY_ONE
 from metasgd_jax.datasets.messages import printable
 from metasgd_jax.deploy.classifier import FewShotClassifier
 from metasgd_jax.deploy.inputs import to_invert
-from metasgd_jax.deploy.kinds import kind_of, kind_of_model
-from metasgd_jax.deploy.model_file import ModelConfig, load_model
+from metasgd_jax.deploy.model_file import ModelConfig
 from metasgd_jax.io import files
 
 RESULTS = ('predictions.csv', 'predictions.png')
 """Names of the files that are written to --out."""
-LOOKED_AT = 200
-"""Largest number of examples, and of pictures, by which their kind is recognised."""
 
 
 def run(args: argparse.Namespace) -> None:
   """Reads and checks all inputs, adapts the model, predicts, and writes and reports the results."""
-  model, out, query_dir = load_model(args.model), files.as_path(args.out), files.as_path(args.query)
+  out, query_dir = files.as_path(args.out), files.as_path(args.query)
   if not 0 <= args.min_probability <= 1:
     raise ValueError(f'--min-probability must be from 0 to 1, got {args.min_probability:g}')
-  _check_likeness(args, model.config)
+  name, model = choose(args.model, args.support)
+  _check_likeness(args, name, model.config)
   support, query = _read(args, model.config)
   may_be_unsure = args.min_probability > 0 or args.min_likeness is not None
   if may_be_unsure and UNSURE in support.names:
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
   if sorted_to is not None:
     classes = [*support.names, *([UNSURE] if may_be_unsure else [])]
     _check_sorting('--move-to' if move else '--copy-to', files.as_path(sorted_to), classes, out, inputs)
-  _warn_of_other_kind(args.model, model.config, (support.bank.images, query.images))
+  warn_of_other_kind(name, model.config, (support.bank.images, query.images))
   say('compiling and adapting, which takes some seconds')
   classifier = FewShotClassifier(model, inductive=args.inductive, invert=INVERT[args.invert])
   classifier.fit(support.bank.images, np.repeat(np.arange(len(support.names)), support.bank.sizes))
@@ -97,13 +96,13 @@ def _read(args: argparse.Namespace, config: ModelConfig) -> tuple[Any, Any]:
   return support, image_folder.read_images(args.query, **form)
 
 
-def _check_likeness(args: argparse.Namespace, config: ModelConfig) -> None:
+def _check_likeness(args: argparse.Namespace, name: str, config: ModelConfig) -> None:
   """Raises ValueError if --min-likeness=auto is given, but the model has no least likeness for this use."""
   if args.min_likeness != 'auto':
     return
   if config.least_likeness is None:
     raise ValueError(
-      f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={args.model} was not; '
+      f'--min-likeness=auto needs a model whose likeness was measured, and that of --model={name} was not; '
       'give a number, such as 0.9, or a model that was trained with --validate_every'
     )
   if not args.inductive:
@@ -218,19 +217,6 @@ def _report_images(support, query, answers: Sequence[str]) -> None:
   if skipped := len(support.skipped) + len(query.skipped):
     listed = 'listed above' if skipped <= REPORTED_ONE_BY_ONE else 'the first ones are listed above'
     say(f'skipped unreadable files: {skipped}, {listed}')
-
-
-def _warn_of_other_kind(name: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:
-  """Says so if the pictures are of another kind than those that the model was trained on. Looks at some of them."""
-  trained = kind_of_model(config)
-  if trained is None:
-    return
-  found = kind_of(np.concatenate([images[:: 1 + len(images) // LOOKED_AT] for images in parts]))
-  if found != trained:
-    say(
-      f'warning: these pictures look like {found}, but the model {name} was trained on {trained}; it may make more '
-      'errors than usual'
-    )
 
 
 def _report_inverted(invert: str, config: ModelConfig, parts: Sequence[np.ndarray]) -> None:

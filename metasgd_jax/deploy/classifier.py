@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from metasgd_jax.deploy import likeness
+from metasgd_jax.deploy import kinds, likeness
 from metasgd_jax.deploy.inputs import as_classes, as_labels, balanced, prepared, text_kind
 from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, build_learner, build_network, load_model
 from metasgd_jax.io.files import PathLike
@@ -55,9 +55,11 @@ class FewShotClassifier:
   - `image_shape_`: (H, W, D).
   - `n_features_in_`: H·W·D.
   - `inverted_`: whether any image of the support was inverted.
+  - `model_`: the model. With 'auto', it is the name of the shipped model that was chosen.
 
   Args:
     model: Name of a model that ships with the package, path of a file that `save_model` wrote, or a `FewShotModel`.
+      With 'auto' it is the shipped model that takes images of the size and channels of the support.
     inductive: Whether batch norm uses the statistics of the support; see above.
     steps: Number of inner steps. By default it is the model's own number.
     invert: Whether to invert the images, so that light becomes dark. With 'auto' each image that has a light border is
@@ -67,7 +69,7 @@ class FewShotClassifier:
     >>> images = np.zeros((4, 28, 28))  # Light strokes on black: two lie, two stand.
     >>> images[0, 10:12, 4:24] = images[1, 16:18, 4:24] = images[2, 4:24, 10:12] = images[3, 4:24, 16:18] = 1
     >>> labels = ['lying', 'lying', 'standing', 'standing']
-    >>> classifier = ms.FewShotClassifier('omniglot').fit(images[::2], labels[::2])  # One drawing of each class.
+    >>> classifier = ms.FewShotClassifier().fit(images[::2], labels[::2])  # One drawing of each class.
     >>> print(classifier.predict(images[1::2]))
     ['lying' 'standing']
     >>> classifier.predict_proba(images[1::2]).shape  # In the order of classifier.classes_.
@@ -76,7 +78,7 @@ class FewShotClassifier:
     1.0
   """
 
-  model: PathLike | FewShotModel = 'omniglot'
+  model: PathLike | FewShotModel = 'auto'
   _: dataclasses.KW_ONLY
   inductive: bool = True
   steps: int | None = None
@@ -96,7 +98,8 @@ class FewShotClassifier:
     """
     if not (self.invert == 'auto' or isinstance(self.invert, bool)):
       raise ValueError(f"`invert` must be 'auto', True or False, got {self.invert!r}")
-    model = self.model if isinstance(self.model, FewShotModel) else load_model(self.model)
+    chosen = kinds.shipped_that_fits(X) if self.model == 'auto' else self.model
+    model = chosen if isinstance(chosen, FewShotModel) else load_model(chosen)
     steps = model.config.inner_steps if self.steps is None else self.steps
     # Compiled programs are cached by config. These three fields do not change them.
     unused: Any = dict(training={}, temperature=1.0, least_likeness=None)
@@ -106,7 +109,7 @@ class FewShotClassifier:
     images, labels = balanced(images, labels)
     inductive = bool(self.inductive)
     adapted, means = _adapt((config, len(classes), inductive), model.meta, images, labels)
-    self.classes_ = classes
+    self.classes_, self.model_ = classes, chosen
     self.image_shape_ = config.image_shape
     self.n_features_in_ = int(np.prod(config.image_shape))
     self.inverted_ = bool(light.any())

@@ -12,19 +12,12 @@ def as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
 
   Raises ValueError unless the images have one of the forms that `FewShotClassifier` documents.
   """
-  try:
-    x = np.asarray(images)
-  except ValueError as e:
-    raise ValueError(
-      'images must all have the same shape, got a list of images of different shapes; resize them'
-    ) from e
-  height, width, channels = shape
-  flat = height * width * channels
+  x = as_array(images)
   if x.ndim and not len(x):
     raise ValueError(f'there must be at least one image, got an array of shape {x.shape}')
-  if x.ndim < 2 or x.shape[1:] not in {shape, (flat,), (height, width) if channels == 1 else shape}:
-    takes = f'[n, {height}, {width}, {channels}], or flat [n, {flat}]'
-    raise ValueError(f'images must be {takes}, got shape {x.shape}; resize them, and pass one image as images[None]')
+  if not fits(x.shape, shape):
+    advice = 'resize them, and pass one image as images[None]'
+    raise ValueError(f'images must be {forms(shape)}, got shape {x.shape}; {advice}')
   x = x.reshape(-1, *shape)
   if x.dtype == np.bool_:
     return x.astype(np.float32)
@@ -46,6 +39,28 @@ def as_images(images, shape: tuple[int, int, int]) -> np.ndarray:
       f'float images must have values from 0 to 1, got {x.min():.4g} to {x.max():.4g}; divide by 255, or pass uint8'
     )
   return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def as_array(images: Any) -> np.ndarray:
+  """Returns the images as an array. Raises ValueError if their shapes differ."""
+  try:
+    return np.asarray(images)
+  except ValueError as e:
+    raise ValueError(
+      'images must all have the same shape, got a list of images of different shapes; resize them'
+    ) from e
+
+
+def fits(given: tuple[int, ...], shape: tuple[int, int, int]) -> bool:
+  """Returns whether an array of the shape `given` may be images of the shape (H, W, D)."""
+  height, width, channels = shape
+  flat = height * width * channels
+  return given[1:] in {shape, (flat,), (height, width) if channels == 1 else shape}
+
+
+def forms(shape: tuple[int, int, int]) -> str:
+  """Returns the text of an error message that says how images of the shape (H, W, D) are given."""
+  return f'[n, {", ".join(map(str, shape))}], or flat [n, {np.prod(shape)}]'
 
 
 def as_labels(labels, count: int) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Tells drawings from photographs."""
+"""Tells drawings from photographs, and chooses the model that ships for them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from metasgd_jax.deploy.model_file import ModelConfig
+from metasgd_jax.deploy.inputs import as_array, fits, forms
+from metasgd_jax.deploy.model_file import ModelConfig, load_model, shipped_models
 
 Kind = Literal['drawings', 'photographs']
 
@@ -50,3 +51,27 @@ def share_of_paper(images: np.ndarray) -> np.ndarray:
 def kind_of_model(config: ModelConfig) -> Kind | None:
   """Returns the kind of images that a model was trained on, or None if its file does not say it."""
   return _DATASETS.get(str(config.training.get('dataset')))
+
+
+def shipped_for(kind: Kind) -> str:
+  """Returns the name of the model that ships with the package and was trained on images of this kind."""
+  by_kind = {kind_of_model(load_model(name).config): name for name in shipped_models()}
+  return by_kind.get(kind, 'omniglot')
+
+
+def shipped_that_fits(images: Any) -> str:
+  """Returns the name of the shipped model that takes images of this shape.
+
+  Args:
+    images: Images in one of the forms that `FewShotClassifier` accepts.
+
+  Raises:
+    ValueError: if no shipped model takes them.
+  """
+  given = as_array(images).shape
+  shapes = {name: load_model(name).config.image_shape for name in shipped_models()}
+  found = [name for name, shape in shapes.items() if fits(given, shape)]
+  if not found:
+    takes = ', or '.join(f'{forms(shape)} for {name}' for name, shape in shapes.items())
+    raise ValueError(f'images must be {takes}, got shape {given}; resize them, or give another `model`')
+  return found[0]

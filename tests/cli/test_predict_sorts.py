@@ -10,6 +10,8 @@ from picture_folders import SHOWN, left, predict, save
 from problems import saying
 
 import metasgd_jax as ms
+from metasgd_jax.cli import choosing
+from metasgd_jax.deploy import model_file as model_file_module
 from metasgd_jax.io import files
 
 
@@ -69,6 +71,26 @@ def test_pictures_of_another_kind_are_told(folders, model_file, tmp_path, capsys
     assert predict(folders, path, out=dataset) == 0
     said = f'look like drawings, but the model {path} was trained on photographs'
     assert (said in capsys.readouterr().out) == warned
+
+
+def test_the_model_is_chosen_by_the_kind_of_the_examples(folders, model_file, tmp_path, capsys, monkeypatch):
+  """One model ships for drawings and one for photographs. The examples are drawings, and one of them is damaged."""
+  model, shipped = ms.load_model(model_file), tmp_path / 'shipped'
+  shipped.mkdir()
+  for name, dataset in (('a', 'mini_imagenet'), ('b', 'omniglot')):
+    config = dataclasses.replace(model.config, training={'dataset': dataset})
+    ms.save_model(shipped / f'{name}.safetensors', model._replace(config=config))
+  monkeypatch.setattr(model_file_module, '_SHIPPED', shipped)
+  (folders / 'support' / 'blot' / '0.png').write_bytes(b'\x89PNG')
+  assert predict(folders, 'auto') == 0
+  assert 'the examples look like drawings, so the model is b; --model=NAME' in capsys.readouterr().out
+  monkeypatch.setattr(choosing, 'kind_of', lambda images: 'photographs')
+  assert predict(folders, 'auto', out='other') == 0
+  out = capsys.readouterr().out
+  assert 'the examples look like photographs, so the model is a;' in out
+  assert 'warning: these pictures look like drawings' not in out
+  assert predict(folders, 'b', out='third') == 0
+  assert 'the model b was trained on drawings' in capsys.readouterr().out
 
 
 def test_pictures_are_moved_to_the_folders_of_their_classes(folders, model_file, capsys):

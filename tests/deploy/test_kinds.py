@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from problems import saying
 from small_models import pictures, small_model
 
 import metasgd_jax as ms
-from metasgd_jax.deploy import kinds
+from metasgd_jax.deploy import kinds, model_file
 
 
 def photographs(count, channels=3, seed=0):
@@ -44,6 +45,34 @@ def test_the_share_of_paper_of_pictures_made_by_hand():
   images[1, 1:9] = 220
   np.testing.assert_allclose(kinds.share_of_paper(images), [0.75, 1])
   np.testing.assert_allclose(kinds.share_of_paper(pictures([1], 28)[..., None] // 255), [1])
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+  """Two models that ship in place of the real ones."""
+  for name, shape in (('small', (16, 16, 1)), ('large', (32, 20, 3))):
+    ms.save_model(tmp_path / f'{name}.safetensors', small_model(image_shape=shape))
+  monkeypatch.setattr(model_file, '_SHIPPED', tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'name'),
+  [((4, 16, 16), 'small'), ((4, 16, 16, 1), 'small'), ((4, 256), 'small'), ((4, 32, 20, 3), 'large')],
+)
+def test_a_classifier_takes_the_shipped_model_of_this_size(shape, name, shipped):
+  images = np.random.default_rng(0).uniform(size=shape)
+  classifier = ms.FewShotClassifier().fit(images, [0, 0, 1, 1])
+  assert classifier.model_ == name
+  explicit = ms.FewShotClassifier(name).fit(images, [0, 0, 1, 1])
+  np.testing.assert_array_equal(classifier.decision_function(images), explicit.decision_function(images))
+
+
+def test_images_that_no_shipped_model_takes(shipped):
+  said = ('[n, 32, 20, 3], or flat [n, 1920] for large', '[n, 16, 16, 1], or flat [n, 256] for small', '(2, 28, 28)')
+  with pytest.raises(ValueError, match=saying(*said, 'give another `model`')):
+    ms.FewShotClassifier().fit(np.zeros((2, 28, 28)), [0, 1])
+  with pytest.raises(ValueError, match='different shapes'):
+    ms.FewShotClassifier().fit([np.zeros((28, 28)), np.zeros((27, 28))], [0, 1])
 
 
 @pytest.mark.parametrize(
