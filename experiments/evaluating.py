@@ -75,8 +75,7 @@ def build(config: Any, model: ms.FewShotModel, devices: int | None = None) -> Se
     raise ValueError(
       f'the model {config.evaluate} serves 2 to {model.config.way} classes, got way={config.way}; give a lower --way'
     )
-  bank = few_shot_data.load_for_model(config, model.config)
-  data = few_shot_data.placed(few_shot_data.Data(None, None, bank), config.stream)
+  data = few_shot_data.placed(few_shot_data.load_for_model(config, model.config), config.stream)
   modes = {inductive: build_learner(model.config, config.way, inductive) for inductive in (False, True)}
   setup = Setup(
     data=data,

@@ -45,12 +45,14 @@ class Data(NamedTuple):
   """Class banks to train, validate and test on. The banks have no class in common.
 
   A bank is `None` if the data set has no classes for that purpose. For glyphs all three are `None`, because the program
-  generates glyphs and needs no bank.
+  generates glyphs and needs no bank. `test_names` are the names of the folders of the test classes, if they were read
+  from folders.
   """
 
   train: ms.tasks.ClassBank | None
   validation: ms.tasks.ClassBank | None
   test: ms.tasks.ClassBank | None
+  test_names: tuple[str, ...] = ()
 
 
 def image_shape(data: Data) -> tuple[int, int, int]:
@@ -67,17 +69,19 @@ def load(config: Any) -> Data:
   """
   if config.dataset == 'glyphs':
     return Data(None, None, None)
+  names: tuple[str, ...] = ()
   if config.dataset == 'mini_imagenet':
+    names = splits.published_split('mini_imagenet').test
     found = mini_imagenet.load(config.data_dir, size=config.image_size or 84, cache=config.cache, report=print)
   elif config.dataset == 'folder':
-    found = load_folder(config)
+    found, names = load_folder(config)
   else:
     found = load_archived(config)
-  return Data(found.train, found.validation if len(found.validation.sizes) else None, found.test)
+  return Data(found.train, found.validation if len(found.validation.sizes) else None, found.test, names)
 
 
-def load_for_model(config: Any, model: ms.ModelConfig) -> ms.tasks.ClassBank | None:
-  """Returns the classes to test a trained model on, or `None` for glyphs, which are generated.
+def load_for_model(config: Any, model: ms.ModelConfig) -> Data:
+  """Returns the classes to test a trained model on, without classes to train or validate on.
 
   The classes are the test classes of the data set. For a folder they are the classes that the file test.txt in
   `config.class_lists` lists, or all classes if there are no lists.
@@ -90,23 +94,23 @@ def load_for_model(config: Any, model: ms.ModelConfig) -> ms.tasks.ClassBank | N
     DatasetError: if the data set cannot be loaded.
   """
   if config.dataset == 'glyphs':
-    return None
+    return Data(None, None, None)
   form: Any = dict(size=model.image_shape[:2], channels=model.image_shape[2], fit=model.fit)
   image_files.check_form(**form)
   if config.dataset == 'folder':
-    bank = load_test_folder(config, form)
+    bank, names = load_test_folder(config, form)
   else:
-    test: Any = load(config).test
-    bank = reshaped(test, **form)
+    data: Any = load(config)
+    bank, names = reshaped(data.test, **form), data.test_names
     check_test(f'the test part of {config.dataset}', range(len(bank.sizes)), bank.sizes, config)
   light = has_light_border(bank.images, white=255) & (model.background == 'dark')
-  if not light.any():
-    return bank
-  return bank._replace(images=np.where(light[:, None, None, None], 255 - bank.images, bank.images))
+  if light.any():
+    bank = bank._replace(images=np.where(light[:, None, None, None], 255 - bank.images, bank.images))
+  return Data(None, None, bank, names)
 
 
-def load_test_folder(config: Any, form: dict[str, Any]) -> ms.tasks.ClassBank:
-  """Returns the classes of a folder to test a model on. `form` has arguments of `image_folder.load`.
+def load_test_folder(config: Any, form: dict[str, Any]) -> tuple[ms.tasks.ClassBank, tuple[str, ...]]:
+  """Returns the classes of a folder to test a model on, and their names. `form` has arguments of `image_folder.load`.
 
   The numbers of classes and images are checked before the images are read, and again without unreadable images.
   """
@@ -121,7 +125,7 @@ def load_test_folder(config: Any, form: dict[str, Any]) -> ms.tasks.ClassBank:
   images = image_folder.load(config.data_dir, report=print, **form)
   bank = images.bank if listed is None else splits.split_bank(images.bank, images.names, parts).test
   check_test(what, parts.test, bank.sizes, config)
-  return bank
+  return bank, images.names if listed is None else listed
 
 
 def reshaped(
@@ -151,8 +155,10 @@ def load_archived(config: Any) -> splits.Splits:
   return found._replace(train=ms.tasks.rotate_classes(found.train))
 
 
-def load_folder(config: Any) -> splits.Splits:
-  """Returns the classes of a folder of images, split by the lists in the folder `config.class_lists`.
+def load_folder(config: Any) -> tuple[splits.Splits, tuple[str, ...]]:
+  """Returns the classes of a folder of images, and the names of the test classes.
+
+  The classes are split by the lists in the folder `config.class_lists`.
 
   Without `class_lists` the split is random: 64% of the classes to train on, 16% for validation, and 20% to test on.
   """
@@ -168,7 +174,7 @@ def load_folder(config: Any) -> splits.Splits:
   check_test('the test part', names.test, found.test.sizes, config)
   if config.validate_every:
     check_test('the validation part', names.validation, found.validation.sizes, config)
-  return found
+  return found, names.test
 
 
 def load_images(config: Any) -> image_folder.ImageFolder:
@@ -227,7 +233,8 @@ def from_indices(bank: ms.tasks.ClassBank, indices: ms.TaskDistribution) -> Task
 
 def placed(data: Data, choice: str) -> Data:
   """Returns the data with all images on the device, except for the banks that are to be streamed."""
-  for part, bank in data._asdict().items():
+  for part in ('train', 'validation', 'test'):
+    bank = getattr(data, part)
     if bank is not None and not streamed(bank, choice):
       data = data._replace(**{part: bank._replace(images=jnp.asarray(bank.images))})
   return data

@@ -178,7 +178,15 @@ def draw_task(name: str, meta: Any, config: Any, setup: Setup, negative: bool, p
   keys = jax.random.split(reporting.test_keys(config.eval_seed)[1], 3)
   tasks = setup.tests[config.test_shots[0]].prepare(lambda: (keys[:1], keys[1:2]))
   found = _answered(setup.testers[name, False], reporting.one_run(meta, 0), tasks, *keys)
-  return plotting.episode_sheet(*jax.device_get(found), negative=negative)
+  return plotting.episode_sheet(*jax.device_get(found), negative=negative, names=_names(config, setup, keys[0]))
+
+
+def _names(config: Any, setup: Setup, task_key: Any) -> list[str] | None:
+  """Returns the names of the classes of a task, if the test classes have names."""
+  if not setup.data.test_names:
+    return None
+  indices = ms.tasks.image_indices(setup.data.test, way=config.way, shot=1, query=1)
+  return [setup.data.test_names[i] for i in indices.sample(task_key)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -31,6 +31,13 @@ For the learner 'joint', the file contains the embedding, as a prototypical mode
 """
 
 
+TERMS = {
+  'mini_imagenet': 'trained on images of ImageNet, whose terms allow non-commercial research and education: '
+  'https://image-net.org/download'
+}
+"""What a model file says about the terms of its data set, by name of the data set."""
+
+
 def is_saved(name: str, config: Any) -> bool:
   """Returns whether the model of a learner is written to a file."""
   return name in SAVED and config.ensemble == 1 and not config.alpha_by_step and config.network == 'conv4'
@@ -52,6 +59,8 @@ def save_model(
   public = dataclasses.replace(config, **{k: v for k, v in places.items() if getattr(config, k)})
   training = running.settings(config, *MODEL_FACTS) | provenance.collect()
   training['command'] = f'python -m experiments.classification {options.as_flags(public)}'
+  if config.dataset in TERMS:
+    training['terms'] = TERMS[config.dataset]
   if name == 'joint':  # The tests are those of gradient descent on the support, which the file cannot do.
     name, meta, temperature, tests = 'prototypical', meta.theta, 1.0, []
     training = {name: fact for name, fact in training.items() if name not in OF_EPISODES} | {'learner': 'joint'}

@@ -11,7 +11,9 @@ from metasgd_jax.plotting.colours import BLUE, GREEN, GREY, RED
 from metasgd_jax.types import Batch
 
 
-def episode_sheet(support: Batch, query: Batch, logits: np.ndarray, *, negative: bool = False) -> Figure:
+def episode_sheet(
+  support: Batch, query: Batch, logits: np.ndarray, *, negative: bool = False, names: Sequence[str] | None = None
+) -> Figure:
   """Draws one few-shot task, with one row per class, and the answers of a learner to the query.
 
   The support is on the left and the query is on the right. At most 10 query images of a class are drawn. Right answers
@@ -23,6 +25,7 @@ def episode_sheet(support: Batch, query: Batch, logits: np.ndarray, *, negative:
     logits: Logits of the query after adaptation, `[N·Q, N]`.
     negative: Whether light and dark are exchanged in grey images, so that light strokes on black are drawn as ink on
       paper. For photographs it must be False.
+    names: Names of the N classes, such as those of their folders. By default the classes are shown by their labels.
 
   Example:
     >>> from metasgd_jax import plotting
@@ -33,21 +36,22 @@ def episode_sheet(support: Batch, query: Batch, logits: np.ndarray, *, negative:
   way = logits.shape[-1]
   shot, queries = len(support.y) // way, min(len(query.y) // way, 10)
   answers = np.argmax(logits, -1)
+  short = [_shortened(name, 10) for name in names] if names else [str(label) for label in range(way)]
   figure = Figure(figsize=(0.8 * (shot + queries) + 0.6, 0.95 * way + 0.6), layout='constrained')
   axes = figure.subplots(way, shot + queries, squeeze=False)
   for label in range(way):
     pictures: list[tuple[Any, str, str]] = [(x, 'support', 'black') for x in support.x[support.y == label]]
     chosen = np.flatnonzero(np.asarray(query.y) == label)[:queries]
-    pictures += [(query.x[i], f'{answers[i]}', BLUE if answers[i] == label else 'red') for i in chosen]
+    pictures += [(query.x[i], short[answers[i]], BLUE if answers[i] == label else 'red') for i in chosen]
     for ax, (image, text, colour) in zip(axes[label], pictures, strict=True):
       image = np.asarray(image)
       ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap='gray_r' if negative else 'gray', vmin=0, vmax=1)
-      ax.set_title(text, fontsize=7, color=colour, pad=2)
+      ax.set_title(text, fontsize=7, color=colour, pad=2, parse_math=False)
       ax.set_xticks([])
       ax.set_yticks([])
       for spine in ax.spines.values():
         spine.set_color(colour)
-    axes[label, 0].set_ylabel(f'class {label}', fontsize=8)
+    axes[label, 0].set_ylabel(short[label] if names else f'class {label}', fontsize=8, parse_math=False)
   share = float(np.mean(answers == np.asarray(query.y)))
   title = f'{share:.0%} of {len(query.y)} query images right\nanswers: blue if right, red if wrong'
   figure.suptitle(title, fontsize=9)

@@ -15,6 +15,7 @@ from experiments import classification, evaluating, few_shot_data, reporting
 from experiments.resuming import Keeping
 from metasgd_jax import plotting
 from metasgd_jax.datasets import DatasetError, image_folder, splits
+from metasgd_jax.datasets.image_files import read_image
 from metasgd_jax.deploy import inputs
 from metasgd_jax.deploy.model_file import build_learner
 from metasgd_jax.io import files
@@ -188,7 +189,7 @@ def wide_folder(directory, light):
 def test_pictures_of_a_folder_are_prepared_as_predict_prepares_them(background, light, tmp_path):
   model = small_model('prototypical', filters=2, background=background).config
   folder = wide_folder(tmp_path / 'images', light)
-  bank = few_shot_data.load_for_model(settings('m', folder, eval_query=1), model)
+  bank = few_shot_data.load_for_model(settings('m', folder, eval_query=1), model).test
   fit = 'pad' if background == 'dark' else 'crop'
   read = image_folder.load(folder, size=28, channels=1, fit=fit).bank.images
   prepared, turned = inputs.prepared(read, 'auto', model)
@@ -213,14 +214,14 @@ def test_pictures_of_other_data_sets_are_prepared_too(monkeypatch):
   bank = ms.tasks.ClassBank(colours.astype(np.uint8), np.array([2, 3]))
   monkeypatch.setattr(few_shot_data, 'load', lambda config: few_shot_data.Data(bank, None, bank))
   config = classification.Config(evaluate='m', dataset='cifar_fs', data_dir='x', way=2, eval_shots=(1,), eval_query=1)
-  found = few_shot_data.load_for_model(config, small_model('prototypical').config).images
+  found = few_shot_data.load_for_model(config, small_model('prototypical').config).test.images
   assert found.shape == (5, 28, 28, 1)
   for picture, colour, is_light in zip(found, bank.images, np.arange(5) < 3, strict=True):
     grey = Image.fromarray(colour).convert('L').resize((28, 28), Image.Resampling.LANCZOS)
     expected = 255 - np.asarray(grey) if is_light else np.asarray(grey)
     np.testing.assert_array_equal(picture[..., 0], expected)
   photographs = small_model('prototypical', image_shape=(28, 28, 3), background='any').config
-  kept = few_shot_data.load_for_model(config, photographs).images
+  kept = few_shot_data.load_for_model(config, photographs).test.images
   assert kept.shape == (5, 28, 28, 3)
   assert kept[0].mean() > 128 > kept[4].mean()
   with pytest.raises(ValueError, match='channels'):
@@ -246,17 +247,21 @@ def test_glyphs_get_the_size_and_channels_of_the_model(shape, tmp_path):
 def test_the_picture_shows_what_the_model_saw(background, tmp_path, monkeypatch):
   drawn, draw = [], plotting.episode_sheet
 
-  def episode_sheet(support, query, logits, *, negative):
-    drawn.append((support.x[:, 0].mean(), negative))
-    return draw(support, query, logits, negative=negative)
+  def episode_sheet(support, query, logits, *, negative, names):
+    drawn.append((support, negative, names))
+    return draw(support, query, logits, negative=negative, names=names)
 
   monkeypatch.setattr(plotting, 'episode_sheet', episode_sheet)
   model = saved(tmp_path / 'm', background=background)
   folder = folder_of(tmp_path / 'images', light=True)
   evaluating.prepare(settings(model, folder, eval_shots=(1,)), tmp_path / 'run')()
-  [(border, negative)] = drawn
-  assert (border < 0.5, negative) == (background == 'dark', background == 'dark')
+  [(support, negative, names)] = drawn
+  assert (support.x[:, 0].mean() < 0.5, negative) == (background == 'dark', background == 'dark')
   assert (tmp_path / 'run' / 'task_prototypical.png').read_bytes().startswith(b'\x89PNG')
+  for x, y in zip(np.asarray(support.x), support.y.tolist(), strict=True):
+    found = [read_image(path, size=28, channels=1) / 255 for path in (folder / names[y]).iterdir()]
+    seen = 1 - x if background == 'dark' else x
+    assert min(np.abs(seen - image).max() for image in found) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ def test_episode_sheet_marks_what_is_wrong():
     '75% of 4 query images right\nanswers: blue if right, red if wrong',
   ]
   assert [ax.title.get_color() for ax in figure.axes] == ['black', '#2166ac', '#2166ac', 'black', 'red', '#2166ac']
+  named = plotting.episode_sheet(support, query, logits, names=['$a', 'a very long name'])
+  assert drawn(named)[:6] == ['support', '$a', '$a', 'support', '$a', 'a ver…name']
+  assert [named.axes[i].get_ylabel() for i in (0, 3)] == ['$a', 'a ver…name']
 
 
 def test_accuracies_are_in_order_and_the_papers_are_beside_them():
