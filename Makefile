@@ -15,6 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
 JOBS ?= auto
+# Prints one sentence and fails, if the Python that runs it is too old.
+NEW_ENOUGH = -c "import sys; sys.version_info >= (3, 11, 4) or sys.exit('error: metasgd_jax needs Python 3.11.4 or newer, \
+got %d.%d.%d from ' % sys.version_info[:3] + sys.executable + '; $(1)')"
 TESTS = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-all faults fuzz lint docs notebooks bench torture lowest package clean
@@ -81,9 +84,11 @@ clean:
 
 # One file for each extra that is installed; a change of what is asked for installs anew.
 $(VENV)/%: pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python $(call NEW_ENOUGH,remove $(VENV) and give a newer one as in make $(MAKECMDGOALS) PYTHON=python3.13)
 	@echo 'installing metasgd_jax[$*] in $(VENV), about a minute the first time'
 	$(PIP) -e '.[$*]'
 	@touch $@
 
 $(BIN)/python:
+	@$(PYTHON) $(call NEW_ENOUGH,give a newer one as in make $(MAKECMDGOALS) PYTHON=python3.13)
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

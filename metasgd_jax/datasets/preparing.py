@@ -10,6 +10,7 @@ which this module does in another way:
 """
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -48,9 +49,10 @@ def prepared(
     report: Function that is called with a line of text before anything that takes seconds.
 
   Raises:
-    DatasetError: if the data directory cannot be written, if an archive is missing, is broken or has another checksum,
-      if a download fails, or if any error is raised in the `with` block.
+    DatasetError: if array_record is not installed, if the data directory cannot be written, if an archive is missing,
+      is broken or has another checksum, if a download fails, or if any error is raised in the `with` block.
   """
+  _check_array_record(what)
   data_dir, report = as_path(data_dir), printing(report)
   archives = None if archives is None else as_path(archives)
   verbosity = logging.get_verbosity()
@@ -88,6 +90,14 @@ def check_counts(names: Sequence[str], counts: np.ndarray, expected: int, images
   wrong = np.flatnonzero(counts != expected)
   if wrong.size:
     raise ValueError(f'{names[wrong[0]]} has {counts[wrong[0]]} {images}, but it should have {expected}')
+
+
+def _check_array_record(what: str) -> None:
+  if importlib.util.find_spec('array_record') is None:
+    raise DatasetError(
+      f'{what} cannot be read, because array_record is not installed; pip install array_record, or on Windows, for '
+      'which there is no array_record, use the Linux subsystem (WSL)'
+    )
 
 
 def _prepare(builder, data_dir: pathlib.Path, archives: pathlib.Path | None, verify: bool, report: Report) -> None:

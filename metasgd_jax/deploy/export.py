@@ -27,6 +27,12 @@ from metasgd_jax.version import __version__
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
+_PREPARED = {
+  'crop': 'cropped to the largest centred part with the aspect ratio of image_shape, then resized with Lanczos',
+  'pad': 'padded with the median colour of the border to the aspect ratio of image_shape, then resized with Lanczos',
+}
+"""How picture files were brought to the size of the model."""
+
 
 def export_model(
   path: PathLike,
@@ -82,6 +88,7 @@ def export_model(
     'classes': n,
     'image_shape': config.image_shape,
     'pixels': '0 to 1, light on dark' if config.background == 'dark' else '0 to 1',
+    'pictures': _PREPARED[config.fit],
     'inner_steps': config.inner_steps,
     'batch_norm': 'inductive' if inductive else 'transductive',
     'outputs': 'logits',

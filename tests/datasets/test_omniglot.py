@@ -10,6 +10,7 @@ import http.server
 import io
 import pathlib
 import shutil
+import sys
 import threading
 import types
 import zipfile
@@ -142,6 +143,12 @@ def from_network(monkeypatch):
     monkeypatch.setattr(module.Omniglot, 'url_infos', infos)
 
   return redirect
+
+
+def test_without_array_record(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'array_record', None)  # As on Windows, where it cannot be installed.
+  with pytest.raises(DatasetError, match=saying('Omniglot cannot be read', 'array_record is not installed', 'WSL')):
+    omniglot.load(tmp_path)
 
 
 @pytest.mark.filterwarnings('ignore::ResourceWarning')

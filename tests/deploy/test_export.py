@@ -112,6 +112,7 @@ def test_fewer_classes_and_a_fixed_number_of_shots(model, one_block, tmp_path):
   np.testing.assert_allclose(found.predict(found.adapt(found.parameters, *support), x), ours, rtol=1e-4, atol=1e-5)
   assert ours.shape == (4, 3)
   assert found.about['says']['classes'] == 3
+  assert found.about['says']['pictures'].startswith('padded')
   assert found.about['platforms'] == ['cpu']
   with pytest.raises(ValueError, match=r'6|shape'):
     found.adapt(found.parameters, *some(9, way=3))
