@@ -11,11 +11,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code: 0, or 1 after an error, which standard error reports."""
   escape_unprintable()
   args = parse(sys.argv[1:] if argv is None else argv)
-  from metasgd_jax.cli import export, info, predict  # Their imports are slow, and --help does not need them.
+  from metasgd_jax.cli import demo, export, info, predict  # Their imports are slow, and --help does not need them.
   from metasgd_jax.datasets.messages import DatasetError, printable
   from metasgd_jax.io.files import WriterError
 
-  run = {'predict': predict.run, 'info': info.run, 'export': export.run}[args.command]
+  run = {'demo': demo.run, 'predict': predict.run, 'info': info.run, 'export': export.run}[args.command]
   try:
     run(args)
   except (DatasetError, ValueError, WriterError) as e:

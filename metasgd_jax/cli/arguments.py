@@ -17,7 +17,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = make('metasgd', description='Few-shot classification of pictures by a trained model.')
   parser.add_argument('--version', action='version', version=f'metasgd_jax {__version__}')
   commands = parser.add_subparsers(title='commands', dest='command', required=True, parser_class=make)
-  added = {'predict': _predict(commands), 'info': _info(commands), 'export': _export(commands)}
+  added = {'demo': _demo(commands), 'predict': _predict(commands), 'info': _info(commands), 'export': _export(commands)}
   args, unknown = parser.parse_known_args(argv)
   if unknown:  # The error of the command shows its flags.
     added[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
@@ -27,6 +27,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       advice = 'give the path of a file' if is_file else 'give a folder, such as .'
       added[args.command].error(f'--{name.replace("_", "-")} is empty; {advice}')
   return args
+
+
+def _demo(commands: Any) -> argparse.ArgumentParser:
+  description = 'Draws example pictures, and sorts them with `metasgd predict`. It takes about ten seconds.'
+  parser = commands.add_parser('demo', help='draw example pictures, and sort them', description=description)
+  out = 'new or empty folder for the pictures and the results (default: metasgd_demo)'
+  parser.add_argument('--out', metavar='DIR', default='metasgd_demo', help=out)
+  return parser
 
 
 def _predict(commands: Any) -> argparse.ArgumentParser:

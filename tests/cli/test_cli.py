@@ -216,7 +216,7 @@ def test_a_mistyped_command_or_flag(argv, message, capsys):
   assert re.search(saying(*message), capsys.readouterr().err)
 
 
-@pytest.mark.parametrize('argv', [['--help'], *([name, '--help'] for name in ('predict', 'info', 'export'))])
+@pytest.mark.parametrize('argv', [['--help'], *([name, '--help'] for name in ('demo', 'predict', 'info', 'export'))])
 def test_help_fits_a_screen(argv, capsys, monkeypatch):
   monkeypatch.setenv('COLUMNS', '80')
   with pytest.raises(SystemExit) as e:

@@ -7,6 +7,8 @@ import jax
 import pytest
 from source import absent
 
+import metasgd_jax as ms
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text()
 EXPERIMENTS = (ROOT / 'docs' / 'experiments.md').read_text()
@@ -72,3 +74,8 @@ def test_links_lead_somewhere():
   links = re.findall(r'\]\(((?!https?:)[^)#]+)\)', README)
   assert len(links) > 10
   assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_citations_name_this_version():
+  said = re.findall(r'^version: (.+)$', (ROOT / 'CITATION.cff').read_text(), re.MULTILINE)
+  assert said == re.findall(r'version = \{(.+?)\}', README) == [ms.__version__]
