@@ -38,7 +38,7 @@ class OneLayer(nn.Module):
 
 def in_place_of_conv4(network):
   """A context in which learners are built of a small network, which compiles in a fraction of the time."""
-  return mock.patch.object(ms.nn, 'Conv4', lambda way, filters, hidden, dtype=None: network(way or 4))
+  return mock.patch.object(ms.nn, 'Conv4', lambda way, filters, hidden, dtype=None, native=False: network(way or 4))
 
 
 def sinusoid_learner(build=ms.meta_sgd, hidden=(40, 40), **kwargs):

@@ -19,7 +19,7 @@ def small_model(learner='meta_sgd', seed=0, training=None, **config):
   config = ms.ModelConfig(learner, training=training or {}, **config)
   x = np.zeros((config.way, *config.image_shape), np.float32)
   batch = ms.Batch(x, np.arange(config.way, dtype=np.int32))
-  init = jax.jit(model_file.build_learner(config).init)
+  init = jax.jit(model_file.build_learner(config, native=True).init)
   return ms.FewShotModel(config, jax.device_get(init(jax.random.key(seed), ms.Episode(batch, batch))))
 
 

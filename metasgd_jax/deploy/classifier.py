@@ -9,9 +9,16 @@ import numpy as np
 
 from metasgd_jax.deploy import kinds, likeness
 from metasgd_jax.deploy.inputs import as_classes, as_labels, balanced, prepared, text_kind
-from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, build_learner, build_network, load_model
+from metasgd_jax.deploy.model_file import (
+  FewShotModel,
+  ModelConfig,
+  build_learner,
+  build_network,
+  load_model,
+  suits_native,
+)
 from metasgd_jax.io.files import PathLike
-from metasgd_jax.types import Batch
+from metasgd_jax.types import Batch, Learner, Model
 
 AT_ONCE = 32
 """Number of images that an inductive classifier predicts at once.
@@ -244,20 +251,27 @@ class FewShotClassifier:
     return (config, len(self.classes_), inductive), adapted
 
 
+def _learner(options: tuple[ModelConfig, int, bool]) -> Learner:
+  return build_learner(*options, native=suits_native(options[0]))
+
+
+def _network(options: tuple[ModelConfig, int, bool]) -> Model:
+  return build_network(options[0], native=suits_native(options[0]))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _adapt(options: tuple[ModelConfig, int, bool], meta, x, y):
   """Returns the adapted state, and the mean features of each class. The options are arguments of `build_learner`."""
   support = Batch(x, y)
-  adapted = build_learner(*options).adapt(meta, support, jax.random.key(0))
-  config, way, _ = options
-  return adapted, likeness.class_means(build_network(config), adapted, support, way)
+  adapted = _learner(options).adapt(meta, support, jax.random.key(0))
+  return adapted, likeness.class_means(_network(options), adapted, support, options[1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(options: tuple[ModelConfig, int, bool], adapted, x):
-  return build_learner(*options).predict(adapted, x)
+  return _learner(options).predict(adapted, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _likeness(options: tuple[ModelConfig, int, bool], adapted, means, x):
-  return likeness.likeness(build_network(options[0]), adapted, means, x)
+  return likeness.likeness(_network(options), adapted, means, x)

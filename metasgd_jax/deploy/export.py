@@ -18,7 +18,7 @@ from jax.extend.core import InconclusiveDimensionOperation
 
 from metasgd_jax.deploy import checks
 from metasgd_jax.deploy.exported_file import FORMAT_VERSION, Exported, described, load_exported, member
-from metasgd_jax.deploy.model_file import FewShotModel, build_learner
+from metasgd_jax.deploy.model_file import FewShotModel, build_learner, suits_native
 from metasgd_jax.io.files import PathLike, as_json, atomic, first_line
 from metasgd_jax.outer import sharding
 from metasgd_jax.tree import is_key, named
@@ -79,7 +79,7 @@ def export_model(
   if shot is not None and not (checks.is_int(shot) and 1 <= shot <= 10_000):
     raise ValueError(f'`shot` must be an integer from 1 to 10,000, got {shot!r}')
   config = model.config
-  learner = build_learner(config, way, inductive)
+  learner = build_learner(config, way, inductive, native=suits_native(config))
   n = config.way if way is None else way
   y = np.arange(n * (shot or 1), dtype=np.int32) % n
   x = np.random.default_rng(0).uniform(size=(len(y), *config.image_shape)).astype(np.float32)

@@ -60,6 +60,7 @@ class Conv4(nn.Module):
     hidden: Number of units of the fully connected layer. With 0 the layer is left out.
     dtype: Data type of the activations, by default that of θ. With bfloat16, these parts stay in float32: θ, its
       gradient, sums of products, the statistics of batch norm, and the last layer.
+    native: Whether to use XLA's own convolutions, which compile faster and are slower in training; see `conv_block`.
 
   Example:
     >>> model = ms.nn.from_linen(ms.nn.Conv4(way=5, filters=8))
@@ -72,6 +73,7 @@ class Conv4(nn.Module):
   filters: int = 64
   hidden: int = 32
   dtype: chex.ArrayDType | None = None
+  native: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -82,7 +84,7 @@ class Conv4(nn.Module):
     """
     check_images('Conv4', x, 16, 16)  # The blocks halve the images four times.
     for _ in range(4):
-      x = ConvBlock(self.filters, dtype=self.dtype)(x)
+      x = ConvBlock(self.filters, dtype=self.dtype, native=self.native)(x)
     x = x.reshape(x.shape[0], -1)
     if self.hidden:
       x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))

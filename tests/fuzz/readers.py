@@ -37,7 +37,7 @@ def _models() -> list[Tree]:
     )
     x = np.zeros((3, 16, 16, 1), np.float32)
     batch = ms.Batch(x, np.arange(3, dtype=np.int32))
-    init = jax.jit(model_file.build_learner(config).init)
+    init = jax.jit(model_file.build_learner(config, native=True).init)
     meta = jax.device_get(init(jax.random.key(0), ms.Episode(batch, batch)))
     return in_folder(lambda folder: ms.save_model(folder / 'a.safetensors', ms.FewShotModel(config, meta)))
 

@@ -356,6 +356,15 @@ def test_conv_block_equals_the_plain_layers_to_second_order(images):
     assert_trees_close(*both, rtol=1e-9, atol=1e-9)
 
 
+def test_conv_block_by_the_convolution_of_xla():
+  with jax.enable_x64(True):
+    operands = normal(2, 6, 8, 2), normal(3, 3, 2, 4, seed=1), np.array([0.5, -1.5, 2.0, -0.1]), normal(4, seed=2)
+    blocks = ms.nn.conv_block, functools.partial(ms.nn.conv_block, native=True)
+    assert_trees_close(*[orders(block)(*operands) for block in blocks], rtol=1e-9, atol=1e-9)
+    texts = [str(jax.make_jaxpr(block)(*operands)) for block in blocks]
+  assert ['conv_general_dilated' in text for text in texts] == [False, True]
+
+
 def test_few_channels_in_one_program_for_many_tasks():
   """Kernels differ between the tasks of a vmap."""
   with jax.enable_x64(True):
