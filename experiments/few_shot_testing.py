@@ -183,7 +183,7 @@ def draw_task(name: str, meta: Any, config: Any, setup: Setup, negative: bool, p
 
 def _names(config: Any, setup: Setup, task_key: Any) -> list[str] | None:
   """Returns the names of the classes of a task, if the test classes have names."""
-  if not setup.data.test_names:
+  if setup.data.test is None or not setup.data.test_names:
     return None
   indices = ms.tasks.image_indices(setup.data.test, way=config.way, shot=1, query=1)
   return [setup.data.test_names[i] for i in indices.sample(task_key)]

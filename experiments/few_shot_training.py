@@ -174,7 +174,8 @@ def _started(meta: Any, model: ms.FewShotModel) -> Any:
   If the model is a prototypical one and `meta` is not, it returns `meta` with the model's embedding in θ. The layers
   after the embedding and α stay as they are.
   """
-  if jax.tree.structure(meta) == jax.tree.structure(model.meta):
+  structures: list[Any] = [jax.tree.structure(one) for one in (meta, model.meta)]
+  if structures[0] == structures[1]:
     return jax.tree.map(jnp.asarray, model.meta)
   theta = tree.named_arrays(meta.theta) | tree.named_arrays(model.meta)
   return meta._replace(theta=tree.from_named_arrays(theta, meta.theta))
