@@ -14,19 +14,28 @@ author = 'The metasgd_jax authors'
 copyright = author  # noqa: A001
 release = __version__
 
-extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode', 'myst_nb']
+extensions = [
+  'sphinx.ext.autodoc',
+  'sphinx.ext.napoleon',
+  'sphinx.ext.viewcode',
+  'myst_nb',
+  'sphinx_copybutton',
+  'sphinx_design',
+]
 exclude_patterns = ['_build', 'data']
-html_theme = 'alabaster'
-html_theme_options = {'description': 'Meta-SGD as pure functions in JAX', 'page_width': '1100px'}
-html_sidebars = {'**': ['about.html', 'searchfield.html', 'navigation.html']}
+html_theme = 'furo'
+html_title = f'metasgd_jax {release}'
+html_static_path = ['_static']
+html_css_files = ['custom.css']
 
 nb_execution_mode = 'off'  # The notebooks are shown with the outputs that are committed; the tests run them.
 nb_merge_streams = True
-myst_enable_extensions = ['dollarmath']
+myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 3
 
 default_role = 'code'  # A name in single backticks is code, in docstrings as in Markdown.
 autodoc_member_order = 'bysource'
+python_maximum_signature_line_length = 80
 autodoc_typehints = 'signature'
 autodoc_typehints_format = 'short'
 autodoc_preserve_defaults = True

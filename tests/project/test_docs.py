@@ -38,7 +38,9 @@ MODULES = sorted(
 )
 PACKAGES = [f'metasgd_jax{part}' for part in ('', '.learners', '.nn', '.rl', '.tasks', '.datasets', '.plotting')]
 OF_OUTPUT = [f'metasgd_jax.io.{name}' for name in ('files', 'provenance', 'writers')]
-ON_PAGES = set(re.findall(r'automodule:: (\S+)', ''.join(path.read_text() for path in (DOCS / 'api').glob('*.md'))))
+REFERENCE = ''.join(path.read_text() for path in sorted((DOCS / 'reference').glob('*.md')))
+LISTED = re.findall(r'auto(?:function|class|exception|data):: (\S+)', REFERENCE)
+MODULES_LISTED = re.findall(r'automodule:: (\S+)', REFERENCE)
 
 
 def public():
@@ -107,25 +109,34 @@ def test_each_public_function_and_class_has_an_example():
   assert [name for name, thing in found.items() if '>>>' not in (thing.__doc__ or '')] == []
 
 
-def is_on_a_page(name, thing):
-  """Whether an API page has the module that defines it; of a type or a constant, which say none, one that has it."""
-  home = thing.__name__ if inspect.ismodule(thing) else getattr(thing, '__module__', '')
-  if inspect.ismodule(thing) and hasattr(thing, '__path__'):
-    return any(module.startswith(f'{home}.') for module in ON_PAGES)
-  if home.startswith('metasgd_jax'):
-    return home in ON_PAGES
-  return any(getattr(importlib.import_module(module), name, None) is thing for module in ON_PAGES)
+def found_at(name):
+  """What a dotted name on a reference page stands for."""
+  module, attribute = name.rsplit('.', 1)
+  if module in MODULES:
+    return getattr(importlib.import_module(module), attribute)
+  return getattr(found_at(module), attribute)  # A module that has a shorter name, such as metasgd_jax.files.
 
 
-def test_each_public_name_is_on_a_page_of_the_site():
+def test_each_public_name_is_on_a_reference_page():
+  listed = {id(found_at(name)) for name in LISTED}
+  for module in map(importlib.import_module, MODULES_LISTED):
+    listed |= {id(getattr(module, name)) for name in public_names(module)}
   missing = []
-  for name in PACKAGES:
-    package = importlib.import_module(name)
-    assert len(public_names(package)) > 5, name
-    missing += [f'{name}.{one}' for one in public_names(package) if not is_on_a_page(one, getattr(package, one))]
+  for package in map(importlib.import_module, PACKAGES):
+    assert len(public_names(package)) > 5, package
+    things = {f'{package.__name__}.{name}': getattr(package, name) for name in public_names(package)}
+    for name, thing in things.items():
+      if inspect.ismodule(thing):
+        pages = [*LISTED, *MODULES_LISTED]
+        on_page = any(f'{one}.'.startswith((f'{name}.', f'{thing.__name__}.')) for one in pages)
+      else:
+        on_page = id(thing) in listed
+      if not on_page:
+        missing.append(name)
   assert missing == []
 
 
-def test_pages_name_modules_that_exist():
-  assert ON_PAGES
-  assert not ON_PAGES - set(MODULES)
+def test_each_name_is_on_the_reference_pages_once():
+  assert len(LISTED) > 150
+  things = [id(found_at(name)) for name in LISTED]
+  assert [name for name, thing in zip(LISTED, things, strict=True) if things.count(thing) > 1] == []
