@@ -7,7 +7,6 @@ python -m experiments.regression --table1    all of Table 1
 import dataclasses
 import functools
 from operator import methodcaller
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,8 @@ from metasgd_jax.tasks.sinusoid import MAML_SINUSOIDS, META_SGD_SINUSOIDS, sinus
 LEARNERS = ('meta_sgd', 'maml')
 DATASETS = {'sinusoids': META_SGD_SINUSOIDS, 'sinusoids_maml': MAML_SINUSOIDS}
 TEST_SHOTS = (5, 10, 20)
+DRAWN = 101
+"""Number of curves among which those of the figure are chosen."""
 
 PAPER_TABLE = {  # (learner, shots in training) → mean and half-width at 5, 10 and 20 shots; Li et al. 2017, Table 1.
   ('maml', 5): ((1.13, 0.18), (0.85, 0.14), (0.71, 0.12)),
@@ -205,29 +206,33 @@ def _pictures(trained: AllTrained, config: Config) -> running.Pictures:
 
 
 def _draw_fits(metas: dict[str, ms.MetaParams], shot: int, config: Config, plotting):
-  """Returns a figure like Figure 3 of the paper, with three unseen curves and the first run of each learner."""
+  """Returns a figure like Figure 3 of the paper, with three unseen curves and the first run of each learner.
+
+  Of `DRAWN` curves, these are the curves with the lower quartile, the median and the upper quartile of the first
+  learner's error.
+  """
   tasks = sinusoid(DATASETS[config.dataset], shot=shot)
   x = np.linspace(-5.0, 5.0, 200, dtype=np.float32)
-  learners = {name: build_learner(name, config) for name in metas}
-  fit = jax.jit(_fit_path, static_argnums=0)
-  truths, supports = [], []
-  fits: list[list[Any]] = []
-  for key in jax.random.split(test_keys(config.eval_seed)[1], 3):
-    task_key, episode_key, adapt_key = jax.random.split(key, 3)
-    task = tasks.sample(task_key)
-    truths.append(np.asarray(task(x)))
-    supports.append(tasks.episode(task, episode_key).support)
-    fits.append([])
-    for name, meta in metas.items():
-      path = fit(learners[name], reporting.one_run(meta, 0), supports[-1], x, adapt_key)
-      fits[-1].append(plotting.Fit(NAMES[name], np.asarray(path[0]), np.asarray(path[-1])))
-  return plotting.adaptation_curves(x, truths, supports, fits)
+  keys = jax.random.split(test_keys(config.eval_seed)[1], (DRAWN, 3))
+  draw = jax.jit(jax.vmap(functools.partial(_fits, tasks, metas, config, x)))
+  truths, supports, paths = jax.device_get(draw(keys))
+  errors = np.mean((paths[next(iter(metas))][:, -1] - truths) ** 2, 1)
+  chosen = np.argsort(errors)[[DRAWN // 4, DRAWN // 2, 3 * DRAWN // 4]]
+  fits = [[plotting.Fit(NAMES[name], paths[name][i, 0], paths[name][i, -1]) for name in metas] for i in chosen]
+  return plotting.adaptation_curves(x, truths[chosen], [reporting.one_run(supports, i) for i in chosen], fits)
 
 
-def _fit_path(learner, meta, support, x, key):
-  """Returns the predictions after 0, 1, …, k inner steps, `[k + 1, P]`, at x `[P]`."""
-  path = learner.path(meta, support, key)
-  return jax.vmap(learner.predict, (0, None))(path, x[:, None])[..., 0]
+def _fits(tasks, metas: dict[str, ms.MetaParams], config: Config, x, keys):
+  """Returns a curve at x `[P]`, its support, and the predictions of each learner after 0, …, k steps, `[k + 1, P]`."""
+  task_key, episode_key, adapt_key = keys
+  task = tasks.sample(task_key)
+  support = tasks.episode(task, episode_key).support
+  paths = {}
+  for name, meta in metas.items():
+    learner = build_learner(name, config)
+    path = learner.path(reporting.one_run(meta, 0), support, adapt_key)
+    paths[name] = jax.vmap(learner.predict, (0, None))(path, x[:, None])[..., 0]
+  return task(x), support, paths
 
 
 def _prepare(

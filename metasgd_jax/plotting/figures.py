@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from metasgd_jax.plotting.colours import BLUE, GREY, ORANGE
+from metasgd_jax.plotting.colours import BLUE, CORAL, GREY
 from metasgd_jax.types import Batch, PyTree
 
 
@@ -54,13 +54,13 @@ def adaptation_curves(
   """
   rows, columns = len(fits[0]), len(fits)
   figure = Figure(figsize=(3.6 * columns, 2.7 * rows), layout='constrained')
-  axes = figure.subplots(rows, columns, sharex=True, sharey='col', squeeze=False)
+  axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
   for column, (truth, support) in enumerate(zip(truths, supports, strict=True)):
     for row, fit in enumerate(fits[column]):
       ax = axes[row, column]
       error = float(np.mean((fit.after - truth) ** 2))
       ax.plot(x, truth, color=GREY, linewidth=1, label='truth')
-      ax.plot(x, fit.before, color=ORANGE, linestyle=':', label='before')
+      ax.plot(x, fit.before, color=CORAL, linestyle=':', label='before')
       ax.plot(x, fit.after, color=BLUE, linewidth=2, label='after')
       ax.plot(np.ravel(support.x), np.ravel(support.y), 'k^', markersize=6, label='support')
       ax.set_title(f'{fit.name}, MSE {error:.2f}', fontsize=10)
@@ -94,13 +94,15 @@ def alpha_histograms(alpha: PyTree) -> Figure:
     # A few entries in a thousand may be far from zero. In a range that includes them, all others would share one bar.
     low, high = np.quantile(entries, [0.002, 0.998] if entries.size > 1000 else [0, 1])
     bins = np.linspace(min(low, 0.0), max(high, 0.0, low + 1e-9), 41)
-    ax.hist(entries[entries < 0], bins, color=ORANGE)
+    ax.hist(entries[entries < 0], bins, color=CORAL)
     ax.hist(entries[entries >= 0], bins, color=BLUE)
     ax.axvline(0, color='black', linewidth=0.8)
     ax.set_title(
       f'{jax.tree_util.keystr(path, simple=True, separator="/")}: {np.mean(entries < 0):.0%} < 0', fontsize=9
     )
     ax.set_yticks([])
+    ax.set_xlabel('rate', fontsize=8)
+    ax.set_ylabel('number of entries', fontsize=8)
     ax.locator_params(axis='x', nbins=5)
     ax.tick_params(labelsize=8)
   for ax in axes[len(leaves) :]:
@@ -135,6 +137,7 @@ def learning_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, ylab
     ax.yaxis.set_major_formatter(ScalarFormatter())
     ax.yaxis.set_minor_formatter(ScalarFormatter())
   ax.set_xlabel('meta-iterations')
+  ax.xaxis.set_major_locator(MaxNLocator(integer=True))
   ax.set_ylabel(ylabel)
   ax.grid(alpha=0.3)
   ax.legend(frameon=False)
@@ -185,7 +188,7 @@ def accuracies(panels: Mapping[str, Sequence[Accuracy]]) -> Figure:
     ax.errorbar(means, places, xerr=spans, fmt='o', color=BLUE, markersize=5, label='here, 95% interval')
     published = [(100 * one.published, place) for one, place in zip(found, places, strict=True) if one.published]
     if published:
-      ax.plot(*zip(*published, strict=True), 'D', mfc='none', mec=ORANGE, label='the paper, 60,000 meta-iterations')
+      ax.plot(*zip(*published, strict=True), 'D', mfc='none', mec=CORAL, label='the paper, 60,000 meta-iterations')
     ax.set_yticks(places, [one.name for one in found], fontsize=9)
     ax.set_ylim(-0.7, len(found) - 0.3)
     ax.set_title(setting, fontsize=10)

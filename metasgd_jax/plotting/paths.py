@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from metasgd_jax.plotting.colours import BLUE, GREY, ORANGE
+from metasgd_jax.plotting.colours import BLUE, CORAL, GREY
 
 REST = 9
 """Duration of the last frame of each update, in frames."""
@@ -67,13 +67,13 @@ def navigation_paths(walks: Sequence[Sequence[Walks]]) -> Figure:
     for row, walk in enumerate(learners):
       ax = axes[row, column]
       for path in walk.paths[0]:
-        ax.plot(*path.T, color=ORANGE, linewidth=0.6, alpha=0.5)
+        ax.plot(*path.T, color=CORAL, linewidth=0.6, alpha=0.5)
       for path in walk.paths[1]:
         ax.plot(*path.T, color=BLUE, linewidth=0.8, alpha=0.8)
       _mark(ax, walk)
       ax.set_title(f'{walk.name}: {walk.returns[0]:.1f} → {walk.returns[1]:.1f}', fontsize=9)
   handles = [
-    Line2D([], [], color=ORANGE, label='before'),
+    Line2D([], [], color=CORAL, label='before'),
     Line2D([], [], color=BLUE, label='after one update'),
     *(Line2D([], [], linestyle='', label=name, **style) for name, style in _STYLE.items()),
   ]
@@ -86,8 +86,8 @@ def navigation_gif(
 ) -> bytes:
   """Returns the bytes of an animated GIF of one task, with one panel per learner.
 
-  Points move along the paths of the policy before adaptation, then along the paths after each update. At the end of
-  each update the animation waits.
+  Points move along the paths of the policy before adaptation, then along the paths after each update. The paths of the
+  previous policy stay in the background. At the end of each update the animation waits.
 
   Args:
     walks: Paths of each learner, all in the same task.
@@ -107,9 +107,10 @@ def navigation_gif(
   panels = []
   for ax, walk in zip(figure.subplots(1, len(walks), squeeze=False)[0], walks, strict=True):
     _mark(ax, walk)
+    (earlier,) = ax.plot([], [], linewidth=0.5, alpha=0.25, color=CORAL)
     (lines,), (dots,) = ax.plot([], [], linewidth=0.7, alpha=0.6), ax.plot([], [], 'o', markersize=3)
     title = ax.set_title(_caption(walk, 0), fontsize=9)
-    panels.append((ax, walk, lines, dots, title))
+    panels.append((ax, walk, earlier, lines, dots, title))
   canvas.draw()  # This computes the layout, for which the title counts only while it is not animated.
   for _, _, *artists in panels:
     for artist in artists:
@@ -122,15 +123,16 @@ def navigation_gif(
   for update in range(updates):
     for moment in range(1, shown):
       canvas.restore_region(background)
-      for ax, walk, lines, dots, title in panels:
+      for ax, walk, earlier, lines, dots, title in panels:
         path = walk.paths[update, :, : moment + 1]
-        apart = np.full((len(path), 1, 2), np.nan)  # NaN separates the paths, which are one line of matplotlib.
-        lines.set_data(*np.concatenate([path, apart], 1).reshape(-1, 2).T)
+        lines.set_data(*_one_line(path))
+        if update:
+          earlier.set_data(*_one_line(walk.paths[update - 1, :, :shown]))
         dots.set_data(*path[:, -1].T)
         title.set_text(_caption(walk, update))
         for artist in (lines, dots):
-          artist.set_color(BLUE if update else ORANGE)
-        for artist in (lines, dots, title):
+          artist.set_color(BLUE if update else CORAL)
+        for artist in (earlier, lines, dots, title):
           ax.draw_artist(artist)
       image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
       frames.append(image.quantize(64, dither=Image.Dither.NONE))
@@ -138,6 +140,12 @@ def navigation_gif(
   file = io.BytesIO()
   frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], duration=durations, loop=0)
   return file.getvalue()
+
+
+def _one_line(paths: np.ndarray) -> np.ndarray:
+  """Returns paths `[n, P, 2]` as one line of matplotlib, `[2, n · (P + 1)]`, in which NaN separates the paths."""
+  apart = np.full((len(paths), 1, 2), np.nan)
+  return np.concatenate([paths, apart], 1).reshape(-1, 2).T
 
 
 def _caption(walk: Walks, update: int) -> str:

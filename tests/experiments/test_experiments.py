@@ -17,6 +17,7 @@ import pytest
 from problems import SmallConvNet, in_place_of_conv4, saying
 
 from experiments import classification, options, regression, reporting
+from metasgd_jax.tasks.sinusoid import sinusoid
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = dict(meta_iterations=40, eval_tasks=6, eval_repeats=3)
@@ -116,15 +117,41 @@ def test_pictures_are_drawn(kind, request):
     assert (workdir / f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_pictures_show_draws_of_the_task_distribution(monkeypatch):
+def test_pictures_show_draws_of_the_task_distribution():
   """With a key used twice, the points' places would be functions of the curve."""
-  drawn = []
-  plotting = types.SimpleNamespace(adaptation_curves=lambda x, truths, supports, fits: drawn.append((truths, supports)))
-  for seed in range(40):
-    regression._draw_fits({}, 5, regression.Config(eval_seed=seed), plotting)
-  tops = np.array([[np.abs(t).max() for t in truths] for truths, _ in drawn]).ravel()
-  first = np.array([[float(s.x[0, 0]) for s in supports] for _, supports in drawn]).ravel()
-  assert abs(np.corrcoef(tops, first)[0, 1]) < 0.35
+  x = np.linspace(-5, 5, 200, dtype=np.float32)
+  config, keys = regression.Config(), jax.random.split(jax.random.key(0), (120, 3))
+  tasks = sinusoid(regression.DATASETS[config.dataset], shot=5)
+  truths, supports, _ = jax.jit(jax.vmap(lambda keys: regression._fits(tasks, {}, config, x, keys)))(keys)
+  tops = np.abs(truths).max(1)
+  assert abs(np.corrcoef(tops, supports.x[:, 0, 0])[0, 1]) < 0.35
+  assert abs(np.corrcoef(tops, np.abs(supports.y).max((1, 2)))[0, 1]) > 0.5  # The points lie on the curve.
+
+
+def test_the_curves_of_the_picture_are_the_quartiles_of_the_error():
+  """A learner that predicts 0 has a curve's mean square as its error, whichever the second learner is."""
+  shown = []
+  fit = lambda name, before, after: (name, before, after)
+  plotting = types.SimpleNamespace(Fit=fit, adaptation_curves=lambda x, truths, *rest: shown.append((truths, rest)))
+  config = regression.Config()
+  zero = jax.tree.map(np.zeros_like, _regression_meta(config))
+  regression._draw_fits({'meta_sgd': zero, 'maml': zero}, 5, config, plotting)
+  [(truths, (supports, fits))] = shown
+  keys = jax.random.split(reporting.test_keys(config.eval_seed)[1], (regression.DRAWN, 3))
+  tasks = sinusoid(regression.DATASETS[config.dataset], shot=5)
+  x = np.linspace(-5, 5, 200, dtype=np.float32)
+  all_truths = jax.jit(jax.vmap(lambda key: tasks.sample(key)(x)))(keys[:, 0])
+  squares = np.sort(np.mean(np.square(all_truths), 1))
+  np.testing.assert_allclose(np.mean(np.square(truths), 1), squares[[25, 50, 75]], rtol=1e-5)
+  assert [[name for name, *_ in column] for column in fits] == [['Meta-SGD', 'MAML']] * 3
+  assert [support.x.shape for support in supports] == [(5, 1)] * 3
+
+
+def _regression_meta(config):
+  """Meta-parameters with a leading axis of one run."""
+  learner, tasks = regression.build_learner('meta_sgd', config), sinusoid(shot=5)
+  episode = tasks.episode(tasks.sample(jax.random.key(0)), jax.random.key(1))
+  return jax.tree.map(lambda leaf: np.asarray(leaf)[None], learner.init(jax.random.key(2), episode))
 
 
 @pytest.mark.slow
