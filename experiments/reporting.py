@@ -236,7 +236,7 @@ def save_pictures(
   try:
     from metasgd_jax import plotting
   except ImportError:
-    print("no pictures: matplotlib is missing; pip install 'metasgd_jax[plots]' (or -e '.[plots]' from a clone)")
+    print('no pictures: matplotlib is missing; pip install matplotlib')
     return
   paths = {name: path_of(f'{name}.png') for name in pictures}
   for name, draw in pictures.items():

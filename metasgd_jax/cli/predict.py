@@ -186,7 +186,7 @@ def _picture(support, query, names, probabilities, truth, sure) -> bytes | None:
   try:
     from metasgd_jax.plotting import prediction_sheet
   except ImportError:
-    say("predictions.png is not written, because matplotlib is missing; pip install 'metasgd_jax[plots]'")
+    say('predictions.png is not written, because matplotlib is missing; pip install matplotlib')
     return None
   classes = [printable(name) for name in support.names]
   examples = np.split(support.bank.images / 255, np.cumsum(support.bank.sizes)[:-1])

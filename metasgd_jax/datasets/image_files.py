@@ -240,7 +240,7 @@ def _decode(path: PathLike, form: tuple[int, int], channels: int, fit: Fit) -> n
     return f'it has more pixels than Pillow considers safe ({Image.MAX_IMAGE_PIXELS:,})'
   except UnidentifiedImageError:
     if pathlib.Path(path).suffix.lower() in ('.heic', '.heif') and not _heif():
-      return "it is HEIC, which needs pillow-heif; run pip install 'metasgd_jax[heic]'"
+      return 'it is HEIC, which needs pillow-heif; run pip install pillow-heif'
     return 'it is not an image of a known format'
   except OSError as e:
     return e.strerror or first_line(e)

@@ -167,7 +167,7 @@ class TensorBoardWriter:
     try:
       import tensorboardX
     except ImportError as e:
-      raise WriterError("TensorBoardWriter needs tensorboardX; run pip install 'metasgd_jax[tensorboard]'") from e
+      raise WriterError('TensorBoardWriter needs tensorboardX; run pip install tensorboardX') from e
     self._writer = tensorboardX.SummaryWriter(os.fspath(as_path(directory)), flush_secs=5)
 
   def write(self, label: str, step: int, values: Mapping[str, Any]) -> None:

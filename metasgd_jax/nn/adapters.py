@@ -163,7 +163,7 @@ def from_equinox(build: Callable[[chex.PRNGKey], Any]) -> Model:
   try:
     import equinox as eqx
   except ImportError as error:
-    raise ImportError("Equinox is not installed; run pip install 'metasgd_jax[compose]'") from error
+    raise ImportError('Equinox is not installed; run pip install equinox') from error
 
   given: Any = build
   is_module = isinstance(given, eqx.Module) and any(map(_is_array, jax.tree.leaves(given)))

@@ -309,5 +309,5 @@ def _gymnasium():
   try:
     import gymnasium
   except ImportError as error:
-    raise ImportError("Gymnasium is not installed; run pip install 'metasgd_jax[gym]'") from error
+    raise ImportError('Gymnasium is not installed; run pip install gymnasium') from error
   return gymnasium
