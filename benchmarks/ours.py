@@ -32,7 +32,7 @@ class Run:
     done = int(self.state.step)
     self.state = ms.train(
       self.state, self.tasks, learner=self.learner, optimizer=self.optimizer, meta_iterations=done + iterations,
-      meta_batch=self.num_tasks, placement=self.placement, chunk=self.chunk,
+      meta_batch=self.num_tasks, placement=self.placement, chunk=self.chunk, progress=False,
     )  # fmt: skip
     if done == 0:
       host_memory.release_freed()  # The compiler has freed hundreds of MiB, which malloc would keep.

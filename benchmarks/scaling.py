@@ -90,7 +90,7 @@ def take_turns(problem: str, devices: int, tasks_a_device: int, filters: int) ->
   for line in sys.stdin:
     state = ms.train(
       state, tasks, learner=learner, optimizer=optimizer, meta_iterations=int(state.step) + int(line),
-      meta_batch=meta_batch, placement=ms.Placement(mesh=mesh),
+      meta_batch=meta_batch, placement=ms.Placement(mesh=mesh), progress=False,
       callbacks=[lambda progress: losses.append(float(progress.info['loss'][-1]))],
     )  # fmt: skip
     used = 1 if mesh is None else mesh.size

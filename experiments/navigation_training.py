@@ -130,7 +130,8 @@ def _by_trpo(cell: Any, environment: rl.Environment, devices: int | None) -> Cal
   train = functools.partial(rl.train, inner=inner, meta_batch=batch, curvature_tasks=curved, trpo=trpo, chunk=chunk)
 
   def go(state, step, callbacks):
-    return train(state, meta_iterations=step, placement=ms.Placement(mesh=mesh), callbacks=callbacks)
+    placement = ms.Placement(mesh=mesh)
+    return train(state, meta_iterations=step, placement=placement, callbacks=callbacks, progress=False)
 
   def build(name, label, key):
     start = functools.partial(rl.init, key, inner)

@@ -127,7 +127,7 @@ def by_gradient(
   def go(state, step, callbacks=()):
     if step == np.max(state.step):
       return state
-    return ms.train(state, tasks, meta_iterations=step, chunk=chunk, callbacks=callbacks, **options)
+    return ms.train(state, tasks, meta_iterations=step, chunk=chunk, callbacks=callbacks, progress=False, **options)
 
   def inspect(state):
     return bad_numbers.inspect_step(state, tasks, learner=options['learner'], meta_batch=options['meta_batch'])

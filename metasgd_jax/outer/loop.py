@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from metasgd_jax.outer import fully_sharded, host_memory, sharding
 from metasgd_jax.outer.placement import Placement
+from metasgd_jax.outer.progress import bar as progress_bar
 from metasgd_jax.types import PyTree, TaskDistribution, Tasks, check_count
 
 LONG_COMPILATION = 1.0
@@ -111,6 +112,7 @@ def run_loop(
   meta_iterations: int,
   chunk: int,
   callbacks: Sequence[Callable[[Progress], None]],
+  progress: bool | None = False,
 ) -> TrainState:
   """Runs meta-iterations from `state` until `meta_iterations` are done, and returns the last state.
 
@@ -125,6 +127,7 @@ def run_loop(
     meta_iterations: Number of meta-iterations at which to stop, counted from the beginning of the run.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
+    progress: As in `metasgd_jax.train`.
 
   Raises:
     ValueError: if `meta_iterations` or `chunk` is not an integer of at least 1, if `callbacks` is a function, if the
@@ -147,7 +150,8 @@ def run_loop(
   key = sharding.on_one(mesh, state.key)
   state = _copied(state)
   tasks = sharding.on_all(mesh, tasks)
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+  bar = progress_bar(progress, done, meta_iterations)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread, bar as show:
     prepare = functools.partial(_prepare, tasks, key, meta_iterations, iteration.meta_batch, chunk, mesh)
     coming = thread.submit(prepare, done)
     start = time.perf_counter()
@@ -165,10 +169,10 @@ def run_loop(
       done += n
       values = {name: np.asarray(value)[:n] for name, value in info.items()}
       shown = _copied(_returned(state, placement))  # Every process must run this computation, even without callbacks.
-      progress = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
-      for callback in callbacks:
-        callback(progress)
-      del shown, progress  # The next chunk needs the memory.
+      now = Progress(shown, done, meta_iterations, values, seconds, (done - before) / seconds)
+      for callback in (show, *callbacks):
+        callback(now)
+      del shown, now  # The next chunk needs the memory.
       warned = warned or _warn_of_bad_loss(values, done - n)
   return _returned(state, placement)
 

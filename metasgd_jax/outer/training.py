@@ -186,6 +186,7 @@ def train(
   placement: Placement = Placement(),
   chunk: int = 1000,
   callbacks: Sequence[Callable[[Progress], None]] = (),
+  progress: bool | None = None,
 ) -> TrainState:
   """Runs meta-training from `state` until `meta_iterations` are done, and returns the last state.
 
@@ -206,6 +207,8 @@ def train(
       devices.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
+    progress: Whether to show a progress bar, which moves after each chunk. By default it is shown on a terminal and in
+      a notebook.
 
   Raises:
     ValueError: if `meta_iterations`, `meta_batch` or `chunk` is not an integer of at least 1, if the devices cannot
@@ -235,4 +238,5 @@ def train(
       'begin its state anew with state._replace(opt_state=optimizer.init(state.meta))'
     )
   iteration = _GradientIteration(learner, optimizer, int(meta_batch), placement)
-  return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)
+  options: Any = dict(meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks, progress=progress)
+  return run_loop(state, tasks, iteration, **options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -78,6 +79,7 @@ def train(
   placement: Placement = Placement(),
   chunk: int = 10,
   callbacks: Sequence[Callable[[Progress], None]] = (),
+  progress: bool | None = None,
 ) -> TrainState:
   """Runs `trpo_meta_step` from `state` until `meta_iterations` are done, and returns the last state.
 
@@ -97,6 +99,7 @@ def train(
     placement: How the tasks are placed on devices.
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
+    progress: As in `metasgd_jax.train`.
 
   Raises:
     ValueError: if a count is not an integer of at least 1, if the runs are at different steps, if the state is already
@@ -116,4 +119,5 @@ def train(
     check_count('curvature_tasks', curvature_tasks)
   iteration = _TrpoIteration(inner, int(meta_batch), curvature_tasks, trpo, placement)
   tasks = task_distribution(inner.environment)
-  return run_loop(state, tasks, iteration, meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks)
+  options: Any = dict(meta_iterations=meta_iterations, chunk=chunk, callbacks=callbacks, progress=progress)
+  return run_loop(state, tasks, iteration, **options)
