@@ -7,7 +7,9 @@ import importlib
 import inspect
 import pathlib
 import re
+import sys
 
+import fake_gymnax
 import jax
 import pytest
 from public_names import public_names
@@ -60,6 +62,7 @@ def public():
 @pytest.mark.parametrize(('path', 'block'), BLOCKS)
 def test_python_on_the_pages_runs(path, block, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setitem(sys.modules, 'gymnax', fake_gymnax)
   code = compile(block, f'docs/{path.name}', 'exec')
   if 'sys.argv' in block:  # A script of its own; tests/deploy/test_export.py gives it its arguments.
     return
