@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from experiments import replacing, reporting, resuming
 from experiments.reporting import TrainingError
@@ -51,6 +52,8 @@ def look(plan: Sequence[Training], config: Any, workdir: pathlib.Path, keeping: 
 def print_memory(plan: Sequence[Training]) -> None:
   """Prints the memory that each training needs. If it trains R runs side by side, this is the memory of one run."""
   for training in plan:
+    if training.memory is not None:
+      logging.info('%s: compiling, to plan its memory', training.label)
     planned = 'its memory cannot be planned' if training.memory is None else training.memory()
     print(f'{training.label}: {planned}', flush=True)
     runs = math.prod(jax.eval_shape(training.start).step.shape)
