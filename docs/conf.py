@@ -28,19 +28,22 @@ html_title = f'metasgd_jax {release}'
 html_static_path = ['_static']
 html_css_files = ['custom.css']
 
-nb_execution_mode = 'off'  # The notebooks are shown with the outputs that are committed; the tests run them.
+# The notebooks are shown with the outputs that are committed; the tests run them.
+nb_execution_mode = 'off'
 nb_merge_streams = True
 myst_enable_extensions = ['colon_fence']
 myst_heading_anchors = 3
 
-default_role = 'code'  # A name in single backticks is code, in docstrings as in Markdown.
+default_role = (
+  'code'  # A name in single backticks is code, in docstrings as in Markdown.
+)
 autodoc_member_order = 'bysource'
 python_maximum_signature_line_length = 80
 autodoc_typehints = 'signature'
 autodoc_typehints_format = 'short'
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True  # A NamedTuple's fields are described at its class.
-# Types in signatures are mostly those of other projects, whose pages no network is asked for.
+# Most types in signatures are of other projects, whose pages need a network.
 nitpick_ignore_regex = [('py:.*', '.*')]
 
 
@@ -54,7 +57,11 @@ def copy_notebooks() -> None:
 
 def skip_aliases(app, what, name, obj, skip, options):
   """Leaves out a NamedTuple's fields, whose own docstrings say nothing."""
-  return True if (getattr(obj, '__doc__', None) or '').startswith('Alias for field number') else None
+  return (
+    True
+    if (getattr(obj, '__doc__', None) or '').startswith('Alias for field number')
+    else None
+  )
 
 
 def setup(app):

@@ -22,7 +22,7 @@ class SmallConvNet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = ms.nn.ConvBlock(4)(x)
+    x = ms.nn.ConvBlock(4, native=True)(x)
     return nn.Dense(self.way)(x.reshape(x.shape[0], -1))
 
 
