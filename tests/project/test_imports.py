@@ -97,6 +97,26 @@ def test_importing_the_package_leaves_the_slow_and_the_optional_alone():
   assert out.stdout.strip() == '[] False'
 
 
+def test_the_inner_loop_needs_only_jax_optax_and_chex():
+  """As with `pip install --no-deps`: a library whose entry in sys.modules is None cannot be imported."""
+  code = """
+import re, sys, tomllib
+asked = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']
+names = {re.match('[a-z_A-Z-]+', one)[0].replace('-', '_') for one in asked}
+missing = names - {'jax', 'jaxlib', 'numpy', 'scipy', 'optax', 'chex', 'absl_py'} | {'PIL', 'orbax'}
+sys.modules.update(dict.fromkeys(missing))
+import jax, metasgd_jax as ms
+theta = {'w': jax.numpy.zeros(2)}
+alpha = ms.init_alpha(jax.random.key(0), theta)
+loss = lambda theta, target: ((theta['w'] - target) ** 2).sum()
+print(len(missing), jax.jit(lambda alpha: ms.adapt(theta, alpha, 1.0, loss_fn=loss))(0.25)['w'], alpha['w'].shape)
+"""
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+  missing, adapted = out.stdout.split(maxsplit=1)
+  assert int(missing) > 10
+  assert adapted.strip() == '[0.5 0.5] (2,)'
+
+
 def test_public_names_have_docstrings():
   import metasgd_jax as ms
 
