@@ -5,6 +5,7 @@
 # make lint   style and types
 # make docs   the documentation, as pages in docs/_build/html; warnings are errors
 # make package  builds sdist and wheel in dist/, and tests the installed wheel away from the clone
+# make release  all checks of a release, and the files in dist/; it uploads nothing
 # make notebooks  runs the notebooks anew, and keeps their outputs
 # make fuzz   ten thousand hostile files for everything that is read from disk, and ten thousand random values
 # make bench  ours against its peers; needs the extra `bench`
@@ -20,7 +21,7 @@ NEW_ENOUGH = -c "import sys; sys.version_info >= (3, 11, 4) or sys.exit('error: 
 got %d.%d.%d from ' % sys.version_info[:3] + sys.executable + '; $(1)')"
 TESTS = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all faults fuzz lint docs notebooks bench torture lowest package clean
+.PHONY: demo test test-slow test-all faults fuzz lint docs notebooks bench torture lowest package release clean
 
 demo: $(VENV)/plots
 	$(BIN)/python -m experiments.regression --workdir=runs/demo
@@ -78,6 +79,9 @@ package: $(VENV)/dev
 	mkdir .venv-package/outside
 	git ls-files -z -- . ':!metasgd_jax' | xargs -0 cp --parents -t .venv-package/outside
 	cd .venv-package/outside && ../bin/python -P $(TESTS)
+
+release: lint test-all docs package
+	$(BIN)/python tests/release.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-package dist runs docs/_build docs/notebooks

@@ -1,8 +1,9 @@
 """Settings of the documentation site; `make docs` builds it into docs/_build/html."""
 
+import json
 import pathlib
-import shutil
 import sys
+import tomllib
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -25,6 +26,15 @@ extensions = [
 exclude_patterns = ['_build', 'data']
 html_theme = 'furo'
 html_title = f'metasgd_jax {release}'
+project_table = tomllib.loads((HERE.parent / 'pyproject.toml').read_text())['project']
+repository = project_table['urls']['Repository']
+published = 'OWNER' not in repository
+if published:
+  html_theme_options = {
+    'source_repository': repository,
+    'source_branch': 'main',
+    'source_directory': 'docs/',
+  }
 html_static_path = ['_static']
 html_css_files = ['custom.css']
 
@@ -48,11 +58,19 @@ nitpick_ignore_regex = [('py:.*', '.*')]
 
 
 def copy_notebooks() -> None:
-  """Copies the notebooks to where Sphinx looks for pages."""
+  """Copies the notebooks to where Sphinx looks for pages, with a link to Colab."""
   copies = HERE / 'notebooks'
   copies.mkdir(exist_ok=True)
-  for notebook in (HERE.parent / 'notebooks').glob('*.ipynb'):
-    shutil.copyfile(notebook, copies / notebook.name)
+  colab = repository.replace(
+    'https://github.com', 'https://colab.research.google.com/github'
+  )
+  for path in (HERE.parent / 'notebooks').glob('*.ipynb'):
+    notebook = json.loads(path.read_text(encoding='utf-8'))
+    if published:
+      link = f'[Open in Colab]({colab}/blob/main/notebooks/{path.name})'
+      cell = dict(cell_type='markdown', id='colab', metadata={}, source=[link])
+      notebook['cells'].insert(1, cell)
+    (copies / path.name).write_text(json.dumps(notebook), encoding='utf-8')
 
 
 def skip_aliases(app, what, name, obj, skip, options):
