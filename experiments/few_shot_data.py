@@ -173,7 +173,9 @@ def load_folder(config: Any) -> tuple[splits.Splits, tuple[str, ...]]:
   check_part('the train part', names.train, found.train.sizes, config.way, sizes)
   check_test('the test part', names.test, found.test.sizes, config)
   if config.validate_every:
-    check_test('the validation part', names.validation, found.validation.sizes, config)
+    needed = {'--eval_shots': max(config.test_shots), '--eval_query': config.eval_query}
+    least = max(2, min(config.way, len(names.validation)))  # Validation has fewer ways if there are fewer classes.
+    check_part('the validation part', names.validation, found.validation.sizes, least, needed)
   return found, names.test
 
 

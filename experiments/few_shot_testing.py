@@ -13,6 +13,7 @@ from experiments import calibration, few_shot_data, reporting, running
 from experiments.few_shot_learners import DRAWINGS, NAMES, SEQUENTIAL, classifier_or_embedding
 from experiments.few_shot_training import Setup, build_tester, validate, validation_way
 from experiments.reporting import WARNING, Result, percent
+from metasgd_jax.datasets.messages import printable
 from metasgd_jax.deploy import likeness
 from metasgd_jax.types import equal_partial
 
@@ -186,7 +187,7 @@ def _names(config: Any, setup: Setup, task_key: Any) -> list[str] | None:
   if setup.data.test is None or not setup.data.test_names:
     return None
   indices = ms.tasks.image_indices(setup.data.test, way=config.way, shot=1, query=1)
-  return [setup.data.test_names[i] for i in indices.sample(task_key)]
+  return [printable(setup.data.test_names[i]) for i in indices.sample(task_key)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

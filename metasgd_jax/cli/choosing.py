@@ -11,7 +11,7 @@ from metasgd_jax.deploy.model_file import FewShotModel, ModelConfig, load_model
 from metasgd_jax.io.files import as_path
 
 EXAMPLES = 10
-"""Largest number of examples by which `choose` recognises their kind. With 10, one choice in 1,000 is wrong."""
+"""Largest number of examples by which `choose` recognises their kind."""
 LOOKED_AT = 200
 """Largest number of examples, and of pictures, that `warn_of_other_kind` looks at."""
 
@@ -30,9 +30,12 @@ def choose(model: str, support: str) -> tuple[str, FewShotModel]:
   paths = image_files.list_images(as_path(support))
   read = image_files.read_all(_some(paths, EXAMPLES), 84, 3, lambda line: None)
   kind = kind_of(read.images) if read.paths else 'drawings'  # Without a picture, the call fails later with a reason.
-  name = shipped_for(kind)
-  if read.paths:
+  suits = shipped_for(kind)
+  name = suits or 'omniglot'
+  if suits and read.paths:
     say(f'the examples look like {kind}, so the model is {name}; --model=NAME chooses another')
+  elif not suits:
+    say(f'the examples look like {kind}, but no model for {kind} ships with metasgd, so the model is {name}')
   return name, load_model(name)
 
 

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
   predict.run(arguments.parse(command))
   with (out / 'results' / 'predictions.csv').open(newline='', encoding='utf-8') as file:
     right = sum(truth[row['file']] == row['prediction'] for row in csv.DictReader(file))
-  say('', f'{right} of {len(truth)} drawings are in the right folder; {out / "results" / "predictions.png"} shows them')
+  picture = out / 'results' / 'predictions.png'
+  shows = f'; {picture} shows them' if picture.exists() else ''
+  say('', f'{right} of {len(truth)} drawings are in the right folder{shows}')
 
 
 def _draw(out: pathlib.Path) -> dict[str, str]:

@@ -53,10 +53,10 @@ def kind_of_model(config: ModelConfig) -> Kind | None:
   return _DATASETS.get(str(config.training.get('dataset')))
 
 
-def shipped_for(kind: Kind) -> str:
-  """Returns the name of the model that ships with the package and was trained on images of this kind."""
+def shipped_for(kind: Kind) -> str | None:
+  """Returns the name of the model that ships with the package for images of this kind, or None if there is none."""
   by_kind = {kind_of_model(load_model(name).config): name for name in shipped_models()}
-  return by_kind.get(kind, 'omniglot')
+  return by_kind.get(kind)
 
 
 def shipped_that_fits(images: Any) -> str:

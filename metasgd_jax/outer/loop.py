@@ -150,7 +150,8 @@ def run_loop(
   key = sharding.on_one(mesh, state.key)
   state = _copied(state)
   tasks = sharding.on_all(mesh, tasks)
-  bar = progress_bar(progress, done, meta_iterations)
+  # Callbacks that print would break the line of a bar that nobody asked for.
+  bar = progress_bar(False if callbacks and progress is None else progress, done, meta_iterations)
   with concurrent.futures.ThreadPoolExecutor(1) as thread, bar as show:
     prepare = functools.partial(_prepare, tasks, key, meta_iterations, iteration.meta_batch, chunk, mesh)
     coming = thread.submit(prepare, done)

@@ -25,22 +25,32 @@ def bar(wanted: bool | None, first: int, total: int) -> Iterator[Callable[['Prog
     first: Number of meta-iterations that are done already.
     total: Number of meta-iterations at which the training ends.
   """
-  notebook = 'ipykernel' in sys.modules
+  notebook = _in_notebook()
   stream = sys.stdout if notebook else sys.stderr  # A notebook shows stderr as if it were an error.
-  shown = (notebook or stream.isatty()) if wanted is None else wanted
-  if not shown or jax.process_index() or importlib.util.find_spec('tqdm') is None:
+  shown = (notebook or _is_terminal(stream)) if wanted is None else wanted
+  # A program without a console has no stream.
+  if not shown or stream is None or jax.process_index() or importlib.util.find_spec('tqdm') is None:
     yield lambda progress: None
     return
   import tqdm
 
   interval = 1.0 if notebook else 0.1  # A notebook's file keeps each state of the bar.
-  with tqdm.tqdm(desc='compiling', initial=first, total=total, file=stream, mininterval=interval) as shows:
+  with tqdm.tqdm(desc='training', initial=first, total=total, file=stream, mininterval=interval) as shows:
 
     def show(progress: 'Progress') -> None:
       names = [name for name in _RETURNS if name in progress.info] or sorted(progress.info)
       means = [f'{name} {np.mean(progress.info[name]):.4g}' for name in names]
-      shows.set_description('training', refresh=False)
       shows.set_postfix_str(', '.join(means), refresh=False)
       shows.update(progress.step - shows.n)
 
     yield show
+
+
+def _in_notebook() -> bool:
+  """Returns whether this program is the kernel of a notebook. A terminal of IPython has no kernel."""
+  shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
+  return hasattr(shell, 'kernel')
+
+
+def _is_terminal(stream) -> bool:
+  return bool(getattr(stream, 'isatty', lambda: False)())

@@ -208,7 +208,7 @@ def train(
     chunk: Number of meta-iterations between callbacks.
     callbacks: Functions that are called in order after each chunk.
     progress: Whether to show a progress bar, which moves after each chunk. By default it is shown on a terminal and in
-      a notebook.
+      a notebook, if there are no callbacks.
 
   Raises:
     ValueError: if `meta_iterations`, `meta_batch` or `chunk` is not an integer of at least 1, if the devices cannot
