@@ -200,6 +200,7 @@ def test_trpo_gets_the_settings(monkeypatch):
   del given['inner']
   assert given == dict(
     meta_iterations=2,
+    progress=False,
     meta_batch=2,
     curvature_tasks=1,
     trpo=rl.TrpoConfig(max_kl=0.5, damping=0.25),
