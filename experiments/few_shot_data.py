@@ -173,9 +173,8 @@ def load_folder(config: Any) -> tuple[splits.Splits, tuple[str, ...]]:
   check_part('the train part', names.train, found.train.sizes, config.way, sizes)
   check_test('the test part', names.test, found.test.sizes, config)
   if config.validate_every:
-    needed = {'--eval_shots': max(config.test_shots), '--eval_query': config.eval_query}
-    least = max(2, min(config.way, len(names.validation)))  # Validation has fewer ways if there are fewer classes.
-    check_part('the validation part', names.validation, found.validation.sizes, least, needed)
+    way = validation_way(config.way, len(names.validation))
+    check_test('the validation part', names.validation, found.validation.sizes, config, way)
   return found, names.test
 
 
@@ -184,10 +183,15 @@ def load_images(config: Any) -> image_folder.ImageFolder:
   return image_folder.load(config.data_dir, size=config.image_size or 84, channels=config.channels, report=print)
 
 
-def check_test(what: str, names: Sequence[Any], sizes: Any, config: Any) -> None:
-  """Raises the errors of `check_part` for the tasks of a test."""
+def validation_way(way: int, classes: int) -> int:
+  """Returns the number of ways in validation, which is lower than `way` if there are fewer validation classes."""
+  return min(way, max(2, classes))
+
+
+def check_test(what: str, names: Sequence[Any], sizes: Any, config: Any, way: int | None = None) -> None:
+  """Raises the errors of `check_part` for the tasks of a test, of `way` classes, which is `config.way` by default."""
   needed = {'--eval_shots': max(config.test_shots), '--eval_query': config.eval_query}
-  check_part(what, names, sizes, config.way, needed)
+  check_part(what, names, sizes, way or config.way, needed)
 
 
 def check_part(what: str, names: Sequence[Any], sizes: Any, way: int, needed: dict[str, int]) -> None:

@@ -105,7 +105,7 @@ def validation_way(config: Any, data: few_shot_data.Data) -> int:
   """
   if data.validation is None or set(config.learners) & set(SEQUENTIAL):
     return config.way
-  return min(config.way, max(2, len(data.validation.sizes)))
+  return few_shot_data.validation_way(config.way, len(data.validation.sizes))
 
 
 def _load_start(config: Any, data: few_shot_data.Data) -> ms.FewShotModel:
